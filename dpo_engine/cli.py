@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import runpy
 import signal
 import sys
@@ -174,7 +175,13 @@ def _eval(asked: argparse.Namespace) -> int:
         # Check these sources instead of the run's own held-out pairs, which the verb does not read.
         held_out = json.dumps(asked.data.split(","))
         asked.overrides = [*asked.overrides, f"data.validation={held_out}", "data.validation_fraction=0"]
-    checked = _checked(asked)
+    try:
+        checked = _checked(asked)
+    except ConfigError as error:
+        if asked.data is None:
+            raise
+        problems = [re.sub(r"^data\.validation(\[\d+\]\.path)?=", "--data=", line) for line in error.problems]
+        raise ConfigError(problems) from error
     from dpo_engine.reporting.comparison import show, show_comparison
     from dpo_engine.verbs.evaluate import evaluate
 

@@ -13,9 +13,10 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from dpo_engine.data.conversation import check_text
+from dpo_engine.data.conversation import MEDIA, check_text
 from dpo_engine.data.pair import FEW, FORMATS, NUMBERS
 from dpo_engine.data.records import BadRecord
+from dpo_engine.data.turn_masks import plain_name
 from dpo_engine.strict_json import BadJson, kind, parse_object
 from dpo_engine.wording import nearest
 
@@ -28,12 +29,16 @@ ANSWERING = ("assistant", "gpt", "bot", "function_call", "tool_call", "tool", "o
 EMPTY_JSON = ("", "[]", "{}", "null")
 PART = r"(?:(?:prompt|chosen|rejected|response|completion)_)?"
 MEANINGS = {
-    "media": PART + r"(?:image|img|picture|photo|video|audio)s?(?:_(?:path|url|uri|file|byte|data|base64)s?)?",
-    "system": "system|system_prompt|system_message",
-    "mask": PART + r"(?:(?:loss|train|turn|label|token|assistant)_)?masks?|loss|train|loss_scale|weights",
+    "media": PART + MEDIA.pattern,
+    "system": "system|system_(?:prompt|message|instruction)|sys_prompt|preamble",
+    "mask": PART + r"(?:(?:loss|train|turn|label|token|assistant)_)?masks?|(?:turn|token)_weights|loss|weights",
+    "train": r"train|training|trainable|train_on(?:_\w+)?",
+    "weight": "(?:loss|sample|example|instance)_(?:weight|scale)s?",
     "tools": "tools|functions",
     "chat_template_kwargs": "chat_template_kwargs",
-    "unread": r"(?:chosen|rejected)_(?:tools|functions|system)|documents",
+    "unread": r"(?:chosen|rejected)_(?:tools|functions|system|reasoning|reasoning_content|thinking|thoughts?|cot)|"
+    r"(?:(?:assistant|response|answer|completion)_)?(?:prefix|prefill)|initial_reason_steps|documents",
+    "tie": "(?:is_)?tie",
 }
 """Regular expressions for the names of fields with a known meaning."""
 CONTROLS = re.compile(
@@ -110,7 +115,18 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
             if isinstance(value, (str, list, dict)):
                 raise BadRecord(f"{name} is not read; {drop}")
             continue
-        if meaning == "mask":
+        if meaning == "tie":
+            if value is True or value == 1:
+                raise BadRecord(f"{name} is true, so no response is better; remove the record, or {drop}")
+            continue
+        if meaning == "weight" and isinstance(value, (int, float)):
+            if value != 1:
+                raise BadRecord(
+                    f"{name} is not read; set data.columns={{weight: {name}}}, or {{{name}: null}} to leave it out"
+                )
+        elif meaning == "train" and value is False:
+            raise BadRecord(f"{name} is false, but is not read; remove the record, or {drop}")
+        elif meaning in ("mask", "train", "weight"):
             if isinstance(value, (list, dict)):
                 raise BadRecord(f"{name} is not read; give turns weight 0 instead, or {drop}")
         elif name != meaning:
@@ -191,7 +207,7 @@ def from_json(name: str, value: Any) -> Any:
 @lru_cache(maxsize=256)
 def meanings(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Return the fields with a known meaning, each with its meaning. Letter case and separators do not matter."""
-    plain = {name: re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).lower() for name in names}
+    plain = {name: plain_name(name) for name in names}
     return tuple(
         (name, meaning) for name, key in plain.items() for meaning, form in MEANINGS.items() if re.fullmatch(form, key)
     )

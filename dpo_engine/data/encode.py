@@ -20,6 +20,10 @@ LONG_PROMPT = "prompt longer than data.max_prompt_length"
 LONG_PAIR = "prompt and response longer than data.max_length"
 LONG_RESPONSE = "a response too long for data.max_length"
 LONG_COMPLETION = "a response longer than data.max_completion_length"
+REPEATED = (
+    "whose responses begin with the whole prompt, which is therefore trained on; if this is not intended, set "
+    "data.columns={prompt: null}, so that the prompt is taken from the responses"
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Encoded:
     ends    names of the tokens that end the responses
     faults  the ways in which the chat template changes the record's text, if such faults are allowed
     masked  whether a response has tokens that are not scored
+    repeated  whether both responses of a text pair begin with the whole prompt
     """
 
     pair: TokenPair | None
@@ -99,6 +104,7 @@ class Encoded:
     ends: frozenset[str] = frozenset()
     faults: frozenset[str] = frozenset()
     masked: bool = False
+    repeated: bool = False
 
 
 def dropped_text(dropped: Mapping[str, int]) -> str:
@@ -195,7 +201,12 @@ def _encode(
         masks = [None if mask is None else _fitted(mask, len(one)) for mask, one in zip(masks, responses, strict=True)]
     made = _fit(pair, (given[:end], *responses), masks, tokenizer, limits, source)
     ends = frozenset(tokenizer.name_of(part[-1]) for part in responses if part and part[-1] in tokenizer.end_ids)
-    return dataclasses.replace(made, merged=end < len(given), ends=ends, faults=item.faults)
+    repeated = not conversation and all(_repeats(pair.prompt, part) for part in (pair.chosen, pair.rejected))
+    return dataclasses.replace(made, merged=end < len(given), ends=ends, faults=item.faults, repeated=repeated)
+
+
+def _repeats(prompt: str, response: str) -> bool:
+    return response.lstrip().startswith(prompt.strip())
 
 
 def _common(first: list[int], second: list[int]) -> int:

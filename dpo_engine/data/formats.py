@@ -10,9 +10,10 @@ from typing import Any
 from dpo_engine.data import foreign_formats, ranked  # noqa: F401  both register formats
 from dpo_engine.data.columns import facts, is_empty, opens, renamed, target_problems, with_system
 from dpo_engine.data.fields import required
-from dpo_engine.data.hidden_prompts import refuse_hidden_prompt
+from dpo_engine.data.hidden_prompts import refuse_hidden_prompt, refuse_labels, refuse_second_prompt
 from dpo_engine.data.pair import FIELDS, FORMATS, Format, Pair, checked
 from dpo_engine.data.records import BadLines, BadRecord, read_rows
+from dpo_engine.data.repeated_prompts import refuse_repeated_prompt
 from dpo_engine.errors import DataError
 from dpo_engine.registry import UnknownName
 
@@ -91,6 +92,12 @@ def detect(row: dict[str, Any]) -> Format:
     Raises :class:`BadRecord` if `chosen` or `rejected` is missing, or if a field that the format would not read may be
     the prompt.
     """
+    read = _detected(row)
+    refuse_second_prompt(row, [*read.fields, *EARLIER])
+    return read
+
+
+def _detected(row: dict[str, Any]) -> Format:
     if "responses" in row and "scores" in row and not {"chosen", "rejected"} & row.keys():
         return FORMATS["ranked"]
     if name := foreign_formats.recognized(row):
@@ -179,6 +186,8 @@ class RecordReader:
                     _refuse_earlier_turns(row, read)
                 elif self.settled and self.name == AUTO:
                     _refuse_unread_prompt(row, read.__name__)
+                if self.settled and self.name == AUTO:
+                    refuse_second_prompt(row, [*read.fields, *EARLIER])
                 found = read(row)
                 pairs = [checked(pair) for pair in ([found] if isinstance(found, Pair) else found or ())]
             except BadRecord as what:
@@ -193,10 +202,15 @@ class RecordReader:
 
 
 def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
-    """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or text or turns before it."""
+    """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or text or turns before it.
+
+    The same holds for chosen and rejected that are not the responses themselves, or that repeat the prompt.
+    """
+    refuse_labels(row)
     if read_as != "text":
         refuse_hidden_prompt(row, read_as)
         return
+    refuse_repeated_prompt(row)
     for name in EARLIER:
         if isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
             way = "set format: text to leave it out, or make prompt a list of messages"

@@ -14,6 +14,8 @@ from dpo_engine.data.pair import Pair, as_turns
 from dpo_engine.data.records import BadRecord, TemplateFault
 from dpo_engine.data.tokenizer import Tokenizer
 
+SPOKEN = frozenset("thought thoughts reasoning_details tool_call function_calls functions tools".split())
+"""Fields of a message with text that only some templates read, beside its content, reasoning and tool calls."""
 WAY_OUT = "use another data.chat_template, or set data.on_template_fault=allow"
 DROPS_RESPONSE = "drops text of a response"
 DROPS_PROMPT = "drops text of the prompt"
@@ -114,10 +116,20 @@ def _lost(turns: Iterable[Message], text: str) -> str:
     squeezed = _squeeze(text)
     for turn in turns:
         said = [turn.get(key, "") for key in ("content", *REASONING)]
+        said += [part for key in SPOKEN & turn.keys() for part in _spoken(turn[key])]
         for part in [*said, *(part for call in turn.get("tool_calls", ()) for part in _called(call))]:
             if _squeeze(part) not in squeezed and not any(form in squeezed for form in _escaped(part)):
                 return repr(part.strip()[:30])
     return ""
+
+
+def _spoken(value: Any) -> Iterator[str]:
+    """Yield the text of a field of a message: a text, texts, parts of text, or a tool call."""
+    for part in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, Mapping):
+            yield from [part["text"]] if isinstance(part.get("text"), str) else _called(part)
 
 
 def _escaped(text: str) -> Iterator[str]:

@@ -252,7 +252,7 @@ def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, 
     return metrics
 
 
-_ENDING = re.compile(r"(\.(jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow))?(\[[^\[\]]*:[^\[\]]*\])?$")
+_ENDING = re.compile(r"(\.(json|jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow))?(\[[^\[\]]*:[^\[\]]*\])?$")
 """The file type and the slice at the end of a source."""
 
 

@@ -35,11 +35,10 @@ from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.reporting.sinks import SINKS, sink_problems
 from dpo_engine.training.callbacks import callback_problems
 from dpo_engine.training.evaluation_settings import metric_problems
+from dpo_engine.verbs.first_records import FIRST_RECORDS, all_dropped
 from dpo_engine.wording import join, nearest, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
-FIRST_RECORDS = 8
-
 
 REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("loss",): loss_problems,
@@ -330,8 +329,8 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
                     bad.add(source.path, line, result)
                 elif result.dropped:
                     dropped[result.dropped] += 1
-            if usable and usable == dropped.total() and len(rows) < FIRST_RECORDS:  # all records have been read
-                found.data.append(f"{source.path}: contains no usable pair{dropped_text(dropped)}")
+            if usable and usable == dropped.total() and (all_of_them := all_dropped(source, tokenizer, config)):
+                found.data.append(f"{source.path}: contains no usable pair{dropped_text(all_of_them)}")
         if not usable:
             first = bad.first[0].removeprefix(f"{printable(source.path)}:") if bad.first else ""
             shown = first if not bad.first or first == bad.first[0] else f"line {first}"

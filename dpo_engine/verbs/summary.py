@@ -12,7 +12,7 @@ from dpo_engine.data.formats import FORMATS, recognize
 from dpo_engine.data.hub import model_directory
 from dpo_engine.data.records import count_records
 from dpo_engine.data.sources import find_shards
-from dpo_engine.data.tokenizer import load_tokenizer
+from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import DataError
 from dpo_engine.model.adaptation import adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
@@ -27,7 +27,7 @@ from dpo_engine.optim.forecast import schedule_warnings
 from dpo_engine.platform.device import gpu_memory, gpu_present, has_transformer_engine
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps
-from dpo_engine.verbs.check import FIRST_RECORDS
+from dpo_engine.verbs.first_records import FIRST_RECORDS, record_warnings
 
 COUNTED_BYTES = 1 << 30
 
@@ -43,20 +43,21 @@ def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str,
     arch = read_architecture(config.model.path)
     dims = parallel_dims(config, arch, world_size or ParallelDims.fewest(parallel))
     pairs = _training_pairs(config)
+    tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template)
     lines = [
         ("model", _model(arch, dims)),
         *(("adapter", line.removeprefix("adapter: ")) for line in _adapter(config, arch)),
         ("layout", _layout(config, dims, world_size, experts=arch.experts is not None)),
         ("batch", _batch(config, dims)),
-        *(("data", line) for line in _data(config)),
+        *(("data", line) for line in [*_data(config), *filter(None, [tokenizer.note])]),
         ("steps", _steps(config, pairs)),
         *(("", line) for line in _intervals(config, pairs)),
         ("loss", _loss(config)),
         *(("auto", line) for line in _auto(config, dims)),
-        *(("export", line) for line in _export(config)),
+        *(("export", line) for line in _export(config, tokenizer)),
         *_memory(config, arch, dims),
         *tried,
-        *(("warning", line) for line in run_warnings(config)),
+        *(("warning", line) for line in [*run_warnings(config), *record_warnings(config, tokenizer)]),
     ]
     return [f"  {name:<8}{text}" for name, text in lines]
 
@@ -146,8 +147,8 @@ def count(source: Source) -> int | None:
     Return None if the source has too many bytes of JSON to count quickly, or if it cannot be read.
     """
     shards = find_shards(source.path)
-    if shards.suffix.startswith(".jsonl"):
-        if shards.size > COUNTED_BYTES // (1 if shards.suffix == ".jsonl" else 8):
+    if shards.suffix.startswith(".json"):
+        if shards.size > COUNTED_BYTES // (1 if shards.suffix in (".jsonl", ".json") else 8):
             return None
     try:
         total = count_records(shards, COUNTED_BYTES)
@@ -274,12 +275,11 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
     return lines
 
 
-def _export(config: Config) -> list[str]:
+def _export(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Describe what the export cannot keep of the run's tokenizer."""
-    if not config.checkpoint.export or (config.model.tokenizer is None and config.data.chat_template is None):
-        return []
     source, own = model_directory(config.model.path), config.model.tokenizer
-    tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template)
+    if not config.checkpoint.export or (own is None and config.data.chat_template is None and tokenizer.note is None):
+        return []  # the export has the model's own files, from which transformers reads the run's tokenizer
     files = {
         name: path
         for name, path in companions(source, own and model_directory(own, "model.tokenizer")).items()

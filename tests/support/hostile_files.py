@@ -173,7 +173,7 @@ def pickle_for_records(folder):
     (folder / "pairs.jsonl").write_bytes(PICKLE)
 
 
-@case(2, "pairs.npy: unsupported file type; use .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow")
+@case(2, "pairs.npy: unsupported file type; use .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow")
 def array_of_pickled_objects_for_records(folder):
     np.save(folder / "pairs.npy", np.array([Payload()], dtype=object))
     return ["data.train=pairs.npy"]

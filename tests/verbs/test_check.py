@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from dpo_engine import cli
 from dpo_engine.config.run import Config, draft
 from dpo_engine.verbs.check import check, examine, torchrun
 from dpo_engine.verbs.summary import summarize
@@ -350,7 +351,7 @@ def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expec
 def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):
     missing = str(tmp_path / "no.jsonl")
     sources = [missing, {"path": raw["data"]["train"], "format": "txt"}, {"path": missing, "format": "zzz"}]
-    way_out = "no such file; set the path of a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow file"
+    way_out = "no such file; set the path of a .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow file"
     names = (
         "alpaca, auto, colossalchat, helpsteer3, hh, implicit, messages, nemo_aligner, nemo_rl, orca, ranked, "
         "ranked_adjacent, ranked_all, sharegpt, swift and text"
@@ -388,10 +389,41 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
         "or shorten the records"
     ]
     assert problems(raw, data__train=long, data__max_length=8) == []
+    many = written("many.jsonl", *['{"prompt": "w1 w2", "chosen": " w2 w4", "rejected": " w3"}'] * 20)
+    assert problems(raw, data__train=many, data__max_length=3)[0].startswith(
+        f"{many}: contains no usable pair; 20 dropped: a response too long for data.max_length; raise this limit"
+    )
+    late = written("late.jsonl", *[json.dumps({"prompt": "w1", "chosen": " w2 w4", "rejected": " w3"})] * 20, good)
+    assert problems(raw, data__train=late, data__max_length=3) == []
     assert problems(raw, data__train=written("more.jsonl", *[good] * 3), data__max_length=8) == []
     assert problems(raw, data__train=written("wrong.txt", good))[0].startswith(
         f"data.train[0].path={tmp_path}/wrong.txt: unsupported file type"
     )
+
+
+def test_records_that_are_dropped_or_repeat_their_prompts_are_shown(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo_engine.verbs.first_records.MOST_RECORDS", 10)
+    rows = [{"prompt": f"w{i}", "chosen": f" w{i} w2 w4", "rejected": f" w{i} w3"} for i in range(12)]
+    path = tmp_path / "repeated.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for length, says in (
+        (
+            3,
+            "the first 8 records are dropped; 8 dropped: a response too long for data.max_length; raise this",
+        ),
+        (9, "the first 8 records are pairs whose responses begin with the whole prompt, which is therefore trained on"),
+    ):
+        config = changed(raw, data__train=str(path), data__max_length=length)
+        assert check(config) == []
+        (line,) = [line for line in summarize(config, 1) if line.startswith("  warning")]
+        assert line.startswith(f"  warning data.train: {path}: {says}")
+
+
+def test_eval_names_its_option_for_other_data(raw, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(json.dumps(raw))
+    assert cli.main(["eval", str(tmp_path / "run.yaml"), "--data", f"{raw['data']['train']},none.jsonl"]) == 2
+    errors = capsys.readouterr().err
+    assert "--data=none.jsonl: no such file; set the path of a " in errors and "data.validation" not in errors
 
 
 def test_names_of_columns_are_checked(raw):

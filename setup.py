@@ -1,6 +1,6 @@
-"""Which packages there are: the engine, and its kernels (folder ``kernels/``, import name ``dpo_kernels``).
+"""The packages to install: the engine, and its kernels (folder ``kernels/``, import name ``dpo_kernels``).
 
-All metadata is in pyproject.toml, which cannot map one package of several to another folder.
+All other metadata is in pyproject.toml.
 """
 
 from setuptools import find_packages, setup

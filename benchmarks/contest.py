@@ -31,8 +31,15 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "7b-width": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 4,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
-VOCABULARY = {"smoke": 512, "tiny": 4096, "1b": 128256}
+VOCABULARY = {"smoke": 512, "tiny": 4096, "1b": 128256, "7b-width": 32000}
 
 
 NO_OPTIONS = "no options"
@@ -52,7 +59,9 @@ def save_random_model(folder: Path, shape: str, vocab_size: int, dtype: torch.dt
 
     torch.manual_seed(0)
     sizes = {"max_position_embeddings": 4096, "tie_word_embeddings": False, **SHAPES[shape]}
-    model = LlamaForCausalLM._from_config(LlamaConfig(vocab_size=vocab_size, pad_token_id=0, **sizes), dtype=dtype)
+    config = LlamaConfig(vocab_size=vocab_size, pad_token_id=0, **sizes)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU takes a minute for a billion numbers
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     return folder
 
@@ -75,7 +84,7 @@ class Contest:
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size of the model. For pairs from a file, the tokenizer's, rounded up to a multiple of 64."""
+        """Vocabulary size of the model. For pairs from a file, the tokenizer's size, rounded up to a multiple of 64."""
         if self.name in pair_sets.LENGTHS:
             return Shape.read(self.asked.model).vocab if self.asked.model else VOCABULARY[self.asked.shape]
         return -(-load_tokenizer(self.asked.tokenizer).vocab_size // 64) * 64
@@ -104,7 +113,7 @@ class Contest:
         return save_random_model(self.folder / "model", self.asked.shape, self.vocab_size)
 
     def random_adapter(self, rank: int) -> Path:
-        """Save a PEFT adapter of all projections with random weights: `B` is not zero, so no gradient is."""
+        """Save a PEFT adapter of all projections with random weights. `B` is not zero, so no gradient is zero."""
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
@@ -185,13 +194,19 @@ class Contest:
         sides = [[one for one in self.settings if (one.job.side == "trl") == trl] for trl in (False, True)]
         plain = [[one for one in side if one.name.endswith(NO_OPTIONS)][:1] for side in sides]
         best = [sorted(side, key=self.median_rate)[-1:] for side in sides]
+        needed = [f"{one.name} {self.tflops(one):.1f}" for one in (*plain[0], *best[0])]
+        used = [f"TFLOP/s that the bound counts: {', '.join(dict.fromkeys(needed))}."] if self.gpu and needed else []
         lines = [("No options", [*plain[0], *plain[1]]), ("The best of each", [*best[0], *best[1]])]
         return [
             f"{title}: {' and '.join(f'{one.name} {self.median_rate(one):.2f} pairs per second' for one in pair)}, a "
             f"ratio of {ratio(*pair, pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu):.2f}."
             for title, pair in lines
             if len(pair) == 2
-        ]
+        ] + used
+
+    def tflops(self, setting: Setting) -> float:
+        """Return the operations of the bound per second, in 10^12. Executed operations are a few percent more."""
+        return self.median_rate(setting) * setting.bound / self.timed_pairs / 1e12
 
     def median_rate(self, setting: Setting) -> float:
         """Return the median rate over all rounds."""
@@ -247,7 +262,7 @@ class Contest:
 
 
 def run_job(job: Job, *, threads: int | None) -> Measured:
-    """Run a job in its own process and return its measurements. Raises `SystemExit` with the end of its stderr."""
+    """Run a job in its own process and return its measurements. If it fails, `SystemExit` has the end of stderr."""
     environment = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)

@@ -118,7 +118,7 @@ def bound(
 
 
 def _adapted(shape: Shape, prompt: int, scored: int, passes: float, prune: bool, rank: int) -> float:
-    """Return the operations that adapters add: their own products, less the gradients of frozen weights.
+    """Return the operations that adapters add: their own products, minus the gradients of frozen weights.
 
     The embedding is frozen too, so the first layer's inputs need no gradients.
     """

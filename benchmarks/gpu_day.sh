@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Measure the engine on one GPU within 15 minutes: bash benchmarks/gpu_day.sh [NAME]
 #
-# Runs every part with its own time limit. A part that fails or takes too long does not stop the next one. Each part
-# writes a log to gpu-day/NAME/, and a line of benchmarks/results/NAME.md (default: gpu-day). Set PYTHON to choose the
-# interpreter, PARTS to run only some parts ("stack kernels"), SCALE to lengthen all limits by a factor, and SHAPE to
-# train another model than "1b" (see contest.py). Triton's cache is gpu-day/triton unless TRITON_CACHE_DIR is set;
-# tests/nullgpu/rehearse.sh fills it on a machine without a GPU.
+# Every part has its own time limit, and the most useful parts run first. All limits add up to at most 840 s. A part
+# that fails or takes too long does not stop the next one. Each part writes a log to gpu-day/NAME/, and a section of
+# benchmarks/results/NAME.md (default: gpu-day). Set PYTHON to choose the interpreter, PARTS to run only some parts
+# ("stack kernels"), SCALE to lengthen all limits by a factor, and SHAPE to train other models than "1b" and "7b-width"
+# (see contest.py). Triton's cache is gpu-day/triton unless TRITON_CACHE_DIR is set; tests/nullgpu/rehearse.sh fills it
+# on a machine without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 name=${1:-gpu-day}
@@ -24,7 +25,7 @@ part() {
   timeout --kill-after=5 "$limit" "$@" >"$logs/$part.log" 2>&1 </dev/null &
   wait $!
   code=$?
-  kill -KILL -- "-$!" 2>/dev/null # what the part has started and not ended, which would disturb the next part
+  kill -KILL -- "-$!" 2>/dev/null # end processes that the part left running, which would disturb the next part
   local result="exit code $code"
   ((code == 0)) && result=passed
   ((code == 124 || code == 137)) && result="stopped after its limit of $limit s"
@@ -38,32 +39,28 @@ part() {
 }
 
 printf '# %s\n\n%s, commit %s\n\n' "$name" "$(date -u +%Y-%m-%d)" "$(git describe --always --dirty 2>/dev/null)" >"$summary"
-part stack 120 "$python" -c '
-import torch, importlib.metadata as m
-print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30, "GiB")
-print(*(f"{p} {m.version(p)}" for p in ("torch", "triton", "megatron-core", "transformers")))
-try:
-    import transformer_engine.pytorch as te
-    x = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
-    layer = te.Linear(128, 128, bias=False, params_dtype=torch.bfloat16, device="cuda")
-    print("transformer_engine", m.version("transformer_engine"), "largest difference",
-          float((layer(x) - x @ layer.weight.T).abs().max()))
-except ImportError as error:
-    print("transformer_engine: not usable:", error)
-from dpo_engine.platform.device import describe_stack, open_platform
-print(*describe_stack(open_platform(deterministic=True)), sep="\n")'
-part kernels 120 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/kernels -x --tb=short
-part head 60 "$python" benchmarks/head.py
-part attention 90 "$python" benchmarks/attention.py --kv-heads 8 --pairs 127,62,52 200,288,288 669,94,116 2048,1024,1024 \
+part stack 60 "$python" benchmarks/stack.py
+ours=() # without overrides, layers are Transformer Engine's where it is installed
+grep -q '^transformer_engine: installed, but fails' "$logs/stack.log" 2>/dev/null && ours=(model.spec=native)
+compare=("$python" benchmarks/compare_trl.py)
+day=(--global-batch-size 64 --repeats 1 --model "$logs/model")
+part kernels 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/kernels -x --tb=short
+part model 30 "$python" benchmarks/random_model.py "${SHAPE:-1b}" "$logs/model"
+part train 120 "${compare[@]}" hh-like --pairs 256 "${day[@]}" --trl --ours "${ours[@]}" --ours model.spec=native \
+  --ours "${ours[@]}" train.deterministic=false --ours "${ours[@]}" batch.tokens_per_micro_batch=16384 \
+  --ours "${ours[@]}" model.attention=triton
+part trl 120 "${compare[@]}" hh-like --pairs 256 "${day[@]}" --ours "${ours[@]}" --trl "no options" mb4 mb1
+part engine 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py --tb=short \
+  -k "resumes or patched or bf16 or torch"
+part repeats 75 "$python" benchmarks/repeats.py "$logs/model" --ours "${ours[@]}"
+part attention 55 "$python" benchmarks/attention.py --kv-heads 8 --pairs 127,62,52 200,288,288 2048,1024,1024 \
   --row 4 16 --tokens 16384 --backends varlen triton sdpa
-part gradients 30 "$python" benchmarks/weight_gradient.py
-part engine 150 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py --tb=short
-part model 90 "$python" benchmarks/random_model.py "${SHAPE:-1b}" "$logs/model"
-part train 150 "$python" benchmarks/compare_trl.py hh-like --model "$logs/model" --pairs 256 --global-batch-size 64 \
-  --repeats 1 --trl --ours --ours batch.tokens_per_micro_batch=4096 \
-  --ours batch.tokens_per_micro_batch=16384 --ours model.attention=triton
-part trl 150 "$python" benchmarks/compare_trl.py hh-like --model "$logs/model" --pairs 256 --global-batch-size 64 \
-  --repeats 1 --trl "no options" mb4 mb8
-part memory 90 "$python" benchmarks/compare_trl.py helpsteer-like --model "$logs/model" --pairs 64 --global-batch-size 32 \
-  --repeats 1 --trl --ours --ours model.recompute=selective --ours model.recompute=full
+part causal 25 "$python" benchmarks/causal.py
+part head 35 "$python" benchmarks/head.py
+part wide 20 "$python" benchmarks/random_model.py "${SHAPE:-7b-width}" "$logs/wide"
+part width 50 "${compare[@]}" helpsteer-like --pairs 64 --global-batch-size 32 --repeats 1 --model "$logs/wide" --trl \
+  --ours "${ours[@]}" --ours model.spec=native
+part memory 55 "${compare[@]}" helpsteer-like --pairs 64 --global-batch-size 32 --repeats 1 --model "$logs/model" --trl \
+  --ours "${ours[@]}" model.recompute=selective --ours "${ours[@]}" model.recompute=full
+part gradients 15 "$python" benchmarks/weight_gradient.py
 echo "wrote $summary"

@@ -26,6 +26,7 @@ class Job:
     adapter    directory of a PEFT adapter that is trained instead of the weights, and that the reference has too;
                empty: all weights are trained
     overrides  engine: config overrides, `a.b=c`
+    digest     engine: whether to hash the weights after the last step
     micro_batch_size  TRL: number of pairs per micro-batch
     grouped           TRL: whether to group pairs of similar length
     precomputed       TRL: whether to score the reference before training
@@ -42,6 +43,7 @@ class Job:
     count: bool = False
     adapter: str = ""
     overrides: tuple[str, ...] = ()
+    digest: bool = False
     micro_batch_size: int = 1
     grouped: bool = False
     precomputed: bool = False
@@ -64,17 +66,23 @@ class Measured:
     filling_s       (processor seconds, wall seconds) to score the reference in advance; zeros if each step scores it
     steps_s         (processor seconds, wall seconds) of every step
     peak_bytes      peak resident memory minus that after the imports; on a GPU, peak memory allocated by torch
+    reserved_bytes  on a GPU: peak memory reserved by torch
+    outside_bytes   on a GPU: memory in use on the device after the last step, minus that reserved by torch
     flops           number of executed operations, if `Job.count` is set
     largest_tokens  number of tokens in the largest micro-batch, including padding
     metrics         metrics of every step: loss, and mean log-probabilities of chosen and rejected responses
+    digest          SHA-256 of the weights after the last step, if `Job.digest` is set
     """
 
     filling_s: tuple[float, float] = (0.0, 0.0)
     steps_s: list[tuple[float, float]] = field(default_factory=list)
     peak_bytes: int = 0
+    reserved_bytes: int = 0
+    outside_bytes: int = 0
     flops: float = 0.0
     largest_tokens: int = 0
     metrics: list[dict[str, float]] = field(default_factory=list)
+    digest: str = ""
 
     def report(self) -> None:
         """Print the measurements on one line. It must be the last output of this process."""
@@ -96,7 +104,7 @@ def said(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 class Meter:
-    """Measures time and memory of this process. Create it after all imports and before loading a model."""
+    """Meter of time and memory of this process. Create it after all imports and before loading a model."""
 
     def __init__(self) -> None:
         self._gpu = torch.cuda.is_available()
@@ -116,6 +124,14 @@ class Meter:
         """Return the peak memory, as defined in :class:`Measured`."""
         return torch.cuda.max_memory_allocated() if self._gpu else _status_bytes("VmHWM") - self._floor
 
+    def memory(self, measured: Measured) -> None:
+        """Note the memory of this process, as defined in :class:`Measured`."""
+        measured.peak_bytes = self.peak_bytes()
+        if self._gpu:
+            free, total = torch.cuda.mem_get_info()
+            measured.reserved_bytes = torch.cuda.max_memory_reserved()
+            measured.outside_bytes = total - free - torch.cuda.memory_reserved()
+
     def _now(self) -> tuple[float, float]:
         if self._gpu:
             torch.cuda.synchronize()
@@ -126,7 +142,7 @@ class Meter:
 def _status_bytes(name: str) -> int:
     """Return a memory value of this process in bytes.
 
-    It does not use `getrusage`, whose peak includes that of the process from which this one was forked.
+    It does not use `getrusage`, whose peak includes the peak of the parent process.
     """
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

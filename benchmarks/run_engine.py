@@ -1,9 +1,12 @@
 """Run the engine once in its own process and print its measurements: `python run_engine.py JOB.json`."""
 
+import hashlib
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import numpy as np
+import torch
 import yaml
 from flops import executed_flops
 from measure import Job, Measured, Meter, said
@@ -56,9 +59,20 @@ def run(job: Job, meter: Meter) -> Measured:
         measured.steps_s.append(meter.lap())
         measured.metrics.append(said(metrics))
         measured.largest_tokens = max(measured.largest_tokens, *(batch.tokens.numel() for batch in batches))
-    measured.peak_bytes = meter.peak_bytes()
+    meter.memory(measured)
+    if job.digest:
+        measured.digest = digest(trained.chunks)
     engine.close()
     return measured
+
+
+def digest(chunks: Iterable[torch.nn.Module]) -> str:
+    """Return the SHA-256 of all weights, in the order of their names."""
+    found = hashlib.sha256()
+    for chunk in chunks:
+        for _, weight in sorted(chunk.named_parameters()):
+            found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def main() -> None:

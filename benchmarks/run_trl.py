@@ -15,7 +15,7 @@ from dpo_engine.data.dataset import PairDataset
 from dpo_engine.platform.host import multiply_by_onednn
 
 MODEL = {"dtype": "float32", "attn_implementation": "sdpa"}
-"""How the model is loaded. With bf16, autocast is used over fp32 weights."""
+"""Arguments for loading the model. With bf16, TRL uses autocast over fp32 weights."""
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -46,7 +46,7 @@ class MeteredTrainer(DPOTrainer):
 
 
 class _Laps(transformers.TrainerCallback):
-    """Measures the time of every optimizer step. Models are loaded and prepared before the first measurement."""
+    """Timer of every optimizer step. Models are loaded and prepared before the first measurement."""
 
     def __init__(self, meter: Meter, measured: Measured):
         self.meter, self.measured = meter, measured

@@ -1,4 +1,4 @@
-"""Time the gradient of a weight, added to an fp32 buffer: a product and an addition, against one product that adds.
+"""Time the gradient of a weight, added to an fp32 buffer: a product and an addition, against one fused operation.
 
 Without Apex, Megatron-Core computes the product in bf16 and then adds it. torch.addmm with out_dtype would do both in
 one operation, without the rounding to bf16.

@@ -4,12 +4,12 @@ Usage, from the repository root, with the environment's interpreter: ``python do
 the environment: TORCH_REQUIREMENT, CONSTRAINTS, EXTRAS, PIP_OPTIONS (see docker/Dockerfile), and the image's
 PIP_CONSTRAINT.
 
-The problem: NVIDIA's images bring packages that must stay, because torch, Transformer Engine and Apex are compiled
-against them, and a list of constraints (PIP_CONSTRAINT) with all their versions. pip stops if two constraints for one
-package differ, and a build without constraints may install other versions every day.
+The problem: NVIDIA's images contain packages that must not change, because torch, Transformer Engine and Apex are
+compiled against them. The images also set PIP_CONSTRAINT to a list of all their versions. pip stops if two constraints
+for one package differ, and a build without constraints may install other versions every day.
 
 The solution is one list with one line per package: the base image's version if there is one, or else the tested one.
-A version of the base image that pyproject.toml does not allow is replaced by the tested one, except that of torch. If
+A version of the base image that pyproject.toml does not allow is replaced by the tested one, except for torch. If
 pip finds the list contradictory, it tries a second list, which keeps only what is compiled against torch. The build
 prints what it replaced, and image.txt says which of the two lists was used.
 """

@@ -8,7 +8,7 @@ from dpo_engine.exit_code import forget_earlier_start, record
 # Processes that multiprocessing spawns import this file again, and must not start another run.
 if __name__ == "__main__":
     # Block signals during the imports. A signal that arrives meanwhile stays pending. Verbs with signal handlers
-    # unblock signals after installing them; for other verbs, main() unblocks signals before it starts the verb.
+    # install the handlers and then unblock signals. For other verbs, main() unblocks signals before it starts the verb.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
     forget_earlier_start()
     from dpo_engine.cli import main

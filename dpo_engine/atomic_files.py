@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STALE_S = 3600
-"""In a directory that other processes may be writing to, unfinished files are removed at this age, in seconds."""
+"""Minimum age of the unfinished files that are removed from a directory that other processes may be writing to."""
 _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
 """Matches the names of the temporary files that :func:`write_whole` creates."""
 
@@ -98,7 +98,7 @@ class HashedFile:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Add the file's name to an ``OSError`` raised in the block; errors of open files do not contain it."""
+    """Add the file's name to an ``OSError`` raised in the block. Errors from operations on open files lack the name."""
     try:
         yield
     except OSError as error:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import runpy
 import signal
 import sys
 import warnings
@@ -173,7 +175,13 @@ def _eval(asked: argparse.Namespace) -> int:
         # Check these sources instead of the run's own held-out pairs, which the verb does not read.
         held_out = json.dumps(asked.data.split(","))
         asked.overrides = [*asked.overrides, f"data.validation={held_out}", "data.validation_fraction=0"]
-    checked = _checked(asked)
+    try:
+        checked = _checked(asked)
+    except ConfigError as error:
+        if asked.data is None:
+            raise
+        problems = [re.sub(r"^data\.validation(\[\d+\]\.path)?=", "--data=", line) for line in error.problems]
+        raise ConfigError(problems) from error
     from dpo_engine.reporting.comparison import show, show_comparison
     from dpo_engine.verbs.evaluate import evaluate
 
@@ -275,7 +283,7 @@ def _checked(asked: argparse.Namespace) -> Config:
     """Load and check the run.
 
     Raises `ConfigError` with all problems, `DataError` if only records have problems, or `CheckpointError` if another
-    run on this machine is writing to the directory in which this run would train.
+    run on this machine is writing to this run's output directory.
     """
     read = draft(asked.run, asked.overrides)
     if read.config is None:
@@ -296,7 +304,10 @@ def _checked(asked: argparse.Namespace) -> Config:
 
 
 def _others_wait(verb: str, config: Config) -> AbstractContextManager[None]:
-    """Return a context in which other ranks, if the verb connects to any, wait for this rank without a time limit."""
+    """Return a context in which the other ranks wait for this rank without a time limit.
+
+    For a verb whose ranks do not connect to each other, the context does nothing.
+    """
     if verb not in CONNECTING:
         return nullcontext()
     from dpo_engine.platform.arrival import preparing
@@ -317,8 +328,8 @@ def _unread(verb: str, config: Config) -> frozenset[str]:
 def _world(asked: argparse.Namespace) -> int | None:
     """Return the number of ranks, from `--world-size` or from the launcher.
 
-    Return None if a single process runs a verb that needs no ranks (check, tokenize) or starts them itself (rehearse,
-    parity).
+    Return None if a single process runs a verb that needs no ranks (check, tokenize) or that starts its own ranks
+    (rehearse, parity).
     """
     if getattr(asked, "world_size", None) is not None:
         if asked.world_size < 1:
@@ -326,3 +337,7 @@ def _world(asked: argparse.Namespace) -> int | None:
         return asked.world_size
     _, world = world_from_environment()
     return None if asked.verb in ("check", "tokenize", "rehearse", "parity") and world == 1 else world
+
+
+if __name__ == "__main__":
+    runpy.run_module("dpo_engine", run_name="__main__", alter_sys=True)

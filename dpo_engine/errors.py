@@ -39,7 +39,7 @@ class EngineError(Exception):
     """A user-facing error.
 
     problems  list of messages, one line per problem; may also be given as a single string. `str()` joins the lines
-    alone     whether only this rank knows of the error, so that it must be passed on to the other ranks
+    alone     whether only this rank knows of the error. If so, the other ranks treat this rank as lost, and stop
     """
 
     exit_code = 1

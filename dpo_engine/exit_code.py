@@ -9,15 +9,16 @@ _progress = False
 
 
 def note_progress() -> None:
-    """Note that this start saved work that the next start does not repeat: a checkpoint, or values in a store."""
+    """Note that this start saved work that the next start need not repeat: a checkpoint, or values in a store."""
     global _progress
     _progress = True
 
 
 def forget_earlier_start() -> None:
-    """Empty the file on rank 0 if torchrun may restart the ranks: its first line must be the cause of the job's end.
+    """On rank 0, empty the file of exit codes if torchrun may restart the ranks.
 
-    torchrun's own count of restarts does not tell whether this is a restart, because it may differ between nodes.
+    The first line of the file must be the exit code that ended the job, not one from before a restart. torchrun's own
+    count of restarts does not tell whether this is a restart, because it may differ between nodes.
     """
     again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if (path := os.environ.get("DPO_EXIT_CODES")) and again and os.environ.get("RANK") == "0":
@@ -37,7 +38,7 @@ def record(code: int) -> int:
     path = os.environ.get("DPO_EXIT_CODES")
     if path:
         idle = code == Interrupted.exit_code and not _progress
-        with suppress(OSError):  # the disk may be full, and this may be why the run failed
+        with suppress(OSError):  # the disk may be full, which may be why the run failed
             with open(path, "a", encoding="ascii") as file:
                 file.write(f"{code}\nno-progress\n" if idle else f"{code}\n")
     return code

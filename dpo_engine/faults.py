@@ -2,8 +2,8 @@
 
 The rank (a number, or `*` for every rank) performs the action when it reaches the phase for the n-th time. Several
 faults are separated by commas. :func:`arm` reads the variable once. It ignores the variable in a job that Slurm or
-torchrun has restarted, so that the restarted job can finish. Without faults, a phase costs one lookup in an empty
-dictionary.
+torchrun has restarted, so that the restarted job can finish. Without faults, reaching a phase costs one lookup in an
+empty dictionary.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def reach(phase: str, path: str | os.PathLike[str] | None = None) -> None:
     if action is None:
         return
     if action == "stop":
-        # Sent to this thread, so that the process stops here. Sent to the process, it may reach another thread first,
-        # while this thread goes on for a moment.
+        # Send the signal to this thread, so that the process stops here. If the signal is sent to the process, another
+        # thread may receive it first, and this thread continues for a moment.
         signal.raise_signal(signal.SIGSTOP)
     elif action in SIGNALS:
         os.kill(os.getpid(), signal.Signals[SIGNALS[action]])

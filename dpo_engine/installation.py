@@ -1,4 +1,4 @@
-"""Before a verb starts, check that engine and kernels belong together, and prepare for a user without name or home."""
+"""Before a verb starts, check that the engine and its kernels match, and prepare for a user without a name or home."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ HERE = Path(__file__).resolve().parent
 
 
 def check_installation() -> None:
-    """Check that the engine and its kernels (``dpo_kernels``) belong to the same installation, and to one version.
+    """Check that the engine and its kernels (``dpo_kernels``) are from the same installation, and of the same version.
 
     In a clone, ``python -m dpo_engine`` takes the engine from the current directory. Without ``kernels/`` on
-    ``PYTHONPATH``, Python would take the kernels of whichever version is installed. The check does not import any of
-    them.
+    ``PYTHONPATH``, Python would take the kernels of whichever version is installed. The check does not import the
+    kernels.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if the kernels are absent, elsewhere, or of another version.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the kernels are missing, from another installation, or of
+    another version.
     """
     spec = find_spec("dpo_kernels")
     kernels = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
@@ -37,7 +38,7 @@ def check_installation() -> None:
     way_out = "install the package again, without older files on PYTHONPATH"
     if cloned.is_dir() and kernels != cloned:
         way_out = f"set PYTHONPATH={HERE.parent}:{cloned.parent}, or start the installed engine from another directory"
-    raise ConfigError(f"dpo_kernels: {problem}, but this engine is {HERE}, version {__version__}; {way_out}")
+    raise ConfigError(f"dpo_kernels: {problem} (the engine is {HERE}, version {__version__}); {way_out}")
 
 
 def _version(file: Path) -> str:
@@ -50,10 +51,11 @@ def _version(file: Path) -> str:
 
 
 def prepare_for_user() -> None:
-    """Set variables that libraries need if the user id has no name, or no home directory that can be written to.
+    """Set environment variables that libraries need if the user ID has no name or no writable home directory.
 
-    Containers often run with such a user id. torch and Triton then fail when they compile, because their caches are in
-    directories named after the user, or in the home directory. Variables that are set keep their values.
+    Containers often run with such a user ID. torch and Triton then fail when they compile, because their caches are in
+    directories named after the user, or in the home directory. Variables that are already set keep
+    their values.
     """
     try:
         name = getpass.getuser()

@@ -2,14 +2,12 @@
 
 The tables are in ``migration.yaml``, next to this module. They have two uses. If a run has an unknown key, the error
 message suggests the equivalent key (:func:`foreign_key`). The page ``docs/migrating.md`` is generated from the tables
-(:func:`migration_pages`); after changing the tables, regenerate the page with
-``python -m dpo_engine.migration > docs/migrating.md``.
+(:func:`migration_pages`); after changing the tables, regenerate the page with ``python docs/generate.py``.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -134,7 +132,7 @@ def _own_keys() -> frozenset[str]:
 
 @cache
 def _by_path() -> dict[str, Entry]:
-    """Return the entries by their whole key. If several systems have the same key, the first system's entry counts."""
+    """Return the entries by their whole key. If several systems have the same key, the first system's entry is used."""
     found: dict[str, Entry] = {}
     for system in _tables():
         for entry in system.entries:
@@ -170,7 +168,3 @@ def _by_last_component() -> dict[str, Entry]:
             nested.setdefault(last, []).append(entry)
     agreed = {last: found[0] for last, found in nested.items() if len({entry.target for entry in found}) == 1}
     return {**agreed, **{key: entry for key, entry in _by_path().items() if "." not in key}}
-
-
-if __name__ == "__main__":
-    sys.stdout.write(migration_pages())

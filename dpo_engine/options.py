@@ -35,9 +35,9 @@ def parameters_after(entry: Any, passes: int = 0, reserved: tuple[str, ...] = ()
 
 
 def name_problem(registry: Registry, name: str, key: str, *, plugins: bool) -> str:
-    """Return the line about an unregistered name, with the nearest name and the registered ones.
+    """Return the error line about an unregistered name, with the nearest name and the registered names.
 
-    key      the configuration key that contains the name, with its value if the name is a value
+    key      the key that contains the name, as the line shows it: ``callbacks.NAME`` or ``loss.name=NAME``
     plugins  whether the run imports plugins; if not, the line says how to register a name
     """
     near = nearest(name, list(registry))
@@ -54,7 +54,7 @@ def option_problems(
     above: str,
     way_out: Callable[[str], str | None] = lambda key: None,
 ) -> list[str]:
-    """List the problems of the options ``given`` to the object that is registered under ``name``.
+    """List the problems with the options ``given`` for the object that is registered under ``name``.
 
     above    key of the section that contains the options, such as ``callbacks.patience``
     way_out  advice for an unknown option, if there is better advice than the nearest name
@@ -83,7 +83,7 @@ def option_problems(
 def section_problems(
     registry: Registry, given: Mapping[str, Mapping[str, Any]], above: str, *, plugins: bool
 ) -> list[str]:
-    """List the problems of a section that maps registered names to options, such as ``callbacks``.
+    """List the problems with a section that maps registered names to options, such as ``callbacks``.
 
     plugins  whether the run imports plugins
     """

@@ -53,7 +53,7 @@ class Registry(dict[str, Any]):
         raise UnknownName(self.describe_unknown(name))
 
     def describe_unknown(self, name: str) -> str:
-        """Return the error message for an unregistered name; it suggests the closest name and lists names."""
+        """Return the error message for an unregistered name, with the closest name and the registered names."""
         near = difflib.get_close_matches(str(name), self, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         names = sorted(self)

@@ -14,7 +14,7 @@ arguments=("$@")
 # Each rank appends its exit code to this file. The launchers' own exit codes do not show whether the run was saved:
 # srun returns the largest code, including those of ranks that it terminated itself (143); torchrun always returns 1.
 export DPO_EXIT_CODES=$PWD/.dpo-engine-$SLURM_JOB_ID.exit
-# One line for each start in a row that was interrupted before it made progress. The file outlives a requeue.
+# One line for each consecutive start that was interrupted before it made progress. The file survives a requeue.
 idle_starts=$PWD/.dpo-engine-$SLURM_JOB_ID.idle
 
 source "$launch/slurm.sh"
@@ -31,7 +31,7 @@ if [[ -n $early ]]; then on_warning; fi
 set -a
 if [[ -f $launch/site.env ]]; then
   bash -n "$launch/site.env" || refuse "$launch/site.env: is not valid bash code; correct it"
-  # It may use unset variables and commands that fail, such as a last line `[[ -d /data ]] && MOUNTS=/data:/data`.
+  # site.env may use unset variables and commands that fail, such as a last line `[[ -d /data ]] && MOUNTS=/data:/data`.
   set +eu
   source "$launch/site.env"
   set -eu
@@ -44,7 +44,7 @@ MASTER_ADDR=${hosts[0]}
 : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 12000))}"
 # With a single queue, kernels run in the order of their launch. Megatron's overlap of communication requires this.
 : "${CUDA_DEVICE_MAX_CONNECTIONS:=1}" "${OMP_NUM_THREADS:=1}"
-# If the job was submitted with --export=NONE, srun would otherwise pass nothing on.
+# Without this, srun would pass no variables on if the job was submitted with --export=NONE.
 export SLURM_EXPORT_ENV=ALL
 set +a
 load_modules

@@ -73,7 +73,7 @@ read_hosts() {
 warn_of_short_limit() {
   local early
   early=$(warning_s)
-  if saves && [[ -n $limit ]] && ((limit <= early + 30)); then # Slurm looks every 30 s
+  if saves && [[ -n $limit ]] && ((limit <= early + 30)); then # Slurm checks the limit every 30 s
     say "warning: the time limit leaves $limit s, but Slurm warns $early s before it, that is, at the start; the" \
       "ranks will be warned $(reserve_s) s before the limit; request more time (sbatch --time), or a later warning" \
       "(sbatch --signal)"
@@ -85,7 +85,7 @@ warn_of_short_limit() {
 too_early() { # sets $left
   local now
   printf -v now '%(%s)T' -1
-  # Late in the job, do not wait for an answer of the controller, which may be busy.
+  # Late in the job, do not wait for an answer from the controller, which may be busy.
   if [[ -n $limit ]] && ((now - began > limit / 2)); then return 1; fi
   left=$(seconds_left)
   if [[ -z $left ]]; then return 1; fi
@@ -178,7 +178,7 @@ was_requeued() {
 }
 
 # Requeues the job and ends the script. If the job cannot be requeued, the exit code is 75.
-requeue() { # what happened, how the job goes on, nodes to exclude from the next start
+requeue() { # what happened, how the job continues, nodes to exclude from the next start
   local said state pause tries=0
   # Slurm terminates this script as soon as the job is requeued.
   trap '' TERM USR1
@@ -247,7 +247,7 @@ on_termination() {
   if was_requeued; then exclude "${lost[@]}"; fi
 }
 
-# If a node is lost, Slurm requeues the job as soon as it notices, but only if the job still exists.
+# If a node is lost, Slurm requeues the job as soon as it notices the loss, but only if the job still exists.
 await_requeue_after_loss() {
   local lost=() probe
   timeout --signal=KILL 60 srun --overlap --ntasks-per-node=1 "--ntasks=$SLURM_NNODES" true &

@@ -41,7 +41,8 @@ names=$(container_variables)
 mapfile -t passed <<<"$names"
 
 if [[ $container == apptainer ]]; then
-  # Apptainer passes the environment, but the image may set the same variables. With this prefix, ours override them.
+  # Apptainer passes the environment, but the image may set the same variables. With this prefix, the variables of the
+  # job override them.
   for variable in "${passed[@]}"; do export "APPTAINERENV_$variable=${!variable-}"; done
   read -r -a more <<<"${CONTAINER_OPTIONS-}"
   exec apptainer exec --nv --bind "$MOUNTS" --pwd "$PWD" "${more[@]}" "$IMAGE" "${command[@]}"

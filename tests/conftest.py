@@ -1,13 +1,14 @@
 """Shared fixtures such as tiny random Hugging Face models; every test process uses one intra-op thread, as ranks do."""
 
 import os
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from dpo_engine.testing import TinyModels
+from support.family_cases import CASES
 from support.small_run import write_pairs, write_run
 from support.tiny_tokenizers import piece_model
 
@@ -18,51 +19,20 @@ settings.load_profile("patient")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, here or by Megatron
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 515,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Return the models of all cases of the engine's families, and what the checks computed from them."""
+    return TinyModels(tmp_path_factory.mktemp("models"), CASES)
 
 
 @pytest.fixture(scope="session")
-def tiny_hf(tmp_path_factory):
+def tiny_hf(tiny_models):
     """Return a function: ``tiny_hf("qwen3", tie_word_embeddings=True)`` makes a tiny random model in a directory.
 
     The same arguments give the same directory within a session. Weights are large, so that logits differ clearly.
     """
-    made: dict[str, Path] = {}
-
-    def make(
-        family: str = "llama", *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **config
-    ) -> Path:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        key = repr((family, str(dtype), max_shard_size, sorted(config.items(), key=str)))
-        if key not in made:
-            torch.manual_seed(zlib.crc32(key.encode()))  # not from a counter, which would depend on the order of tests
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY, **config}))
-            for parameter in model.parameters():
-                parameter.data.mul_(3.0) if parameter.dim() > 1 else parameter.data.add_(
-                    0.1 * torch.randn_like(parameter)
-                )
-            for name, buffer in model.named_buffers():
-                if name.endswith("e_score_correction_bias"):  # zeros would not change which experts are chosen
-                    buffer.copy_(0.1 * torch.randn_like(buffer))
-            directory = tmp_path_factory.mktemp(family)
-            model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
-            made[key] = directory
-        return made[key]
-
-    return make
+    return tiny_models.make
 
 
 @pytest.fixture

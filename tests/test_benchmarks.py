@@ -7,14 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dpo_engine.testing.pairs import RandomPairs
 from dpo_kernels import dispatch
-from support.pairs import RandomPairs
 from support.tiny_tokenizers import byte_level
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -23,11 +24,13 @@ sys.path.insert(0, str(BENCHMARKS))
 trl = pytest.importorskip("trl")
 
 import attention  # noqa: E402
+import causal  # noqa: E402
 import compare_trl  # noqa: E402
 import contest  # noqa: E402
 import flops  # noqa: E402
 import head  # noqa: E402
 import pair_sets  # noqa: E402
+import repeats  # noqa: E402
 import weight_gradient  # noqa: E402
 from measure import Job, Measured, Meter  # noqa: E402
 from report import Disagreement, Setting, check_agreement, machine, rate, table  # noqa: E402
@@ -389,33 +392,50 @@ def test_a_differing_head_is_not_timed(monkeypatch):
         head.main(["--shapes", "40,8,50", "--backends", "eager", "eager"])
 
 
-def test_gpu_day_calls_benchmarks_with_arguments_that_exist():
-    script = (BENCHMARKS / "gpu_day.sh").read_text().replace("\\\n", " ")
-    calls = re.findall(r"benchmarks/(head|attention|compare_trl)\.py *(.*)", script)
-    assert [name for name, _ in calls] == ["head", "attention", "compare_trl", "compare_trl", "compare_trl"]
-    for name, options in calls:
-        {"head": head, "attention": attention, "compare_trl": compare_trl}[name].arguments(shlex.split(options))
+BUDGET_S = 840
+"""Seconds of the parts of gpu_day.sh together: 15 minutes, less the time to copy files and to start."""
+
+
+def gpu_day(folder, python, script):
+    """Run a copy of gpu_day.sh with a stand-in for Python. Return the result of each part, and Python's arguments."""
+    (folder / "benchmarks/results").mkdir(parents=True)
+    (folder / "benchmarks/gpu_day.sh").write_text(script)
+    stand_in, calls = folder / "python", folder / "calls"
+    stand_in.write_text(f'#!/bin/bash\nprintf "%q " "$@" >>{calls}\necho >>{calls}\n{python}')
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stand_in), "SCALE": "1"}
+    command = ["bash", str(folder / "benchmarks/gpu_day.sh"), "day"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = dict(re.findall(r"^(\w+) +\d+ s  (.*)$", done.stdout, re.MULTILINE))
+    return results, [shlex.split(line) for line in calls.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("engine, override", [("not installed", []), ("installed, but fails: ", ["model.spec=native"])])
+def test_gpu_day_calls_benchmarks_with_arguments_that_exist(engine, override, tmp_path):
+    script = (BENCHMARKS / "gpu_day.sh").read_text()
+    _, calls = gpu_day(tmp_path, f'[[ $1 == *stack.py ]] && echo "transformer_engine: {engine}"; exit 0\n', script)
+    benchmarks = {one.__name__: one for one in (attention, causal, compare_trl, head, repeats)}
+    asked = [(Path(path).stem, words) for path, *words in calls]
+    assert benchmarks.keys() <= {name for name, _ in asked}
+    parsed = [benchmarks[name].arguments(words) for name, words in asked if name in benchmarks]
+    (against,) = [one for one in parsed if getattr(one, "trl", None)]
+    assert against.ours == [override] and against.trl == ["no options", "mb4", "mb1"]
+
+
+def test_the_limits_of_gpu_day_stay_within_the_budget():
+    parts = re.findall(r"^part (\w+) (\d+) ", (BENCHMARKS / "gpu_day.sh").read_text(), re.MULTILINE)
+    assert len(parts) >= 13 and sum(int(limit) for _, limit in parts) <= BUDGET_S
 
 
 def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_path):
     """A stand-in for Python fails in one part, hangs with a child process in another, and succeeds in the rest."""
-    (tmp_path / "benchmarks").mkdir()
-    shutil.copy(BENCHMARKS / "gpu_day.sh", tmp_path / "benchmarks")
-    (tmp_path / "benchmarks/results").mkdir()
-    python = tmp_path / "python"
-    python.write_text(
-        f"#!/bin/bash\necho called with $1\ncase $1 in *head.py) sleep 60 & echo $! >{tmp_path}/left; wait ;;\n"
+    script = (BENCHMARKS / "gpu_day.sh").read_text().replace("part head 35 ", "part head 1 ")
+    python = (
+        f"echo called with $1\ncase $1 in *head.py) sleep 60 & echo $! >{tmp_path}/left; wait ;;\n"
         "*attention.py) exit 3 ;; esac\n"
     )
-    python.chmod(0o755)
-    script = (tmp_path / "benchmarks/gpu_day.sh").read_text().replace("part head 60 ", "part head 1 ")
-    (tmp_path / "benchmarks/gpu_day.sh").write_text(script)
-    command = ["bash", str(tmp_path / "benchmarks/gpu_day.sh"), "day"]
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHON": str(python), "SCALE": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    results = dict(re.findall(r"^(\w+) +\d+ s  (.*)$", done.stdout, re.MULTILINE))
+    results, _ = gpu_day(tmp_path, python, script)
     assert results.pop("head") == "stopped after its limit of 1 s" and results.pop("attention") == "exit code 3"
     assert len(results) >= 7 and set(results.values()) == {"passed"}
     summary = (tmp_path / "benchmarks/results/day.md").read_text()
@@ -423,6 +443,52 @@ def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_pa
     assert "called with benchmarks/attention.py" in summary
     status = Path(f"/proc/{int((tmp_path / 'left').read_text())}/stat")
     assert not status.exists() or ") Z " in status.read_text(), "the child process must have been ended"
+
+
+@pytest.mark.parametrize(
+    "part, log, expected",
+    [
+        ("trl", "run_trl.py exited with 1:", 0),
+        ("trl", "run_engine.py exited with 1:", "parts failed: trl; their logs are in gpu-day/rehearsal"),
+        ("head", "run_trl.py exited with 1:", "parts failed: head; their logs are in gpu-day/rehearsal"),
+    ],
+)
+def test_a_rehearsal_excuses_only_trl(part, log, expected, tmp_path):
+    """Stand-ins replace the null GPU and the parts; one part fails."""
+    for folder in ("tests/nullgpu", "benchmarks/results", "gpu-day/rehearsal"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(BENCHMARKS.parent / "tests/nullgpu/rehearse.sh", tmp_path / "tests/nullgpu")
+    (tmp_path / "tests/nullgpu/build.sh").touch()
+    (tmp_path / "tests/nullgpu/nullgpu").write_text('#!/bin/bash\nexec "$@"\n')
+    (tmp_path / "tests/nullgpu/nullgpu").chmod(0o755)
+    (tmp_path / "gpu-day/rehearsal/trl.log").write_text(f"{log}\n")
+    lines = f"stack           9 s  passed\n{part:<12}   75 s  exit code 1"
+    script = f'echo "{lines}"\ntouch benchmarks/results/rehearsal.md\n'
+    (tmp_path / "benchmarks/gpu_day.sh").write_text(script)
+    done = subprocess.run(["bash", str(tmp_path / "tests/nullgpu/rehearse.sh")], capture_output=True, text=True)
+    assert done.returncode == (expected != 0), done.stderr
+    assert not expected or done.stderr.splitlines()[-1] == expected
+
+
+def test_causal_attention_is_timed(capsys):
+    assert causal.main(["--lengths", "32", "--new-lengths", "2"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| flash")]
+    assert float(line.split("|")[2]) > 0
+
+
+def test_differing_bits_are_found():
+    one = Measured(metrics=[{"loss": 1.0}, {"loss": 0.5}], digest="a")
+    assert repeats.first_difference(one, replace(one)) == "equal"
+    assert repeats.first_difference(one, replace(one, metrics=[{"loss": 1.0}, {"loss": 0.6}])) == "differs from step 2"
+    assert repeats.first_difference(one, replace(one, digest="b")) == "only the last weights differ"
+
+
+@pytest.mark.slow
+def test_repeats_are_bitwise_equal(capsys, tmp_path):
+    model = contest.save_random_model(tmp_path / "model", "smoke", 512)
+    assert repeats.main([str(model), "--data", "hh-like", "--steps", "2", "--global-batch-size", "2"]) == 0
+    lines = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [[cell.strip() for cell in line] for line in lines[2:]] == [[name, "equal"] for name in repeats.RUNS]
 
 
 def test_adding_a_weight_gradient_in_the_product_is_exact(capsys):

@@ -352,6 +352,14 @@ def test_problem_is_printed_once_under_torchrun(run):
 
 
 @pytest.mark.slow
+def test_module_of_the_command_line_runs_verbs_too(run):
+    command = [sys.executable, "-m", "dpo_engine.cli", "check", run, "parallel.tp=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "parallel.tp=0: must be a whole number, at least 1; the default is 1" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_too_few_ranks_names_the_command(run):
     done = subprocess.run(
         [sys.executable, "-m", "dpo_engine", "train", run, "parallel.tp=2"], capture_output=True, text=True, timeout=120

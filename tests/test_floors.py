@@ -21,6 +21,7 @@ TOWER = (
     "checkpoint",
     "training",
     "verbs",
+    "testing",
     "cli",
 )
 """The wings (folders and root modules) from lowest to highest. A wing may import from itself and from lower wings."""
@@ -48,6 +49,7 @@ KERNELS = {
     "model.kernels",
     "model.latent",
     "model.layer",
+    "model.local_experts",
 }
 LONGEST_FILE = 350
 
@@ -87,6 +89,12 @@ def test_imports_go_down(module):
     level = TOWER.index(wing(module))
     up = {name for name in own_imports(module) if TOWER.index(wing(name)) > level}
     assert not up, f"{module} ({wing(module)}) imports upward: {up}"
+
+
+def test_only_tests_and_plugins_import_the_checks_of_families():
+    for module in MODULES:
+        found = {wing(name) for name in own_imports(module)}
+        assert "testing" not in found or wing(module) == "testing", module
 
 
 def test_imports_have_no_cycles():

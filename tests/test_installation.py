@@ -53,8 +53,9 @@ def test_engine_of_a_clone_refuses_installed_kernels(copy, tmp_path):
     shutil.rmtree(copy / "kernels")
     assert (done.returncode, done.stdout) == (2, "")
     expected = (
-        f"dpo_kernels: {other} belongs to another installation, but this engine is {copy / 'dpo_engine'}, version "
-        f"{__version__}; set PYTHONPATH={copy}:{copy / 'kernels'}, or start the installed engine from another directory"
+        f"dpo_kernels: {other} belongs to another installation (the engine is {copy / 'dpo_engine'}, version "
+        f"{__version__}); set PYTHONPATH={copy}:{copy / 'kernels'}, or start the installed engine from another "
+        "directory"
     )
     assert done.stderr == shorten(expected) + "\n"
 
@@ -64,8 +65,8 @@ def test_engine_refuses_kernels_of_another_version(copy):
     done = start(copy, *CHECK)
     shutil.rmtree(kernels)
     assert done.stderr.splitlines()[-1] == (
-        f"dpo_engine.errors.ConfigError: dpo_kernels: {kernels} has version 0.0.9, but this engine is "
-        f"{copy / 'dpo_engine'}, version {__version__}; "
+        f"dpo_engine.errors.ConfigError: dpo_kernels: {kernels} has version 0.0.9 (the engine is "
+        f"{copy / 'dpo_engine'}, version {__version__}); "
         "install the package again, without older files on PYTHONPATH"
     )
 
@@ -83,7 +84,7 @@ def test_installed_package_is_accepted(copy):
 
 def test_absent_kernels_are_reported(monkeypatch):
     monkeypatch.setattr(installation, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="^dpo_kernels: not found, but this engine is .*; set PYTH"):
+    with pytest.raises(ConfigError, match=r"^dpo_kernels: not found \(the engine is .*\); set PYTH"):
         installation.check_installation()
 
 

@@ -86,9 +86,7 @@ def test_systems_agree_on_keys_that_are_not_nested():
 
 
 def test_page_matches_the_tables():
-    assert PAGE.read_text(encoding="utf-8") == migration_pages(), (
-        "run python -m dpo_engine.migration > docs/migrating.md"
-    )
+    assert PAGE.read_text(encoding="utf-8") == migration_pages(), "run python docs/generate.py"
 
 
 @pytest.mark.filterwarnings("ignore")

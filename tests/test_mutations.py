@@ -1,4 +1,4 @@
-"""Tests of the list of planted bugs, `tests/mutations.md`: the files and tests that it names still exist."""
+"""Tests of the list of planted bugs, `tests/mutations.md`: the code and the tests that it names still exist."""
 
 import ast
 import re
@@ -19,6 +19,21 @@ def functions_in(path):
     """Return the names of all test functions in a file, including those in classes."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def old_lines(planted):
+    """Return the lines of code that a bug replaces, from a cell such as ``what it does: `old; old` → `new; new` ``."""
+    old, _ = re.search(r"`([^`]+)` → (`[^`]+`|nothing)$", planted).groups()
+    return [line.strip() for line in old.replace(r"\|", "|").split(";") if line.strip()]
+
+
+def test_files_contain_the_old_code():
+    for file, planted, _ in rows():
+        text, place = (ROOT / "dpo_engine" / file.strip("`")).read_text(encoding="utf-8"), 0
+        for line in old_lines(planted):
+            place = text.find(line, place)
+            assert place >= 0, f"{file} does not contain {line}; plant the bug in the present code, and correct the row"
+            place += len(line)
 
 
 def test_named_files_and_tests_exist():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 from support.real_data import DATA, SETS
 
 TEMPLATE = (

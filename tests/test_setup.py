@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from support.pairs import RandomPairs
-from support.ranks import run_ranks
-from support.trajectory import VOCAB, run_config
+from dpo_engine.testing.pairs import RandomPairs
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, run_config
 
 OPTIM = {
     "lr": 3e-4,

@@ -62,6 +62,15 @@ def choose(
     return next(iter(best), None), old
 
 
+def must_save(folder: Path, step: int, history: Path, *, keep_best: KeepBest, damaged: Collection[str]) -> bool:
+    """Return whether ``step``, which has just been evaluated, is among the best steps that have checkpoints.
+
+    For the arguments, see :func:`choose`.
+    """
+    ranked = ranking(read_metrics(history), keep_best, {step, *intact(folder, damaged)})
+    return step in [found.step for found in ranked[: keep_best.count]]
+
+
 def best_saved(config: Config, say: Callable[[str], None] = lambda line: None) -> int:
     """Return the step of the run's best checkpoint by :func:`criterion`.
 
@@ -79,6 +88,9 @@ def best_saved(config: Config, say: Callable[[str], None] = lambda line: None) -
         )
     say(f"best checkpoint by {by}: {ranked[0]}")
     overall = ranking(lines, by)[0]
-    if overall.step != ranked[0].step:
-        say(f"{overall} was better but has no checkpoint; set checkpoint.keep_best to keep it in the next run")
+    if overall.step == 0:
+        say(f"{overall} was better: the model before the first step, which has no checkpoint")
+    elif overall.step != ranked[0].step:
+        advice = "" if config.checkpoint.keep_best else "; set checkpoint.keep_best to keep it in the next run"
+        say(f"{overall} was better but has no checkpoint{advice}")
     return ranked[0].step

@@ -158,7 +158,7 @@ def point(folder: Path, newest: Path, best: Path | None) -> None:
 
 
 def intact(folder: Path, damaged: Collection[str]) -> dict[int, Path]:
-    """Return the published checkpoints except those known to be damaged, by step; if a step has several, the newest.
+    """Return the newest published checkpoint of each step, by step. Checkpoints known to be damaged are left out.
 
     damaged    names of checkpoints
     """

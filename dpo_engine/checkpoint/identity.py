@@ -30,7 +30,7 @@ NOT_OF_MODEL = ("max_positions", "sliding_window")
 """Fields of an architecture that are not part of the identity of the model.
 
 The first one limits the length of rows, and the engine rejects longer rows. The second one has no effect on rows that
-are not longer than the window. If longer rows are allowed, it is part of the limits."""
+are not longer than the window. If longer rows are allowed, the window is part of the limits."""
 
 PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
 """Libraries that affect tokens or numbers.
@@ -41,7 +41,7 @@ torch is recorded separately, from ``torch.__version__``, because that also name
 def model_identity(arch: Architecture, adapter: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the part of the identity that describes the model and decides whether saved state fits it, as JSON values.
 
-    adapter  what determines the adapters: their settings, and digests of the weights below them and of the adapter that
+    adapter  facts that determine the adapters: their settings, and digests of the base weights and of the adapter that
              the run started from; None: all weights are trained
     """
     model = {name: value for name, value in arch.facts.items() if name not in NOT_OF_MODEL}
@@ -113,7 +113,7 @@ def _optim(optim: OptimConfig) -> dict[str, Any]:
 
 
 def _limits(data: DataConfig, arch: Architecture) -> dict[str, Any]:
-    """Return the settings of tokenizing, and the sliding window if rows may be longer.
+    """Return the settings of tokenizing, and the size of the sliding window if rows may be longer than it.
 
     Settings that were added later are left out while they have their default values, so that the identity still matches
     that of older checkpoints.
@@ -129,7 +129,7 @@ def _limits(data: DataConfig, arch: Architecture) -> dict[str, Any]:
 def record(
     config: Config, *, plan: str, position: Position, code: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return what a checkpoint records about its run in addition to the identity, as JSON values.
+    """Return the facts that a checkpoint records about its run in addition to the identity, as JSON values.
 
     plan      digest of the run's plan, which determines the pairs of each step
     position  the run's position in its training data

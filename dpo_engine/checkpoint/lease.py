@@ -1,21 +1,21 @@
 """The lease of a run's output directory: at most one run at a time writes to `train.output_dir`.
 
-The problem: a job is submitted twice, or started again while its former processes still live. Both write checkpoints
-and metrics to one directory, remove each other's unfinished files, and end with a mixture that nobody notices.
+The problem: a job is submitted twice, or started again while its earlier processes are still running. Both runs write
+checkpoints and metrics to one directory, and remove each other's unfinished files. The result is an unnoticed mixture.
 
 The solution: rank 0 holds a lease, a file in `<train.output_dir>/lease` that names the host, the process, the Slurm job
 and the start time. The files are numbered, and the file with the highest number counts. A run takes the lease by
 creating the file with the next number, which the file system allows to one process only. It may do so if there is no
-lease, if the last one was given back, or if its holder is dead:
+lease, if the last one was released, or if its holder is dead:
 
-1. On the same machine, the holder is dead if there is no process with its process number and its start time.
-2. If the holder has the same Slurm job number and a lower restart count, it is dead, because the job was requeued.
+1. On the same machine, the holder is dead if there is no process with its process ID and its start time.
+2. If the holder has the same Slurm job ID and a lower restart count, it is dead, because the job was requeued.
 3. Otherwise the holder is dead if the lease does not change while this process watches. The holder renews its lease
    every `RENEW_S` seconds in a thread: it sets the file's modification time. The watcher compares this time only with
    the one that it saw before, never with its own clock, and watches longer if the storage answers slowly.
 
 A new holder removes the older files before it writes anything else. A former holder that was only suspended, or cut off
-from the storage, finds its file gone at its next renewal or before its next save, and ends at once.
+from the storage, finds that its file is gone at its next renewal or before its next save, and ends at once.
 
 Why this way: locks (flock) do not work on all network storage, and can be lost silently there. Creating a file
 exclusively works on NFS since version 3. No file is ever replaced by another process, and a number is never used again,
@@ -52,11 +52,11 @@ RENEW_S = 3.0
 WATCH_S = 30.0
 """Seconds without a renewal after which a holder on another machine counts as dead."""
 SLOWEST_READS = 3
-"""The watch is longer by the duration of the slowest read times this number: the holder's storage may be as slow."""
+"""The watch is longer by this number times the duration of the slowest read. The holder's storage may be as slow."""
 POLL_S = (0.02, 1.0)
-"""Initial and maximum number of seconds between two looks at another run's lease."""
+"""Initial and maximum number of seconds between two reads of another run's lease."""
 QUIET_S = 1.0
-"""Seconds of waiting after which a line announces the wait."""
+"""Seconds of waiting after which a line reports the wait."""
 LARGEST = 1 << 16
 _NAME = re.compile(r"(\d{8})\.json")
 _FIELDS = {"host": str, "pid": int, "started": str, "machine": str, "since": str, "job": str, "restarts": int}
@@ -104,7 +104,7 @@ class Holder:
         return printable(shorten(f"host {self.host}, process {self.pid}{job}, since {self.since}", 160))
 
     def lives(self, me: Holder) -> bool | None:
-        """Whether the process still runs, as far as ``me``, another process, can tell. ``None``: it cannot tell."""
+        """Whether the process is still running, as seen by another process, ``me``. ``None``: unknown."""
         if self.machine == me.machine:
             started = process_start(self.pid)
             if started != "":
@@ -115,7 +115,7 @@ class Holder:
 
 
 def machine() -> str:
-    """Return a text that differs between processes that see different process numbers. Without /proc: the host name."""
+    """Return text that differs between processes that see different process IDs. Without /proc: the host name."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts = [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()]
@@ -144,7 +144,7 @@ def process_start(pid: int) -> str | None:
 class Lease:
     """The right to write to an output directory. Take it with :func:`take`.
 
-    name      of the directory in messages: key and path
+    name      name of the directory in messages: key and path
     renew_s   seconds between two renewals
     """
 
@@ -159,16 +159,16 @@ class Lease:
     def confirm(self) -> None:
         """Check that this run still holds the lease. Call it before anything is written.
 
-        Raises :class:`~dpo_engine.errors.CheckpointError` if it was taken by another run, removed, or given back.
+        Raises :class:`~dpo_engine.errors.CheckpointError` if the lease was taken by another run, removed, or released.
         """
         if self._over.is_set() or not self._held():
             raise CheckpointError(self._lost())
 
     def release(self) -> None:
-        """Give the lease back, so that the next run need not watch it. Calling this twice is safe."""
+        """Release the lease, so that the next run need not wait. Calling this twice is safe."""
         if not self._over.is_set():
             self._over.set()
-            with suppress(OSError):  # the storage may have failed, which may be why the run ends
+            with suppress(OSError):  # the storage may have failed, which may be why the run ended
                 if _newest(self.path.parent) == self.path:
                     write_whole(self.path, _text(self.holder, released=True))
 
@@ -188,9 +188,9 @@ class Lease:
             holder = _read(newest)[1] if newest else None
         if newest and newest != self.path:
             who = holder or "an unknown process"
-            why = f"another run took this directory over ({who}) while this process did not answer"
+            why = f"another run took over this directory ({who}) while this process did not respond"
         else:
-            why = f"this run no longer holds the directory, because {self.path} was removed or given back"
+            why = f"this run no longer holds the directory, because {self.path} was removed or released"
         return f"{self.name}: {why}; this run stops without writing anything more"
 
     def _renew(self) -> None:
@@ -201,7 +201,7 @@ class Lease:
 
 
 def _stop(line: str) -> None:
-    """End this process at once: nothing that it still does may reach the directory."""
+    """End this process at once, because it must not write to the directory anymore."""
     try:
         sys.stderr.write(f"{shorten(printable(line))}\n")
         sys.stderr.flush()
@@ -222,12 +222,12 @@ def take(
     """Take the lease of an output directory for this process. Create the directory if it does not exist.
 
     name     key and path for messages; empty: train.output_dir and ``output``
-    say      called with one line if it takes time to find out whether another run lives
+    say      called with one line if it takes time to find out whether another run is still running
     between  called while waiting; may raise an exception to stop waiting
     me       description of this process; None: :meth:`Holder.here`
     watch_s  seconds without a renewal after which a holder on another machine counts as dead
 
-    Raises :class:`~dpo_engine.errors.CheckpointError` if another run holds the lease. No file is left behind then.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if another run holds the lease. No file is left in this case.
     """
     me, name = me or Holder.here(), name or f"train.output_dir={output}"
     folder, found = output / FOLDER, None
@@ -279,7 +279,7 @@ def _refusal(name: str, holder: Holder | str) -> CheckpointError:
 def _living(
     path: Path, me: Holder, watch_s: float, say: Callable[[str], None], between: Callable[[], None]
 ) -> Holder | str | None:
-    """Return who holds the lease at ``path``, or None if the holder is dead or has given it back."""
+    """Return the holder of the lease at ``path``, or None if the holder is dead or has released the lease."""
     pause, longest = POLL_S
     first, since, slowest, told = None, 0.0, 0.0, False
     while True:
@@ -312,7 +312,7 @@ def _living(
 
 
 def _read(path: Path) -> tuple[object, Holder | None, bool]:
-    """Return what a renewal changes in a lease, its holder (None: not readable yet), and whether it was given back.
+    """Return the state that a renewal changes, the holder (None: not readable yet), and whether the lease was released.
 
     Opening the file makes NFS ask the server for the current state of the file.
     """

@@ -55,8 +55,8 @@ def find_checkpoint(
     say   called on every rank with one line for each skipped checkpoint, and one for files in the directory that are
           not part of the checkpoint
 
-    *Collectives*: two gathers of objects and a broadcast of an object from rank 0, and three gathers of objects for
-    each checkpoint examined. Each rank reads and verifies a share of the files, without a time limit.
+    *Collectives*: two all-gathers of objects and a broadcast of an object from rank 0, and three all-gathers of objects
+    for each checkpoint examined. Each rank reads and verifies a share of the files, without a time limit.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when there are checkpoints but none is intact, when
     a checkpoint has a different format version, when the ranks do not see the same files, or when there is no
     checkpoint for ``step``.
@@ -113,7 +113,7 @@ def _agreed(directory: Path, world: dist.ProcessGroup) -> tuple[dict[str, Any], 
         if len(blind) < len(said):  # the checkpoint is not damaged, so do not fall back to an older one
             raise CheckpointError(
                 f"{directory}: rank {blind[0]} cannot see this checkpoint; train.output_dir must be on storage shared "
-                "by all nodes. If it is, restart the job: a node can see changes on shared storage late"
+                "by all nodes. If it is, restart the job: changes on shared storage can reach a node with a delay"
             )
     for error, *_ in said:
         if error is not None:
@@ -140,8 +140,8 @@ def load_checkpoint(
                their weights are loaded, too
     random     restore the states of the random number generators, if the checkpoint was saved in this layout
 
-    *Collectives*: two gathers of objects over all ranks, one before and one after the tensors are read; reading has no
-    time limit. Then an all-gather of the parameters over dp_cp.
+    *Collectives*: two all-gathers of objects over all ranks, one before and one after the tensors are read; reading has
+    no time limit. Then an all-gather of the parameters over dp_cp.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when tensors are missing or do not fit the model.
     """
     manifest, directory = found.manifest, found.directory
@@ -183,7 +183,7 @@ def load_checkpoint(
 def same_layout(saved: dict[str, Any], groups: ParallelGroups) -> bool:
     """Whether a checkpoint was saved in this layout.
 
-    Checkpoints of versions without experts have no ``etp``, and those of versions with equal stages no ``layers``.
+    Checkpoints of versions without experts lack ``etp``, and those of versions without uneven stages lack ``layers``.
     """
     now = json.loads(json.dumps(asdict(groups.dims)))  # a manifest has lists instead of tuples
     return {"etp": saved["tp"], "layers": None, **saved} == now
@@ -198,7 +198,7 @@ def placed_slices(trained: Trained, arch: Architecture, groups: ParallelGroups) 
 
 
 def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGroups) -> list[Placed]:
-    """Return this rank's frozen parameters: those of ``optim.freeze``, and the biases with which routers choose.
+    """Return this rank's frozen parameters: those of ``optim.freeze``, and the biases by which routers choose experts.
 
     With adapters, the frozen weights are those at ``model.path``. Checkpoints contain only their digest.
     """

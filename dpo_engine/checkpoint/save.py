@@ -44,17 +44,17 @@ from torch import Tensor
 
 from dpo_engine.atomic_files import make_directory
 from dpo_engine.checkpoint import directory as directories
-from dpo_engine.checkpoint.best import choose
+from dpo_engine.checkpoint.best import choose, must_save
 from dpo_engine.checkpoint.directory import FORMAT, HISTORY, MANIFEST
 from dpo_engine.checkpoint.load import as_checkpoint_error, frozen_parameters, placed_slices
-from dpo_engine.checkpoint.shards import write_shard
+from dpo_engine.checkpoint.shards import copy_to_host, write_shard
 from dpo_engine.config.sections import KeepBest
 from dpo_engine.faults import reach
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.table import placed_parameters
 from dpo_engine.optim.optimizer import Trained
 from dpo_engine.optim.state import adam_step, set_adam_step
-from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.platform.random_state import random_state
 from dpo_engine.scoring.reference import exact
@@ -64,11 +64,11 @@ CHECK_STORAGE = "check the storage and restart the job"
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time.
+    """Writer of a run's checkpoints, one at a time.
 
     identity      settings and data that determine the run's results; see :mod:`~dpo_engine.checkpoint.identity`
     keep_last     number of newest checkpoints to keep, at least 2
-    keep_best     the best checkpoints by this metric are kept too; None: only the newest
+    keep_best     metric by which the best checkpoints are kept too; None: keep only the newest checkpoints
     asynchronous  copy this rank's state to host memory, and write the copy in a thread during later steps
     history       path of the run's metrics.jsonl
     following     model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
@@ -134,11 +134,10 @@ class Saver:
         started = time.perf_counter()
         updates = adam_step(self.trained)
         tensors = self._state()
-        if updates == 0:
-            # _state() created the moments, and torch's AdamW then also requires a step count.
+        if updates == 0:  # _state() created the moments, and torch's AdamW then also requires a step count
             set_adam_step(self.trained, 0)
         if self.asynchronous:
-            tensors = self._on_host(tensors)
+            tensors = copy_to_host(tensors, self._host)
         # Copy metrics.jsonl only up to its current length: later steps append to it while the thread copies.
         measure, reading = as_checkpoint_error(self._history_length, self.history), Meter("reading metrics.jsonl")
         length = without_time_limit(self.groups.world, measure, reading)
@@ -166,8 +165,8 @@ class Saver:
     def advance(self) -> None:
         """Start the next part of the current save if every rank has finished the current part. Call between steps.
 
-        *Collectives* over all ranks: none without a current save; otherwise one MIN of a number and, when the next part
-        starts, the collectives of :meth:`finish`.
+        *Collectives* over all ranks: none without a current save; otherwise one all-reduce (MIN) of a number and, when
+        the next part starts, the collectives of :meth:`finish`.
         """
         if self._running is None:
             return
@@ -179,17 +178,32 @@ class Saver:
     def finish(self) -> None:
         """Wait until the current save is complete. The wait has no time limit.
 
-        *Collectives*: a few gathers and one broadcast of objects over all ranks.
+        *Collectives*: a few all-gathers and one broadcast of objects over all ranks.
         Raises :class:`~dpo_engine.errors.CheckpointError` on every rank if any rank cannot write its files. If the
         checkpoint is not published yet, it is removed, and earlier checkpoints are unchanged.
         """
         while self._running is not None:
             self._next()
 
-    def judged(self) -> None:
-        """Choose the best checkpoints again, after an evaluation of a step that was saved before the evaluation.
+    def is_best(self, step: int) -> bool:
+        """Return whether ``step``, which has just been evaluated, is among the best. ``keep_best`` must be set.
 
-        *Collectives*: one gather of objects over all ranks. The wait for the files has no time limit.
+        If it seems so, finish the current save, which may be of a better step, before deciding.
+
+        *Collectives* and errors: those of :meth:`finish`.
+        """
+        asked = partial(must_save, self.folder, step, self.history, keep_best=self.keep_best, damaged=self.damaged)
+        decide = as_checkpoint_error(asked, self.folder, CHECK_STORAGE)
+        found = from_first(self.groups.world, decide, Meter("reading metrics.jsonl"))
+        if found and self.in_flight:
+            self.finish()
+            found = self.is_best(step)
+        return found
+
+    def judged(self) -> None:
+        """Choose the best checkpoints again, after an evaluation of a step whose checkpoint is already saved.
+
+        *Collectives*: all-gathers of objects over all ranks. The wait for the files has no time limit.
         """
         if self.keep_best is None:
             return
@@ -208,8 +222,8 @@ class Saver:
         self._running = Future()
         self._work = partial(self._settle, self._running, part)
         if self.asynchronous:
-            # A daemon thread does not delay this process's exit if another rank dies. The next start removes the files
-            # that the thread left behind.
+            # A daemon thread does not delay this process's exit if another rank dies. The next start removes the
+            # unfinished files of the thread.
             threading.Thread(target=self._work, name="checkpoint", daemon=True).start()
 
     def _settle(self, future: Future, part: Job) -> None:
@@ -320,10 +334,11 @@ class Saver:
         groups, trained = self.groups, self.trained
         rank = groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}
-        # Without the distributed optimizer, all copies have the same state, so only the first is written.
+        # Without the distributed optimizer, all copies have the same state, as do its instances. Only the first is
+        # written.
         distributed = trained.chunks[0].ddp_config.use_distributed_optimizer
         for placed, owned in placed_slices(trained, self.arch, groups):
-            if placed.written_here and (distributed or placed.copies.rank() == 0):
+            if placed.written_here and (trained.instance if distributed else placed.copies.rank()) == 0:
                 for kind, values in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
                     tensors[f"{kind}|{placed.name}|{placed.shard}|{owned.start}"] = values
         for placed in frozen_parameters(trained, self.arch, groups):
@@ -333,12 +348,3 @@ class Saver:
             if placed.written_here and placed.copies.rank() == 0:
                 tensors[f"reference|{placed.name}|{placed.shard}|0"] = exact(placed.parameter).detach().view(-1)
         return tensors
-
-    def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies of ``tensors`` in host memory. The next save reuses their buffers."""
-        for key, tensor in tensors.items():
-            if key not in self._host or self._host[key].shape != tensor.shape:
-                self._host[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self._host[key].copy_(tensor, non_blocking=True)
-        torch.cuda.synchronize()
-        return self._host

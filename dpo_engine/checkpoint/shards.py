@@ -1,8 +1,8 @@
 """Write and read the tensor files of a checkpoint: one safetensors file per rank, readable in any parallel layout.
 
 All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel rank|offset``, where the offset is the
-position of the tensor's first element in the flattened shard. For a matrix of an expert, the rank is that among the
-ranks that the matrix is split over. The kinds are:
+position of the tensor's first element in the flattened shard. For a matrix of an expert, the rank counts only the ranks
+that the matrix is split over. The kinds are:
 
 - ``main``: the fp32 weights
 - ``exp_avg`` and ``exp_avg_sq``: Adam's moments
@@ -67,6 +67,16 @@ def write_shard(
     return {"size": file.size, "sha256": file.digest.hexdigest()}
 
 
+def copy_to_host(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy ``tensors`` to ``buffers`` in host memory, and return these. A buffer of another shape is replaced."""
+    for key, tensor in tensors.items():
+        if key not in buffers or buffers[key].shape != tensor.shape:
+            buffers[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        buffers[key].copy_(tensor, non_blocking=True)
+    torch.cuda.synchronize()
+    return buffers
+
+
 class Piece(NamedTuple):
     """One stored tensor: elements ``start`` to ``stop`` of a flattened shard, in ``file`` under ``key``."""
 
@@ -111,7 +121,7 @@ class Pieces:
         return out
 
     def random(self, rank: int) -> dict[str, Tensor]:
-        """Return the states of the random number generators that ``rank`` wrote, by name; uint8."""
+        """Return the states of the random number generators that ``rank`` wrote, as uint8 tensors by name."""
         pieces = {name: piece for (kind, name, of), (piece, *_) in self.found.items() if (kind, of) == ("random", rank)}
         return {name: self.files[piece.file].get_tensor(piece.key) for name, piece in pieces.items()}
 

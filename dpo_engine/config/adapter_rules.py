@@ -1,4 +1,4 @@
-"""Rules about the section `adapter` together with other keys: combinations that cannot be exact, or have no effect."""
+"""Rules about the section `adapter` and other keys: combinations that cannot be exact, or have no effect."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def adapter_rules(config: Config) -> Iterator[Rule]:
         yield (
             ("reference.mode", "adapter"),
             "is not supported with an adapter, because the policy and the reference then share the base weights; set "
-            "reference.mode=shared, which needs no memory for them",
+            "reference.mode=shared, which needs no extra memory",
         )
     if config.reference_mode == "shared":
         yield from _shared_rules(config)

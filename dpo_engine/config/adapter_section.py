@@ -20,7 +20,7 @@ class AdapterConfig(Section):
     alpha: Alpha = 32.0
     """scale of the adapters: the low-rank product is multiplied by alpha / rank"""
     rslora: bool = False
-    """whether to multiply by alpha / sqrt(rank) instead"""
+    """whether to multiply the low-rank product by alpha / sqrt(rank) instead of alpha / rank"""
     targets: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] | Text = "all-linear"
     """projections to adapt: a list of names, such as [q_proj, v_proj]; a regular expression that matches whole names,
     such as model.layers.0.self_attn.q_proj; or all-linear, for all projections of all layers"""
@@ -31,4 +31,4 @@ class AdapterConfig(Section):
     alpha_pattern: dict[Text, Alpha] = {}
     """mapping from regular expressions to the alpha of the projections whose names match, such as {q_proj: 128}"""
     path: Place | None = None
-    """directory of a PEFT adapter that training continues from; it sets all other keys of this section"""
+    """directory or Hub id of a PEFT adapter that training continues from; it sets all other keys of this section"""

@@ -72,8 +72,8 @@ class DataConfig(Section):
     """tokens to score: those of the assistant turns in the response (response), or all tokens of prompt and response
     except the first (all)"""
     on_template_fault: Literal["error", "allow"] = "error"
-    """what to do if a chat template drops text or puts the role into responses: end the run (error), or use these pairs
-    and count them in the log (allow)"""
+    """what to do if a chat template drops text or writes the role into responses: end the run (error), or use these
+    pairs and count them in the log (allow)"""
     template_date: Text | None = None
     """date that chat templates read instead of the current date, YYYY-MM-DD; null: the date of the run's first start"""
     cache_dir: Place | None = None

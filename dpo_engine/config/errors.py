@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from dpo_engine.migration import foreign_key
 from dpo_engine.wording import describe, join, nearest, show
 
-# The keys without a default in sections that every run has. An optional section may have other required keys.
+# The required keys of sections that every run has. An optional section may have other required keys.
 REQUIRED = ("model.path", "data.train", "train.output_dir")
 
 
@@ -54,7 +54,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
     """Return the problem that one pydantic error describes.
 
-    The error's location may end with the name of a union member, which is not a key; it is dropped.
+    The error's location may end with the name of a union member, which is not a key. This name is dropped.
     """
     path, keys = "", []
     section: type[BaseModel] | None = root
@@ -85,7 +85,7 @@ def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str
     """Return the way out for an unknown key.
 
     It names the first of these that exists: the key with the same name in another section, the equivalent of another
-    system's key, the most similar key. Otherwise, it lists the known keys.
+    system's key, or the most similar key. Otherwise, it lists the known keys.
     """
     above = path[: -len(name)]
     elsewhere: dict[str, str] = {}

@@ -133,7 +133,7 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file, merged into that of the file's `base` file, if it names one.
+    """Return the mapping in a YAML file. If the file names a `base` file, merge its mapping into that of the base file.
 
     below  files that inherit from this one, used to detect a cycle
 

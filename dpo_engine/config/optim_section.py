@@ -33,7 +33,8 @@ class OptimConfig(Section):
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """maximum global gradient norm; 0: no clipping"""
     optimizer: Text = "adamw"
-    """name of a registered optimizer: adamw, or sgd, which requires parallel.distributed_optimizer=false"""
+    """name of a registered optimizer, such as adamw or sgd; all except adamw require
+    parallel.distributed_optimizer=false"""
     optimizer_options: dict[str, Any] = {}
     """options of a registered optimizer other than adamw, such as the momentum of sgd"""
     gradients: Literal["fp32", "bf16"] = "fp32"

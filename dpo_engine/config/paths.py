@@ -25,9 +25,13 @@ def expand(text: str) -> str:
     def value(found: re.Match[str]) -> str:
         name = found[1] or found[2] or ""
         if not name.isidentifier():
-            raise ValueError(f"a path with variables of the form $NAME or ${{NAME}}, not {found[0]}; write the path")
+            raise ValueError(
+                f"a path with variables of the form $NAME or ${{NAME}}, not {found[0]}; write the path in full"
+            )
         if not os.environ.get(name):
-            raise ValueError(f"a path whose variables are set, but {name} is not set; set {name}, or write the path")
+            raise ValueError(
+                f"a path whose variables are set, but {name} is not set; set {name}, or write the path in full"
+            )
         return os.environ[name]
 
     expanded = REFERENCE.sub(value, text)
@@ -36,9 +40,11 @@ def expand(text: str) -> str:
         expanded = os.path.expanduser(expanded)
         if expanded.startswith("~"):
             what = "HOME is not set" if home == "~" else f"there is no user {home[1:]}"
-            raise ValueError(f"a path whose home directory is known, but {what}; write the path")
+            raise ValueError(f"a path whose home directory is known, but {what}; write the path in full")
     if expanded != text and REFERENCE.search(expanded):
-        raise ValueError(f"a path whose variables contain no variables, but it expands to {expanded}; write the path")
+        raise ValueError(
+            f"a path whose variables contain no variables, but it expands to {expanded}; write the path in full"
+        )
     return expanded
 
 

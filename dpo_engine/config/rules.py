@@ -241,6 +241,12 @@ def _checkpoint_rules(config: Config) -> Iterator[Rule]:
             ("checkpoint.keep_best.metric", "data.validation", "data.validation_fraction"),
             "needs held-out pairs; set data.validation or data.validation_fraction, or remove checkpoint.keep_best",
         )
+    elif checkpoint.keep_best and not config.train.eval_interval:
+        yield (
+            ("checkpoint.keep_best.metric", "train.eval_interval"),
+            "compares evaluated steps, but with train.eval_interval=0 only the last step is evaluated; set "
+            "train.eval_interval, for example to 0.1epoch, or remove checkpoint.keep_best",
+        )
     if checkpoint.export == "best" and not checkpoint.keep_best:
         yield (
             ("checkpoint.export", "checkpoint.keep_best"),

@@ -55,7 +55,7 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     megatron: MegatronConfig = MegatronConfig()
     callbacks: dict[Text, dict[str, Any]] = {}
-    """registered callbacks of the training loop, by name, each with its options; a plugin registers them"""
+    """callbacks of the training loop that plugins have registered, by name, each with its options"""
     plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Python modules to import at the start, which register losses, data formats, model families, kernels, callbacks,
     sinks, schedules or optimizers"""
@@ -87,7 +87,7 @@ class Config(Section):
 
     @property
     def model_name(self) -> str:
-        """The model that the policy starts from: its path, and that of its adapter if there is one."""
+        """The model that the policy starts from: its path and, if there is one, the path of its adapter."""
         adapter = self.adapter and self.adapter.path
         return self.model.path + (f" with {adapter}" if adapter else "")
 
@@ -110,12 +110,12 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
-        """Read a YAML file and `a.b=c` overrides. Raises `ConfigError` that lists all problems."""
+        """Read a YAML file and `a.b=c` overrides. Raises a `ConfigError` that lists all problems."""
         return draft(path, overrides).finished()
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Config:
-        """Build a `Config` from nested mappings. Raises `ConfigError` that lists all problems."""
+        """Build a `Config` from nested mappings. Raises a `ConfigError` that lists all problems."""
         return _draft(raw, []).finished()
 
     def to_yaml(self) -> str:

@@ -51,7 +51,7 @@ class ModelConfig(Section):
     whole layers (full)"""
     attention: Text = "auto"
     """kernels for attention in rows of trees and in sliding windows: varlen (flash attention), triton, sdpa, eager or
-    a plugin's; auto: on a GPU in bf16 varlen, or triton if parallel.cp is above 1; otherwise sdpa"""
+    a plugin's; auto: varlen on a GPU in bf16 (triton if parallel.cp is above 1), otherwise sdpa"""
     head: Text = "auto"
     """kernels for the log-probabilities of the output layer: eager, triton or a plugin's; auto: eager"""
 
@@ -83,10 +83,11 @@ class LossConfig(Section):
     """whether to weight each pair's loss by the likelihood of its responses under the policy (WPO)"""
 
     balance: Annotated[float, Field(ge=0)] = 0.0
-    """mixture-of-experts models only: coefficient of how unevenly routers use the experts at the tokens of responses;
-    see router/balance in the metrics"""
+    """mixture-of-experts models only: coefficient of the load-balancing loss of routers at the tokens of responses; see
+    router/balance in the metrics"""
     router_z: Annotated[float, Field(ge=0)] = 0.0
-    """mixture-of-experts models only: coefficient of the size of routers' logits; see router/z in the metrics"""
+    """mixture-of-experts models only: coefficient of the z-loss, which limits the size of routers' logits; see router/z
+    in the metrics"""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class LossConfig(Section):
 
     @property
     def token_weighting(self) -> dict[str, Any]:
-        """Those of the settings that weight tokens and pairs."""
+        """The settings that weight tokens and pairs, if they differ from their defaults."""
         return self.model_dump(include={"ld_alpha", "use_weighting"}, exclude_defaults=True)
 
     @property
@@ -112,7 +113,8 @@ class ReferenceConfig(Section):
     path: Place | None = None
     """directory or Hub id of the reference's Hugging Face checkpoint; null: the model that the policy starts from"""
     adapter: Literal["start", "none"] = "start"
-    """with adapter.path: whether the reference has the adapter that training starts from (start), or none"""
+    """with adapter.path only: the adapter of the reference: the one that training starts from (start), or no adapter
+    (none)"""
     sync_every: Count | None = None
     """resident and shared modes only: number of steps between updates of the reference toward the policy (TR-DPO);
     null: no updates"""
@@ -137,8 +139,9 @@ class TrainConfig(Section):
     global_batch_size: Count = 64
     """number of pairs per optimizer step, over all ranks"""
     micro_batch_size: Count | None = None
-    """number of pairs per micro-batch on one data-parallel rank; with trees, their tokens are limited to those of this
-    many of the longest pairs; null: as many pairs as batch.tokens_per_micro_batch allows"""
+    """number of pairs per micro-batch on one data-parallel rank; in the tree layout, a micro-batch may have more pairs,
+    but at most as many tokens as this number of the longest pairs; null: as many pairs as
+    batch.tokens_per_micro_batch allows"""
     epochs: Count = 1
     """number of passes over data.train"""
     max_steps: Count | None = None
@@ -190,7 +193,7 @@ class BadStepsConfig(Section):
 
 
 class KeepBest(Section):
-    """The metric by which checkpoints are compared, and how many of the best ones are kept."""
+    """The metric by which checkpoints are compared, and the number of the best ones to keep."""
 
     metric: Text
     """a metric of the evaluations, such as eval/loss or eval/rewards/accuracies; the prefix eval/ may be omitted"""
@@ -198,7 +201,7 @@ class KeepBest(Section):
     """whether low (min) or high (max) values are better; null: min for a loss, max for accuracies and margins; required
     for all other metrics"""
     count: Count = 1
-    """number of the best checkpoints to keep"""
+    """number of the best steps to save and keep"""
 
     @field_validator("metric")
     @classmethod
@@ -234,20 +237,20 @@ DIRECTIONS: dict[str, Literal["min", "max"]] = {
     "accuracies_per_token": "max",
     "margins": "max",
 }
-"""Which values of a metric are better, by the last part of the metric's name."""
+"""Whether low or high values of a metric are better, by the last part of the metric's name."""
 
 FORMER_NAMES = {"loss": "eval/loss", "accuracy": "eval/rewards/accuracies", "margin": "eval/rewards/margins"}
 
 
 class CheckpointConfig(Section):
     save_interval: Interval = 0
-    """number of steps between checkpoints, or a part of an epoch such as 0.5epoch; the run also saves at the end and
-    when it is interrupted; 0: only then"""
+    """number of steps between checkpoints, or a part of an epoch such as 0.5epoch; the run also saves at the end, when
+    it is interrupted, and for checkpoint.keep_best; 0: no other saves"""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """number of the newest checkpoints to keep; at least 2"""
     keep_best: KeepBest | None = None
-    """evaluated checkpoints that are kept in addition to the newest ones, because a metric on held-out pairs is best;
-    null: none"""
+    """evaluated steps that are saved, and kept in addition to the newest checkpoints, because a metric on held-out
+    pairs is best; null: none"""
     async_save: bool = True
     """whether to write checkpoints in the background from a copy in host memory; false: training waits for each save"""
     resume: bool = True
@@ -256,8 +259,8 @@ class CheckpointConfig(Section):
     """settings that may differ from those in the checkpoint that the run resumes from; see "Settings that must not
     change" in the documentation of checkpoints"""
     export: bool | Literal["best"] = True
-    """whether to export a Hugging Face checkpoint to <train.output_dir>/hf at the end: of the last step (true), or of
-    the best checkpoint by checkpoint.keep_best (best)"""
+    """whether to export a Hugging Face checkpoint to <train.output_dir>/hf at the end: from the last step (true), from
+    the best checkpoint by checkpoint.keep_best (best), or not at all (false)"""
 
     @field_validator("keep_best", mode="before")
     @classmethod
@@ -284,7 +287,7 @@ class MlflowConfig(Section):
 
 
 class ProfileConfig(Section):
-    """Which steps to profile, and with which tool."""
+    """The steps to profile, and the tool."""
 
     steps: Annotated[tuple[Count, Count], Field(strict=False)]
     """the first and the last step to profile; the first step of a run is 1"""

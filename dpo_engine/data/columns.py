@@ -1,7 +1,7 @@
 """Read the fields of a record other than prompt and responses, after renaming them by `data.columns`.
 
-A field with a known meaning is either read or an error. It is ignored if it is empty or does not change the record's
-meaning, such as a number of images. A field without a known meaning is also ignored.
+A field with a known meaning is read, or the record is refused. Two kinds are ignored: empty fields, and fields that do
+not change the record's meaning, such as the number of images. A field without a known meaning is also ignored.
 """
 
 from __future__ import annotations
@@ -13,29 +13,34 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from dpo_engine.data.conversation import check_text
+from dpo_engine.data.conversation import MEDIA, check_text
 from dpo_engine.data.pair import FEW, FORMATS, NUMBERS
 from dpo_engine.data.records import BadRecord
+from dpo_engine.data.turn_masks import plain_name
 from dpo_engine.strict_json import BadJson, kind, parse_object
 from dpo_engine.wording import nearest
 
 SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
 """Names of the rewards in the UltraFeedback data sets, each with the name used here."""
 OPTIONAL = ("weight", *NUMBERS, *SCORES, "system", "tools", "chat_template_kwargs")
-"""Fields that every format either reads or treats as an error."""
+"""Fields that every format either reads or refuses."""
 ANSWERING = ("assistant", "gpt", "bot", "function_call", "tool_call", "tool", "observation")
 """Roles, in any supported system's format, of turns that cannot begin a conversation."""
 EMPTY_JSON = ("", "[]", "{}", "null")
 PART = r"(?:(?:prompt|chosen|rejected|response|completion)_)?"
 MEANINGS = {
-    "media": PART + r"(?:image|img|picture|photo|video|audio)s?(?:_(?:path|url|uri|file|byte|data|base64)s?)?",
-    "system": "system|system_prompt|system_message",
-    "mask": PART + r"(?:(?:loss|train|turn|label|token|assistant)_)?masks?|loss|train|loss_scale|weights",
+    "media": PART + MEDIA.pattern,
+    "system": "system|system_(?:prompt|message|instruction)|sys_prompt|preamble",
+    "mask": PART + r"(?:(?:loss|train|turn|label|token|assistant)_)?masks?|(?:turn|token)_weights|loss|weights",
+    "train": r"train|training|trainable|train_on(?:_\w+)?",
+    "weight": "(?:loss|sample|example|instance)_(?:weight|scale)s?",
     "tools": "tools|functions",
     "chat_template_kwargs": "chat_template_kwargs",
-    "unread": r"(?:chosen|rejected)_(?:tools|functions|system)|documents",
+    "unread": r"(?:chosen|rejected)_(?:tools|functions|system|reasoning|reasoning_content|thinking|thoughts?|cot)|"
+    r"(?:(?:assistant|response|answer|completion)_)?(?:prefix|prefill)|initial_reason_steps|documents",
+    "tie": "(?:is_)?tie",
 }
-"""Regular expressions for the names of fields with a meaning."""
+"""Regular expressions for the names of fields with a known meaning."""
 CONTROLS = re.compile(
     r"messages|conversations?|tools|chat_template|tokenize|add_generation_prompt|continue_final_message|padding|"
     r"truncation|max_length|return_\w+|\w+_kwargs"
@@ -65,7 +70,7 @@ def target_problems(columns: Mapping[str, str | None], format_name: str) -> list
 def renamed(row: dict[str, Any], columns: Mapping[str, str | None] | None) -> dict[str, Any]:
     """Return the record with its fields renamed by `data.columns`.
 
-    columns  maps each new name to the field's name in the record; with None, the field of the new name is left out
+    columns  maps each new name to the field's name in the record; None leaves out the field with the new name
 
     Raises :class:`BadRecord` if a field is missing, or if the record already has another field with the new name.
     """
@@ -89,7 +94,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
 
     conversation  whether a chat template renders the record; plain text cannot have tools, options or a system turn
 
-    Raises :class:`BadRecord` if a field has a meaning but cannot be read, or if two fields contradict each other.
+    Raises :class:`BadRecord` if a field with a known meaning cannot be read, or if two fields contradict each other.
     """
     found = {name: row[name] for name in ("weight", *NUMBERS) if row.get(name) is not None}
     for score, reward in SCORES.items():
@@ -110,7 +115,18 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
             if isinstance(value, (str, list, dict)):
                 raise BadRecord(f"{name} is not read; {drop}")
             continue
-        if meaning == "mask":
+        if meaning == "tie":
+            if value is True or value == 1:
+                raise BadRecord(f"{name} is true, so no response is better; remove the record, or {drop}")
+            continue
+        if meaning == "weight" and isinstance(value, (int, float)):
+            if value != 1:
+                raise BadRecord(
+                    f"{name} is not read; set data.columns={{weight: {name}}}, or {{{name}: null}} to leave it out"
+                )
+        elif meaning == "train" and value is False:
+            raise BadRecord(f"{name} is false, but is not read; remove the record, or {drop}")
+        elif meaning in ("mask", "train", "weight"):
             if isinstance(value, (list, dict)):
                 raise BadRecord(f"{name} is not read; give turns weight 0 instead, or {drop}")
         elif name != meaning:
@@ -132,7 +148,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
 
 
 def with_system(row: dict[str, Any], prompt: Any, *responses: Any) -> tuple[Any, ...]:
-    """Return prompt and responses. If the record has a `system` text, each conversation begins with it as a turn.
+    """Return the prompt and the responses. A `system` text of the record becomes the first turn of each conversation.
 
     Raises :class:`BadRecord` if `system` is not text, or if a conversation begins with a different system or developer
     turn.
@@ -152,7 +168,7 @@ def opens(part: Any) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a value holds nothing: null, an empty text or list, or a list or object of such values.
+    """Return whether a value is empty: null, an empty text or list, or a list or object of such values.
 
     In tables, the fields that a record lacks have such values.
     """
@@ -190,8 +206,8 @@ def from_json(name: str, value: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def meanings(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return the fields that have a meaning, each with its meaning; letter case and separators do not matter."""
-    plain = {name: re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).lower() for name in names}
+    """Return the fields with a known meaning, each with its meaning. Letter case and separators do not matter."""
+    plain = {name: plain_name(name) for name in names}
     return tuple(
         (name, meaning) for name, key in plain.items() for meaning, form in MEANINGS.items() if re.fullmatch(form, key)
     )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from dpo_engine.data.records import BadRecord
+from dpo_engine.data.turn_masks import is_mask, plain_name, turn_weight
 from dpo_engine.strict_json import kind
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+USUAL = frozenset(["role", "content"])
 OPENING = ("system", "developer")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-UNREAD = ("function_call", "images", "image", "audio", "video")
-MASKS = ("weight", "train", "loss")
-"""Keys that exclude a turn from the loss, in this and other systems. All of them become ``weight``."""
+MEDIA = re.compile(
+    r"(?:attachment|image|img|picture|photo|video|audio)s?(?:_(?:path|url|uri|file|byte|data|base64)s?)?"
+)
+"""Names of fields with images, videos, audio and attached files."""
 
 
 def check_text(name: str, value: Any) -> str:
@@ -40,11 +45,11 @@ def split_conversations(
 
     prompt     messages that end with a user or tool turn; or the text of a user turn; or None if the responses contain
                the prompt
-    responses  keyed by the name to use in errors; each is the text of a response, its messages, or the messages of the
-               whole conversation
+    responses  keyed by the name to use in errors; each is the text of a response, the messages of a response, or the
+               messages of the whole conversation
 
-    The conversations are split at the first turn that is not the same in all of them, or before the last assistant turn
-    of one that ends earlier. A turn is the same only if all of its fields are equal; no text is truncated to make turns
+    The conversations are split at the first turn that differs between them, and at the latest before the last assistant
+    turn of any conversation. Turns differ if any field except the weight differs. No text is truncated to make turns
     match.
 
     Raises :class:`BadRecord` for malformed messages; for turns in an invalid order; for conversations without a
@@ -63,7 +68,7 @@ def split_conversations(
     end = _common_turns(names, whole)
     for name, turns in zip(names, whole, strict=True):
         if not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns[end:]):
-            raise BadRecord(f"{name} has no assistant turn that is scored: the weight of all of them is 0")
+            raise BadRecord(f"{name} has no assistant turn that is scored: after the prompt, every weight is 0")
     lead = [next((turn for turn in same if "weight" in turn), same[0]) for same in zip(*whole, strict=False)]
     return tuple(lead[:end]), [tuple(turns[end:]) for turns in whole]
 
@@ -101,13 +106,14 @@ def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> lis
     elif len(turns) < len(lead) or not all(map(_same, turns, lead)):
         raise BadRecord(f"{name} does not start with the turns of prompt")
     elif asked is not None and not any(turn["role"] == "user" and turn["content"] == asked for turn in turns):
-        raise BadRecord(f"no user turn of {name} is equal to the text of prompt")
+        way = "if they contain it, set data.columns={prompt: null}"
+        raise BadRecord(f"no user turn of {name} is equal to the text of prompt; {way}")
     _check_order(name, turns)
     return turns
 
 
 def _turns(name: str, value: Any) -> list[Message]:
-    """Return the messages with their content as text, and without null or empty fields.
+    """Return the messages with their content as text, and without null fields, empty lists and empty reasoning.
 
     Raises :class:`BadRecord` for malformed messages and for content other than text.
     """
@@ -131,8 +137,9 @@ def _turn(here: str, message: Any) -> Message:
     role = given.get("role")
     if role not in ROLES:
         raise BadRecord(f"{here} has the unknown role {role!r}; use one of {', '.join(ROLES)}")
-    for key in UNREAD:
-        if given.get(key):
+    more = not given.keys() <= USUAL
+    for key in _unread(tuple(given)) if more else ():
+        if given[key] and (key == "function_call" or not isinstance(given[key], (int, float))):  # no number of images
             raise BadRecord(f"{here}.{key} is not supported")
     turn: Message = {"role": role}
     spoken = [key for key in REASONING if key in given] + (["tool_calls"] if "tool_calls" in given else [])
@@ -148,27 +155,23 @@ def _turn(here: str, message: Any) -> Message:
             turn[key] = check_text(f"{here}.{key}", given[key])
     if "tool_calls" in given and not all(isinstance(call, dict) for call in _list(here, "tool_calls", given)):
         raise BadRecord(f"{here}.tool_calls must be a list of objects")
-    turn |= {key: value for key, value in given.items() if key not in turn and key not in MASKS}
-    weights = {key: _mask(f"{here}.{key}", given[key]) for key in MASKS if key in given}
-    if len(set(weights.values())) > 1:
-        raise BadRecord(f"{here}: {' and '.join(weights)} contradict each other; keep one of them")
-    if 0 in weights.values():
-        if role != "assistant":
-            return turn  # other turns are never scored
-        turn["weight"] = 0
+    if more:
+        turn |= {key: value for key, value in given.items() if key not in turn and not is_mask(key)}
+        if turn_weight(here, given) == 0 and role == "assistant":  # other turns are never scored
+            turn["weight"] = 0
     return turn
+
+
+@lru_cache(maxsize=256)
+def _unread(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the fields of a message that have a meaning, but cannot be read."""
+    return tuple(name for name in names if name == "function_call" or MEDIA.fullmatch(plain_name(name)))
 
 
 def _list(here: str, key: str, message: Mapping[str, Any]) -> Sequence[Any]:
     if not isinstance(message[key], (list, tuple)):
         raise BadRecord(f"{here}.{key} must be a list, not {kind(message[key])}")
     return message[key]
-
-
-def _mask(name: str, value: Any) -> int:
-    if value not in (0, 1):  # True and False are equal to 1 and 0
-        raise BadRecord(f"{name} must be 0 (not scored) or 1 (scored), not {str(value)[:20]}")
-    return int(value)
 
 
 def _content(here: str, content: Any) -> Any:
@@ -182,6 +185,8 @@ def _content(here: str, content: Any) -> Any:
             )
         if not isinstance(part.get("text"), str):
             raise BadRecord(f"{here}.content has a part of type 'text' without text")
+        if turn_weight(f"{here}.content", part) == 0:
+            raise BadRecord(f"{here}.content has a part that is not scored; only whole turns can have weight 0")
     return "".join(part["text"] for part in content)
 
 

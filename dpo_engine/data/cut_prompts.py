@@ -1,4 +1,4 @@
-"""Find the tokens that were cut from the start of prompts. The files of token pairs contain only the remaining ones."""
+"""Find the tokens that were cut from the start of prompts. The files of token pairs contain only the other tokens."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def cut_prompts(
 ) -> dict[int, list[int] | None]:
     """Return the ids that were cut from the prompts of held-out pairs.
 
-    The records of pairs that reach a limit are read and tokenized again; other files are not opened.
+    Records of pairs that reach a limit are read and tokenized again. Sources without such records are not read.
 
     pairs    held-out pairs
     indices  indices of pairs in ``pairs``
 
-    Returns  the ids of each pair; None if its record cannot be found any more
+    Returns  the cut ids of each pair; None if its record can no longer be found
     """
     found: dict[int, list[int] | None] = {int(index): [] for index in indices}
     wanted: dict[int, dict[int, list[int]]] = {}

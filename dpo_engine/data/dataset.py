@@ -140,7 +140,9 @@ class _Lists:
 
 
 class PairDataset:
-    """The token pairs of a mapped Arrow file, or a subset of them. Ids are read when a pair is accessed.
+    """The token pairs of a mapped Arrow file, or a subset of them.
+
+    Opening the file reads it once, to check its hash. After that, ids are read when a pair is accessed.
 
     lengths     [n, 3]  int32, tokens of prompt, chosen, rejected
     weights     [n]     float64
@@ -222,7 +224,7 @@ class PairDataset:
         return self._lists[row // self._stride][0][row % self._stride]
 
     def place(self, index: int) -> str:
-        """Return where a pair comes from, as `file:line`."""
+        """Return the location of a pair's record, as `file:line`."""
         row = int(index if self._rows is None else self._rows[index])
         return locate(self.sources[self.source_ids[index]], int(self._lines[row]))
 

@@ -18,13 +18,17 @@ from dpo_engine.data.tokenizer import Tokenizer
 
 LONG_PROMPT = "prompt longer than data.max_prompt_length"
 LONG_PAIR = "prompt and response longer than data.max_length"
-LONG_RESPONSE = "a response alone longer than data.max_length"
+LONG_RESPONSE = "a response too long for data.max_length"
 LONG_COMPLETION = "a response longer than data.max_completion_length"
+REPEATED = (
+    "whose responses begin with the whole prompt, which is therefore trained on; if this is not intended, set "
+    "data.columns={prompt: null}, so that the prompt is taken from the responses"
+)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Length limits in tokens, how to treat pairs that exceed them, and the other settings of tokenizing.
+    """Length limits in tokens, the treatment of pairs that exceed them, and the other settings of tokenizing.
 
     If the prompt exceeds `max_prompt_length`, or the prompt and the longer response together exceed `max_length`, the
     prompt is truncated on the left (`truncation` "left") or the pair is dropped ("drop"). Both responses keep the same
@@ -88,8 +92,9 @@ class Encoded:
     cut     whether the prompt was truncated on the left
     merged  whether the tokens of the prompt alone and of the prompt with a response differ before the end of the prompt
     ends    names of the tokens that end the responses
-    faults  what the chat template does to the record's text, if such faults are allowed
+    faults  the ways in which the chat template changes the record's text, if such faults are allowed
     masked  whether a response has tokens that are not scored
+    repeated  whether both responses of a text pair begin with the whole prompt
     """
 
     pair: TokenPair | None
@@ -99,6 +104,7 @@ class Encoded:
     ends: frozenset[str] = frozenset()
     faults: frozenset[str] = frozenset()
     masked: bool = False
+    repeated: bool = False
 
 
 def dropped_text(dropped: Mapping[str, int]) -> str:
@@ -123,8 +129,8 @@ def encode_pairs(
     Conversations: the chat template renders the prompt, with the generation prompt, and both whole conversations. In a
     response of several turns, only assistant turns whose weight is not 0 are scored.
 
-    With `limits.add_eos`, a response ends at the EOS or other end-of-turn token that the text already has, without
-    whitespace after it. If there is none, the EOS is appended.
+    With `limits.add_eos`, a response ends at the EOS or other end-of-turn token that the text already has. Whitespace
+    after this token is dropped. If there is no such token, the EOS is appended.
 
     Returns  one result per pair; a :class:`BadRecord` if the pair cannot be used
 
@@ -195,7 +201,12 @@ def _encode(
         masks = [None if mask is None else _fitted(mask, len(one)) for mask, one in zip(masks, responses, strict=True)]
     made = _fit(pair, (given[:end], *responses), masks, tokenizer, limits, source)
     ends = frozenset(tokenizer.name_of(part[-1]) for part in responses if part and part[-1] in tokenizer.end_ids)
-    return dataclasses.replace(made, merged=end < len(given), ends=ends, faults=item.faults)
+    repeated = not conversation and all(_repeats(pair.prompt, part) for part in (pair.chosen, pair.rejected))
+    return dataclasses.replace(made, merged=end < len(given), ends=ends, faults=item.faults, repeated=repeated)
+
+
+def _repeats(prompt: str, response: str) -> bool:
+    return response.lstrip().startswith(prompt.strip())
 
 
 def _common(first: list[int], second: list[int]) -> int:
@@ -257,7 +268,8 @@ def _fit(
     for token in max(whole), max(chosen), max(rejected):
         if tokenizer.rows is not None and token >= tokenizer.rows:
             raise BadRecord(
-                f"token {tokenizer.name_of(token)!r} ({token}) has no row in the model's embedding of {tokenizer.rows}"
+                f"token {tokenizer.name_of(token)!r} ({token}) is not in the model's embedding, which has "
+                f"{tokenizer.rows} rows"
             )
     if chosen == rejected:
         raise BadRecord("chosen and rejected have identical tokens")

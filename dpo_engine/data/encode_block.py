@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dpo_engine.data.dataset import TokenPair
-from dpo_engine.data.encode import Limits, encode_pairs
+from dpo_engine.data.encode import Encoded, Limits, encode_pairs
 from dpo_engine.data.formats import Pair, RecordReader
 from dpo_engine.data.records import BadLines, BadRecord, Block
 from dpo_engine.data.tokenizer import Tokenizer
@@ -17,32 +16,32 @@ from dpo_engine.data.tokenizer import Tokenizer
 CHUNK_PAIRS = 256
 CHUNK_CHARACTERS = 2**20
 LEFT_OUT = "records left out by the data format"
-COUNTED = ("cut", "merged", "masked")
-"""Fields of :class:`~dpo_engine.data.encode.Encoded` that the report counts under the same name."""
 
 
 @dataclass
 class Part:
     """The result of tokenizing some records of a source.
 
-    pairs   the token pairs, in the order of the source
+    kept    the token pairs, in the order of the source
     bad     source, place and reason for each record that cannot be used, in the order of the source
-    counts  number of usable records (`read`), and the numbers of pairs that the report counts, by field of the report
+    read    number of usable records
     dropped number of dropped pairs by reason, including records that the data format leaves out
-    ends    number of pairs by the end-of-turn tokens of their responses
-    faults  number of pairs whose text the chat template changes, by the kind of change
     """
 
-    pairs: list[TokenPair]
+    kept: list[Encoded]
     bad: list[tuple[str | Path, int, BadRecord]]
-    counts: Counter[str] = field(default_factory=Counter)
+    read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    ends: Counter[str] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
+
+    def limit(self, most: int) -> None:
+        """Keep at most `most` pairs of a part with one record. They share the weight of the record."""
+        kept = self.kept[:most]
+        factor = len(self.kept) / len(kept)
+        self.kept = [replace(one, pair=one.pair._replace(weight=one.pair.weight * factor)) for one in kept]
 
 
 class _Unusable(BadLines):
-    """Collects unusable records without counting them, because other processes read other parts of the source."""
+    """Collection of unusable records, which are not counted, because other processes read other parts of the source."""
 
     def __init__(self) -> None:
         super().__init__(skip=True)
@@ -59,7 +58,7 @@ class _Unusable(BadLines):
 
 @dataclass
 class EncodeBlock:
-    """Converts blocks of raw records of one source to token pairs, in this process or in a worker.
+    """Conversion of blocks of raw records of one source to token pairs, in this process or in a worker.
 
     number  index of the source
     chunk   number of pairs to tokenize together
@@ -87,25 +86,20 @@ class EncodeBlock:
                 if unfit:  # also skip the record's other pairs, because all of them share its weight
                     bad.add(block.path, line, unfit)
                     continue
-                part.counts["read"] += 1
+                part.read += 1
                 part.dropped[LEFT_OUT] += not pairs
-                kept = sum(result.pair is not None for result in results)
-                for given, result in zip(pairs, results, strict=True):
-                    if result.pair is None:
-                        part.dropped[result.dropped] += 1
-                        continue
-                    weight = result.pair.weight * given.divided / kept if given.divided > 1 else result.pair.weight
-                    part.pairs.append(result.pair._replace(line=line, weight=weight))
-                    part.counts.update({name: int(getattr(result, name)) for name in COUNTED})
-                    part.ends[" and ".join(sorted(result.ends)) or "no end token"] += 1
-                    part.faults.update(result.faults)
+                part.dropped.update(result.dropped for result in results if result.pair is None)
+                kept = [(given, result) for given, result in zip(pairs, results, strict=True) if result.pair]
+                for given, result in kept:
+                    weight = result.pair.weight * given.divided / len(kept) if given.divided > 1 else result.pair.weight
+                    part.kept.append(replace(result, pair=result.pair._replace(line=line, weight=weight)))
             part.bad = bad.take()
             yield part
         yield Part([], bad.take())
 
 
 def _chunks(records: Iterator[tuple[int, list[Pair]]], most: int) -> Iterator[list[tuple[int, list[Pair]]]]:
-    """Group records into chunks with bounded numbers of pairs and characters; the last record may exceed the bound."""
+    """Group records into chunks with bounded numbers of pairs and characters; the last record may exceed a bound."""
     chunk: list[tuple[int, list[Pair]]] = []
     size = characters = 0
     for line, pairs in records:

@@ -1,4 +1,4 @@
-"""Read the data formats of other systems the way those systems do.
+"""Read the data formats of other systems as those systems do.
 
 Each docstring describes a record; ``docs/data.md`` shows an example. The sources are the data loaders of these systems,
 at the revisions named in ``tests/data/test_foreign_formats.py``.
@@ -20,15 +20,15 @@ from dpo_engine.data.records import BadRecord
 RESPONSES = ("chosen", "rejected")
 PARTS = (str, list, dict)
 SWIFT_ASKS = ("user", "human", "tool")
-"""Roles of the turns that a rejected response can follow; as in Megatron-SWIFT, not `tool_response`."""
+"""Roles of the turns that a rejected response can follow. As in Megatron-SWIFT, `tool_response` is not one of them."""
 
 
 @FORMATS.register("colossalchat", fields=("context", *RESPONSES))
 def colossalchat(row: dict[str, Any]) -> Pair:
     """ColossalChat: `context`, `chosen` and `rejected` as lists of {from, content}.
 
-    A first turn of `context` that is from the system becomes the system turn. If there is none, no system turn is
-    added, whereas ColossalChat adds the default one of its template.
+    If the first turn of `context` is from the system, it becomes the system turn. Otherwise, no system turn is added;
+    ColossalChat itself adds the default system turn of its template.
     """
     context, chosen, rejected = (
         turns_of(name, part) for name, part in _parts(row, ("context", *RESPONSES), (list, dict)).items()
@@ -40,7 +40,7 @@ def colossalchat(row: dict[str, Any]) -> Pair:
 def nemo_aligner(row: dict[str, Any]) -> Pair:
     """NeMo-Aligner: `prompt`, `chosen_response` and `rejected_response`, with optional rewards.
 
-    A text prompt is plain text that already contains the template's tokens; the responses follow it as they are. A
+    A text prompt is plain text that already contains the template's tokens, and the responses are appended unchanged. A
     prompt that is a list of messages is a conversation, and each response is one message.
     """
     prompt, chosen, rejected = _parts(row, ("prompt", "chosen_response", "rejected_response"), PARTS).values()
@@ -125,7 +125,7 @@ def swift(row: dict[str, Any]) -> Pair:
 
 @FORMATS.register("nemo_rl", fields=("context", "completions"))
 def nemo_rl(row: dict[str, Any]) -> Pair | None:
-    """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}; the lower rank is chosen.
+    """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}; that with the lower rank is chosen.
 
     A record with equal ranks is left out; NeMo-RL would end the run.
     """
@@ -224,7 +224,7 @@ FORMS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "alpaca": _is_answered("instruction", "input", "history"),
     "orca": _is_answered("question"),
 }
-"""For each format, a test of whether a record has its fields. The first format whose test succeeds is used."""
+"""For each format, a test of whether a record has the format's fields. The first format whose test succeeds is used."""
 
 
 def _parts(row: dict[str, Any], names: Sequence[str], types: Any) -> dict[str, Any]:

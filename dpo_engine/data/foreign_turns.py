@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_engine.data.columns import from_json, is_empty
+from dpo_engine.data.columns import from_json
 from dpo_engine.data.records import BadRecord
 from dpo_engine.strict_json import kind
 
@@ -43,9 +43,7 @@ def turns_of(name: str, value: Any, first: int = 0) -> Turns:
         here = f"{name}[{place}]"
         if not isinstance(item, dict):
             raise BadRecord(f"{here} must be a message, not {kind(item)}")
-        if not is_empty(item.get("loss_scale")):
-            raise BadRecord(f"{here}.loss_scale is not supported; to exclude a turn from scoring, set its weight to 0")
-        turn = {key: part for key, part in item.items() if key not in ("from", "value", "loss_scale")}
+        turn = {key: part for key, part in item.items() if key not in ("from", "value")}
         for key, other in (("role", "from"), ("content", "value")):
             if turn.get(key) is None and other in item:
                 turn[key] = item[other]

@@ -10,9 +10,10 @@ from typing import Any
 from dpo_engine.data import foreign_formats, ranked  # noqa: F401  both register formats
 from dpo_engine.data.columns import facts, is_empty, opens, renamed, target_problems, with_system
 from dpo_engine.data.fields import required
-from dpo_engine.data.hidden_prompts import refuse_hidden_prompt
+from dpo_engine.data.hidden_prompts import refuse_hidden_prompt, refuse_labels, refuse_second_prompt
 from dpo_engine.data.pair import FIELDS, FORMATS, Format, Pair, checked
 from dpo_engine.data.records import BadLines, BadRecord, read_rows
+from dpo_engine.data.repeated_prompts import refuse_repeated_prompt
 from dpo_engine.errors import DataError
 from dpo_engine.registry import UnknownName
 
@@ -21,7 +22,7 @@ __all__ = ["FORMATS", "BadRecord", "Format", "Pair", "checked", "detect", "read_
 AUTO = "auto"
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 EARLIER = ("history", "context")
-"""Fields that hold what comes before a prompt."""
+"""Fields with text or turns that come before the prompt."""
 
 
 @FORMATS.register("text", fields=FIELDS)
@@ -35,8 +36,8 @@ def messages(row: dict[str, Any]) -> Pair:
     """`chosen` and `rejected` as messages: the response alone, or the whole conversation including the prompt.
 
     `prompt` is a list of messages or the text of a user turn. It may be absent if chosen and rejected are whole
-    conversations; then the turns that both have in common are the prompt. A response may also be one message or the
-    text of an assistant turn. `system` is the text of a system turn at the start.
+    conversations; then their common first turns are the prompt. A response may also be one message
+    or the text of an assistant turn. `system` is the text of a system turn at the start.
     """
     chosen, rejected = required(row, FIELDS[1:], (str, list, dict))
     prompt = required(row, FIELDS[:1], (str, list))[0] if row.get("prompt") is not None else None
@@ -83,14 +84,20 @@ def implicit(row: dict[str, Any]) -> Pair:
 def detect(row: dict[str, Any]) -> Format:
     """Choose the format of a record from its fields.
 
-    The first that applies: "ranked" if the record has responses and scores, but neither chosen nor rejected; the format
-    of another system that :func:`foreign_formats.recognized` returns; "messages" if any of prompt, chosen and rejected
-    is a list or an object; "text" if there is a prompt; "hh" if chosen and rejected contain Human or Assistant turns;
-    "implicit".
+    The first rule that applies: "ranked" if the record has responses and scores, but neither chosen nor rejected; the
+    format of another system, if :func:`foreign_formats.recognized` returns one; "messages" if any of prompt, chosen and
+    rejected is a list or an object; "text" if there is a prompt; "hh" if chosen and rejected contain Human or Assistant
+    turns; otherwise "implicit".
 
     Raises :class:`BadRecord` if `chosen` or `rejected` is missing, or if a field that the format would not read may be
     the prompt.
     """
+    read = _detected(row)
+    refuse_second_prompt(row, [*read.fields, *EARLIER])
+    return read
+
+
+def _detected(row: dict[str, Any]) -> Format:
     if "responses" in row and "scores" in row and not {"chosen", "rejected"} & row.keys():
         return FORMATS["ranked"]
     if name := foreign_formats.recognized(row):
@@ -124,7 +131,7 @@ def read_pairs(
     bad      collects unusable records; by default, the first one raises :class:`DataError`
     columns  `data.columns`, which maps the names that the format reads to the names in the records
 
-    Raises :class:`DataError` for the reasons of :class:`RecordReader` and :func:`~dpo_engine.data.records.read_rows`.
+    Raises the errors of :class:`RecordReader` and :func:`~dpo_engine.data.records.read_rows`.
     """
     bad, reader = BadLines() if bad is None else bad, RecordReader(path, name, columns)
     for line, _, pairs in reader.read(read_rows(path, bad), bad):
@@ -146,7 +153,7 @@ def recognize(
 
 
 class RecordReader:
-    """Turns the records of one source into pairs.
+    """Reader of the records of one source, which turns them into pairs.
 
     columns  `data.columns`, which maps the names that the format reads to the names in the records
     settled  the format; None as long as `name` is "auto" and no usable record has been read
@@ -179,6 +186,8 @@ class RecordReader:
                     _refuse_earlier_turns(row, read)
                 elif self.settled and self.name == AUTO:
                     _refuse_unread_prompt(row, read.__name__)
+                if self.settled and self.name == AUTO:
+                    refuse_second_prompt(row, [*read.fields, *EARLIER])
                 found = read(row)
                 pairs = [checked(pair) for pair in ([found] if isinstance(found, Pair) else found or ())]
             except BadRecord as what:
@@ -193,18 +202,23 @@ class RecordReader:
 
 
 def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
-    """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or what comes before it."""
+    """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or text or turns before it.
+
+    The same holds for chosen and rejected that are not the responses themselves, or that repeat the prompt.
+    """
+    refuse_labels(row)
     if read_as != "text":
         refuse_hidden_prompt(row, read_as)
         return
+    refuse_repeated_prompt(row)
     for name in EARLIER:
         if isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
             way = "set format: text to leave it out, or make prompt a list of messages"
-            raise BadRecord(f"{name} is not read beside prompt; {way}")
+            raise BadRecord(f"{name} is not read if there is a prompt; {way}")
 
 
 def _refuse_earlier_turns(row: dict[str, Any], read: Format) -> None:
-    """Raise :class:`BadRecord` if a format would leave out what comes before the prompt."""
+    """Raise :class:`BadRecord` if a format would leave out text or turns before the prompt."""
     for name in EARLIER:
         known = name in getattr(read, "fields", EARLIER)  # a format of a plugin may read any field
         if not known and isinstance(row.get(name), (str, list)) and not is_empty(row[name]):

@@ -1,4 +1,4 @@
-"""Find a field that may be the prompt of a record that has no field `prompt`.
+"""Find a field that may be the prompt of a record that has no field `prompt`, or a part of it beside that field.
 
 Such a record must not be read as two responses whose common prefix is the prompt: the first words that both answers
 share would become the prompt, and the question would be left out.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
 
 from dpo_engine.data.columns import is_empty, meanings
 from dpo_engine.data.records import BadRecord
+from dpo_engine.data.turn_masks import plain_name
 
 RESPONSES = ("chosen", "rejected")
 PROMPT = frozenset(
@@ -41,6 +42,11 @@ OTHER = frozenset(
     "template hyperparameters stop finish extra extras other".split()
 )
 """Words in the names of fields that are not prompts."""
+OF_PROMPTS = frozenset("user chat previous past prior earlier".split())
+"""Words that are part of the names of prompts, such as user_input and chat_history."""
+SOURCES = frozenset("document passage article post background knowledge".split())
+"""Names of fields with a text to which a prompt refers. Beside a prompt without this text, they are an error."""
+MOST_LABEL = 40
 DEPTH = 3
 ITEMS = 4
 WORDS = 3
@@ -56,7 +62,11 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     """
     if (name := hidden_prompt(row)) is None:
         return
-    if len(several := prompt_fields(row)) > 1:
+    several = prompt_fields(row)
+    several = [field for field in several if _is_whole(field)] or several  # input, but not labelling_prompt
+    if len(several) == 1:
+        name = several[0]
+    elif several:
         shown = " and ".join(map(repr, several[:ITEMS]))
         raise BadRecord(f"{shown} may be the prompt; make them one field 'prompt', or set format: {read_as}")
     above, _, last = name.rpartition(".")
@@ -93,6 +103,54 @@ def prompt_fields(row: Mapping[str, Any]) -> list[str]:
     return [name for name in named if isinstance(row[name], (str, list, dict)) and not is_empty(row[name])]
 
 
+def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
+    """Raise :class:`BadRecord` if a field that is not read has the name of a prompt, and a text that would be left out.
+
+    read  names of the fields that the format reads
+
+    Only names made of the words of `PROMPT` and `OF_PROMPTS` count, such as `input` and `userQuery`, but not
+    `judge_prompt`, and those of `SOURCES`. A field does no harm if its text, or the text of its user turns, is in the
+    fields that are read.
+    """
+    for name in _more_prompts(tuple(row)):
+        if name in read or not isinstance(row[name], (str, list, dict)) or is_empty(row[name]):
+            continue
+        known_texts = [text for field in read if field in row for text in _texts(row[field])]
+        left = [text for text in _texts(row[name], asked=True) if not any(text in known for known in known_texts)]
+        found = "\0".join(map(_plain, known_texts)) if left else ""
+        if any(_plain(text) not in found for text in left):
+            known = next(field for field in read if field in row)
+            way = f"make them one field, or set data.columns={{{name}: null}}"
+            raise BadRecord(f"{name!r} is not read beside {known}; {way}")
+
+
+@lru_cache(maxsize=256)
+def _more_prompts(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        name for name, kind in _kinds(names) if (kind == "prompt" and _is_whole(name)) or plain_name(name) in SOURCES
+    )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _texts(value: Any, *, asked: bool = False, depth: int = DEPTH) -> Iterator[str]:
+    """Yield the texts in a value. With `asked`, leave out turns that are not from the user, and their answers."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)) and depth:
+        for part in value:
+            yield from _texts(part, asked=asked, depth=depth - 1)
+    elif isinstance(value, dict) and depth:
+        role = value.get("role") or value.get("from")
+        if asked and role is not None and role not in ("user", "human", "system"):
+            return
+        for name, part in value.items():
+            if not asked or (name in ("content", "value", "text") if role is not None else _kind(name) == "prompt"):
+                yield from _texts(part, asked=asked, depth=depth - 1)
+
+
 @lru_cache(maxsize=256)
 def _kinds(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Return the kind of each field by its name. Fields with a known meaning are left out."""
@@ -121,8 +179,7 @@ def _common_length(row: Mapping[str, Any]) -> int:
 @lru_cache(maxsize=1024)
 def _kind(name: str) -> Literal["prompt", "text", "vague", "other", "unknown"]:
     """Return the kind of a field by the words of its name. `userInput` and `user_input` have the same words."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
-    words = [word.lower() for word in re.split(r"[\W_\d]+", words) if word]
+    words = _words(name)
     last = words[-1] if words else ""
     if last in VAGUE and not PROMPT.intersection(words):
         return "vague"
@@ -135,6 +192,35 @@ def _kind(name: str) -> Literal["prompt", "text", "vague", "other", "unknown"]:
     if OTHER.intersection(words):
         return "other"
     return "vague" if VAGUE.intersection(words) else "unknown"
+
+
+def refuse_labels(row: Mapping[str, Any]) -> None:
+    """Raise :class:`BadRecord` if chosen and rejected are not responses, but name the fields that contain them.
+
+    Examples: "response_a" for the field of this name, "B" or "2" for the field `answer_b` or `output_2`.
+    """
+    labels = [row[name].strip() if isinstance(row.get(name), str) else "" for name in RESPONSES]
+    if not all(0 < len(label) <= MOST_LABEL for label in labels):
+        return
+    others = {plain_name(name): name for name in row if name not in RESPONSES}
+    found = []
+    for label in map(plain_name, labels):
+        named = next((name for key, name in others.items() if key == label or key.endswith(f"_{label}")), None)
+        found.append(named if named and isinstance(row[named], str) else None)
+    if None not in found and found[0] != found[1]:
+        raise BadRecord(
+            f"chosen and rejected name the fields {found[0]!r} and {found[1]!r}; replace each name by the response"
+        )
+
+
+def _is_whole(name: str) -> bool:
+    """Return whether a name has only words of a prompt, and of whose or which part it is."""
+    return (PROMPT | OF_PROMPTS).issuperset(_words(name))
+
+
+def _words(name: str) -> list[str]:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    return [word.lower() for word in re.split(r"[\W_\d]+", words) if word]
 
 
 def _is_sentence(text: str) -> bool:

@@ -35,7 +35,7 @@ COURTESY_S = 1.0
 found: dict[Repo, Path] = {}
 """Snapshots that this process has used. It keeps using them even if a branch changes on the Hub."""
 failed: dict[Repo, str] = {}
-"""Reasons why repositories could not be used. They prevent repeated attempts to reach an unreachable Hub."""
+"""Reasons why repositories could not be used. Recording them prevents repeated attempts to reach the Hub."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def commits() -> list[str]:
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Hold the download lock of the cache in the body, unless HF_HUB_OFFLINE is set. The wait has no time limit."""
+    """Hold the cache's download lock during the ``with`` block, unless HF_HUB_OFFLINE is set. The wait has no limit."""
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock, disable_progress_bars
 
@@ -192,7 +192,7 @@ def _turn() -> Iterator[None]:
             lock.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(WeakFileLock(lock))
         except OSError:
-            pass  # download without a lock: this user cannot write it
+            pass  # this user cannot write the lock file: download without a lock
         yield
 
 

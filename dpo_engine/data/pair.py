@@ -19,7 +19,7 @@ JUDGED = ("margin", "chosen_reward", "rejected_reward")
 REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = (*JUDGED, *REFERENCE_LOGPS)
 FEW = 64
-"""Maximum number of a record's fields whose names an error message uses, because a record may have very many."""
+"""Maximum number of a record's fields whose names an error message uses, because a record may have many fields."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ FORMATS = Registry("data format")
 
 A format that returns None or no pairs leaves the record out of training; such records are counted and reported. A
 format that may return several pairs must be registered with ``several=True``; otherwise `check` counts each record as
-one pair. With ``fields=(...)``, the names of the fields that a format reads, the keys of `data.columns` are checked.
+one pair. ``fields=(...)`` lists the fields that a format reads; the keys of `data.columns` must be in this list.
 
 A format raises :class:`BadRecord` for a record it cannot use. It need not check texts, turns, weight or margin;
 :func:`checked` does that for every format.
@@ -102,7 +102,7 @@ def checked(pair: Pair) -> Pair:
 
 
 def as_text(response: str | Sequence[Message]) -> str | Sequence[Message]:
-    """Return the text of a response that is one assistant turn with nothing but text; other responses unchanged."""
+    """Return the text of a response that is one assistant turn with only text. Return other responses unchanged."""
     if not isinstance(response, str) and len(response) == 1 and response[0].keys() == {"role", "content"}:
         return response[0]["content"]
     return response

@@ -103,7 +103,7 @@ class PairWriter:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove temporary files that killed writers of this file left. A live writer has written within `STALE_S`."""
+    """Remove temporary files of killed writers. A running writer modifies its file at least every `STALE_S` seconds."""
     for left in path.parent.glob(f"{path.name}.*.tmp"):
         try:
             if time.time() - left.stat().st_mtime > STALE_S:

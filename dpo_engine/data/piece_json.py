@@ -53,7 +53,7 @@ def conversions(path: str | Path) -> Iterator[Converted]:
     for variant in [[normalizers.Replace(Regex(r"\A "), ""), prepend], [prepend]] if prefix else [[]]:
         made = Tokenizer(_model(proto, keeps_whole=bool(whole)))
         made.normalizer = normalizers.Sequence([*_cleaning(proto), *variant, normalizers.Replace(" ", SPACE)])
-        if whole:  # not added tokens: text after an added token would get a prefix of its own
+        if whole:  # these must not be added tokens, because the text after an added token would get its own prefix
             made.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, whole))), "isolated")
         strip = [decoders.Strip(" ", 1, 0)] if prefix else []
         made.decoder = decoders.Sequence(

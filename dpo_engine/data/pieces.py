@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dpo_engine.data.tokenizer import Tokenizer
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""How decoders show bytes that are not a whole character."""
+"""Character that decoders write for bytes that do not form a whole character."""
 MOST_PREFIXES = 2048
 """Maximum number of prefixes that are decoded if the pieces cannot be found token by token."""
 
 
 def text_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """Return the text of each token. The pieces join to the text of all tokens.
+    """Return the text of each token. Joined, the pieces are the text of all tokens.
 
-    A token that ends within a character has an empty piece, and the token that completes the character has its text.
+    A token that ends within a character has an empty piece. The token that completes the character has the whole
+    character.
     """
     ids = [int(i) for i in ids]
     whole = tokenizer.decode(ids)
@@ -24,7 +25,7 @@ def text_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def _by_window(ids: list[int], tokenizer: Tokenizer) -> list[str]:
-    """Decode each token after the token before it, because some decoders drop a space at the start of a text."""
+    """Decode each token together with the previous one, because some decoders drop a space at the start of a text."""
     pieces: list[str] = []
     start = read = 0
     for end in range(1, len(ids) + 1):
@@ -38,7 +39,7 @@ def _by_window(ids: list[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def _by_prefix(ids: list[int], whole: str, tokenizer: Tokenizer) -> list[str]:
-    """Decode prefixes of the tokens, and give each token what its prefix adds to the part of ``whole`` found so far."""
+    """Decode prefixes of the tokens. Each token gets the text that its prefix adds to the previous prefix."""
     pieces = [""] * len(ids)
     step, found = -(-len(ids) // MOST_PREFIXES), 0
     for end in [*range(step, len(ids), step), len(ids)] if ids else []:

@@ -94,7 +94,7 @@ def _adjacent(best_first: Sequence[Scored]) -> Iterable[tuple[Scored, Scored]]:
 
 
 def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
-    """Return the prompt (text or turns) and the scored responses. Raises :class:`BadRecord` naming the bad response."""
+    """Return the prompt (text or turns) and the scored responses. A :class:`BadRecord` names the bad response."""
     for name in ("responses", "scores"):
         _require(row, name)
         if not isinstance(row[name], list):

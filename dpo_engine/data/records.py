@@ -1,31 +1,27 @@
-"""Read sources of preference records strictly, one record at a time: JSON lines, Parquet and Arrow."""
+"""Read sources of preference records strictly, one record at a time: JSON, Parquet and Arrow."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
+from dpo_engine.data.json_files import count_records_of, open_records
 from dpo_engine.data.sources import SHARD, Shards, find_shards, locate
 from dpo_engine.data.tables import PARQUET_ROWS, Unreadable, is_valid, open_table, to_python
 from dpo_engine.errors import DataError, printable, quoted, shorten
 from dpo_engine.strict_json import BadJson, parse_object
 
-MAX_LINE_BYTES = 16 * 2**20
 SHOWN = 5
 BLOCK_LINES = 256
 BLOCK_BYTES = 2**20
 CONVERTED_ROWS = 16
-"""Rows of a table that are held as Python objects at once."""
+"""Maximum number of a table's rows that are held as Python objects at once."""
 LONGEST = 110
 """Maximum length of the reason in an error about a record. With file, line and advice, the error has about
 200 characters."""
@@ -36,17 +32,17 @@ class BadRecord(Exception):
 
 
 class TemplateFault(BadRecord):
-    """A record whose text is changed by the chat template. It ends the run even if bad records are skipped, because the
-    template is at fault, not the record."""
+    """A record whose text the chat template changes. This error ends the run even if bad records are skipped, because
+    the template is at fault, not the record."""
 
 
 @dataclass
 class BadLines:
-    """Handles records that cannot be used: either the first one raises an error, or all are skipped and counted.
+    """Handler of records that cannot be used: either the first one raises an error, or all are skipped and counted.
 
     skip   whether to skip and count bad records
     count  number of bad records so far
-    first  the first few errors, as `file:line: what`
+    first  the first few errors, as `file:line: problem`
     """
 
     skip: bool = False
@@ -72,7 +68,7 @@ class BadLines:
 class Row(dict[str, Any]):
     """A table record with values that cannot be converted to Python objects.
 
-    Raises :class:`BadRecord` when such a value is read. Values that no format reads do not matter.
+    Raises :class:`BadRecord` when such a value is read. Such a value does no harm if no format reads it.
     """
 
     def __getitem__(self, name: str) -> Any:
@@ -91,10 +87,10 @@ class Block:
 
     path      the source
     first     place of the first record; see :func:`read_rows`
-    lines     JSON lines that are not parsed yet, or parsed rows, with their places; an unusable one is replaced by a
+    lines     JSON records that are not parsed yet, or parsed rows, with their places; an unusable one is replaced by a
               :class:`BadRecord`
-    rows      rows of a table; None for JSON lines
-    passed    bytes of the source that have been read, including this block
+    rows      rows of a table; None for JSON
+    passed    number of bytes of the source that have been read, including this block
     validate  whether the rows come from a damaged Arrow file. Their offsets may point beyond the file, so each value is
               checked before it is converted, and the block must not be copied to another process
     """
@@ -132,7 +128,7 @@ class Block:
 
 
 class _Lines(BadLines):
-    """Collects unusable records with their places."""
+    """Collection of unusable records with their places."""
 
     @property
     def lines(self) -> list[tuple[int, BadRecord]]:
@@ -143,7 +139,8 @@ class _Lines(BadLines):
 
 
 def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the records of a source with their places: the line of a JSON file or the row of a table, from 1.
+    """Yield the records of a source with their places: the line of a JSON file, or the number of the item of an array
+    or of the row of a table, from 1.
 
     source  a file, directory, glob or saved data set, with or without a slice; see :func:`find_shards`. In shard
             number n, from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and line.
@@ -157,9 +154,9 @@ def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple
 
 
 def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
-    """Yield the records of a source, not parsed, in blocks of at most `most` JSON lines or `PARQUET_ROWS` rows.
+    """Yield the records of a source, not parsed, in blocks of at most `most` JSON records or `PARQUET_ROWS` rows.
 
-    A block takes at most `BLOCK_BYTES` plus one line of `MAX_LINE_BYTES`, or one batch of a table. Lines with only
+    A block takes at most `BLOCK_BYTES` plus one line of `MAX_RECORD_BYTES`, or one batch of a table. Lines with only
     whitespace are skipped, and a carriage return before the line feed is ignored.
 
     Raises :class:`DataError` if a file is missing, has an unsupported type, or is damaged, or if a slice is empty. For
@@ -173,7 +170,7 @@ def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
         if start >= stop:
             counted = "no records" if total is None else f"none of the {total:,} records"
             raise DataError(f"{source}: the slice selects {counted}; change its bounds")
-    read = partial(_line_blocks, most=most) if shards.suffix.startswith(".jsonl") else _row_blocks
+    read = partial(_json_blocks, most=most) if shards.suffix.startswith(".json") else _row_blocks
     seen = passed = 0
     whole = shards.size
     for number, path in enumerate(shards.files):
@@ -204,20 +201,20 @@ Blocks = Generator[Block, None, int]
 """The blocks of one file, with line or row numbers as places. The generator returns the number of records read."""
 
 
-def _line_blocks(path: Path, start: float, stop: float, most: int) -> Blocks:
+def _json_blocks(path: Path, start: float, stop: float, most: int) -> Blocks:
     lines: list[tuple[int, bytes | BadRecord]] = []
     seen = size = 0
     damage = None
-    with _open_lines(path) as (stream, tell):
+    with open_records(path) as (records, tell):
 
         def block() -> Block:
             return Block(path, lines[0][0], tuple(lines), passed=tell())
 
         try:
-            for number, line in _lines(path, stream):
+            for number, line in records:
                 seen += 1
                 if seen > start:
-                    lines.append((number, line))
+                    lines.append((number, BadRecord(line) if isinstance(line, str) else line))
                     size += len(line) if isinstance(line, bytes) else 0
                 if len(lines) == most or size >= BLOCK_BYTES:
                     yield block()
@@ -231,42 +228,6 @@ def _line_blocks(path: Path, start: float, stop: float, most: int) -> Blocks:
     if damage:
         raise damage
     return seen
-
-
-@contextmanager
-def _open_lines(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """Open a file of JSON lines, and return a function that tells how many of its bytes have been read."""
-    if path.name.endswith(".zst"):
-        with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, "zstd") as stream:
-            yield io.BufferedReader(stream), file.tell
-    elif path.name.endswith(".gz"):
-        with path.open("rb") as file, gzip.open(file, "rb") as stream:
-            yield stream, file.tell
-    else:
-        with path.open("rb") as stream:
-            yield stream, stream.tell
-
-
-def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes | BadRecord]]:
-    """Yield the nonblank lines with their numbers; an overlong line is replaced by a :class:`BadRecord`."""
-    number = 0
-    while True:
-        number += 1
-        try:
-            line = stream.readline(MAX_LINE_BYTES + 1)
-            if len(line) > MAX_LINE_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(MAX_LINE_BYTES)
-                yield number, BadRecord(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
-                continue
-        except (EOFError, OSError, zlib.error) as error:
-            raise DataError(
-                f"{path}:{number}: cannot read further ({error}); check that the file is complete"
-            ) from error
-        if not line:
-            return
-        if not line.isspace():
-            yield number, line
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
@@ -305,21 +266,12 @@ def count_records(shards: Shards, limit: float = float("inf")) -> int | None:
     """
     count = seen = 0
     for path in shards.files:
-        if not shards.suffix.startswith(".jsonl"):
+        if not shards.suffix.startswith(".json"):
             with open_table(path) as table:
                 count += table.total
             continue
-        with _open_lines(path) as (stream, _):
-            filled = False
-            try:
-                # Read in parts, so that memory and time stay bounded even if a line is very long.
-                while part := stream.readline(2**20):
-                    seen, filled = seen + len(part), filled or not part.isspace()
-                    if part.endswith(b"\n"):
-                        count, filled = count + filled, False
-                    if seen > limit:
-                        return None
-            except (EOFError, OSError, zlib.error) as error:
-                raise DataError(f"{path}: cannot read further ({error}); check that the file is complete") from error
-            count += filled
+        found = count_records_of(path, limit - seen)
+        if found is None:
+            return None
+        count, seen = count + found[0], seen + found[1]
     return count

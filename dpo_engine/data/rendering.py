@@ -14,6 +14,8 @@ from dpo_engine.data.pair import Pair, as_turns
 from dpo_engine.data.records import BadRecord, TemplateFault
 from dpo_engine.data.tokenizer import Tokenizer
 
+SPOKEN = frozenset("thought thoughts reasoning_details tool_call function_calls functions tools".split())
+"""Fields of a message with text that only some templates read, beside its content, reasoning and tool calls."""
 WAY_OUT = "use another data.chat_template, or set data.on_template_fault=allow"
 DROPS_RESPONSE = "drops text of a response"
 DROPS_PROMPT = "drops text of the prompt"
@@ -22,7 +24,7 @@ DROPS_TOOLS = "drops tools"
 NO_HEADER = "has no generation prompt, so that the response begins with its role"
 NEXT_HEADER = "writes the header of another turn after each response"
 HARMLESS = (DROPS_EARLIER,)
-"""Faults that are only counted, because templates of reasoning models do this on purpose, in serving as in training."""
+"""Faults that are only counted, because templates of reasoning models cause them on purpose, also in inference."""
 
 ROLE_AT_END = re.compile(r"\S*\bassistant\b\W*$")
 
@@ -35,8 +37,8 @@ class Rendered:
 
     prompt   the prompt, followed by the generation prompt if both responses begin with an assistant turn
     whole    both whole conversations: prompt and chosen response, prompt and rejected response
-    scored   for each of the two, the start and end of every scored turn in the text; None: the whole response
-    tails    for each of the two, the control tokens that the template wrote after the text of the last turn
+    scored   for each conversation, the start and end of every scored turn in the text; None: the whole response
+    tails    for each conversation, the control tokens that the template wrote after the text of the last turn
     faults   the ways in which the template changes the record's text
     """
 
@@ -53,8 +55,8 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
     allow_faults  whether to return faults of the template instead of raising an error
 
     Raises :class:`TemplateFault` for a fault that is not in `HARMLESS`, such as lost text or a role in the response,
-    unless `allow_faults`; :class:`BadRecord` if a scored turn cannot be located in the rendered conversation; and what
-    :meth:`Tokenizer.chat` raises.
+    unless `allow_faults`; :class:`BadRecord` if a scored turn cannot be located in the rendered conversation; and the
+    errors of :meth:`Tokenizer.chat`.
     """
     responses = {"chosen": as_turns(pair.chosen), "rejected": as_turns(pair.rejected)}
     header = all(turns[0]["role"] == "assistant" for turns in responses.values())
@@ -114,10 +116,20 @@ def _lost(turns: Iterable[Message], text: str) -> str:
     squeezed = _squeeze(text)
     for turn in turns:
         said = [turn.get(key, "") for key in ("content", *REASONING)]
+        said += [part for key in SPOKEN & turn.keys() for part in _spoken(turn[key])]
         for part in [*said, *(part for call in turn.get("tool_calls", ()) for part in _called(call))]:
             if _squeeze(part) not in squeezed and not any(form in squeezed for form in _escaped(part)):
                 return repr(part.strip()[:30])
     return ""
+
+
+def _spoken(value: Any) -> Iterator[str]:
+    """Yield the text of a field of a message: a text, texts, parts of text, or a tool call."""
+    for part in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, Mapping):
+            yield from [part["text"]] if isinstance(part.get("text"), str) else _called(part)
 
 
 def _escaped(text: str) -> Iterator[str]:
@@ -175,8 +187,8 @@ def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool)
 def _next_header(prompt: str, turn: Message, whole: str) -> str:
     """Return the header of another assistant turn that the template writes after the last turn, or "".
 
-    It is the header at the end of the prompt. Other text with the name of the role, such as `</assistant>`, may end the
-    turn.
+    Text counts as a header only if the prompt also ends with it. Other text with the name of the role, such as
+    `</assistant>`, may be the end of the turn.
     """
     text = turn["content"].strip()
     found = ROLE_AT_END.search(whole.rstrip().rpartition(text)[2]) if text else None

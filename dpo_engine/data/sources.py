@@ -13,7 +13,7 @@ from dpo_engine.errors import DataError, quoted
 from dpo_engine.strict_json import BadJson, read_object
 from dpo_engine.wording import join
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".arrow")
 SHARD = 1 << 40
 """Factor that encodes the place of a record as one integer: ``SHARD * shard + line``."""
 STATE, SPLITS = "state.json", "dataset_dict.json"

@@ -27,8 +27,8 @@ def render_within_limits(render: Callable[[], str], key: str) -> str:
 
     key   start of the error messages, for example ``data.chat_template=null: the template of PATH``, and a space
 
-    Raises :class:`ConfigError` if the template leaves its sandbox, runs for too long or produces too much text;
-    `jinja2.TemplateError` if it rejects the conversation or fails.
+    Raises :class:`ConfigError` if the template violates its sandbox, runs for too long or produces too much text;
+    `jinja2.TemplateError` if the template rejects the conversation or fails.
     """
 
     def unfit(what: str) -> ConfigError:
@@ -90,7 +90,7 @@ def stop_clock(source: str, date: datetime.date) -> None:
 
 @contextmanager
 def _seconds(limit: float) -> Iterator[None]:
-    """Raise `TimeoutError` in the body once it has used `limit` seconds of CPU time, but only in the main thread."""
+    """Raise `TimeoutError` if the ``with`` block uses `limit` seconds of CPU time, but only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

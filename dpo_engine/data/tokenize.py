@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from dpo_engine.data.encode_block import CHUNK_PAIRS, EncodeBlock, Part
 from dpo_engine.data.formats import FORMATS, RecordReader
 from dpo_engine.data.pair_writer import Full, PairWriter
 from dpo_engine.data.records import BadLines, read_blocks
+from dpo_engine.data.report import Report, counted
 from dpo_engine.data.sources import find_shards
 from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.data.workers import Unsuited, Workers, default_count
@@ -33,74 +33,7 @@ from dpo_engine.wording import show
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key. Increment it with every change that makes the same records produce other pairs.
-VERSION = 8
-
-
-@dataclass
-class Report:
-    """Statistics of a data set. `str()` gives a few lines for the log.
-
-    read      number of records read, including bad ones
-    kept      number of pairs in the data set
-    dropped   number of dropped pairs by reason; records that the data format leaves out are counted here too
-    cut       number of pairs whose prompt was truncated on the left
-    merged    number of pairs whose prompt ends before the end of the rendered prompt (:func:`encode_pairs`)
-    ends      number of pairs by the end-of-turn tokens with which their responses end
-    faults    number of pairs whose text the chat template changes, by the kind of change
-    masked    number of pairs with tokens in a response that are not scored
-    bad       number of records that cannot be used; `bad_lines` holds the first few errors
-    copies    number of pairs with the same tokens as an earlier one
-    lengths   median, 95th percentile and maximum of the number of tokens in the prompt, in each response, and in the
-              prompt with the longer response
-    sources   name and number of pairs of each source
-    stopped   whether later records were not read because the limit on the number of pairs was reached
-    cached    whether the pairs were read from the cache
-    """
-
-    read: int = 0
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    cut: int = 0
-    merged: int = 0
-    ends: dict[str, int] = field(default_factory=dict)
-    faults: dict[str, int] = field(default_factory=dict)
-    masked: int = 0
-    bad: int = 0
-    bad_lines: list[str] = field(default_factory=list)
-    copies: int = 0
-    lengths: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    sources: list[tuple[str, int]] = field(default_factory=list)
-    stopped: bool = False
-    cached: bool = False
-
-    def __str__(self) -> str:
-        lines = [f"{_count(self.kept, 'pair')} from {_count(self.read, 'record')}"]
-        if self.cached:
-            lines[0] += ", from the cache"
-        if len(self.sources) > 1:
-            lines.append("  " + ", ".join(f"{name}: {count:,}" for name, count in self.sources))
-        if self.stopped:
-            lines.append(f"  stopped after {_count(self.kept, 'pair')} (data.max_pairs): later records are not used")
-        lines += [f"  {count:,} dropped: {reason}" for reason, count in self.dropped.items()]
-        if self.copies:
-            lines.append(f"  {_count(self.copies, 'duplicate pair')} (kept)")
-        if self.cut:
-            lines.append(f"  {_count(self.cut, 'prompt')} truncated on the left")
-        if self.merged:
-            lines.append(f"  {_count(self.merged, 'prompt')} shortened to the tokens that both sequences start with")
-        if self.ends:
-            lines.append(
-                f"  responses end with {', '.join(f'{name} ({count:,})' for name, count in self.ends.items())}"
-            )
-        if self.masked:
-            lines.append(f"  {_count(self.masked, 'pair')} with turns in a response that are not scored")
-        lines += [f"  {_count(count, 'pair')}: the chat template {fault}" for fault, count in self.faults.items()]
-        lengths = ", ".join(f"{name} {' / '.join(map(str, three))}" for name, three in self.lengths.items())
-        lines.append(f"  tokens (median / p95 / max): {lengths}")
-        if self.bad:
-            shown = "" if self.bad <= len(self.bad_lines) else f", first {len(self.bad_lines)}"
-            lines += [f"  {_count(self.bad, 'bad line')} skipped{shown}:", *("    " + line for line in self.bad_lines)]
-        return "\n".join(lines)
+VERSION = 9
 
 
 def build_dataset(
@@ -125,7 +58,7 @@ def build_dataset(
 
     *Collectives*: none. Among ranks that share a disk, one should call this before the others.
 
-    Raises :class:`DataError` that names file and line, or the source if it has no usable pair or changes meanwhile;
+    Raises :class:`DataError` that names file and line, or a source that has no usable pair or changes meanwhile;
     :class:`ConfigError` if the tokenizer lacks an EOS or a chat template that is needed, or if the cache directory
     cannot be written to.
     """
@@ -163,10 +96,6 @@ def build_dataset(
     return dataset, report
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _open(path: Path, names: Sequence[str]) -> tuple[PairDataset, Report] | None:
     """Open the cached pairs. Returns None if they are missing or damaged, so that they are built again."""
     try:
@@ -182,10 +111,9 @@ def _tokenize(
     bad = BadLines(skip=config.on_bad_line == "skip")
     limits = Limits.of(config)
     report = Report()
-    dropped, ends, faults = Counter[str](), Counter[str](), Counter[str]()
     sizes = [find_shards(source.path).size for source in sources]
     count = config.workers or default_count(sum(sizes))
-    chunk = CHUNK_PAIRS if writer.limit is None else 1  # the report then counts no record after the limit
+    chunk = CHUNK_PAIRS if writer.limit is None else 1  # one record in each part
     with ExitStack() as stack:
         workers = None
         try:
@@ -205,26 +133,35 @@ def _tokenize(
                     for part in parts:
                         for path, line, what in part.bad:
                             bad.add(path, line, what)
-                        for pair in part.pairs:
-                            writer.add(pair)
-                        dropped.update(part.dropped)
-                        ends.update(part.ends)
-                        faults.update(part.faults)
-                        for name, number_of in part.counts.items():
-                            setattr(report, name, getattr(report, name) + number_of)
+                        _write(part, writer, report)
                     progress.update(sum(sizes[:number]) + passed, writer.count)
         except Full:
             report.stopped = True
     report.kept, report.bad, report.bad_lines = writer.count, bad.count, bad.first
-    report.ends, report.faults = dict(ends), dict(faults)
     report.read += bad.count
-    report.dropped = {reason: count for reason, count in dropped.items() if count}
     if not report.kept:
         files = ", ".join(source.path for source in sources)
         why = dropped_text(report.dropped)
-        why += f"; {_count(report.bad, 'bad line')}, first {report.bad_lines[0]}" if report.bad else ""
-        raise DataError(f"{files}: no usable pair in {_count(report.read, 'record')}{why}")
+        why += f"; {counted(report.bad, 'bad line')}, first {report.bad_lines[0]}" if report.bad else ""
+        raise DataError(f"{files}: no usable pair in {counted(report.read, 'record')}{why}")
     return report
+
+
+def _write(part: Part, writer: PairWriter, report: Report) -> None:
+    """Write the pairs of a part, and count them. Raises :class:`Full` if there is no room for the first of them."""
+    room = len(part.kept) if writer.limit is None else writer.limit - writer.count
+    if part.kept and not room:
+        raise Full
+    if len(part.kept) > room:
+        report.shared = (room, len(part.kept))
+        part.limit(room)
+    for one in part.kept:
+        writer.add(one.pair)
+        report.count(one)
+    report.read += part.read
+    report.dropped = dict(Counter(report.dropped) + part.dropped)
+    if report.shared:
+        raise Full
 
 
 def _encode_source(
@@ -265,7 +202,7 @@ def cache_file(
 def _cache_key(
     sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, max_pairs: int | None = None
 ) -> str:
-    """Hash everything that determines which pairs there are, their ids and their order."""
+    """Hash everything that determines the pairs, their ids and their order."""
     facts = {
         "version": VERSION,
         "sources": [
@@ -336,7 +273,7 @@ def split_validation(dataset: PairDataset, fraction: float) -> tuple[PairDataset
     held = dataset.prompt_texts.view(np.uint64) / 2.0**64 < fraction
     if held.all() or not held.any():
         raise ConfigError(
-            f"data.validation_fraction={fraction:g}: holds out {held.sum()} of {_count(len(dataset), 'pair')}; use "
+            f"data.validation_fraction={fraction:g}: holds out {held.sum()} of {counted(len(dataset), 'pair')}; use "
             "another fraction, or set data.validation to a file"
         )
     return dataset.subset(np.flatnonzero(~held)), dataset.subset(np.flatnonzero(held))

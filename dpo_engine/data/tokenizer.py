@@ -35,7 +35,7 @@ class Tokenizer(ABC):
     chat_template  Jinja source, or a mapping from names to sources; None if there is no template
     template_file  file of the chat template; None if the template is the tokenizer's own
     date           the date that chat templates read; None: the current date
-    rows           number of embedding rows of the model; ids from there on cannot be used. None: unknown
+    rows           number of embedding rows of the model; ids from this number on cannot be used. None: unknown
     note           a line for the log about how the tokenizer was read, or None
     content        digest of the tokenizer's files, the chat template that replaces its own, and the date
     digest         digest of everything that affects the ids, including the library's version
@@ -120,8 +120,8 @@ class Tokenizer(ABC):
         tools    JSON schemas of the functions that the assistant can call
         options  further variables for the template
 
-        Raises :class:`ConfigError` if there is no template, or if the template leaves its sandbox, runs for too long or
-        produces too much text; `jinja2.TemplateError` if it rejects the conversation or fails.
+        Raises :class:`ConfigError` if there is no template, or if the template violates its sandbox, runs for too long
+        or produces too much text; `jinja2.TemplateError` if it rejects the conversation or fails.
         """
         if self.chat_template is None:
             raise ConfigError(

@@ -34,8 +34,8 @@ SAMPLES = (
 def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str | None]:
     """Load a tokenizer directory. Code in the directory is never run.
 
-    `AutoTokenizer` may build a tokenizer of the model's class and ignore parts of tokenizer.json. If the two
-    tokenize `SAMPLES` differently, tokenizer.json is used as it is, because programs that serve the model use it too.
+    `AutoTokenizer` may build a tokenizer of the model's class and ignore parts of tokenizer.json. If this tokenizer and
+    tokenizer.json tokenize `SAMPLES` differently, tokenizer.json is used as it is, as inference servers use it.
 
     Returns  the tokenizer, the names of its vocabulary files, and a line for the log if `AutoTokenizer` disagrees with
              tokenizer.json
@@ -75,7 +75,7 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
 def different_reading(path: Path, inner: PreTrainedTokenizerBase) -> str | None:
     """Describe how a tokenizer reads one of `SAMPLES` differently from the tokenizer.json in its directory.
 
-    Returns None if it reads all of them the same, or if there is no such file that the tokenizers library can load.
+    Returns None if it reads all samples the same, or if there is no such file that the tokenizers library can load.
     """
     file = path / "tokenizer.json"
     if not file.is_file():

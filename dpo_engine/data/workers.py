@@ -1,7 +1,8 @@
 """Apply a function to many tasks in worker processes, and return the results in the order of the tasks.
 
 The processes are started as new Python interpreters, not forked: forking a process that has threads (those of gloo,
-NCCL or the tokenizer) can deadlock. They do not import the main script, so scripts need no `if __name__ == "__main__"`.
+NCCL or the tokenizer) can deadlock. The new interpreters do not import the main script, so scripts need no
+`if __name__ == "__main__"`.
 
 Every worker has a socket to this process, and no third process has a copy of it. When this process ends, even by
 SIGKILL, the operating system closes the socket, and a thread in the worker then ends the worker at once. Workers ignore
@@ -44,7 +45,7 @@ class Unsuited(Exception):
 
 
 def default_count(size: int) -> int:
-    """Return the number of workers for files of `size` bytes: one per core, fewer if starting them is not worth it."""
+    """Return the number of workers for files of `size` bytes: one per core, at most `MOST`, fewer for small files."""
     return max(1, min(cores(), MOST, size // WORTH_BYTES))
 
 
@@ -60,7 +61,7 @@ def cores() -> int:
 
 
 class Workers:
-    """`count` processes that call a function. Use this class as a context manager; leaving it ends the processes.
+    """`count` processes that call a function. Use as a context manager; the processes end with the ``with`` block.
 
     Raises :class:`Unsuited` if a process cannot be started, and :class:`ConfigError` from any method if a process dies.
     """
@@ -213,11 +214,11 @@ def serve(handle: int) -> None:
         try:
             connection.send(answer)
         except OSError:
-            os._exit(0)  # the other end is gone
+            os._exit(0)  # the other process has ended
 
 
 def _receive(connection: Connection, received: queue.SimpleQueue[bytes]) -> None:
-    """Receive tasks, and end this process when the other process is gone."""
+    """Receive tasks, and end this process when the other process has ended."""
     try:
         while True:
             received.put(connection.recv_bytes())

@@ -171,12 +171,13 @@ class Architecture:
         """Whether Transformer Engine's modules support this architecture.
 
         They support only RMS norms without an offset, one before attention and one before the MLP, and norms per head.
-        The engine's latent attention consists of native modules.
+        The engine's latent attention, and its experts with biases or a clamp, consist of native modules.
         """
         return (
             self.norm == "rms"
             and self.norm_place == "before"
             and not (self.norm_offset or self.parallel or self.whole_qk_norm or self.latent)
+            and not (self.experts and self.experts.special)
         )
 
     @property
@@ -231,6 +232,9 @@ class Architecture:
         values = json.loads(json.dumps(asdict(self)))
         if not self.sliding_layers:  # no family with windows uses both () and None
             del values["sliding_layers"]
+        if self.experts is not None:
+            later = {name: vars(Experts)[name] for name in ("router_bias", "biases", "clamp", "slope")}
+            values["experts"] = {k: v for k, v in values["experts"].items() if k not in later or v != later[k]}
         return {name: value for name, value in values.items() if getattr(self, name) != llama.get(name, MISSING)}
 
     def differences(self, other: "Architecture") -> list[str]:
@@ -260,9 +264,12 @@ def read_architecture(directory: str | Path, key: str = "model.path") -> Archite
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"{config.where}: {FAMILIES.describe_unknown(model_type)}; a plugin can register a family")
-    config.only(
-        "quantization_config", None, "quantized weights cannot be trained; use the original unquantized checkpoint"
-    )
+    packed = getattr(FAMILIES[model_type], "packed", None)
+    given = config.get("quantization_config")
+    if packed is None or not isinstance(given, dict) or given.get("quant_method") != packed:
+        config.only(
+            "quantization_config", None, "quantized weights cannot be trained; use the original unquantized checkpoint"
+        )
     arch = FAMILIES[model_type].architecture(config)
     config.finish()
     _check_heads(arch, config)

@@ -36,7 +36,7 @@ rows of 512 to 4,096 tokens."""
 USABLE = 0.92
 """Share of a device's memory that the estimate may fill.
 
-The rest is for the estimate's error, which is largest for trees with context parallelism (7 %)."""
+The rest is for the estimate's error, which is largest for trees by ``varlen`` with context parallelism (6 %)."""
 
 
 def settle_batches(

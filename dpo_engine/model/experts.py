@@ -39,7 +39,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(count, config.hidden_size, dtype=config.params_dtype, device=device))
         # Each rank computes the gradient from its own tokens. Megatron sums it over tp for this attribute.
         self.weight.sequence_parallel = config.sequence_parallel
-        self.expert_bias = None
+        self.bias = self.expert_bias = None
+        if self.experts.router_bias:
+            self.bias = nn.Parameter(torch.empty(count, dtype=config.params_dtype, device=device))
+            self.bias.sequence_parallel = config.sequence_parallel
         if self.experts.bias:
             wide = torch.promote_types(config.params_dtype, torch.float32)
             self.expert_bias = nn.Parameter(torch.empty(count, dtype=wide, device=device), requires_grad=False)
@@ -58,7 +61,8 @@ class Router(nn.Module):
         *Collectives*: those of :meth:`RouterLosses.attach` if ``entries`` is set and gradients are enabled.
         """
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logits = F.linear(hidden.flatten(0, 1).to(wide), self.weight.to(wide))
+        bias = None if self.bias is None else self.bias.to(wide)
+        logits = F.linear(hidden.flatten(0, 1).to(wide), self.weight.to(wide), bias)
         weights, chosen, scores = choose(logits, self.experts, self.expert_bias)
         routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
         weights = torch.zeros_like(logits).scatter(1, chosen, weights)

@@ -9,10 +9,12 @@ by modules that the engine replaces. The reason, or the engine's key to use inst
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from fnmatch import fnmatch
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from dpo_engine.config.run import Config
+from dpo_engine.errors import ConfigError
+from dpo_engine.platform.dims import ParallelDims, choices, divisors
 from dpo_engine.wording import join, nearest, show
 
 REFUSED: dict[str, dict[str, list[str]]] = yaml.safe_load(
@@ -34,9 +38,9 @@ ACCEPTED = {
         "recompute_modules",
         "distribute_saved_activations",
         "microbatch_group_size_per_vp_stage",
-        "async_tensor_model_parallel_allreduce",
     ),
     "ddp": (
+        "num_distributed_optimizer_instances",
         "bucket_size",
         "align_param_gather",
         "pad_buckets_for_high_nccl_busbw",
@@ -46,6 +50,45 @@ ACCEPTED = {
 
 MODULES = ("core_attn", "mlp")
 """Names in ``recompute_modules`` that the engine's layer supports."""
+
+
+INSTANCES = "num_distributed_optimizer_instances"
+
+WITH_SHARDS = (
+    INSTANCES,
+    "align_param_gather",
+    "pad_buckets_for_high_nccl_busbw",
+    "reduce_scatter_with_fp32_accumulation",
+)
+"""Fields of ``ddp`` that act only on the distributed optimizer."""
+
+
+def optimizer_instances(config: Config, dims: ParallelDims) -> int:
+    """Return the number of groups of ranks that each have a whole distributed optimizer.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if the data-parallel ranks cannot be divided into so many groups.
+    """
+    if problems := instance_problems(config, dims):
+        raise ConfigError(problems)
+    return instances_of(config)
+
+
+def instances_of(config: Config) -> int:
+    """Return the number of instances of the distributed optimizer that a run asks for; 1 if the value is not valid."""
+    value = config.megatron.ddp.get(INSTANCES, 1)
+    return value if type(value) is int and value > 0 else 1
+
+
+def instance_problems(config: Config, dims: ParallelDims) -> list[str]:
+    """List the problem, if any, of dividing the data-parallel ranks into instances of the distributed optimizer."""
+    count, ranks = instances_of(config), math.gcd(dims.dp * dims.cp, dims.expert_dp)
+    if ranks % count == 0:
+        return []
+    copies = "" if dims.ep == 1 else f", and the number of copies of each expert, {dims.expert_dp}"
+    return [
+        f"megatron.ddp.{INSTANCES}={count}: must divide dp x cp, which is {dims.dp * dims.cp}{copies}; use "
+        f"{choices(divisors(ranks))}"
+    ]
 
 
 @lru_cache
@@ -108,14 +151,17 @@ def _without_effect(config: Config) -> list[str]:
                 "model.recompute is full, parallel.tp is above 1, and parallel.sequence_parallel is false",
             ),
             "microbatch_group_size_per_vp_stage": interleaved,
-            "async_tensor_model_parallel_allreduce": (
-                parallel.tp > 1 and parallel.sequence_parallel is False,
-                "parallel.tp is above 1, and parallel.sequence_parallel is false",
-            ),
         },
         "ddp": {
+            "num_distributed_optimizer_instances": (
+                parallel.distributed_optimizer,
+                "parallel.distributed_optimizer is true",
+            ),
             "bucket_size": (parallel.overlap, "parallel.overlap is true"),
-            "align_param_gather": (parallel.overlap and interleaved[0], "parallel.overlap and parallel.vpp are set"),
+            "align_param_gather": (
+                parallel.overlap and parallel.distributed_optimizer and interleaved[0],
+                "parallel.overlap and parallel.distributed_optimizer are true, and parallel.vpp is set",
+            ),
             "pad_buckets_for_high_nccl_busbw": (
                 parallel.distributed_optimizer,
                 "parallel.distributed_optimizer is true",
@@ -150,7 +196,17 @@ def _wrong_values(config: Config) -> list[str]:
             f"transformer.microbatch_group_size_per_vp_stage={group}: must be a multiple of "
             f"parallel.pp={config.parallel.pp}; correct it"
         )
-    for key in ("transformer.recompute_num_layers", "ddp.bucket_size"):
+    ddp = config.megatron.ddp
+    if ddp.get(INSTANCES, 1) > 1:
+        line = f"ddp.{INSTANCES}={ddp[INSTANCES]}"
+        if ddp.get("reduce_scatter_with_fp32_accumulation"):
+            problems.append(
+                f"{line}: Megatron sums gradients in fp32 only if there is one instance; remove this, or "
+                "ddp.reduce_scatter_with_fp32_accumulation"
+            )
+        if find_spec("einops") is None:
+            problems.append(f"{line}: Megatron needs the package einops for it; pip install einops")
+    for key in ("transformer.recompute_num_layers", "ddp.bucket_size", f"ddp.{INSTANCES}"):
         part, _, name = key.partition(".")
         value = getattr(config.megatron, part).get(name)
         if value is not None and value < 1:

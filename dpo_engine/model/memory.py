@@ -1,7 +1,7 @@
 """Estimate the memory that one rank needs: weights, optimizer, reference, activations, and logits.
 
 The formulas count the tensors that the native layers keep. On a GPU that computes nothing (``tests/nullgpu``), they
-match the peaks of full micro-batches to 3 %; with trees and context parallelism, the peak is 7 % higher than
+match the peaks of full micro-batches to 3 %; in trees with context parallelism, ``varlen`` needs 6 % more than
 estimated. The allocator and CUDA need additional memory.
 """
 
@@ -16,6 +16,7 @@ from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.model.adaptation import Adaptation, LayerAdapters, layer_adapters
 from dpo_engine.model.architecture import FAMILIES, Architecture
+from dpo_engine.model.megatron_options import instances_of
 from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.platform.dims import ParallelDims
 
@@ -177,7 +178,9 @@ def _stage_memory(
     state_bytes = {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
     gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
     distributed = config.parallel.distributed_optimizer
-    shards, copies = (dims.dp * dims.cp, dims.expert_dp) if distributed else (1, 1)
+    instances = instances_of(config)
+    shards, copies = (max(n // instances, 1) if distributed else 1 for n in (dims.dp * dims.cp, dims.expert_dp))
+    divided = f" / {shards} ({'dp x cp' if instances == 1 else 'ranks of an instance'})" if shards > 1 else ""
     reference_bytes = weight_bytes if resident else 0
     last = stage == dims.pp - 1
     adapters = stage_adapter_memory(adaptation, arch, dims, stage, splits_sequence(config, dims))
@@ -197,8 +200,7 @@ def _stage_memory(
             working=max(logits, recomputed),
             formula=f"{number:,} frozen parameters x {weight_bytes + reference_bytes} bytes + {own:,} parameters of "
             "adapters x (4 weight + 4 gradient + 8 optimizer"
-            + (f" / {shards} (dp x cp)" if shards > 1 else "")
-            + ") bytes",
+            f"{divided}) bytes",
         )
     return Memory(
         stage=stage,
@@ -209,7 +211,7 @@ def _stage_memory(
         activations=activations,
         working=max(logits, recomputed),
         formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} optimizer"
-        + (f" / {shards} (dp x cp)" if shards > 1 else "")
+        + divided
         + (f", for {counts.experts:,} of experts / {copies} (their copies)" if counts.experts and distributed else "")
         + (f" + {reference_bytes} reference" if reference_bytes else "")
         + ") bytes",
@@ -270,12 +272,13 @@ def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split:
 
     For each expert of a token, two copies of the input and two of the output are kept: in the order of the tokens, and
     in the order of the experts. The native layers also keep six tensors with the width of the expert: gate, up
-    projection, activation, product, weighted product, and the weighted product in fp32.
+    projection, activation, product, weighted product, and the weighted product in fp32. Experts with biases or a clamp
+    keep four: gate, up projection, product, and weighted product.
     """
     experts = arch.experts
     tokens = 1 / (dims.tp if split else 1)  # that a rank sends; its experts receive as many from all ranks together
     # If an expert is sharded over ranks, each of these ranks gets all of its tokens, but has only a part of its width.
-    copies = (2 + 2 * dims.etp) * arch.hidden_size + 6 * experts.ffn_hidden_size
+    copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)
     shared = 3 * (experts.shared_size or 0) // dims.tp
     return int(tokens * (experts.chosen * copies * number + router)) + shared * number

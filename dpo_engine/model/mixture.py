@@ -22,6 +22,15 @@ class Experts:
     group_best       groups are ranked by the sum of their highest scores; this is the number of scores in the sum
     shared_size      width of an MLP that every token uses in addition; None: there is none
     shared_gate      whether the output of this MLP is multiplied by the sigmoid of a linear function of its input
+
+    Fields with the following defaults are not part of the architecture's digest.
+
+    router_bias      whether the router's logits have a bias, which is trained like its weight
+    biases           whether the matrices of experts have biases
+    clamp            None: experts compute ``silu(gate) * up``. Otherwise, they compute
+                     ``gate * sigmoid(slope * gate) * (up + 1)``, after ``gate`` was limited to at most this number, and
+                     the absolute value of ``up`` too
+    slope            factor of the gate in the sigmoid, if there is a ``clamp``
     """
 
     layers: tuple[int, ...]
@@ -37,6 +46,15 @@ class Experts:
     group_best: int = 1
     shared_size: int | None = None
     shared_gate: bool = False
+    router_bias: bool = False
+    biases: bool = False
+    clamp: float | None = None
+    slope: float = 1.0
+
+    @property
+    def special(self) -> bool:
+        """Whether the arithmetic of an expert is not that of an MLP without biases and with a gate of SiLU."""
+        return self.biases or self.clamp is not None
 
     @property
     def shared(self) -> bool:

@@ -20,6 +20,7 @@ from dpo_engine.model.experts import Router
 from dpo_engine.model.head_norms import head_norms_of
 from dpo_engine.model.latent import LatentAttention
 from dpo_engine.model.layer import Attention, LastLayer, Layer
+from dpo_engine.model.local_experts import LocalExperts
 from dpo_engine.model.norms import norm_of
 from dpo_engine.platform.device import Platform, has_transformer_engine
 
@@ -36,6 +37,8 @@ def choose_spec(asked: str, arch: Architecture, platform: Platform, dtype: torch
         if not has_transformer_engine()
         else "Transformer Engine does not support fp64"
         if dtype is torch.float64
+        else f"Transformer Engine's experts have neither the biases nor the activation of {arch.model_type} models"
+        if arch.experts and arch.experts.special
         else f"Transformer Engine's layers do not support {arch.model_type} models"
         if not arch.suits_transformer_engine
         else None
@@ -77,6 +80,8 @@ def layer_spec(
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norms, **mixture)
     if experts:
         _mlp(spec).router = Router
+        if arch.experts.special:
+            _mlp(spec).experts = LocalExperts
     spec.module, spec.submodules.self_attention.module = Layer, Attention
     spec.submodules.input_layernorm = norm_of(arch) if arch.pre_norms else IdentityOp
     spec.submodules.pre_mlp_layernorm = norm_of(arch) if arch.mlp_norm else IdentityOp

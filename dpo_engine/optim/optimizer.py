@@ -5,6 +5,7 @@ weight of the global batch.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -42,6 +43,12 @@ class Trained(NamedTuple):
     optimizer: Any
     schedule: OptimizerParamScheduler
     moments: tuple[str, ...] = OPTIMIZERS["adamw"].state
+
+    @property
+    def instance(self) -> int:
+        """Number of this rank's instance of the distributed optimizer; all instances have the same state."""
+        group = getattr(self.chunks[0], "inter_dist_opt_group", None)  # set only if there are several
+        return group.rank() if group else 0
 
     @property
     def has_experts(self) -> bool:
@@ -90,9 +97,13 @@ def wrap_policy(
             if chunk.post_process and chunk.head.requires_grad:
                 chunk.head.counted = True
                 if ddp_config.overlap_param_gather:
-                    chunk.await_head = ddp.param_to_bucket_group[chunk.head].finish_param_sync
+                    finish_gather = ddp.param_to_bucket_group[chunk.head].finish_param_sync
+                    chunk.await_head = partial(finish_gather, skip_next_bucket_dispatch=ddp_config.align_param_gather)
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
+        # Megatron's hooks then start no gather ahead of time. Its schedules do, with this function.
+        config.param_sync_func = [partial(_start_gathers, chunk) for chunk in wrapped]
 
     def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
         reach("reduce")
@@ -101,6 +112,16 @@ def wrap_policy(
 
     config.finalize_model_grads_func = finish
     return wrapped
+
+
+def _start_gathers(chunk: DistributedDataParallel, *parameters: Any) -> None:
+    """Start the all-gathers of a chunk's weights over dp_cp that have not started since the last update.
+
+    A pass before the one that trains, as that of a coupled loss, may have started them.
+    """
+    for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+        if not group.param_gather_dispatched:
+            group.start_param_sync()
 
 
 def build_optimizer(
@@ -197,15 +218,15 @@ def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
 def sum_over_model(trained: Trained, others: Tensor, experts: Tensor) -> Tensor:
     """Sum a number over the ranks that count different gradients; ``experts`` is this rank's number for experts.
 
-    *Collectives*: with the distributed optimizer, one SUM over all ranks. Otherwise one over tp and pp and, for a model
-    with experts, one over the ranks that share a copy of all experts.
+    *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance. Otherwise one over tp
+    and pp and, for a model with experts, one over the ranks that share a copy of all experts.
     """
     if not trained.has_experts:
         dist.all_reduce(others, group=trained.optimizer.get_grad_stats_parallel_group())
         return others
     if trained.chunks[0].ddp_config.use_distributed_optimizer:
         total = others + experts
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=parallel_state.get_intra_distributed_optimizer_instance_group())
         return total
     dist.all_reduce(others, group=parallel_state.get_model_parallel_group())
     dist.all_reduce(experts, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())

@@ -151,6 +151,8 @@ class ParallelDims:
         if arch.experts:
             must_divide("ep", self.ep, "experts.count", arch.experts.count)
             must_divide("etp", self.etp, "experts.ffn_hidden_size", arch.experts.ffn_hidden_size)
+            if arch.experts.biases:
+                must_divide("etp", self.etp, "hidden_size", arch.hidden_size)
             if arch.experts.shared:
                 must_divide("tp", self.tp, "experts.shared_size", arch.experts.shared_size)
         elif self.ep > 1:

@@ -151,7 +151,7 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
     group   must contain all ranks, because all ranks share the store
     meter   name and progress of the work, for the lines that rank 0 prints; all ranks or no rank must pass one
 
-    *Collectives* over ``group``: one gather of objects before the work and one after it, within the time limit.
+    *Collectives* over ``group``: one all-gather of objects before the work and one after it, within the time limit.
     Raises the error of the first rank on which ``work`` raised, on all ranks, after all ranks have finished;
     :class:`~dpo_engine.errors.PeerError` if a rank is lost.
     """

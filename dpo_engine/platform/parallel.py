@@ -120,6 +120,7 @@ def open_groups(
     *,
     seed: int,
     timeout_s: float,
+    instances: int = 1,
     compare: Callable[[dist.Store, Callable[[], None]], None] = lambda store, progress: None,
 ) -> ParallelGroups:
     """Connect to the other ranks and create all process groups of ``dims``.
@@ -128,6 +129,7 @@ def open_groups(
     compare     called before any group exists, with the shared store and a function that restarts the timeout; must
                 raise if the ranks cannot run together
     timeout_s   timeout of every collective operation, and of the initial wait for all ranks, in seconds
+    instances   number of groups of ranks that each have a whole distributed optimizer; divides dp x cp and expert_dp
 
     *Collectives*: the ranks connect at ``MASTER_ADDR``/``MASTER_PORT``, two environment variables, unless a default
     group already exists. A single process needs neither variable.
@@ -159,6 +161,7 @@ def open_groups(
         context_parallel_size=dims.cp,
         expert_model_parallel_size=dims.ep,
         expert_tensor_parallel_size=dims.etp,
+        num_distributed_optimizer_instances=instances,
         distributed_timeout_minutes=group_s / 60,
         create_gloo_process_groups=False,
     )
@@ -186,7 +189,7 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     collective for a rank that has left. The time limit of collectives applies. For work on files, use
     :func:`~dpo_engine.platform.long_work.without_time_limit` instead.
 
-    *Collectives* over ``group``: one gather of objects.
+    *Collectives* over ``group``: one all-gather of objects.
     """
     result, failure, bug = None, None, None
     try:

@@ -26,7 +26,7 @@ UNITS = ("loss", "reference")
 MEASURES = ("accuracy", "margin", "likelihood_accuracy", "likelihood_accuracy_per_token")
 """Measures that a report gives with confidence intervals. The last two do not involve the reference."""
 SHARES = ("accuracy", "likelihood_accuracy", "likelihood_accuracy_per_token")
-"""Those that are shares of pairs."""
+"""The measures that are fractions of pairs."""
 
 
 def _measures(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -93,8 +93,8 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
 
     Returns  a dictionary: ``names``; ``steps``; ``common`` (number of pairs that both contain); ``only`` (for each
              evaluation, the number of pairs that the other does not contain); ``other_weights`` (number of common pairs
-             whose weights differ); ``won``, ``lost``, ``tied``; ``sign_test`` (p-value of the difference of accuracies,
-             of prompts); ``other_units`` (names of facts that differ and make margins incomparable); and for each of
+             whose weights differ); ``won``, ``lost``, ``tied``; ``sign_test`` (p-value of the difference of accuracies
+             over prompts); ``other_units`` (names of facts that differ and make margins incomparable); and for each of
              :data:`MEASURES`, the two means ``first`` and ``second``, and their difference as ``mean``, ``low``, and
              ``high``
 
@@ -186,8 +186,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     _say(console, f"likelihood accuracy (chosen more likely than rejected): {total}; per token {per_token}")
     _say(
         console,
-        f"intervals: {RESAMPLES:,} bootstrap resamples of prompts, seed {SEED}; those of accuracies contain the exact "
-        "ones; means are weighted",
+        f"intervals: {RESAMPLES:,} bootstrap resamples of prompts, seed {SEED}; for accuracies, widened to contain the "
+        "exact intervals; means are weighted",
     )
 
 
@@ -209,10 +209,13 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     console.print(table)
     _say(
         console,
-        f"the first ranks {_pairs(comparison['won'])} better, {comparison['lost']:,} worse and "
-        f"{comparison['tied']:,} equally; sign test of prompts: p = {comparison['sign_test']:.3g}",
+        f"pairs ranked better by the first: {comparison['won']:,}, worse: {comparison['lost']:,}, equally: "
+        f"{comparison['tied']:,}; sign test of prompts: p = {comparison['sign_test']:.3g}",
     )
-    _say(console, f"intervals: {RESAMPLES:,} paired resamples of prompts; those of accuracies contain the exact ones")
+    _say(
+        console,
+        f"intervals: {RESAMPLES:,} paired resamples of prompts; for accuracies, widened to contain the exact intervals",
+    )
     if comparison["other_units"]:
         what = " and ".join(comparison["other_units"])
         _say(console, f"the two evaluations differ in {what}, so their margins have different units")

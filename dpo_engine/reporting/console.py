@@ -35,7 +35,7 @@ def open_console(progress: str, total_steps: int, start_step: int) -> ConsoleSin
 
 
 class Clock:
-    """Formats the local time for lines on the console: `HH:MM:SS`, and also the date in the first line of a new day."""
+    """The local time for lines on the console: `HH:MM:SS`, and also the date in the first line of a new day."""
 
     def __init__(self) -> None:
         self._day = datetime.now().date()
@@ -68,7 +68,7 @@ class PlainConsole:
         self.say(line if prefix else f"{line}  eta {self._remaining(step)}")
 
     def _remaining(self, step: int) -> str:
-        """Estimate the remaining time from the pace since the first printed step; the steps before it may be slower."""
+        """Estimate the remaining time from the pace since the first printed step. Earlier steps may be slower."""
         now = time.monotonic()
         if self._began is None or step <= self._began[0]:
             self._began = (step, now)

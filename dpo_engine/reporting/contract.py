@@ -19,11 +19,11 @@ SINKS = Registry("sink", passes=1)
 
 
 class Opening(NamedTuple):
-    """What a sink receives when it is opened.
+    """Data that a sink receives when it is opened.
 
     config      the run's configuration
     directory   directory of the run's files, where the sink may write a folder of its own
-    start_step  number of steps after which the run resumes; 0 for a new run
+    start_step  step after which the run resumes; 0 for a new run
     """
 
     config: Config
@@ -31,7 +31,7 @@ class Opening(NamedTuple):
     start_step: int
 
     def recall(self, name: str) -> str | None:
-        """Return the text that the resumed run has remembered for the sink ``name``; None for a new run."""
+        """Return the text that :meth:`remember` has stored for the sink ``name``; None for a new run."""
         path = self._path(name)
         return path.read_text(encoding="utf-8").strip() if self.start_step and path.exists() else None
 

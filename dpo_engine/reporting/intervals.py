@@ -21,9 +21,9 @@ class Estimate(NamedTuple):
 
 
 SHARE = 0.5
-"""Center of a share: of values that are 0, 0.5 for a tie, or 1."""
+"""Center for the mean of values that are 0, 1, or 0.5 for a tie."""
 DIFFERENCE = 0.0
-"""Center of a difference of two such values."""
+"""Center for the mean of differences of two such values."""
 
 
 def estimates(
@@ -46,9 +46,9 @@ def estimates(
     are correlated, so drawing single pairs would make the intervals too narrow. If every prompt has one pair, drawing
     prompts is the same as drawing pairs.
 
-    A bootstrap is too narrow if few values differ: its interval of 255 ones is 1 to 1, and one of four gains among
-    zeros excludes 0. So the intervals of columns with a center are widened to contain the exact one of
-    :func:`_exact_bounds`.
+    Bootstrap intervals are too narrow if few values differ. The interval for 255 ones is 1 to 1, and the interval for
+    four gains among zeros excludes 0. Intervals of columns with a center are therefore widened to contain the exact
+    interval of :func:`_exact_bounds`.
 
     Returns  c estimates, one per column; the same arguments give the same estimates
 
@@ -75,13 +75,14 @@ def estimates(
 
 
 def _exact_bounds(parts: np.ndarray, center: float) -> tuple[float, float]:
-    """Return an exact interval of a mean, given which prompts are above the center, and which below.
+    """Return an exact interval of a mean, given the numbers of prompts above and below the center.
 
     parts  [prompts]  each prompt's part of the difference between the mean and the center
 
-    The number of prompts above, among those that are not at the center, is binomial. Its Clopper-Pearson interval is
-    scaled by the sum of the sizes of the parts. If every prompt has one pair of weight 1, this is the Clopper-Pearson
-    interval of a share; and an interval of a difference excludes 0 exactly if :func:`sign_test` is below 0.05.
+    Among the prompts that are not at the center, the number above it is binomial. The Clopper-Pearson interval of this
+    number is scaled by the sum of the absolute parts. If every prompt has one pair of weight 1, the result for a share
+    is its Clopper-Pearson interval, and the result for a difference excludes 0 exactly if :func:`sign_test` is below
+    0.05.
 
     Source: Clopper and Pearson, The Use of Confidence or Fiducial Limits (1934). For paired differences, conditional on
     the number of pairs that differ: Fagerland, Lydersen and Laake, Recommended Tests and Confidence Intervals for
@@ -94,12 +95,12 @@ def _exact_bounds(parts: np.ndarray, center: float) -> tuple[float, float]:
 
 
 def _signs(parts: np.ndarray) -> tuple[int, int]:
-    smallest = 1e-9 * np.abs(parts).max(initial=0.0)  # smaller ones are rounding errors
+    smallest = 1e-9 * np.abs(parts).max(initial=0.0)  # smaller parts are rounding errors
     return int((parts > smallest).sum()), int((parts < -smallest).sum())
 
 
 def sign_test(values: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> float:
-    """Return the two-sided p-value of the hypothesis that a prompt's sum of values [n] is as often above 0 as below.
+    """Return the two-sided p-value of the hypothesis that a prompt's sum of values [n] is above 0 as often as below.
 
     If every prompt has one pair, this is McNemar's exact test of the pairs that differ.
 
@@ -114,7 +115,7 @@ def _clopper_pearson(hits: int, count: int) -> tuple[float, float]:
     """Return the exact interval of a share of `hits` in `count` independent trials."""
     below = _binomial(count)
     tail = (1 - CONFIDENCE) / 2
-    # The upper bound is the share for which so few hits have the probability `tail`. The lower one mirrors it.
+    # At the upper bound of the share, at most `few` hits have the probability `tail`. The lower bound mirrors it.
     upper = [
         1.0 if few == count else _root(lambda share, few=few: below(few, share) - tail) for few in (hits, count - hits)
     ]
@@ -122,7 +123,7 @@ def _clopper_pearson(hits: int, count: int) -> tuple[float, float]:
 
 
 def _binomial(count: int) -> Callable[[int, float], float]:
-    """Return the distribution function of the number of hits in `count` trials, at a number and a share above 0."""
+    """Return the cumulative distribution function of the hits in `count` trials, given a number of hits and a share."""
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
     number = np.arange(count + 1)
     ways = logs[-1] - logs - logs[::-1]

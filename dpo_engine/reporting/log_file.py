@@ -19,8 +19,8 @@ LOG = "log.txt"
 class LogFile:
     """Append each line with its date and time, and write it to the file at once.
 
-    A run that starts again appends to the same file, after a line that says so. Lines are also appended about steps
-    that run a second time, because the file records what happened, and `metrics.jsonl` records the run's results.
+    A run that starts again appends to the same file, after a line that says so. Steps that run a second time are logged
+    again, because this file records events; `metrics.jsonl` records the run's results.
     """
 
     def __init__(self, path: Path, total_steps: int, start_step: int):

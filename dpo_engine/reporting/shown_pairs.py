@@ -1,4 +1,4 @@
-"""Choose which pairs of an evaluation to show: the lowest reward margins, flips, the largest changes, and others."""
+"""Choose pairs of an evaluation to show: the lowest reward margins, flips, the largest changes, and random pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RANDOM = "random"
 
 
 def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0) -> dict[int, str]:
-    """Choose pairs to show, about as many of each kind.
+    """Choose pairs to show, about the same number of each kind.
 
     columns  the columns of an :class:`~dpo_engine.reporting.pair_file.Evaluation`
     count    number of pairs to choose
@@ -19,8 +19,8 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
     The kinds are as follows; each pair has the first one that fits:
 
     - ``lowest reward margin``: the smallest reward margins
-    - ``flipped to wrong``: more likely under the reference was the chosen response, under the policy it is the rejected
-      one; the largest changes first
+    - ``flipped to wrong``: the chosen response is more likely under the reference, and the rejected response under the
+      policy; the largest changes first
     - ``flipped to right``: the reverse
     - ``most changed``: the largest change of the log-probability margin by training, in either direction
     - ``random``: drawn with a fixed seed

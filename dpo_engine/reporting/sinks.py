@@ -63,8 +63,8 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
 
     total_steps  number of optimizer steps in the whole run
     writer       whether this rank writes metrics and messages
-    start_step   number of steps after which the run resumes; lines about later steps are removed from `metrics.jsonl`;
-                 0: all lines are removed
+    start_step   step after which the run resumes; lines about later steps are removed from `metrics.jsonl`; 0: all
+                 lines are removed
 
     Raises `ConfigError` if a tracker or a registered sink cannot be opened.
     """
@@ -111,7 +111,7 @@ def open_trackers(config: Config, opening: Opening) -> list[Sink]:
 def try_open(config: Config, directory: Path) -> list[str]:
     """Open the trackers and registered sinks of a run in an empty ``directory``, close them, and list the problems.
 
-    Trackers on a server then have an empty run.
+    This creates an empty run on the server of each tracker that has one.
     """
     try:
         for sink in open_trackers(config, Opening(config, directory, 0)):
@@ -146,7 +146,7 @@ class JsonlSink:
 
     def __init__(self, path: Path, start_step: int):
         kept = list(_lines_until(path, start_step)) if path.exists() else []
-        # If a finished run is started again, it evaluates again. Do not write a second line about that evaluation.
+        # A finished run that is started again evaluates again. Do not write a second line about this evaluation.
         self._known = {tuple(json.loads(line)) for line in kept if json.loads(line)["step"] == start_step}
         self._start_step = start_step
         write_whole(path, "".join(kept).encode())

@@ -91,7 +91,7 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, (list, tuple)):
         return list(map(_plain, value))
-    # Text from a tokenizer may have halves of characters, which UTF-8 lacks.
+    # Text from a tokenizer may contain unpaired surrogates, which UTF-8 cannot encode.
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
@@ -108,5 +108,5 @@ def read_tokens(path: Path) -> tuple[list[TokenText], dict[str, Any]]:
         what = shorten(re.split(r"[.:;] ", f"{error}".splitlines()[0])[0].rstrip("."), 80)
         raise DataError(f"{path}: cannot be read as tokens of pairs ({what}); run the evaluation again") from error
     if wrong:
-        raise DataError(f"{path}: has another format than this version of dpo-engine; run the evaluation again")
+        raise DataError(f"{path}: has a format that this version of dpo-engine does not read; run the evaluation again")
     return [TokenText(**row) for row in table.to_pylist()], facts

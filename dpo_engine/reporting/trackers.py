@@ -14,7 +14,7 @@ class TensorBoardSink:
     def __init__(self, opening: Opening):
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard then hides earlier events about steps that will run again.
+        # With `purge_step`, TensorBoard hides earlier events about steps that will run again.
         start = opening.start_step + 1 if opening.start_step else 0
         self._writer = SummaryWriter(str(opening.directory / "tensorboard"), purge_step=start)
 

@@ -118,7 +118,7 @@ class BadSteps:
 
         indices  the step's pairs, as indices in ``pairs``
 
-        *Collectives*: two gathers of objects over all ranks. Writing has no time limit.
+        *Collectives*: two all-gathers of objects over all ranks. Writing has no time limit.
         Raises :class:`~dpo_engine.errors.NumbersError`, on all ranks, after ``bad_steps.stop_after`` bad steps in a
         row.
         """

@@ -29,7 +29,7 @@ class ReportedMetric(Callback):
 
     def on_start(self, run: Run) -> None:
         """Log by which metric the best checkpoints are chosen."""
-        run.sinks.say(f"best checkpoint: {self.by} (checkpoint.keep_best, the best {self.by.count} kept)")
+        run.sinks.say(f"best checkpoint: {self.by} (checkpoint.keep_best, the best {self.by.count} saved and kept)")
 
     def on_eval(self, run: Run, metrics: dict[str, float]) -> None:
         """Raise :class:`~dpo_engine.errors.ConfigError` if ``metrics`` lack the metric."""

@@ -2,10 +2,8 @@
 
 from dpo_engine.checkpoint.best import criterion
 from dpo_engine.config.run import Config
-from dpo_engine.errors import ConfigError
 from dpo_engine.training.callbacks import Callbacks, open_callbacks
 from dpo_engine.training.early_stopping import ReportedMetric, StopAfterNoGain
-from dpo_engine.training.evaluation_settings import metric_problem
 from dpo_engine.training.profile import Profiler
 from dpo_engine.training.warnings import Warnings
 
@@ -13,11 +11,8 @@ from dpo_engine.training.warnings import Warnings
 def enabled_callbacks(config: Config) -> Callbacks:
     """Return the callbacks of a run, by the name of the key that enables each one. Warnings are always enabled.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for wrong names or options, and for a metric of
-    ``checkpoint.keep_best`` that does not exist.
+    Raises :class:`~dpo_engine.errors.ConfigError` for wrong names or options.
     """
-    if problem := metric_problem(config):
-        raise ConfigError(problem)
     found = open_callbacks(config)
     # These follow the configured callbacks, which may add the metric.
     if config.checkpoint.keep_best:

@@ -25,7 +25,7 @@ from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.attention import attention_options
 from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
-from dpo_engine.model.megatron_options import megatron_problems
+from dpo_engine.model.megatron_options import megatron_problems, optimizer_instances
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.router_losses import set_router_losses
 from dpo_engine.model.sizes import score_size
@@ -100,8 +100,7 @@ class Engine:
         if problems := problems + router_problems(config, arch) + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
-        dims = parallel_dims(config, arch, world)
-        platform = open_platform(deterministic=config.train.deterministic)
+        dims, platform = parallel_dims(config, arch, world), open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels = {"attention": config.model.attention, "head": config.model.head}
         choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length), cp=dims.cp)
@@ -118,6 +117,7 @@ class Engine:
             platform,
             seed=config.train.seed,
             timeout_s=parallel.timeout_s,
+            instances=optimizer_instances(config, dims),
             compare=lambda store, progress: compare_at_rendezvous(
                 store, rank, world, facts, partial(await_key, store, timeout_s=parallel.timeout_s, progress=progress)
             ),

@@ -1,13 +1,12 @@
 """Check settings of evaluations: the metric that compares checkpoints, and intervals that are parts of an epoch."""
 
 import math
-import re
 from fractions import Fraction
 
-from dpo_engine.config.rules import value_at
+from dpo_engine.config.rules import facts_of, reads_reference, value_at
 from dpo_engine.config.run import Config
 from dpo_engine.config.section import interval_of
-from dpo_engine.training.metrics import METRICS, STEP_ONLY
+from dpo_engine.training.metrics import METRICS, Reported, source_names
 from dpo_engine.wording import nearest
 
 INTERVALS = ("train.eval_interval", "checkpoint.save_interval")
@@ -37,23 +36,38 @@ def intervals_in_steps(config: Config, steps_per_epoch: int) -> list[str]:
     ]
 
 
-def metric_problem(config: Config) -> str | None:
-    """Return the error line for a metric of ``checkpoint.keep_best`` that no evaluation reports; None if it is known.
+def metric_problems(config: Config) -> list[str]:
+    """Return an error line if no evaluation reports the metric of ``checkpoint.keep_best``.
 
     A run with callbacks may report other metrics, so its metrics are known only after the first evaluation.
     """
     by = config.checkpoint.keep_best
-    if by is None or config.callbacks:
+    if by is None or config.callbacks or (known := evaluation_metrics(config)) is None or by.metric in known:
+        return []
+    if by.metric.removeprefix("eval/") in METRICS:
+        hint = "the documentation of metrics says when it is reported"
+    else:
+        near = nearest(by.metric, known)
+        hint = f"did you mean {near}?" if near else "the documentation of metrics lists all of them"
+    return [f"{unreported(by.metric)}; {hint}"]
+
+
+def evaluation_metrics(config: Config) -> list[str] | None:
+    """Return the names of the metrics that a run's evaluations report, with the prefix ``eval/``.
+
+    Metrics of callbacks are not included. If data.validation_fraction holds out no pair of a source, its metrics are
+    missing. Returns None if the loss or its options are invalid.
+    """
+    if (facts := facts_of(config.loss)) is None:
         return None
-    known = [name for name in METRICS if name not in STEP_ONLY]
-    if not config.logging.entropy:
-        known = [name for name in known if not name.startswith("entropy/")]
-    patterns = [re.escape(name).replace("NAME", ".+") for name in known]
-    if any(re.fullmatch(pattern, by.metric.removeprefix("eval/")) for pattern in patterns):
-        return None
-    near = nearest(by.metric, [f"eval/{name}" for name in known])
-    hint = f"did you mean {near}?" if near else "the documentation of metrics lists all of them"
-    return f"{unreported(by.metric)}; {hint}"
+    reported = Reported(
+        reference=reads_reference(config),
+        entropy=config.logging.entropy,
+        sources=source_names([source.path for source in config.data.validation or config.data.train]),
+        averages=facts.averages,
+        parts=tuple(facts.parts),
+    )
+    return [f"eval/{name}" for name in reported.names]
 
 
 def unreported(metric: str) -> str:

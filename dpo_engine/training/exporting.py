@@ -44,7 +44,7 @@ def export_policy(
     say          called on the first rank with a line if the tokenizer differs from the one used in training, and
                  with a line for each property of the tokenizer that the export cannot keep
 
-    *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and two gathers of objects over world.
+    *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and two all-gathers of objects over world.
     """
     await_weights(trained.chunks)
     config, world = engine.config, engine.groups.world
@@ -102,7 +102,7 @@ def adapter_directory(directory: str | Path) -> Path:
 def merge_of(engine: Engine, chunks: Sequence[nn.Module]) -> Merge:
     """Return the function that merges the adapters into the weights of the model.
 
-    *Collectives*: those of :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`, and a gather of objects.
+    *Collectives*: those of :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`; one all-gather of objects.
     Raises :class:`~dpo_engine.errors.NumbersError` on all ranks if a value of an adapter is not finite.
     """
     failure, tensors = None, {}

@@ -52,8 +52,8 @@ def fill(
 
     Each job starts at a random position and rereads the store before every segment, so several jobs share the work.
 
-    *Collectives*: those of scoring, and for each segment, broadcasts and gathers of objects over all ranks. Reading and
-    writing the store has no time limit.
+    *Collectives*: those of scoring, and for each segment, broadcasts and all-gathers of objects over all ranks. Reading
+    and writing the store have no time limit.
     Raises on every rank :class:`~dpo_engine.errors.DataError` if values that were just written cannot be read, and
     :class:`~dpo_engine.errors.NumbersError` if a log-probability is not finite.
     """
@@ -152,7 +152,7 @@ def score_pairs(
 
     Returns  on every rank, digests [n, 2] int64 and values [n, len(VALUES)] fp32, in no particular order
 
-    *Collectives*: those of scoring; one gather of objects over all ranks.
+    *Collectives*: those of scoring; one all-gather of objects over all ranks.
     """
     batches = engine.batches(pairs, indices)
     scored = score(chunks, batches, vocab_size=engine.arch.vocab_size, groups=engine.groups)

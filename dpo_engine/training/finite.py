@@ -15,7 +15,7 @@ def require_finite(engine: Engine, trained: Trained, error: type[EngineError], s
 
     error, says   the error to raise and its message; ``{}`` is replaced by a description of the first non-finite tensor
 
-    *Collectives*: one gather of objects over all ranks. All ranks raise the same error.
+    *Collectives*: one all-gather of objects over all ranks. All ranks raise the same error.
     """
 
     def look() -> None:

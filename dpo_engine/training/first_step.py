@@ -1,5 +1,7 @@
 """Check the first step of a run, for which the correct loss and reward margin are usually known."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,7 +24,7 @@ CAUSES = {
     "dataset": "records scored with other weights, another chat template or truncation, dropout in the model",
 }
 """Likely causes of a wrong first step, by ``reference.mode``."""
-ROUTING = "routers that chose other experts in bf16, because another layout computed these log-probabilities"
+ROUTING = "routers that chose other experts in bf16, because the reference scored the pairs in another layout"
 """A further cause for models with experts, if the reference scored the pairs earlier."""
 
 
@@ -82,11 +84,12 @@ def dead_stages(engine: Engine, trained: Trained) -> list[str]:
     If the policy and the reference are not known to be equal, zero gradients on all stages are not reported, because
     the loss may be constant at this point. For example, a hinge loss is constant beyond its margin.
 
-    *Collectives*: one gather of objects over all ranks.
+    *Collectives*: one all-gather of objects over all ranks.
     """
     groups = engine.groups
     trainable = [p for chunk in trained.chunks for p in chunk.parameters() if p.requires_grad]
-    largest = max((float(_gradient(p).abs().max()) for p in trainable), default=None)
+    sizes = [torch.linalg.vector_norm(_gradient(p), math.inf).double() for p in trainable]  # no copies, unlike abs()
+    largest = float(torch.stack(sizes).max()) if sizes else None  # one wait for the device
     everyone: list[tuple[int, float | None] | None] = [None] * groups.world.size()
     dist.all_gather_object(everyone, (groups.pp.rank(), largest), group=groups.world)
     alive = {stage for stage, value in filter(None, everyone) if value is not None and value > 0}

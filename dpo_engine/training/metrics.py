@@ -91,17 +91,10 @@ METRICS = {
     "layout_gain": "operations of a forward pass in the `stacked` layout, divided by those in the layout of the run",
     "peak_memory_bytes": "on a GPU: largest amount of memory that tensors have occupied so far on rank 0",
     "reserved_memory_bytes": "on a GPU: largest amount of memory that torch has reserved so far on rank 0",
-    "mfu": "on a GPU with known peak, in bf16, without frozen weights: operations that the step's matrix products "
-    "execute per second, divided by the peak of all GPUs",
+    "mfu": "on a GPU with known peak, in bf16, without frozen weights, and with adapters only if the first layers have "
+    "some: operations that the step's matrix products execute per second, divided by the peak of all GPUs",
 }
 """Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
-ROUTER_METRICS = ("router/balance", "router/z", "router/load")
-STEP_ONLY = (
-    *ROUTER_METRICS,
-    *("grad_norm", "num_zeros_in_grad", "learning_rate", "epoch", "pairs_seen", "time", "skipped_steps", "step_time_s"),
-    *("pairs_per_s", "tokens_per_s", "layout_gain", "peak_memory_bytes", "reserved_memory_bytes", "mfu"),
-)
-"""Metrics that only steps report."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +126,15 @@ class Reported:
     def terms(self) -> list[str]:
         """Names of the metrics of the loss's terms."""
         return [f"loss/{name}" for name in self.parts]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all metrics; those of a source without pairs are not reported."""
+        names = [name for name in self.weighted if not name.endswith("^2")] + [f"{name}_std" for name in SPREADS]
+        names += ENTROPIES if self.entropy else ()
+        if len(self.sources) > 1:
+            names += [f"source/{name}/{metric}" for name in self.sources for metric in (*SOURCE_METRICS, "pairs")]
+        return names
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -250,7 +252,7 @@ def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, 
     return metrics
 
 
-_ENDING = re.compile(r"(\.(jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow))?(\[[^\[\]]*:[^\[\]]*\])?$")
+_ENDING = re.compile(r"(\.(json|jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow))?(\[[^\[\]]*:[^\[\]]*\])?$")
 """The file type and the slice at the end of a source."""
 
 

@@ -1,4 +1,4 @@
-"""Explain an out-of-memory error of a GPU: what was planned, what was allocated, and what to change."""
+"""Say what memory is planned for a rank, and explain an out-of-memory error of a GPU by it."""
 
 from __future__ import annotations
 
@@ -35,19 +35,27 @@ def explained(engine: Engine) -> Iterator[None]:
         raise failure from None
 
 
+def planned_memory(engine: Engine) -> str:
+    """Return the memory that is planned for this rank, with its parts, as text. Call it after `settle_batches`."""
+    stage, (dtype, tokens) = engine.groups.pp.rank(), _largest_rows(engine)
+    planned = stage_memory(engine.config, engine.arch, engine.groups.dims, stage, dtype, tokens)
+    more = f"; a GPU needs about {gib(OUTSIDE)} more" if engine.platform.gpu else ""
+    where = f" in stage {stage}" if engine.groups.dims.pp > 1 else ""
+    return f"{gib(planned.peak)}{where} = {planned.terms}; rows of {tokens:,} tokens per micro-batch{more}"
+
+
+def _largest_rows(engine: Engine) -> tuple[str, int]:
+    """Return the name of the dtype, and the number of tokens in the rows of the largest micro-batch."""
+    dtype = "bf16" if engine.dtype is torch.bfloat16 else "fp32"
+    return dtype, largest_micro_batch(engine.config, engine.arch, engine.groups.dims, dtype=dtype, device_memory=None)
+
+
 def explanation(engine: Engine, error: torch.OutOfMemoryError) -> list[str]:
     """Return the lines of the message: the failed allocation, the plan for this rank, and changes that need less."""
-    config, arch, dims = engine.config, engine.arch, engine.groups.dims
-    dtype = "bf16" if engine.dtype is torch.bfloat16 else "fp32"
-    tokens = largest_micro_batch(config, arch, dims, dtype=dtype, device_memory=None)
-    planned = stage_memory(config, arch, dims, engine.groups.pp.rank(), dtype, tokens)
     allocated, _, _ = str(error).partition(" If reserved but")  # then follows advice about the allocator's options
-    lines = [
-        allocated,
-        f"planned for this rank: {gib(planned.peak)} = {planned.terms}; rows of "
-        f"{tokens:,} tokens per micro-batch; a GPU needs about {gib(OUTSIDE)} more",
-    ]
-    found = savings(config, arch, dims, dtype=dtype, tokens=tokens)
+    lines = [allocated, f"planned for this rank: {planned_memory(engine)}"]
+    dtype, tokens = _largest_rows(engine)
+    found = savings(engine.config, engine.arch, engine.groups.dims, dtype=dtype, tokens=tokens)
     names = ", ".join(f"{change.name} ({gib(cost.peak)})" for change, cost in found[:SHOWN])
     way_out = f"next: one of {names}" if found else "no key lowers the plan; use more ranks, or lower data.max_length"
     if found:

@@ -169,6 +169,7 @@ class Trainer:
         unjudged = self.start.found and self.start.found.manifest["run"].get("unjudged")
         if unjudged or (config.train.eval_at_start and self.step == 0):
             evaluations = self.evaluate()
+            self.saver.judged()
         if evaluations and not self.last:
             if self.step == 0:
                 leave_before_a_step(self.engine, self.interruption)
@@ -178,17 +179,18 @@ class Trainer:
         while self.step < plan.num_steps and not self.stopped:
             metrics = self.take_step()
             due = plan.due(self.step, interval_of(config.checkpoint.save_interval))
+            judged = self.last or plan.due(self.step, interval_of(config.train.eval_interval))
+            may_save = due or bool(judged and config.checkpoint.keep_best)  # if it is among the best
             # If training continues, a save that is due or running must finish before the save for a later stop begins.
-            self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
+            self.interruption.save_s = self.saver.took_s * (1 + (may_save or self.saver.in_flight))
             stop = None if self.last else self.agree("step")
             guarded = config.train.guard_interval
-            if guarded and (self.last or due or plan.due(self.step, guarded)):
+            if guarded and (self.last or may_save or plan.due(self.step, guarded)):
                 self.check_ranks()
             if self.following and self.step % config.reference.sync_every == 0:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
             if self.step % config.logging.log_interval == 0 or self.last:
                 self.sinks.log(self.step, metrics)
-            judged = self.last or plan.due(self.step, interval_of(config.train.eval_interval))
             # When stopping, and after the last step, save before an evaluation that is due. If the run ends before that
             # evaluation, the resumed run performs it first.
             unjudged = bool(judged and (stop or self.last) and self.evaluator)
@@ -196,6 +198,7 @@ class Trainer:
             if judged and self.evaluator and not unjudged:
                 evaluations = self.evaluate()
                 stop = self.agree("evaluation")
+                due = due or (may_save and self.saver.is_best(self.step))
             self.saver.advance()
             if self.last or stop or due:
                 self.save(wait=bool(self.last or stop), unjudged=unjudged)
@@ -222,7 +225,7 @@ class Trainer:
 
         Returns the reason to stop. If a callback on any rank has asked to end the run, set ``stopped``.
 
-        *Collectives*: one MAX of a number over all ranks; one gather of objects if the run stops or ends early.
+        *Collectives*: one MAX of a number over all ranks; one all-gather of objects if the run stops or ends early.
         """
         groups, interruption = self.engine.groups, self.interruption
         interruption.finish = bool(self.callbacks.asked)

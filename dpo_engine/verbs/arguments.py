@@ -42,7 +42,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "check", parents=[shared], help="validate a run and print a summary (needs neither a GPU nor Megatron)"
     )
     check.add_argument(
-        "--world-size", type=int, metavar="N", help="number of ranks in the run (default: the fewest the layout allows)"
+        "--world-size", type=int, metavar="N", help="number of ranks in the run (default: the minimum of the layout)"
     )
     plan = verbs.add_parser(
         "plan", parents=[shared], help="rank the parallel layouts that fit a number of GPUs (needs no GPU)"
@@ -51,7 +51,12 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     plan.add_argument(
         "--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of a GPU in GiB (default: %(default)s)"
     )
-    plan.add_argument("--gpu", choices=("A100", "H100", "H200", "B200"), default="H100", help="default: %(default)s")
+    plan.add_argument(
+        "--gpu",
+        choices=("A100", "H100", "H200", "B200"),
+        default="H100",
+        help="GPU model (default: %(default)s)",
+    )
     plan.add_argument("--nodes", type=int, metavar="M", help="number of nodes (default: 8 GPUs per node)")
     verbs.add_parser(
         "tokenize",
@@ -68,7 +73,10 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     )
     evaluation = verbs.add_parser("eval", parents=[shared], help="evaluate a checkpoint of a run on its held-out pairs")
     evaluation.add_argument(
-        "--step", type=int, metavar="N", help="step of the checkpoint; 0: model.path (default: the newest checkpoint)"
+        "--step",
+        type=int,
+        metavar="N",
+        help="step of the checkpoint; 0: the weights at model.path (default: the newest checkpoint)",
     )
     evaluation.add_argument(
         "--data",
@@ -85,7 +93,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "--tokens",
         type=int,
         metavar="N",
-        help="also write log-probabilities of each token, of N pairs",
+        help="also write the log-probability of each token, for N pairs",
     )
     compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
     compare.add_argument("first", type=_path, metavar="FIRST.parquet", help=".parquet file written by eval or train")
@@ -100,9 +108,9 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "--to",
         type=_path,
         metavar="FILE",
-        help=".html file to write (default: report.html, in a single DIR)",
+        help=".html file to write (default: report.html, in DIR if there is only one)",
     )
-    report.add_argument("--text", action="store_true", help="print the verdict and tables instead, on the terminal")
+    report.add_argument("--text", action="store_true", help="print the verdict and tables on the terminal instead")
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face format")
     which = export.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest checkpoint)")
@@ -120,11 +128,11 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     rehearse = verbs.add_parser(
         "rehearse",
         parents=[shared],
-        help="run the first steps on this machine with kills and stops, resume them, and compare the metrics with an "
-        "uninterrupted run",
+        help="train the first steps on this machine, kill and stop the run, resume it, and compare its metrics with "
+        "those of an uninterrupted run",
     )
     rehearse.add_argument(
-        "--world-size", type=int, metavar="N", help="number of ranks to start (default: the fewest the layout allows)"
+        "--world-size", type=int, metavar="N", help="number of ranks to start (default: the minimum of the layout)"
     )
     parity = verbs.add_parser(
         "parity", parents=[shared], help="compare the run's layout with a single process, on a few of its pairs"
@@ -164,7 +172,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
 
 
 def _path(text: str) -> str:
-    """Return a path with `~` and variables expanded, or report why it cannot be."""
+    """Return a path with `~` and variables expanded, or report why they cannot be expanded."""
     try:
         return expand(text)
     except ValueError as error:

@@ -22,7 +22,7 @@ from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
-from dpo_engine.model.megatron_options import megatron_problems
+from dpo_engine.model.megatron_options import instance_problems, megatron_problems
 from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
@@ -34,12 +34,11 @@ from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.reporting.sinks import SINKS, sink_problems
 from dpo_engine.training.callbacks import callback_problems
-from dpo_engine.training.evaluation_settings import metric_problem
+from dpo_engine.training.evaluation_settings import metric_problems
+from dpo_engine.verbs.first_records import FIRST_RECORDS, all_dropped
 from dpo_engine.wording import join, nearest, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
-FIRST_RECORDS = 8
-
 
 REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("loss",): loss_problems,
@@ -54,7 +53,7 @@ REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
 
 @dataclass
 class Findings:
-    """Problems of the configuration (`path=value: rule; way out`) and of the records (`file:line: what`)."""
+    """Problems of the configuration (`path=value: rule; way out`) and of the records (`file:line: problem`)."""
 
     config: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
@@ -95,8 +94,9 @@ def examine(
     for keys, problems in REGISTERED.items():
         if whole(*keys, "plugins") and not plugins:
             found.config += problems(config)
-    if whole("checkpoint", "callbacks") and (problem := metric_problem(config)):
-        found.config.append(problem)
+    decide = ("checkpoint", "callbacks", "loss", "data", "logging", "reference", "adapter")
+    if whole(*decide) and not plugins:
+        found.config += metric_problems(config)
     arch = _architecture("model.path", config.model.path, found) if whole("model.path") else None
     if arch and whole("reference") and config.reference.path and config.reference_mode != "none":
         _reference(config.reference.path, arch, found)
@@ -189,6 +189,8 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
         dims = parallel_dims(config, arch, world)
         # contradictions() already reports parallel.vpp without pipeline stages.
         problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
+        if world_size is not None:
+            problems += instance_problems(config, dims)
     return problems
 
 
@@ -210,7 +212,7 @@ def _lengths(config: Config, arch: Architecture) -> list[str]:
 
 
 def _writable(key: str, directory: str) -> list[str]:
-    """Check that a directory can be created and written to, from the permissions of its nearest existing parent."""
+    """Check, from the permissions of the nearest existing parent, that a directory can be created and written to."""
     place = Path(directory).absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -327,8 +329,8 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
                     bad.add(source.path, line, result)
                 elif result.dropped:
                     dropped[result.dropped] += 1
-            if usable and usable == dropped.total() and len(rows) < FIRST_RECORDS:  # all records have been read
-                found.data.append(f"{source.path}: contains no usable pair{dropped_text(dropped)}")
+            if usable and usable == dropped.total() and (all_of_them := all_dropped(source, tokenizer, config)):
+                found.data.append(f"{source.path}: contains no usable pair{dropped_text(all_of_them)}")
         if not usable:
             first = bad.first[0].removeprefix(f"{printable(source.path)}:") if bad.first else ""
             shown = first if not bad.first or first == bad.first[0] else f"line {first}"
@@ -338,7 +340,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
 
 
 def _no_template(source: Source, tokenizer: Tokenizer, skip: bool) -> str:
-    """Return the line about records that are read as conversations although the tokenizer has no chat template."""
+    """Return the error line about records that are read as conversations, if the tokenizer has no chat template."""
     name, row = recognize(source.path, source.format, source.columns, skip=skip) or (source.format, {})
     fields = join([repr(field) for field in getattr(FORMATS[name], "fields", ()) if field in row], "and")
     return (

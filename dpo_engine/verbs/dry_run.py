@@ -1,4 +1,4 @@
-"""Try what `train` would do first, without Megatron: call the loss, resume from the checkpoint, open the trackers."""
+"""Try what `train` does first, without Megatron: call the loss, compare the checkpoint, and open the trackers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNKNOWN = ("train_data", "reference")
 def dry_run(config: Config) -> list[tuple[str, str]]:
     """Try the loss, the checkpoint, and the trackers of a run that has no other problems.
 
-    Returns  a line for each, with its subject
+    Returns  the lines to print, each with its subject
 
     Raises `ConfigError` with all problems of the loss, the intervals and the trackers, or else `CheckpointError` if
     `train` would refuse to resume from the newest checkpoint.

@@ -49,7 +49,7 @@ def evaluate(
     say      called with each line for the log
 
     Returns  on rank 0, the report, with the key ``against`` if a comparison was requested, and the key ``files`` with
-             the paths of the files written; on the other ranks, an empty dictionary
+             the paths of the written files; on the other ranks, an empty dictionary
 
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks if the evaluation fails. If values of a pair are not
     finite, this is a :class:`~dpo_engine.errors.NumbersError`, and the Parquet file is written first.
@@ -128,7 +128,7 @@ def with_data(config: Config, data: str | Sequence[str | Mapping[str, Any]]) -> 
 
     data   as for :func:`evaluate`
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if they are not valid as ``data.validation``.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the sources are not valid as ``data.validation``.
     """
     sources = data.split(",") if isinstance(data, str) else list(data)
     raw = config.model_dump(mode="json")
@@ -138,7 +138,7 @@ def with_data(config: Config, data: str | Sequence[str | Mapping[str, Any]]) -> 
 def require_same_data(path: Path, pairs: PairDataset, data: str) -> None:
     """Raise :class:`~dpo_engine.errors.ConfigError` if ``path`` contains the evaluation of other data.
 
-    Files from different directories may have the same name.
+    The default ``path`` contains only the names of the data files. Files in different directories may have equal names.
     """
     if path.exists() and read_evaluation(path).facts.get("data") != pairs.digest:
         raise ConfigError(f"--data={data}: {path} contains an evaluation of other data; pass --to FILE.parquet")

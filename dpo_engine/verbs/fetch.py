@@ -19,7 +19,7 @@ def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]
 
     Returns  the directories of the snapshots
 
-    Raises :class:`~dpo_engine.errors.ConfigError` listing every repository that cannot be downloaded, or if the
+    Raises :class:`~dpo_engine.errors.ConfigError` with a line for every repository that cannot be downloaded, or if the
     environment variable HF_HUB_OFFLINE forbids downloads.
     """
     from huggingface_hub import constants

@@ -1,4 +1,4 @@
-"""Show how a run's pairs are tokenized: as text or tokens, marked by what happens to each token."""
+"""Show how a run's pairs are tokenized, as text or tokens. Each token is marked by its kind, such as cut or scored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dpo_engine.reporting.sinks import metrics_file, read_metrics
 from dpo_engine.training.run_data import open_tokenizer, with_template_date
 
 STYLES = {"cut": "red strike", "prompt": "cyan", "shared": "yellow", "scored": "green", "not scored": "dim"}
-"""What happens to a token, and how a terminal shows it."""
+"""Kinds of tokens, each with its style on a terminal."""
 MEANING = {
     "cut": "removed from the start of the prompt",
     "prompt": "the prompt, not scored",
@@ -56,7 +56,7 @@ class Inspected:
 
     place     `file:line` of the record
     prompt, chosen, rejected   the pieces of each part
-    note      why the run does not use the pair; empty if it does
+    note      why the run does not use the pair; empty if the run uses it
     """
 
     place: str
@@ -69,7 +69,7 @@ class Inspected:
 def inspect(config: Config, pairs: int = 3) -> list[Inspected]:
     """Return the first pairs of data.train, at most ``pairs`` of them. Needs no Megatron.
 
-    Unusable records are included and counted, each with the reason, regardless of data.on_bad_line.
+    Unusable records are included, each with the reason, regardless of data.on_bad_line. They count toward ``pairs``.
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a tokenizer, template or plugin that cannot be used;
     :class:`~dpo_engine.errors.DataError` for a file that cannot be read.
@@ -94,7 +94,7 @@ def _all(config: Config, tokenizer: Tokenizer) -> Iterator[Inspected]:
 
 
 def _records(source: Source) -> Iterator[tuple[str, Pair | str]]:
-    """Yield the place and the pair for each pair, and the place and the reason for each unusable record."""
+    """Yield each pair with its place, and for each unusable record, its place and the reason."""
     bad = _Reasons(skip=True)
     for line, found in read_pairs(source.path, source.format, bad, source.columns):
         yield from bad.take()
@@ -157,7 +157,7 @@ def _pieces(ids: np.ndarray, kinds: Sequence[str], tokenizer: Tokenizer) -> tupl
 
 
 def saved_line(config: Config) -> str | None:
-    """Return a line about the run's checkpoints and the best of them by checkpoint.keep_best; None without any."""
+    """Return a line about the run's checkpoints and the best one by checkpoint.keep_best; None if there are none."""
     if not (there := steps(config.checkpoint_dir)):
         return None
     line = f"checkpoints: steps {', '.join(map(str, there))}"

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import BatchConfig, MegatronConfig, ParallelConfig, ReferenceConfig
 from dpo_engine.errors import EngineError
+from dpo_engine.model.megatron_options import WITH_SHARDS
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.training.short_run import measure
@@ -36,10 +37,10 @@ FIRST = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 3e-2}
 additions. In bf16, every intermediate result has a precision of 8 bits."""
 
 LATER = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 5e-2}
-"""The same after an update. Where a gradient is close to zero, its rounding error is a large part of it, and an Adam
-step changes the weight by up to the learning rate in either direction. In fp64, rounding errors are much smaller than
-Adam's epsilon. The gradient norm has this tolerance in the first step, too, because a backward pass adds up more
-rounding errors than a forward pass."""
+"""Largest accepted difference after an update. If a gradient is close to zero, its rounding error is relatively large,
+and an Adam step changes the weight by up to the learning rate in either direction. In fp64, rounding errors are much
+smaller than Adam's epsilon. The gradient norm has this tolerance in the first step, too, because a backward pass adds
+up more rounding errors than a forward pass."""
 
 JUMPS = ("accuracies", "accuracies_per_token", "chosen_fell", "load")
 """Last parts of the names of metrics that jump if a rounding error changes a sign or the choice of an expert.
@@ -134,8 +135,8 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     say    called with each line of the report
     fp64   compute in fp64; torch's AdamW then replaces the distributed optimizer, which does not support fp64
 
-    If called in a single process, this starts as many ranks as one model copy needs. Under torchrun or srun, it uses
-    the ranks that were started.
+    If called in a single process, this function starts as many ranks as one copy of the model needs. Under torchrun or
+    srun, it uses the ranks that were started.
 
     Returns  whether every difference is within its tolerance (always True on ranks other than rank 0)
     """
@@ -149,7 +150,9 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
     if fp64:
         parallel, alone = (side.model_copy(update={"distributed_optimizer": False}) for side in (parallel, alone))
-        config = config.model_copy(update={"parallel": parallel})
+        ddp = {name: value for name, value in config.megatron.ddp.items() if name not in WITH_SHARDS}
+        megatron = config.megatron.model_copy(update={"ddp": ddp})
+        config = config.model_copy(update={"parallel": parallel, "megatron": megatron})
     ranks = world if world > 1 else ParallelDims.fewest(parallel)
     with tempfile.TemporaryDirectory(prefix="dpo-parity-") as folder:
         if world > 1:
@@ -161,7 +164,7 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
         plain = config.model_copy(
             update={"parallel": alone, "batch": BatchConfig(layout="stacked"), "megatron": MegatronConfig()}
         )
-        # A loss that secretly reads its micro-batch gives other numbers only if the micro-batches are not the same.
+        # A loss that secretly depends on its micro-batch gives other numbers only if the micro-batches differ.
         size = 1 if many["largest"] > 1 else 2
         plain = plain.model_copy(update={"train": plain.train.model_copy(update={"micro_batch_size": size})})
         one = _measure_in_processes(plain, 1, Path(folder) / "one", fp64=fp64)

@@ -2,10 +2,10 @@
 
 The prediction needs neither a GPU nor Megatron. Memory is that of :mod:`~dpo_engine.model.memory`. Time is the sum of
 three parts: the operations of the slowest stage at `EFFICIENCY` of the GPU's peak, the bytes of each kind of
-communication at the speed of its link, and the pipeline bubble. It serves to compare layouts, not to predict a step to
-the second. All rows have ``data.max_length`` tokens, which is the worst case. In layers with a sliding window,
-operations grow with the window; for communication over context-parallel ranks, all layers count as layers without a
-window.
+communication at the speed of its link, and the pipeline bubble. Use the prediction to compare layouts; it is not the
+exact time of a step. All rows have ``data.max_length`` tokens, which is the worst case. In layers with a sliding
+window, operations grow with the window; for communication over context-parallel ranks, all layers count as layers
+without a window.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dpo_engine.platform.dims import ParallelDims, divisors
 from dpo_engine.wording import join
 
 EFFICIENCY = 0.5
-"""Share of the peak that matrix products of these sizes typically reach, together with the operations between them."""
+"""Typical FLOP/s of a training step, including the operations between matrix products, as a fraction of the peak."""
 PER_NODE = 8
 RECOMPUTE = ("none", "selective", "full")
 SHOWN = 5
@@ -61,10 +61,10 @@ class Layout:
     dims       sizes of the parallel dimensions
     recompute  ``model.recompute``
     tokens     number of tokens in the largest micro-batch
-    memory     on the rank that needs the most
+    memory     memory of the rank that needs the most
     seconds    predicted time of a step, by cause
     sent       bytes that a rank sends in a step, by parallel dimension, and the link that carries them
-    flops      operations of a step, over all GPUs
+    flops      floating-point operations of a step, over all GPUs
     """
 
     dims: ParallelDims
@@ -92,18 +92,28 @@ class Layout:
 def plan(
     config: Config, gpus: int, *, gpu_memory: float = 80.0, gpu: str = "H100", nodes: int | None = None
 ) -> list[str]:
-    """Return the lines of a report: the layouts that fit, the fastest first, and why others do not.
+    """Return the lines of a report: the layouts that fit, fastest first, and why others are not possible.
 
     gpus        total number of GPUs
     gpu_memory  memory of each GPU, in GiB
     gpu         a key of `GPUS`
-    nodes       number of nodes; None: as few as eight GPUs per node allow
+    nodes       number of nodes; None: the smallest number with at most eight GPUs per node
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for a number of GPUs that cannot be divided over the nodes, and for
-    adapters that do not fit the model.
+    Raises :class:`~dpo_engine.errors.ConfigError` for numbers that describe no machine, for a number of GPUs that
+    cannot be divided over the nodes, and for adapters that do not fit the model.
     """
+    given = [("gpus", gpus, "GPUs"), ("nodes", nodes, "nodes")]
+    problems = [
+        f"--{name}={number}: must be at least 1; pass the number of {what}"
+        for name, number, what in given
+        if number is not None and number < 1
+    ]
+    if not 0 < gpu_memory * GIB < math.inf:
+        problems.append(f"--gpu-memory={gpu_memory:g}: must be a positive number; pass the GiB of one GPU, such as 80")
+    if problems:
+        raise ConfigError(problems)
     nodes = nodes or -(-gpus // PER_NODE)
-    if gpus < 1 or gpus % nodes:
+    if gpus % nodes:
         raise ConfigError(f"--gpus={gpus}: must be a multiple of the number of nodes, {nodes}; pass --nodes")
     per_node = gpus // nodes
     arch = read_architecture(config.model.path)
@@ -125,7 +135,7 @@ def plan(
     tight = [one for one in layouts if one.memory.needed > size and one.recompute == "full"]
     if tight:
         least = min(tight, key=lambda one: one.memory.needed)
-        out.insert(0, f"{len(tight)} layouts: too large with model.recompute=full too; the least: {_title(least)}")
+        out.insert(0, f"{len(tight)} layouts: too large even with model.recompute=full; the smallest: {_title(least)}")
     return lines + [f"not possible: {reason}" for reason in out]
 
 
@@ -139,7 +149,9 @@ def _layouts(
         dims = with_layers(sizes, "auto" if uneven else None, arch, config.data.max_length)
         problems = dims.problems(arch)
         if dims.tp > per_node:
-            problems.append(f"tp {dims.tp}: tensor parallelism is too slow between nodes, and one has {per_node} GPUs")
+            problems.append(
+                f"tp {dims.tp}: tensor parallelism is too slow between nodes, and a node has {per_node} GPUs"
+            )
         if dims.dp > config.train.global_batch_size:
             problems.append(f"dp {dims.dp}: there are only {config.train.global_batch_size} pairs per step")
         if problems:
@@ -177,7 +189,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     again = {"none": 0, "selective": mlp, "full": forward}[config.model.recompute]
     flops = forward * (3 + scored) + again
     adaptation = config.adapter and adaptation_of(config.adapter, arch)
-    if adaptation:  # no gradients of frozen matrices, but the products with the adapters' own
+    if adaptation:  # add the products of the adapters, and subtract the gradients of frozen matrices
         flops += 3 * tokens * 2 * adapter_matrices(adaptation, arch) - products
     work = stage_work(arch, dims, config.data.max_length)
     slowest = max(work) * dims.pp / sum(work)  # relative to the mean
@@ -189,17 +201,17 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     sent: dict[str, tuple[float, str]] = {}
 
     def add(name: str, size: float, ranks_apart: int) -> None:
-        """Record bytes between ranks whose numbers differ by ``ranks_apart`` or more within their group."""
+        """Record bytes between ranks whose numbers differ by up to ``ranks_apart``."""
         if size:
             sent[name] = size, "within a node" if ranks_apart < per_node else "between nodes"
 
-    # In a forward pass, a layer gathers and scatters twice. In a backward pass, it gathers four times, scatters twice.
+    # A layer gathers and scatters twice in a forward pass. In a backward pass, it gathers 4 times and scatters twice.
     collectives = 4 * (1 + scored) + 6 + (4 if config.model.recompute == "full" else 0)
     add("tp", steps * layers * collectives * row * (dims.tp - 1) / dims.tp, dims.tp - 1)
     keys = 2 * max(arch.num_kv_heads // dims.tp, 1) * arch.head_dim * micro_batch * number
     add("cp", steps * layers * (2 + scored) * keys * (dims.cp - 1) / dims.cp, (dims.cp - 1) * dims.tp)
     exchanges = steps * dims.chunks * (2 + scored) * (dims.pp > 1)
-    add("pp", exchanges * row / dims.tp, dims.world - 1)  # stages divide the ranks, so some neighbors are far apart
+    add("pp", exchanges * row / dims.tp, dims.world - 1)  # stages divide the ranks, so neighboring stages are far apart
     if arch.experts:
         # Each token's hidden states go to its experts and come back, in the forward and in the backward pass.
         mixed = len([layer for layer in dims.layers_of(0, arch.num_layers) if layer in arch.experts.layers])
@@ -231,7 +243,7 @@ def _keys_seen(arch: Architecture, length: int) -> float:
 
 
 def _cheapest_recompute(layouts: list[Layout]) -> list[Layout]:
-    """Keep, for each parallel layout, the fastest way of recomputing; the layouts are sorted by time."""
+    """Keep, for each parallel layout, the fastest value of ``model.recompute``. The layouts are sorted by time."""
     kept: dict[ParallelDims, Layout] = {}
     for layout in layouts:
         kept.setdefault(layout.dims, layout)
@@ -277,7 +289,7 @@ def _way_out(
     """Return lines that say what would make the run fit."""
     lines = ["does not fit"]
     if layouts:
-        lines[0] += f"; the least is {_title(min(layouts, key=lambda one: one.memory.needed))}"
+        lines[0] += f"; the smallest is {_title(min(layouts, key=lambda one: one.memory.needed))}"
     dims = ParallelDims(1, 1, None, 1, 1, gpus)
     tokens = largest_micro_batch(config, arch, dims, dtype="bf16", device_memory=size)
     lighter = lighter_runs(config, dims, dtype="bf16", tokens=tokens)
@@ -295,4 +307,4 @@ def _way_out(
         found, _ = _layouts(changed, arch, number, min(per_node, number) if number > gpus else per_node, size, gpu)
         if any(one.memory.needed <= size for one in found):
             enough.append(name)
-    return [*lines, f"what would fit: {join(enough, 'or')}" if enough else "nothing in reach makes it fit"]
+    return [*lines, f"what would fit: {join(enough, 'or')}" if enough else "none of the changes tried makes it fit"]

@@ -1,6 +1,6 @@
 """``dpo-engine rehearse``: test with injected faults whether a user's own run resumes correctly.
 
-The test runs the first steps of the run with kills and stops, resumes them, and compares the metrics with an
+The test trains the first steps of the run, kills and stops it, resumes it, and compares its metrics with those of an
 uninterrupted run. The ranks are processes on this machine that get their rank and address from environment variables.
 Each case trains in its own directory under ``<train.output_dir>/rehearsal``. Outside this directory, the test changes
 only the cache of tokenized data and the reference store.
@@ -67,7 +67,7 @@ def rehearsals(last_rank: int) -> list[Rehearsal]:
 
 
 def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], None] = console.say) -> bool:
-    """Run the first steps with kills and stops, resume them, and compare the metrics with an uninterrupted run.
+    """Train the first steps, kill and stop the run, resume it, and compare its metrics with an uninterrupted run's.
 
     world   number of ranks to start on this machine; None: the smallest number that the layout allows
     say     called with each line of the report

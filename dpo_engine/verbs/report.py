@@ -12,7 +12,8 @@ def report(directories: Sequence[str | Path], *, to: str | Path | None = None) -
     """Write a page about runs: verdict, curves, held-out pairs token by token, speed, and settings.
 
     directories  train.output_dir of one or several runs, which may still be running
-    to           HTML file to write; None: ``report.html``, for a single run in its directory
+    to           HTML file to write; None: ``report.html``, in the run's directory or, for several runs, in the current
+                 directory
 
     Returns  the path of the page
 
@@ -27,7 +28,10 @@ def report(directories: Sequence[str | Path], *, to: str | Path | None = None) -
 
 
 def report_as_text(directories: Sequence[str | Path]) -> None:
-    """Print the verdict, tables and curves of runs on the terminal. Raises as :func:`report`; needs no plotly."""
+    """Print the verdict, tables and curves of runs on the terminal. Needs no plotly.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if a directory is not that of a run.
+    """
     from dpo_engine.reporting.page.text import show_runs
 
     show_runs(read_runs(directories), console.terminal())

@@ -12,11 +12,12 @@ from dpo_engine.data.formats import FORMATS, recognize
 from dpo_engine.data.hub import model_directory
 from dpo_engine.data.records import count_records
 from dpo_engine.data.sources import find_shards
-from dpo_engine.data.tokenizer import load_tokenizer
+from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import DataError
 from dpo_engine.model.adaptation import adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import ENOUGH, largest_micro_batch
+from dpo_engine.model.megatron_options import instances_of
 from dpo_engine.model.memory import OUTSIDE, active_parameters, gib, memory, parameters
 from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
@@ -26,7 +27,7 @@ from dpo_engine.optim.forecast import schedule_warnings
 from dpo_engine.platform.device import gpu_memory, gpu_present, has_transformer_engine
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps
-from dpo_engine.verbs.check import FIRST_RECORDS
+from dpo_engine.verbs.first_records import FIRST_RECORDS, record_warnings
 
 COUNTED_BYTES = 1 << 30
 
@@ -35,26 +36,28 @@ def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str,
     """Return a description of a run that passed `check`, as lines to print.
 
     world_size  number of ranks; None: the smallest number that the layout allows
-    tried       lines about what has been tried, each with its subject; see :mod:`~dpo_engine.verbs.dry_run`
+    tried       lines about the parts of the run that were tried, each with its subject; see
+                :mod:`~dpo_engine.verbs.dry_run`
     """
     parallel = config.parallel
     arch = read_architecture(config.model.path)
     dims = parallel_dims(config, arch, world_size or ParallelDims.fewest(parallel))
     pairs = _training_pairs(config)
+    tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template)
     lines = [
         ("model", _model(arch, dims)),
         *(("adapter", line.removeprefix("adapter: ")) for line in _adapter(config, arch)),
         ("layout", _layout(config, dims, world_size, experts=arch.experts is not None)),
         ("batch", _batch(config, dims)),
-        *(("data", line) for line in _data(config)),
+        *(("data", line) for line in [*_data(config), *filter(None, [tokenizer.note])]),
         ("steps", _steps(config, pairs)),
         *(("", line) for line in _intervals(config, pairs)),
         ("loss", _loss(config)),
         *(("auto", line) for line in _auto(config, dims)),
-        *(("export", line) for line in _export(config)),
+        *(("export", line) for line in _export(config, tokenizer)),
         *_memory(config, arch, dims),
         *tried,
-        *(("warning", line) for line in run_warnings(config)),
+        *(("warning", line) for line in [*run_warnings(config), *record_warnings(config, tokenizer)]),
     ]
     return [f"  {name:<8}{text}" for name, text in lines]
 
@@ -84,10 +87,11 @@ def _layout(config: Config, dims: ParallelDims, world_size: int | None, *, exper
         parts.append(f"layers {dims.division}")
     if experts:
         parts.append(f"experts: ep {dims.ep} x etp {dims.etp} x {dims.expert_dp} copies in each stage")
-    if config.parallel.distributed_optimizer and dims.dp * dims.cp > 1:
-        parts.append(f"optimizer state sharded over {dims.dp * dims.cp} ranks")
+    instances = instances_of(config)
+    if config.parallel.distributed_optimizer and dims.dp * dims.cp > instances:
+        parts.append(f"optimizer state sharded over {dims.dp * dims.cp // instances} ranks")
         if experts:
-            parts[-1] += f", that of experts over {dims.expert_dp}"
+            parts[-1] += f", that of experts over {dims.expert_dp // instances}"
     return ", ".join(parts)
 
 
@@ -143,8 +147,8 @@ def count(source: Source) -> int | None:
     Return None if the source has too many bytes of JSON to count quickly, or if it cannot be read.
     """
     shards = find_shards(source.path)
-    if shards.suffix.startswith(".jsonl"):
-        if shards.size > COUNTED_BYTES // (1 if shards.suffix == ".jsonl" else 8):
+    if shards.suffix.startswith(".json"):
+        if shards.size > COUNTED_BYTES // (1 if shards.suffix in (".jsonl", ".json") else 8):
             return None
     try:
         total = count_records(shards, COUNTED_BYTES)
@@ -190,7 +194,7 @@ def _training_pairs(config: Config) -> int | None:
 
 
 def _intervals(config: Config, pairs: int | None) -> list[str]:
-    """Return the intervals in steps that the run gives as parts of an epoch, and the problems with them."""
+    """Return lines about the intervals that are given as parts of an epoch: their problems or, if none, their steps."""
     if not pairs:
         return []
     epoch = -(-pairs // config.train.global_batch_size)
@@ -259,8 +263,9 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
         lines.append("batch.layout: tree if it saves tokens, otherwise stacked")
     if config.batch.tokens_per_micro_batch == "auto" and config.train.micro_batch_size is None:
         lines.append(
-            f"batch.tokens_per_micro_batch: {ENOUGH['gpu'] * dims.cp:,} on a GPU if its memory has room for them, "
-            f"{ENOUGH['cpu'] * dims.cp:,} on a CPU, less in a short pipeline, and at least the longest pair; {here}"
+            f"batch.tokens_per_micro_batch: {ENOUGH['gpu'] * dims.cp:,} on a GPU with enough memory, "
+            f"{ENOUGH['cpu'] * dims.cp:,} on a CPU; fewer if pipeline stages would wait, but at least the longest "
+            f"pair; {here}"
         )
     if (by := config.checkpoint.keep_best) and by.mode is None:
         lines.append(f"checkpoint.keep_best.mode: {by.direction} for {by.metric}")
@@ -270,12 +275,11 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
     return lines
 
 
-def _export(config: Config) -> list[str]:
+def _export(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Describe what the export cannot keep of the run's tokenizer."""
-    if not config.checkpoint.export or (config.model.tokenizer is None and config.data.chat_template is None):
-        return []
     source, own = model_directory(config.model.path), config.model.tokenizer
-    tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template)
+    if not config.checkpoint.export or (own is None and config.data.chat_template is None and tokenizer.note is None):
+        return []  # the export has the model's own files, from which transformers reads the run's tokenizer
     files = {
         name: path
         for name, path in companions(source, own and model_directory(own, "model.tokenizer")).items()

@@ -14,11 +14,12 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError, NumbersError
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.sinks import metrics_file, open_sinks
+from dpo_engine.training.callbacks import callback_problems
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.evaluation_files import page_lines
-from dpo_engine.training.evaluation_settings import interval_problems
+from dpo_engine.training.evaluation_settings import interval_problems, metric_problems
 from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.out_of_memory import explained
+from dpo_engine.training.out_of_memory import explained, planned_memory
 from dpo_engine.training.output_lease import sole_writer
 from dpo_engine.training.profile import require_profile
 from dpo_engine.training.rank_guard import RankGuard
@@ -33,7 +34,7 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
 
     interruption   records signals that request a stop; None: signals keep their previous handlers
 
-    Returns  the summary: the last step, its metrics, the final evaluation, and the paths of the files written
+    Returns  the summary: the last step, its metrics, the final evaluation, and the paths of the written files
 
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
@@ -59,6 +60,8 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
             f"optim.gradients=bf16: requires model.dtype=bf16, but it is {config.model.dtype} ({engine.dtype_name} on "
             "this device); set model.dtype=bf16, or remove it"
         )
+    if problems := callback_problems(config) + metric_problems(config):
+        raise ConfigError(problems)
     data = open_data(config, engine.groups, notes.append, interruption)
     notes += engine.settle_batches(data.train)
     leave_before_a_step(engine, interruption)
@@ -75,7 +78,7 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
     sinks = without_time_limit(world, opened, Meter("opening the metrics sinks"))
     try:
-        for line in [*engine.describe(), *notes, *page_lines(config)]:
+        for line in [*engine.describe(), *notes, f"planned memory: {planned_memory(engine)}", *page_lines(config)]:
             sinks.say(line)
         with explained(engine):
             trainer = Trainer(engine, data, start, guard, sinks, interruption, confirm=confirm)
@@ -93,7 +96,7 @@ def prepare_output(config: Config, start: Start, confirm: Callable[[], None]) ->
 
     Remove unfinished files, write the configuration, and replace metrics.jsonl with the checkpoint's copy.
 
-    confirm  raises an error if another run has taken the directory over
+    confirm  raises an error if another run has taken over the directory
     """
     confirm()
     output = Path(config.train.output_dir)

@@ -8,7 +8,7 @@ from dpo_kernels.dispatch import register_backend, use_backend
 
 
 class LogSumExp:
-    """A backend can be any object that has all functions of a group. Here, two of them are taken from eager."""
+    """The functions of the group ``head``, two of them from eager. Any object with these functions can be a backend."""
 
     linear_grad = staticmethod(eager.linear_grad)
     linear_kept_grad = staticmethod(eager.linear_kept_grad)

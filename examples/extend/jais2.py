@@ -9,7 +9,7 @@ from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, activation,
 
 @ACTIVATIONS.register("relu")
 def relu(x):
-    """Return the positive part of x; ``config.json`` may ask for it instead of its square."""
+    """Return the positive part of x. The default of Jais 2 is its square; ``config.json`` may name this function."""
     return torch.relu(x)
 
 

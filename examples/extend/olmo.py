@@ -10,7 +10,7 @@ from dpo_engine.model.families.blocks import ATTENTION, MLP, ROOT, biases, dense
 
 @NORMS.register("layer without weights")
 class PlainLayerNorm(nn.Module):
-    """Subtracts the mean over the last axis, and divides by the standard deviation."""
+    """Layer norm without weights: subtract the mean over the last axis, and divide by the standard deviation."""
 
     def __init__(self, config, hidden_size, eps=1e-5, **megatron):
         super().__init__()

@@ -10,11 +10,12 @@ import sys
 
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
+from dpo_engine.platform.dims import ParallelDims
 
 try:
     config = Config.load(sys.argv[1], sys.argv[2:])
 except ConfigError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)
-needed = config.parallel.tp * config.parallel.pp * config.parallel.cp
+needed = ParallelDims.fewest(config.parallel)
 print(max(1, 4 // needed) * needed, config.train.output_dir)

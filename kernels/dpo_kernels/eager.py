@@ -36,7 +36,7 @@ from dpo_kernels.products import accumulate, wide, wide_product
 from dpo_kernels.tree import Tree
 
 CACHED_BYTES = 1 << 19
-"""Maximum bytes of a block of logits on a CPU. The block stays in a core's cache during all elementwise passes."""
+"""Maximum bytes of a block of logits on a CPU. The block stays in a core's cache during all passes over it."""
 
 
 class LinearStats(NamedTuple):
@@ -134,7 +134,7 @@ def _stats(logits: Tensor, targets: Tensor, start: int, moments: bool) -> Linear
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    """Return the number of rows per block for elementwise passes: on a CPU, as many as fit in a core's cache."""
+    """Return the number of rows per block of logits: on a CPU, as many as fit in a core's cache."""
     if logits.device.type != "cpu":
         return max(len(logits), 1)
     return max(1, CACHED_BYTES // max(1, logits.shape[1] * logits.element_size()))

@@ -2,9 +2,8 @@
 
 Both have a variant that stores the logits, and one that does not.
 
-Problem. The functions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and read it in several elementwise
-passes: maximum, exponential, sums, target. With a vocabulary of 128k, memory bandwidth limits the speed of these
-passes.
+Problem. The functions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and make several passes over it:
+maximum, exponential, sums, target. With a vocabulary of 128k, memory bandwidth limits the speed of these passes.
 
 Solution, if the logits are kept. In :func:`linear_keep`, the vendor's library computes the matrix product. One kernel
 then reads each row once and computes all statistics online: if a block of columns has a new maximum, the previous sums

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from dpo_engine.batching import batches
 from dpo_engine.batching.batches import Scored, collate
 from dpo_engine.batching.trees import plant
-from support.pairs import RandomPairs
-from support.ranks import run_ranks
+from dpo_engine.testing.pairs import RandomPairs
+from dpo_engine.testing.ranks import run_ranks
 
 PAIRS = RandomPairs(12, 50)
 

@@ -15,10 +15,10 @@ from dpo_engine.batching.micro_batches import (
 )
 from dpo_engine.batching.packing import CostModel
 from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.testing.pairs import RandomPairs
+from dpo_engine.testing.trajectory import run_config
 from dpo_engine.training.engine import Engine
 from dpo_kernels import Tree
-from support.pairs import RandomPairs
-from support.trajectory import run_config
 
 COST = CostModel(token=100, visible=1, scored=50)
 

@@ -13,10 +13,11 @@ from dpo_engine.batching import batches, blocks, trees
 from dpo_engine.batching.shares import share_columns
 from dpo_engine.batching.trees import needed_columns, plant
 from dpo_engine.scoring import logps
-from support.layouts import LAYOUTS, SIZES, assert_same_numbers, assert_same_weights, world
-from support.pairs import RandomPairs
-from support.ranks import run_ranks
-from support.trajectory import run_config, train_steps
+from dpo_engine.testing.comparison import assert_same_numbers, assert_same_weights
+from dpo_engine.testing.pairs import RandomPairs
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import run_config, train_steps
+from support.layouts import LAYOUTS, SIZES, world
 
 FEW = RandomPairs(12, 50, few=3)
 MANY = RandomPairs(12, 50)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo_engine.checkpoint.best import Best, choose, ranking
+from dpo_engine.checkpoint.best import Best, choose, must_save, ranking
 from dpo_engine.checkpoint.directory import point, tidy
 from dpo_engine.config.sections import KeepBest
 
@@ -67,6 +67,29 @@ def test_checkpoints_that_are_kept(count, damaged, best, removed, tmp_path):
     assert found == (best, [f"step_{step:08d}" for step in removed])
     unset = choose(tmp_path, 10, tmp_path / "metrics.jsonl", keep_last=2, keep_best=None, damaged=())
     assert unset == (None, ["step_00000002", "step_00000004", "step_00000006"])
+
+
+@pytest.mark.parametrize(
+    "step, count, damaged, save",
+    [
+        (4, 1, [], True),
+        (6, 1, [], False),  # as good as step 4, but later
+        (6, 2, [], True),
+        (8, 2, [], True),
+        (8, 1, [], False),
+        (8, 1, [4], True),
+        (2, 1, [4], True),
+        (10, 4, [], False),  # has no value
+    ],
+)
+def test_evaluated_steps_that_are_saved(step, count, damaged, save, tmp_path):
+    """Steps 2 and 4 have checkpoints. Those of steps after ``step`` do not exist yet."""
+    for other in (other for other in (2, 4) if other < step):
+        (tmp_path / f"step_{other:08d}").mkdir()
+    lines = [entry for entry in LINES if entry["step"] <= step]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    by, names = KeepBest(metric="loss", count=count), {f"step_{other:08d}" for other in damaged}
+    assert must_save(tmp_path, step, tmp_path / "metrics.jsonl", keep_best=by, damaged=names) == save
 
 
 def test_pointers(tmp_path):

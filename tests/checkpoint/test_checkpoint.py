@@ -12,9 +12,9 @@ import torch
 
 from dpo_engine.errors import CheckpointError
 from dpo_engine.platform.dims import ParallelDims
-from support.pairs import RandomPairs, global_batches
-from support.ranks import run_ranks
-from support.trajectory import VOCAB, run_config
+from dpo_engine.testing.pairs import RandomPairs, global_batches
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, run_config
 
 SIZES = [4] * 6
 HALF = 3

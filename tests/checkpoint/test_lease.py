@@ -228,7 +228,7 @@ def test_former_holder_notices_before_it_writes(tmp_path):
     new = take(tmp_path, watch_s=0)
     with pytest.raises(CheckpointError) as error:
         suspended.confirm()
-    assert str(error.value).startswith(f"train.output_dir={tmp_path}: another run took this directory over (host ")
+    assert str(error.value).startswith(f"train.output_dir={tmp_path}: another run took over this directory (host ")
     assert str(error.value).endswith("this run stops without writing anything more")
     suspended.release()
     new.confirm()
@@ -279,7 +279,7 @@ def test_former_holder_stops_at_its_next_renewal(tmp_path, how):
         path.unlink()
     _, said = process.communicate(timeout=10)
     assert process.returncode == 4 and codes.read_text() == "4\n"
-    why = "another run took this directory over (host" if how == "taken over" else "this run no longer holds the dir"
+    why = "another run took over this directory (host" if how == "taken over" else "this run no longer holds the dir"
     assert said.count("\n") == 1 and said.startswith(f"train.output_dir={output}: {why}")
     if how == "taken over":
         new.confirm()

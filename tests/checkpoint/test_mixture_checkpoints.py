@@ -3,8 +3,8 @@
 import pytest
 
 from checkpoint.test_checkpoint import HALF, SIZES, config_of, run
+from dpo_engine.testing.ranks import run_ranks
 from support.family_cases import checkpoint
-from support.ranks import run_ranks
 
 LAYOUTS = {
     "one": (1, {}),
@@ -55,8 +55,8 @@ def test_resume_in_the_same_layout_is_bitwise_identical(name, dtype, tiny_hf, tm
         pytest.param("tp2 etp1", "tp2 pp2 plain", marks=SLOW),
     ],
 )
-def test_resume_in_another_layout(written, read, tiny_hf, tmp_path):
-    model, folder = checkpoint(tiny_hf, "glm4_moe, groups"), str(tmp_path / "c")
+def test_resume_in_another_layout(written, read, tiny_hf, tmp_path, case="glm4_moe, groups"):
+    model, folder = checkpoint(tiny_hf, case), str(tmp_path / "c")
     (ranks, layout), (ranks_after, layout_after) = LAYOUTS[written], LAYOUTS[read]
     expected = run_ranks(run, ranks, config=config_of(model, tmp_path, layout), save_at=HALF, folder=folder)[0]
     got = run_ranks(run, ranks_after, config=config_of(model, tmp_path, layout_after), load_from=HALF, folder=folder)[0]
@@ -64,3 +64,9 @@ def test_resume_in_another_layout(written, read, tiny_hf, tmp_path):
     for step, want in zip(got, expected[HALF:], strict=True):
         assert step["loss"] == pytest.approx(want["loss"], rel=2e-6)
         assert step["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written, read", [("tp2 etp2 ep2", "one plain"), ("dp2 ep2 plain", "tp2 etp2 ep2")])
+def test_resume_with_biases_of_experts_in_another_layout(written, read, tiny_hf, tmp_path):
+    test_resume_in_another_layout(written, read, tiny_hf, tmp_path, case="gpt_oss")

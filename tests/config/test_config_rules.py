@@ -34,6 +34,11 @@ CONTRADICTIONS = [
         "data.validation_fraction, or remove checkpoint.keep_best",
     ),
     (
+        {"checkpoint__keep_best": {"metric": "loss"}, "data__validation": "v.jsonl"},
+        "checkpoint.keep_best.metric=eval/loss: compares evaluated steps, but with train.eval_interval=0 only the last "
+        "step is evaluated; set train.eval_interval, for example to 0.1epoch, or remove checkpoint.keep_best",
+    ),
+    (
         {"reference__mode": "shared"},
         "reference.mode=shared: requires an adapter, because the reference is the policy's model without it; set "
         "adapter, or reference.mode=resident",
@@ -50,7 +55,7 @@ CONTRADICTIONS = [
     (
         {"adapter__rank": 4, "reference__mode": "offloaded"},
         "reference.mode=offloaded: is not supported with an adapter, because the policy and the reference then share "
-        "the base weights; set reference.mode=shared, which needs no memory for them",
+        "the base weights; set reference.mode=shared, which needs no extra memory",
     ),
     (
         {"adapter__rank": 4, "reference__mode": "resident", "reference__sync_every": 2},

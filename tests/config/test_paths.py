@@ -74,31 +74,32 @@ def test_recorded_configuration_has_expanded_paths_and_does_not_change(monkeypat
         (
             "train.output_dir=$NOPE/x",
             "train.output_dir=$NOPE/x: must be a path whose variables are set, but NOPE is not set; set NOPE, or write "
-            "the path",
+            "the path in full",
         ),
         (
             "data.train=[a, '${EMPTY}/x']",
             "data.train[1].path=${EMPTY}/x: must be a path whose variables are set, but EMPTY is not set; set EMPTY, "
-            "or write the path",
+            "or write the path in full",
         ),
         (
             "data.cache_dir='${DATA:-x}'",
             "data.cache_dir=${DATA:-x}: must be a path with variables of the form $NAME or ${NAME}, not ${DATA:-x}; "
-            "write the path",
+            "write the path in full",
         ),
         (
             "data.cache_dir=$(pwd)",
-            "data.cache_dir=$(pwd): must be a path with variables of the form $NAME or ${NAME}, not $(; write the path",
+            "data.cache_dir=$(pwd): must be a path with variables of the form $NAME or ${NAME}, not $(; write the path "
+            "in full",
         ),
         (
             "reference.store=~nobody-here/x",
             "reference.store=~nobody-here/x: must be a path whose home directory is known, but there is no user "
-            "nobody-here; write the path",
+            "nobody-here; write the path in full",
         ),
         (
             "model.path=$NESTED",
             "model.path=$NESTED: must be a path whose variables contain no variables, but it expands to a$DATA; write "
-            "the path",
+            "the path in full",
         ),
     ],
 )
@@ -108,7 +109,7 @@ def test_path_that_cannot_be_expanded_is_one_line(override, line):
 
 def test_unknown_home_is_an_error(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    with pytest.raises(ValueError, match="a path whose home directory is known, but HOME is not set; write the path"):
+    with pytest.raises(ValueError, match="home directory is known, but HOME is not set; write the path in full"):
         expand("~/x")
 
 
@@ -154,5 +155,5 @@ def test_paths_of_options_are_expanded(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["export", "--to=$NOPE/x"])
     line = capsys.readouterr().err.splitlines()[-1]
-    rule = "must be a path whose variables are set, but NOPE is not set; set NOPE, or write the path"
+    rule = "must be a path whose variables are set, but NOPE is not set; set NOPE, or write the path in full"
     assert line.endswith(f"argument --to: $NOPE/x: {rule}")

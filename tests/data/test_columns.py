@@ -121,11 +121,11 @@ class TestPromptUnderAnotherName:
 
     def test_text_before_an_explicit_prompt_is_refused(self, tmp_path):
         for name, value in (("context", "2 is a number."), ("history", [["a", "b"]])):
-            with pytest.raises(BadRecord, match=f"{name} is not read beside prompt; set format: text to leave it out"):
+            with pytest.raises(BadRecord, match=f"{name} is not read if there is a prompt; set format: text to leave"):
                 detect({**TEXT, name: value})
             assert FORMATS["text"]({**TEXT, name: value}) == Pair(**TEXT)
             path = write(tmp_path / "a.jsonl", TEXT, {**TEXT, name: value})
-            with pytest.raises(DataError, match=f":2: {name} is not read beside prompt"):
+            with pytest.raises(DataError, match=f":2: {name} is not read if there is a prompt"):
                 list(read_pairs(path))
 
 

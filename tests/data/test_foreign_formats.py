@@ -327,7 +327,6 @@ class TestSwift:
             ({"rejected_tools": [TOOL]}, "rejected_tools differ from tools; both responses must have the same tools"),
             ({"objects": {"ref": ["a"]}}, "objects: only text is supported"),
             ({"rejected_images": ["a.png"]}, "rejected_images: only text is supported"),
-            ({"messages": [ASK, {**FIRST, "loss_scale": 2.0}]}, r"messages\[1\].loss_scale is not supported"),
         ],
     )
     def test_records_that_cannot_keep_their_meaning_are_refused(self, changes, says):

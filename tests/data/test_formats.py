@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dpo_engine.data import records
+from dpo_engine.data import json_files
 from dpo_engine.data.formats import FORMATS, BadRecord, Pair, checked, read_pairs, read_rows
 from dpo_engine.data.records import BadLines, parse_record
 from dpo_engine.errors import DataError
@@ -50,7 +50,7 @@ def make(name, row):
 def written(bad, path, monkeypatch):
     """Write the malformed file, and return its path. Lower the limit on line length if the case needs it."""
     if bad.kind == "endless line":
-        monkeypatch.setattr(records, "MAX_LINE_BYTES", LIMIT)
+        monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", LIMIT)
     path.write_bytes(bad.content)
     return path
 
@@ -249,7 +249,7 @@ class TestFiles:
         ("name", "content", "says"),
         [
             ("absent.jsonl", None, "no such file"),
-            ("pairs.csv", b"a,b", "use .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow"),
+            ("pairs.csv", b"a,b", "use .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow"),
             ("pairs.jsonl.gz", b"not gzip", ":1: cannot read further"),
             ("cut.jsonl.gz", gzip.compress(between(dump(GOOD)), mtime=0)[:-12], "cannot read further"),
             ("pairs.parquet", b"PAR1 and then nothing", "cannot be read as Parquet"),

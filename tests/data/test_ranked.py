@@ -8,8 +8,10 @@ import pyarrow.parquet
 import pytest
 
 from dpo_engine.data.formats import FORMATS, BadRecord, detect, read_pairs
+from dpo_engine.data.tokenize import build_dataset
+from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError
-from support.built import Builder, write
+from support.built import Builder, data_config, write
 from support.malformed import RIGHT, SYSTEM, USER, WRONG
 from support.tiny_tokenizers import byte_level
 
@@ -183,3 +185,26 @@ def test_pairs_that_fit_share_the_whole_weight_of_a_record(tmp_path):
         pairs, report = build(source, max_length=longest, cache=f"cache{longest}")
         assert len(pairs) == kept and sum(report.dropped.values()) == 6 - kept
         assert [pair.weight for pair in pairs] == pytest.approx([3 / kept] * kept)
+
+
+@pytest.mark.parametrize(
+    ("limit", "weights", "read", "shared"),
+    [
+        (2, [1 / 2] * 2, 1, "the last record has 3 pairs; 2 of them are kept and share its weight"),
+        (3, [1 / 3] * 3, 1, None),
+        (4, [1 / 3] * 3 + [2.0], 2, "the last record has 3 pairs; 1 of them is kept and has its weight"),
+        (6, [1 / 3] * 3 + [2 / 3] * 3, 2, None),
+    ],
+)
+def test_a_limit_within_a_record_keeps_its_weight(limit, weights, read, shared, tmp_path):
+    row = {"prompt": "2 + 2 =", "responses": [" 4", " 5", " 6"], "scores": [3, 2, 1]}
+    rows = [row, {**row, "prompt": "1 + 3 =", "weight": 2}, {**row, "prompt": "3 + 1 ="}]
+    config = data_config(source(tmp_path / "a.jsonl", rows, "ranked_all"))
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer"))
+    for _ in range(2):  # the second time from the cache
+        pairs, report = build_dataset(config.train, tokenizer, config, tmp_path / "cache", max_pairs=limit)
+        assert [pair.weight for pair in pairs] == pytest.approx(weights)
+        assert (report.kept, report.read, report.stopped) == (limit, read, True)
+        assert str(report).startswith(f"{limit} pairs from {read} record")
+        lines = [line.strip() for line in str(report).splitlines() if "last record" in line]
+        assert lines == ([shared] if shared else [])

@@ -135,7 +135,7 @@ class TestTurns:
         assert "1 pair with turns in a response that are not scored" in str(report)
 
     def test_turns_with_weight_0_are_not_scored(self, build):
-        for key, value in (("weight", 0), ("train", False), ("loss", False)):
+        for key, value in (("weight", 0), ("training", False), ("masked", True)):
             row = {**self.ROW, "chosen": [{**CALL, key: value}, RESULT, RIGHT]}
             (pair,) = build([row], cache=key)[0]
             with_call = build([{**row, "chosen": [CALL, RESULT, RIGHT]}], cache=f"{key}-all")[0][0]
@@ -240,6 +240,18 @@ class TestTemplateFaults:
             ),
             (CHATML, {"tools": [TOOL]}, "drops tools: compare", "drops tools"),
             (
+                CHATML,
+                {"chosen": [{**RIGHT, "reasoning_details": [{"type": "reasoning.text", "text": "It grows."}]}]},
+                "drops text of chosen: 'It grows.'",
+                "drops text of a response",
+            ),
+            (
+                CHATML,
+                {"prompt": [{**SYSTEM, "functions": "compare(a, b)"}, USER]},
+                "drops or moves text of prompt: 'compare(a, b)'",
+                "drops text of the prompt",
+            ),
+            (
                 CHATML.partition("{% if add_gen")[0],
                 {},
                 "has no generation prompt, so '<|im_start|>assistant' would be scored as part of each response",
@@ -257,6 +269,16 @@ class TestTemplateFaults:
         dataset, report = build([row], tokenizer=tokenizer, on_template_fault="allow")
         assert report.faults == {kind: 1} and len(dataset) == 1
         assert f"1 pair: the chat template {kind}" in str(report)
+
+    def test_fields_that_the_template_reads_are_no_fault(self, build, tmp_path):
+        template = CHATML.replace(
+            "message.content }}", "message.content }}{{ message.functions }}{{ message.thought }}"
+        )
+        row = {**self.ROW, "prompt": [{**SYSTEM, "functions": "compare(a)"}, USER]}
+        row["chosen"] = [{**RIGHT, "thought": "It grows."}]
+        tokenizer = own_template(build, tmp_path, template)
+        (pair,) = build([row], tokenizer=tokenizer)[0]
+        assert "compare(a)" in tokenizer.decode(pair.prompt) and "It grows." in tokenizer.decode(pair.chosen)
 
     def test_thoughts_of_earlier_turns_are_counted(self, build, tmp_path):
         earlier = {**RIGHT, "content": "<think>\nIt grows.\n</think>\n\nThe second."}
@@ -382,7 +404,7 @@ class TestPublicTemplates:
 def test_a_token_without_an_embedding_row_is_refused_where_it_occurs(build):
     tokenizer = load_tokenizer(build.tokenizer_path)
     tokenizer.rows = tokenizer.eos_id  # the EOS is the first token without a row
-    with pytest.raises(DataError, match=r"token '\S+' \(\d+\) has no row in the model's embedding of 2"):
+    with pytest.raises(DataError, match=r"token '\S+' \(\d+\) is not in the model's embedding, which has 2"):
         build([GOOD], tokenizer=tokenizer)
 
 

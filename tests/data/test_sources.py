@@ -119,7 +119,11 @@ class TestShards:
     @pytest.mark.parametrize(
         ("files", "source", "says"),
         [
-            ([], "set", "set: contains no data files; use a directory with .jsonl, .jsonl.gz, .jsonl.zst, .parquet "),
+            (
+                [],
+                "set",
+                "set: contains no data files; use a directory with .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet ",
+            ),
             (
                 [],
                 "set/*.jsonl",

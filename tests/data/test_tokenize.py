@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import transformers
 
-from dpo_engine.data import records
+from dpo_engine.data import json_files
 from dpo_engine.data.encode import LONG_PAIR, LONG_PROMPT, LONG_RESPONSE, Limits, encode_pairs
 from dpo_engine.data.formats import read_pairs
 from dpo_engine.data.pair import Pair
@@ -176,7 +176,7 @@ class TestBadLines:
     @pytest.mark.parametrize("bad", KINDS, ids=lambda bad: bad.kind)
     def test_every_kind_of_malformed_record(self, bad, build, tmp_path, monkeypatch):
         if bad.kind == "endless line":
-            monkeypatch.setattr(records, "MAX_LINE_BYTES", LIMIT)
+            monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", LIMIT)
         path = tmp_path / "pairs.jsonl"
         path.write_bytes(bad.content)
         if bad.says is not None:

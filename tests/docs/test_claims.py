@@ -236,3 +236,12 @@ def test_adapters_need_the_memory_that_the_page_says(tmp_path):
         found = memory(draft(None, [*REQUIRED, *keys]).config, arch, ParallelDims(world=8), dtype="bf16", tokens=6144)
         state = found.weights + found.gradients + found.optimizer + found.reference
         assert (f"{state / GIB:.1f}", f"{found.peak / GIB:.1f}") == (kept, estimated), name
+
+
+def test_only_one_page_says_that_no_gpu_has_run_the_engine():
+    """When a GPU has, one sentence has to change. The README links to its page."""
+    said = re.compile(r"(not\s+run\s+on\s+a\s+GPU|No\s+GPU\s+has|on\s+a\s+GPU,?\s+yet)")
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*"), *ROOT.glob("*/README.md")]
+    found = {path.name: len(said.findall(path.read_text())) for path in pages if path.is_file()}
+    assert {name: times for name, times in found.items() if times} == {"gpu.md": 1}
+    assert "(docs/gpu.md)" in (ROOT / "README.md").read_text()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_engine.testing.ranks import run_ranks
 from support.jobs import run_job
-from support.ranks import run_ranks
 from support.small_run import write_run
 
 

@@ -1,7 +1,7 @@
 """Replay the recorded operations on a checkpoint folder up to each point: the loader always finds an intact checkpoint.
 
-After a crash, the disk can be in one of three states. The first is that of a killed process, the others are those of a
-machine that lost power:
+The test replays three states in which a crash can leave the disk. The first is that of a killed process; the others
+are those of a machine that lost power:
 
 - `as written`: all operations up to the crash have taken effect.
 - `names first`: files have only the content that was synced, but names are as if all directories had been synced.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 from support.small_run import write_run
 
 
@@ -151,7 +151,7 @@ VIEWS = {
 
 
 def chosen(folder: Path) -> int | None:
-    """Return the step of the checkpoint that the loader would choose, or ``None`` if there is no checkpoint."""
+    """Return the step of the checkpoint that the loader would choose; None if there is none, -1 if all are damaged."""
     from dpo_engine.checkpoint.directory import Damaged, committed, verify
 
     known = committed(folder)

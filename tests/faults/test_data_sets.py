@@ -106,7 +106,7 @@ def test_short_last_batch(job, tmp_path):
         ({"prompt": LONG}, {"truncation": "drop"}, "1 dropped: prompt and response longer than data.max_length"),
         ({"prompt": LONG}, {}, "1 prompt truncated on the left"),
         ({"prompt": LONG}, {"max_prompt_length": 8, "truncation": "drop"}, "1 dropped: prompt longer than data.max_pr"),
-        ({"chosen": LONG}, {}, "1 dropped: a response alone longer than data.max_length"),
+        ({"chosen": LONG}, {}, "1 dropped: a response too long for data.max_length"),
     ],
     ids=["drop", "left", "the prompt alone fills it", "the response alone fills it"],
 )
@@ -122,7 +122,7 @@ def test_pairs_over_the_limit_are_cut_or_dropped(fields, data, says, job, tmp_pa
 @pytest.mark.slow
 def test_data_without_a_fitting_pair_is_refused(job):
     found = job(pairs(4, chosen=LONG))
-    refused(found, "pairs.jsonl: contains no usable pair; 4 dropped: a response alone longer than data.max_length")
+    refused(found, "pairs.jsonl: contains no usable pair; 4 dropped: a response too long for data.max_length")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def sealed(folder):  # noqa: F811
-    """Train a run, and return a function: ``sealed(change)`` changes its manifest and updates the manifest's hash."""
+    """Train a run and return ``sealed(change)``, which changes its checkpoint and updates the manifest's hash."""
     assert run_alone(["train", "run.yaml"], folder).code == 0
     (checkpoint,) = (folder / "out/checkpoints").glob("step_*")
 

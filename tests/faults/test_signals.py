@@ -80,7 +80,7 @@ def when(path, text, act):
     def during(pids):
         deadline = time.monotonic() + 60
         while not (path.exists() and text in path.read_text(errors="replace")):
-            assert time.monotonic() < deadline, f"{path} never said {text!r}"
+            assert time.monotonic() < deadline, f"{path} did not contain {text!r} within 60 s"
             time.sleep(0.002)
         act(pids)
 

@@ -146,7 +146,7 @@ def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, mom
     assert found[0].codes == [0], found[0].said
     assert first.codes == [4], first.said
     lines = [line for line in first.errors[0].splitlines() if not line.startswith("DPO_FAULT")]
-    assert len(lines) == 1 and "another run took this directory over (host " in lines[0]
+    assert len(lines) == 1 and "another run took over this directory (host " in lines[0]
     assert lines[0].endswith("this run stops without writing anything more")
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole") and not leftovers(tmp_path / "run")
     assert "for a heartbeat" in found[0].output[0]

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from dpo_engine.model.architecture import FAMILIES
 from dpo_engine.model.families.blocks import DENSE, SINKS
 from dpo_engine.model.families.mistral import Mistral
-from support.family_cases import expected_logits
-from support.layouts import assert_same_numbers, assert_same_weights
-from support.ranks import run_ranks
+from dpo_engine.testing.comparison import assert_same_numbers, assert_same_weights
+from dpo_engine.testing.families import TREE, train
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.wide import expected_logits
 
 LAYOUTS = {"one": (1, {}), "tp2": (2, {"tp": 2}), "cp2": (2, {"cp": 2}), "tp4": (4, {"tp": 4})}
 KINDS = ["sliding_attention", "full_attention"]
@@ -72,7 +73,7 @@ def with_sinks(directory):
 def logits(directory, layout, export):
     from dpo_engine.model.weights.load import load_hf
     from dpo_engine.model.weights.save import save_hf
-    from support.sharded import open_model, whole_logits
+    from dpo_engine.testing.sharded import open_model, whole_logits
 
     chunks, arch, groups = open_model(directory, layout, "fp64")
     load_hf(chunks, arch, directory, groups=groups)
@@ -89,7 +90,7 @@ def test_logits_match_transformers_and_export_is_bitwise(layout, model, tmp_path
     from transformers.models.gpt_oss import modeling_gpt_oss
     from transformers.models.ministral import modeling_ministral
 
-    from model.test_weights import assert_same_bits
+    from dpo_engine.testing.comparison import assert_same_bits
 
     plain, directory = model
     ranks, dims = LAYOUTS[layout]
@@ -105,9 +106,7 @@ def test_logits_match_transformers_and_export_is_bitwise(layout, model, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "cp2"])
 def test_trees_match_padded_rows_on_one_rank(layout, model, tmp_path):
-    from training.test_family_steps import TREE, train
-
-    one = train(model[1], tmp_path / "one", 1, {})[0]
-    for result in train(model[1], tmp_path / "many", 2, LAYOUTS[layout][1], batch=TREE):
+    (one,) = train(model[1], tmp_path / "one", [6, 5], {}, few=3)
+    for result in train(model[1], tmp_path / "many", [6, 5], LAYOUTS[layout][1], few=3, batch=TREE):
         assert_same_numbers(result, one, 1e-10)
     assert_same_weights(tmp_path / "many", tmp_path / "one", model[1], 1e-10)

@@ -10,7 +10,7 @@ from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.batch_size import ENOUGH, OVERHEAD, choose_tokens, largest_micro_batch, settle_batches
 from dpo_engine.model.memory import GIB, memory
 from dpo_engine.platform.dims import ParallelDims
-from support.trajectory import run_config
+from dpo_engine.testing.trajectory import run_config
 
 LLAMA_8B = Architecture(
     model_type="llama",

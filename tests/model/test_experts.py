@@ -5,15 +5,16 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.experts import choose
 from dpo_engine.model.mixture import Experts
 from dpo_engine.model.weights.table import plain_name
-from model.test_weights import assert_same_bits
+from dpo_engine.testing.comparison import assert_same_bits
+from dpo_engine.testing.ranks import run_ranks
 from support.family_cases import MIXTURES, checkpoint
-from support.ranks import run_ranks
 from support.sharded import round_trip
 
 
@@ -29,10 +30,11 @@ def test_experts_are_chosen_as_in_transformers(case, tiny_hf):
     seen = []
     block.experts.register_forward_pre_hook(lambda module, args: seen.extend(args[1:]))
     tokens = 3 * torch.randn(1, 500, arch.hidden_size, generator=torch.Generator().manual_seed(1))
+    gate = block.router if arch.experts.router_bias else block.gate
     with torch.no_grad():
         block(tokens)
-        logits = tokens[0] @ block.gate.weight.T
-    bias = getattr(block.gate, "e_score_correction_bias", None)
+        logits = F.linear(tokens[0], gate.weight, getattr(gate, "bias", None))
+    bias = getattr(gate, "e_score_correction_bias", None)
     weights, chosen, scores = choose(logits, arch.experts, bias)
     numbers, expected = seen
     assert scores.shape == (500, arch.experts.count) and chosen.shape == (500, arch.experts.chosen)

@@ -81,6 +81,14 @@ def test_memory_of_a_rank(tiny_hf):
     assert cost.formula == expected
 
 
+def test_each_instance_of_the_optimizer_has_all_states(tiny_hf):
+    arch, dims = read_architecture(tiny_hf("llama")), ParallelDims(cp=2, world=8)
+    raw = {**SMALLEST, "megatron": {"ddp": {"num_distributed_optimizer_instances": 4}}}
+    one, four = (memory(Config.parse(given), arch, dims, dtype="bf16", tokens=4096) for given in (SMALLEST, raw))
+    assert four.optimizer == 4 * one.optimizer and four.peak - one.peak == 3 * one.optimizer
+    assert "12 optimizer / 2 (ranks of an instance)" in four.formula
+
+
 def test_gradients_in_bf16_take_half_of_the_memory(tiny_hf):
     arch = read_architecture(tiny_hf("llama"))
     costs = [

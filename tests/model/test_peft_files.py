@@ -16,11 +16,11 @@ from dpo_engine.model.weights.peft import (
     adapter_problems,
     read_adaptation,
 )
+from dpo_engine.testing.hf_training import in_fp64
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import load_weights, run_config
 from support.family_cases import checkpoint
-from support.hf_training import in_fp64
 from support.peft_adapters import PROJECTIONS, adapter_tensors, make_adapter
-from support.ranks import run_ranks
-from support.trajectory import load_weights, run_config
 
 KINDS = {
     "lora": {},
@@ -304,6 +304,22 @@ def test_experts_and_routers_are_no_targets(targets, expected, tiny_hf):
 
     arch = read_architecture(str(checkpoint(tiny_hf, "qwen3_moe, some layers")))
     assert adaptation_problems(AdapterConfig(targets=targets), arch) == [expected]
+
+
+def test_attention_of_gpt_oss_is_adapted_but_not_its_experts(tiny_hf):
+    from dpo_engine.config.sections import AdapterConfig
+
+    directory = checkpoint(tiny_hf, "gpt_oss")
+    arch = read_architecture(str(directory))
+    assert adapter_problems(AdapterConfig(), arch) == []
+    shapes = adapter_shapes(Adaptation.of(AdapterConfig(), arch), arch)
+    assert {name.rpartition("self_attn.")[2] for name in shapes} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert adapter_problems(AdapterConfig(targets=["gate_up_proj"]), arch) == [
+        "adapter.targets[0]=gate_up_proj: names matrices of experts, which have no adapters; remove it"
+    ]
+    assert adapter_problems(AdapterConfig(targets=["router"]), arch) == [
+        "adapter.targets[0]=router: matches no projection; the model has q_proj, k_proj, v_proj and o_proj"
+    ]
 
 
 def test_all_linear_is_every_projection_outside_of_experts(tiny_hf):

@@ -7,9 +7,11 @@ import torch
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model import spec
+from dpo_engine.model.architecture import read_architecture
 from dpo_engine.platform.device import Platform
+from support.family_cases import checkpoint
 
-LLAMA = SimpleNamespace(model_type="llama", suits_transformer_engine=True)
+LLAMA = SimpleNamespace(model_type="llama", suits_transformer_engine=True, experts=None)
 CASES = [  # (gpu, installed, dtype), and why Transformer Engine cannot be used; None if it can
     (False, True, torch.float32, "this machine has no GPU"),
     (True, False, torch.bfloat16, "Transformer Engine is not installed"),
@@ -31,11 +33,16 @@ def test_transformer_engine_is_used_only_if_it_can_run(gpu, installed, dtype, la
             spec.choose_spec("te", LLAMA, platform, dtype)
 
 
-def test_transformer_engine_is_not_used_for_other_norms(monkeypatch):
+@pytest.mark.parametrize(
+    "case, lack",
+    [
+        ("olmo2", "layers do not support olmo2 models"),
+        ("gpt_oss", "experts have neither the biases nor the activation of gpt_oss models"),
+    ],
+)
+def test_transformer_engine_is_not_used_for_other_layers(case, lack, tiny_hf, monkeypatch):
     monkeypatch.setattr(spec, "has_transformer_engine", lambda: True)
-    given = SimpleNamespace(model_type="olmo2", suits_transformer_engine=False), Platform("cuda", "nccl", gpu=True)
+    given = read_architecture(checkpoint(tiny_hf, case)), Platform("cuda", "nccl", gpu=True)
     assert spec.choose_spec("auto", *given, torch.bfloat16) == "native"
-    with pytest.raises(
-        ConfigError, match="model.spec='te': Transformer Engine's layers do not support olmo2 models; set"
-    ):
+    with pytest.raises(ConfigError, match=f"model.spec='te': Transformer Engine's {lack}; set"):
         spec.choose_spec("te", *given, torch.bfloat16)

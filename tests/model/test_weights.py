@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.families.rule import Rule
 from dpo_engine.model.weights.table import Piece, pieces
-from support.ranks import run_ranks
-from support.sharded import open_model, round_trip
+from dpo_engine.testing.comparison import assert_same_bits
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.sharded import open_model
+from dpo_engine.testing.trajectory import load_weights
+from support.sharded import round_trip
 
 LLAMA3 = {
     "rope_theta": 500000.0,
@@ -41,18 +44,6 @@ LAYOUTS = {
 }
 
 
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors in the safetensors files in ``directory``."""
-    return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
-
-
-def assert_same_bits(got: Path, expected: Path) -> None:
-    ours, theirs = tensors(got), tensors(expected)
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert ours[name].dtype == value.dtype and torch.equal(ours[name], value), name
-
-
 def transformers_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +58,7 @@ def tokens():
 
 
 def cases():
-    """Yield every model with every layout. A layout that a larger one contains is slow, except for llama."""
+    """Yield every model with every layout. A layout that a larger one contains is marked slow, except for llama."""
     for model in MODELS:
         for layout in LAYOUTS:
             contained = model != "llama" and layout in ("one", "tp2", "pp2")
@@ -129,8 +120,8 @@ def test_requested_dtype_is_exported_and_written_to_the_config(tiny_hf, tmp_path
     directory = tiny_hf("qwen2", dtype=torch.bfloat16)
     export = tmp_path / "hf"
     run_ranks(export_as, 2, directory=directory, layout={"tp": 2}, export=export, dtype=torch.float32)
-    expected = tensors(directory)
-    for name, value in tensors(export).items():
+    expected = load_weights(directory)
+    for name, value in load_weights(export).items():
         assert value.dtype == torch.float32 and torch.equal(value, expected[name].float()), name
     assert json.loads((export / "config.json").read_text())["dtype"] == "float32"
 
@@ -158,7 +149,7 @@ def test_sharded_files_are_read_and_written_with_an_index(tiny_hf, tmp_path):
         held = load_file(tmp_path / "hf" / file)
         assert {name for name, place in index["weight_map"].items() if place == file} == held.keys()
         assert len(held) == 1 or sum(value.nbytes for value in held.values()) <= limit
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors(directory).values())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in load_weights(directory).values())
 
 
 def test_padding_rows_are_zero(tiny_hf):
@@ -180,7 +171,7 @@ def padding(directory, layout):
 
 def doctored(directory: Path, target: Path, **changes) -> Path:
     """Copy a checkpoint and replace tensors in the copy. None removes a tensor; ``__`` in a name stands for a dot."""
-    held = tensors(directory)
+    held = load_weights(directory)
     for name, value in changes.items():
         held[name.replace("__", ".")] = value
     target.mkdir()
@@ -258,7 +249,7 @@ def load_with_stranger(directory):
 
 def test_fused_names_of_transformer_engine_are_read(tiny_hf):
     for name, value in run_ranks(load_fused_names, 1, directory=tiny_hf("llama"))[0].items():
-        expected = tensors(tiny_hf("llama"))[name]
+        expected = load_weights(tiny_hf("llama"))[name]
         assert torch.equal(value, expected)
 
 
@@ -281,16 +272,23 @@ def load_fused_names(directory):
     }
 
 
+def rows_of(tensor, start, stop, at, step=1):
+    return Piece(tensor, slice(start, stop, step), slice(at, at + -(-(stop - start) // step)))
+
+
 def test_pieces_of_fused_rows(tiny_hf):
     arch = read_architecture(tiny_hf("llama", num_hidden_layers=1, num_key_value_heads=2))
     qkv = Rule("p", ("q", "k", "v"), ("query_size", "kv_size", "kv_size"), None, "qkv", 0)
-    expected = [Piece(0, 32, 64, 0), Piece(1, 8, 16, 32), Piece(2, 8, 16, 40)]
+    expected = [rows_of(0, 32, 64, 0), rows_of(1, 8, 16, 32), rows_of(2, 8, 16, 40)]
     assert pieces(qkv, arch, shard_rows=48, rank=1, tp=2) == expected
     glu = Rule("p", ("gate", "up"), ("ffn_hidden_size", "ffn_hidden_size"), None, "glu", 0)
-    expected = [Piece(0, 48, 96, 0), Piece(1, 48, 96, 48)]
+    expected = [rows_of(0, 48, 96, 0), rows_of(1, 48, 96, 48)]
     assert pieces(glu, arch, shard_rows=96, rank=1, tp=2) == expected
+    mixed = Rule("p", ("both",), ("ffn_hidden_size", "ffn_hidden_size"), None, "glu", 0, interleaved=True)
+    expected = [rows_of(0, 96, 191, 0, 2), rows_of(0, 97, 192, 48, 2)]
+    assert pieces(mixed, arch, shard_rows=96, rank=1, tp=2) == expected
     vocab = Rule("p", ("e",), ("vocab_size",), None, "vocab", 0)
-    assert pieces(vocab, arch, shard_rows=264, rank=1, tp=2) == [Piece(0, 264, 515, 0)]
+    assert pieces(vocab, arch, shard_rows=264, rank=1, tp=2) == [rows_of(0, 264, 515, 0)]
     assert pieces(vocab, arch, shard_rows=520, rank=1, tp=2) == []
 
 
@@ -360,7 +358,7 @@ def anonymous_and_mapped_bytes(reset: bool) -> int:
 def test_loading_and_saving_hold_one_file_and_one_tensor(tiny_hf, tmp_path):
     wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     directory = tiny_hf("llama", max_shard_size="16MB", **wide)
-    total = sum(value.nbytes for value in tensors(directory).values())
+    total = sum(value.nbytes for value in load_weights(directory).values())
     [(loading, saving)] = run_ranks(peaks, 1, directory=directory, export=tmp_path / "hf", shard=16_000_000)
     assert total > 125e6
     allowed = (

@@ -5,9 +5,9 @@ import pytest
 from dpo_engine.config.rules import facts_of
 from dpo_engine.config.sections import LossConfig
 from dpo_engine.objective.losses import LOSSES
-from support.layouts import assert_same_numbers, assert_same_weights
-from support.ranks import run_ranks
-from support.trajectory import run_config, train_steps
+from dpo_engine.testing.comparison import assert_same_numbers, assert_same_weights
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import run_config, train_steps
 
 SIZES = [6, 6, 5]
 LAYOUTS = {

@@ -8,10 +8,10 @@ import torch
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.weights.freeze import freeze_problems, frozen_lines
-from support.hf_training import train_with_transformers
-from support.ranks import run_ranks
+from dpo_engine.testing.hf_training import train_with_transformers
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import load_weights, run_config, train_steps
 from support.small_run import config_of, run
-from support.trajectory import load_weights, run_config, train_steps
 
 SIZES = [4, 3]
 LR, DECAY, CLIP, EPS = 3e-4, 0.5, 0.05, 1e-6

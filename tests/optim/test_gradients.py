@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 from support.small_run import config_of, log_of, run
 
 STEPS = 50

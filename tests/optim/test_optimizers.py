@@ -5,11 +5,11 @@ import torch
 
 from dpo_engine.config.run import Config
 from dpo_engine.optim.optimizers import OPTIMIZERS, optimizer_problems
-from support.hf_training import train_with_transformers
-from support.layouts import assert_same_weights
-from support.ranks import run_ranks
+from dpo_engine.testing.comparison import assert_same_weights
+from dpo_engine.testing.hf_training import train_with_transformers
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import load_weights, run_config, train_steps
 from support.small_run import config_of, run
-from support.trajectory import load_weights, run_config, train_steps
 
 SIZES = [4, 3, 3]
 LR, DECAY, CLIP, MOMENTUM = 1e-2, 0.5, 0.05, 0.8

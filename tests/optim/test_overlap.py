@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 
 from dpo_engine.optim import optimizer
+from dpo_engine.testing.comparison import assert_same_weights
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.verbs.rehearse import CLOCK
-from support.layouts import assert_same_weights
-from support.ranks import run_ranks
 from support.small_run import config_of, log_of, run
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from support.ranks import run_ranks
-from support.trajectory import run_config
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import run_config
 
 LR, DECAY, BETAS, EPS, LIMIT = 1e-2, 0.5, (0.8, 0.95), 1e-8, 1.0
 
@@ -81,7 +81,7 @@ def test_moments_decay_with_their_own_beta(tiny_hf, tmp_path):
 
 
 def reported_rates(config):
-    from support.trajectory import train_steps
+    from dpo_engine.testing.trajectory import train_steps
 
     return [step["learning_rate"] for step in train_steps(config, [2] * 4)["steps"]]
 

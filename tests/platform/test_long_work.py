@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 
 
 def order(folder, delay_s):

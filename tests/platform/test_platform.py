@@ -142,7 +142,7 @@ def fails_on_rank_one():
 
 
 def test_ranks_exit_together():
-    from support.ranks import run_ranks
+    from dpo_engine.testing.ranks import run_ranks
 
     assert run_ranks(fails_on_rank_one, 3) == ["pairs.jsonl:3: not JSON"] * 3
 
@@ -155,7 +155,7 @@ def smallest_memory():
 
 
 def test_device_memory_is_that_of_the_smallest_gpu():
-    from support.ranks import run_ranks
+    from dpo_engine.testing.ranks import run_ranks
 
     assert run_ranks(smallest_memory, 3) == [[40 * 2**30, None]] * 3
 
@@ -177,7 +177,7 @@ def crashes_on_rank_one():
 
 
 def test_exception_on_one_rank_does_not_hang_the_others():
-    from support.ranks import run_ranks
+    from dpo_engine.testing.ranks import run_ranks
 
     others, own = run_ranks(crashes_on_rank_one, 2)
     assert own == ("ZeroDivisionError", "a bug")

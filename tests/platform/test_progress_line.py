@@ -26,7 +26,7 @@ def test_pace():
 
 
 def work(clock, seconds=40, **options):
-    """Do `seconds` of the 50 parts of work on 200 pairs, one part each second."""
+    """Do the first `seconds` of 50 parts of work on 200 pairs, one part each second."""
     with counting("eval\x1buating", 200, parts=50, **options):
         for _ in range(seconds):
             clock.now += 1

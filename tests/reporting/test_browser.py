@@ -148,7 +148,7 @@ def test_widths_and_themes(width, dark, tmp_path):
         table = driver.execute_script(right.format("#pair-table .opened .inside"))
         assert table <= driver.execute_script(right.format(".wide:has(#pair-table)")), "an opened pair must not be cut"
         boxes = driver.execute_script(edges.replace(".right)", ".left)"))
-        assert (boxes[0] == boxes[1]) == (width == 390), "only on a phone, the responses must be stacked"
+        assert (boxes[0] == boxes[1]) == (width == 390), "responses must be stacked on a phone, and only on a phone"
         if width == 390:
             driver.execute_script("document.querySelector('.opened .token').click()")
             seen = driver.execute_script("return document.querySelector('.detail').getBoundingClientRect().bottom")

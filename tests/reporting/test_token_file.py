@@ -41,7 +41,7 @@ def test_file_round_trips(tmp_path):
             lambda path: pa.parquet.write_table(
                 pa.table({"id": ["a"]}).replace_schema_metadata({KEY: b'{"format": 1}'}), path
             ),
-            "has another format than this version of dpo-engine; run the evaluation again",
+            "has a format that this version of dpo-engine does not read; run the evaluation again",
         ),
     ],
 )

@@ -36,7 +36,7 @@ def one(found, start):
 def test_better_worse_and_unclear():
     assert one(verdict(evaluation([1.0] * 90 + [-1.0] * 10)), "Better held out: in 90.0% of 100 pairs").kind == "good"
     assert (
-        one(verdict(evaluation([1.0] * 10 + [-1.0] * 90)), "Worse held out: only in 10.0% of 100 pairs").kind == "bad"
+        one(verdict(evaluation([1.0] * 10 + [-1.0] * 90)), "Worse held out: in only 10.0% of 100 pairs").kind == "bad"
     )
     says = "prefers the chosen response more than the reference does."
     both_fell = evaluation([1.0] * 30, chosen_logps=[-6.0] * 30, rejected_logps=[-7.0] * 30)
@@ -259,7 +259,7 @@ def length_case(right_longer, right_shorter, count=40):
 def test_length():
     bad = one(verdict(length_case(1.0, 0.0)), "Length alone explains the accuracy: the model prefers the longer")
     assert bad.kind == "bad" and "is right in 75.0% of the pairs" in bad.evidence
-    part = one(verdict(length_case(1.0, 0.5, 400)), "Length explains a part of the accuracy")
+    part = one(verdict(length_case(1.0, 0.5, 400)), "Length explains part of the accuracy")
     assert part.kind == "warn" and "accuracy is 100.0%; where it is wrong, 50.0%" in part.evidence
     assert one(verdict(length_case(0.8, 0.8)), "Length alone does not explain").kind == "good"
     assert one(verdict(evaluation([1.0] * 20)), "Both responses of every pair are equally long").kind == "note"

@@ -14,8 +14,8 @@ from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.parallel import open_groups
 from dpo_engine.scoring import logps
-from support.pairs import RandomPairs
-from support.ranks import run_ranks
+from dpo_engine.testing.pairs import RandomPairs
+from dpo_engine.testing.ranks import run_ranks
 
 VOCAB, HIDDEN = 37, 12
 LONGEST = 64

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from support.hf_training import in_fp64
+from dpo_engine.testing.hf_training import in_fp64
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -1,64 +1,10 @@
-"""Load a checkpoint into a sharded model, compute logits, and save the model again; tests call this on each rank."""
+"""Load a checkpoint into a sharded model, and save it again; tests call this on each rank."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-
-def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_directory=None, groups=None):
-    """Build this rank's model for the architecture in ``arch_directory``; return ``(chunks, architecture, groups)``.
-
-    dtype   "fp32", "bf16" or "fp64"
-    groups  process groups of an earlier call with the same layout
-    """
-    from dpo_engine.model.architecture import read_architecture
-    from dpo_engine.model.policy import build_chunks, transformer_config
-    from dpo_engine.platform.device import open_platform
-    from dpo_engine.platform.dims import ParallelDims
-    from dpo_engine.platform.parallel import open_groups
-
-    platform = open_platform(deterministic=True)
-    arch = read_architecture(arch_directory or directory)
-    dims = ParallelDims(**layout, world=dist.get_world_size())
-    groups = groups or open_groups(dims, platform, seed=1, timeout_s=60)
-    wanted = torch.float64 if dtype == "fp64" else platform.dtype(dtype)
-    config = transformer_config(arch, groups=groups, platform=platform, dtype=wanted, sequence_parallel=dims.tp > 1)
-    chunks = build_chunks(arch, config, groups=groups, platform=platform, spec="native")
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.data.fill_(float("nan"))  # so that a weight that is not loaded is noticed
-    return chunks, arch, groups
-
-
-def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
-    """Return logits [b, s, v], in sequence order, on the ranks of the last stage, and None on other ranks."""
-    from dpo_engine.model.pipeline import logit_softcap, run_pipeline
-
-    cp, rank = groups.cp.size(), groups.cp.rank()
-    pieces = torch.arange(tokens.shape[1]).chunk(2 * cp)
-    mine = torch.cat([pieces[rank], pieces[2 * cp - 1 - rank]])
-    every = SimpleNamespace(sites=torch.arange(len(mine) * len(tokens)))
-    rows = {"tokens": tokens[:, mine].contiguous(), "positions": mine, "segments": None, "columns": None}
-    batch = SimpleNamespace(**rows, scored=every, index=range(len(tokens)))
-    batches = [batch] * (groups.dims.pp if groups.dims.vpp else 1)
-    results = run_pipeline(
-        chunks, batches, lambda _, __, *ends: (ends[0].new_zeros(()), ends), groups=groups, backward=False
-    )
-    if not groups.last_stage:
-        return None
-    hidden, head = (part.detach() for part in results[-1])
-    product, cap = hidden @ head.T, logit_softcap(chunks)
-    product = product if cap is None else cap * (product / cap).tanh()
-    local = product.unflatten(0, (len(mine), -1)).transpose(0, 1).contiguous()  # [b, s/cp, v/t]
-    vocab = [torch.empty_like(local) for _ in range(groups.tp.size())]
-    dist.all_gather(vocab, local, group=groups.tp)
-    full = torch.cat(vocab, dim=-1)
-    shares = [torch.empty_like(full) for _ in range(cp)]
-    dist.all_gather(shares, full, group=groups.cp)
-    order = torch.cat([torch.cat([pieces[r], pieces[2 * cp - 1 - r]]) for r in range(cp)])
-    return torch.cat(shares, dim=1)[:, order.argsort()]
+from dpo_engine.testing.sharded import open_model, whole_logits
 
 
 def round_trip(directory, layout: dict[str, Any], tokens=None, export=None, dtype: str = "fp32", **options):

@@ -12,10 +12,10 @@ from dpo_engine.errors import CheckpointError
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.weights.peft import adapter_problems
 from dpo_engine.reporting.pair_file import read_evaluation
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import run_config, train_steps
 from support.peft_adapters import adapter_tensors, make_adapter
-from support.ranks import run_ranks
 from support.small_run import config_of, log_of, run
-from support.trajectory import run_config, train_steps
 
 NEW = {"rank": 3, "kind": "dora", "targets": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
 STEPS = {"schedule": "constant", "warmup_steps": 0}

@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 
-from support.hf_training import train_with_transformers
+from dpo_engine.testing.hf_training import train_with_transformers
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import run_config, train_steps
 from support.peft_adapters import adapter_tensors, load_adapted, make_adapter, saved_name
-from support.ranks import run_ranks
-from support.trajectory import run_config, train_steps
 
 SIZES = [4, 3, 4]
 LR, DECAY, CLIP, EPS = 3e-3, 0.1, 0.1, 1e-6

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_engine.config.sections import BadStepsConfig
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 
 CPU = torch.device("cpu")
 FINE = {"loss": 0.7, "logps/chosen": -3.0, "logps/rejected": -4.0, "displacement/chosen": 0.1, "grad_norm": 1.0}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dpo_engine.errors import ConfigError
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.training.callbacks import Callback, Callbacks
-from support.ranks import run_ranks
 from support.small_run import config_of, log_of, run
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 
 CHOSEN, REJECTED = [1.0, 2.0, 2.0, 2.0, -1.0, 2.0], [0.5, 0.25, 0.0, -0.5, -2.0, 3.0]
 PLACES = [7, 3, 9, 1, 4, 2**24 + 1]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,8 @@ from safetensors.torch import load_file
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import KeepBest
 from dpo_engine.errors import ConfigError
-from dpo_engine.training.early_stopping import evaluations_without_gain
-from dpo_engine.training.enabled_callbacks import enabled_callbacks
-from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps, metric_problem
+from dpo_engine.training.early_stopping import ReportedMetric, evaluations_without_gain
+from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps, metric_problems
 from support.jobs import run_job
 from support.small_run import log_of, write_run
 
@@ -52,7 +52,7 @@ def small(tmp_path, **sections):
     raw = {
         "model": {"path": "m"},
         "data": {"train": "t", "validation": "v"},
-        "train": {"output_dir": str(tmp_path), **sections.pop("train", {})},
+        "train": {"output_dir": str(tmp_path), "eval_interval": 1, **sections.pop("train", {})},
     }
     return Config.parse({**raw, **sections})
 
@@ -80,26 +80,58 @@ def test_unknown_metric_is_refused_before_the_run(tmp_path):
         "checkpoint.keep_best.metric=eval/reward/accuracies: no evaluation reports this metric; did you mean "
         "eval/rewards/accuracies?"
     )
-    assert metric_problem(config) == says
-    with pytest.raises(ConfigError) as caught:
-        enabled_callbacks(config)
-    assert str(caught.value) == says
-    assert metric_problem(config.model_copy(update={"callbacks": {"mine": {}}})) is None
-    far = metric_problem(small(tmp_path, checkpoint={"keep_best": {"metric": "xyzzy", "mode": "min"}}))
+    assert metric_problems(config) == [says]
+    assert metric_problems(config.model_copy(update={"callbacks": {"mine": {}}})) == []
+    (far,) = metric_problems(small(tmp_path, checkpoint={"keep_best": {"metric": "xyzzy", "mode": "min"}}))
     assert far.endswith("reports this metric; the documentation of metrics lists all of them")
-    for name in ("loss", "source/a b/loss", "rewards/margins"):
-        assert metric_problem(small(tmp_path, checkpoint={"keep_best": {"metric": name}})) is None
+    for name in ("loss", "rewards/margins"):
+        assert metric_problems(small(tmp_path, checkpoint={"keep_best": {"metric": name}})) == []
 
 
-def test_metrics_that_evaluations_of_this_run_do_not_report(tmp_path):
-    for name, logging, known in [
-        ("eval/grad_norm", {}, False),
-        ("eval/entropy/chosen", {}, False),
-        ("eval/entropy/chosen", {"entropy": True}, True),
-    ]:
-        checkpoint = {"keep_best": {"metric": name, "mode": "min"}}
-        problem = metric_problem(small(tmp_path, checkpoint=checkpoint, logging=logging))
-        assert (problem is None) == known, problem
+MIX = {"name": "mix", "losses": [{"name": "sigmoid"}, {"name": "ipo"}]}
+SEVERAL = {"model": {"path": "m"}, "data": {"train": ["t/a.jsonl", "u/b.jsonl"], "validation_fraction": 0.1}}
+WHEN = "the documentation of metrics says when it is reported"
+
+
+@pytest.mark.parametrize(
+    "metric, sections, hint",
+    [
+        ("grad_norm", {}, WHEN),
+        ("entropy/chosen", {}, WHEN),
+        ("entropy/chosen", {"logging": {"entropy": True}}, None),
+        ("loss_margin/mean", {}, WHEN),
+        ("loss_margin/mean", {"loss": {"name": "ipo"}}, None),
+        ("loss_margin/mean", {"loss": {"name": "sigmoid", "average": True}}, None),
+        ("displacement/chosen", {}, None),
+        ("displacement/chosen", {"reference": {"mode": "none"}, "loss": {"name": "simpo"}}, WHEN),
+        ("loss/sigmoid", {}, "did you mean eval/loss?"),
+        ("loss/sigmod", {"loss": MIX}, "did you mean eval/loss/sigmoid?"),
+        ("loss/ipo", {"loss": MIX}, None),
+        ("loss/likelihood", {"loss": {"name": "orpo"}, "reference": {"mode": "none"}}, None),
+        ("source/v/loss", {}, "did you mean eval/loss?"),
+        ("source/b/loss", SEVERAL, None),
+        ("source/b/rewards/margin", SEVERAL, "did you mean eval/source/b/rewards/margins?"),
+    ],
+)
+def test_metrics_that_evaluations_of_this_run_report(metric, sections, hint, tmp_path):
+    best = {"keep_best": {"metric": metric, "mode": "min"}}
+    found = metric_problems(small(tmp_path, checkpoint=best, **{name: dict(given) for name, given in sections.items()}))
+    says = f"checkpoint.keep_best.metric=eval/{metric}: no evaluation reports this metric; {hint}"
+    assert found == ([] if hint is None else [says])
+
+
+def test_callback_that_does_not_add_the_metric():
+    """What callbacks report is known only after the first evaluation."""
+    world = SimpleNamespace(rank=lambda: 0)
+    run = SimpleNamespace(engine=SimpleNamespace(groups=SimpleNamespace(world=world)))
+    check = ReportedMetric(KeepBest(metric="xyzzy", mode="min"))
+    with pytest.raises(ConfigError) as caught:
+        check.on_eval(run, {"loss": 0.5, "abc": 1.0})
+    assert str(caught.value) == (
+        "checkpoint.keep_best.metric=eval/xyzzy: no evaluation reports this metric; the metrics are eval/abc and "
+        "eval/loss"
+    )
+    check.on_eval(run, {"loss": 0.5, "xyzzy": 1.0})
 
 
 def test_interval_below_one_step(tmp_path):
@@ -163,7 +195,7 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
     assert job.codes == [0]
     reason = "train.stop_after_no_gain: no gain in 3 evaluations (highest eval/loss)"
     assert f"the run ends after step 6 of 12: {reason}\n" in job.output[0]
-    assert "best checkpoint: highest eval/loss (checkpoint.keep_best, the best 2 kept)\n" in job.output[0]
+    assert "best checkpoint: highest eval/loss (checkpoint.keep_best, the best 2 saved and kept)\n" in job.output[0]
     output = tmp_path / "whole"
     assert checkpoints(output) == ["step_00000002", "step_00000003", "step_00000005", "step_00000006"]
     assert (output / "checkpoints/best").read_text() == "step_00000002\n"
@@ -239,12 +271,12 @@ def test_best_is_chosen_again_after_the_last_evaluation(run_yaml, tmp_path):
 
 @pytest.mark.slow
 def test_metric_that_no_evaluation_reports(run_yaml, tmp_path):
-    """`source/.../loss` is reported only if there are several sources, which is known at the first evaluation."""
+    """`source/.../loss` is reported only if there are several sources. The run ends before it reads its data."""
     run = run_yaml("run", checkpoint={"keep_best": {"metric": "source/train/loss"}}, train={"eval_interval": 2})
     job = run_job(["train", str(run)], 1, tmp_path / "log")
     assert job.codes == [2]
-    says = "checkpoint.keep_best.metric=eval/source/train/loss: no evaluation reports this metric; the metrics are "
-    assert says in job.said and "eval/rewards/margins, " in job.said
+    says = "checkpoint.keep_best.metric=eval/source/train/loss: no evaluation reports this metric; did you mean "
+    assert says in job.said and not (tmp_path / "run").exists()
     assert len(job.said.strip().splitlines()) == 1, job.said
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from dpo_engine.reporting.pair_file import read_evaluation
 from dpo_engine.reporting.token_file import read_tokens
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 from support.small_run import config_of, run
 
 LOGGING = {"page": True, "token_samples": 3, "progress": "plain"}

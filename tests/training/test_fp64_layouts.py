@@ -2,9 +2,10 @@
 
 import pytest
 
-from support.layouts import LAYOUTS, SIZES, assert_same_numbers, assert_same_weights, world
-from support.ranks import run_ranks
-from support.trajectory import run_config, train_steps
+from dpo_engine.testing.comparison import assert_same_numbers, assert_same_weights
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import run_config, train_steps
+from support.layouts import LAYOUTS, SIZES, world
 
 PLAIN = {"distributed_optimizer": False}
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}

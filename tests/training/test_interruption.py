@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.verbs.rehearse import CLOCK
-from support.ranks import run_ranks
 from support.small_run import config_of, log_of
 
 

@@ -2,18 +2,18 @@
 
 import pytest
 
-from support.ranks import run_ranks
-from support.trajectory import VOCAB, run_config
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, run_config
 
 
 def one_step(config):
     """Train on a pair whose chosen sequence has 16,384 tokens. Return the metrics of the step."""
     import numpy as np
 
+    from dpo_engine.testing.pairs import RandomPairs
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
-    from support.pairs import RandomPairs
 
     engine = Engine.open(config, fp64=True)
     pairs, index = RandomPairs(1, VOCAB, sizes=[(8192, 8192, 4000)]), np.arange(1)

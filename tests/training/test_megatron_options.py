@@ -1,18 +1,26 @@
 """Tests of the section ``megatron``: options act without changing what is trained, and all others are refused."""
 
 from collections import Counter
+from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 
 from dpo_engine.checkpoint.identity import identity
 from dpo_engine.checkpoint.resume import compare
 from dpo_engine.config.run import Config
-from dpo_engine.errors import CheckpointError
+from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.model import megatron_options
 from dpo_engine.model.architecture import read_architecture
-from dpo_engine.model.megatron_options import REFUSED, megatron_problems
-from support.layouts import SIZES, assert_same_numbers, assert_same_weights, world
-from support.ranks import run_ranks
-from support.trajectory import run_config, train_steps
+from dpo_engine.model.megatron_options import REFUSED, instance_problems, megatron_problems, optimizer_instances
+from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.testing.comparison import assert_same_numbers, assert_same_weights
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import run_config, train_steps
+from dpo_engine.verbs.rehearse import CLOCK
+from support.layouts import SIZES, world
+from support.small_run import config_of as config_of_run
+from support.small_run import log_of, run
 
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective", "attention": "eager"}
 WIDE = {"tp": 2, "sequence_parallel": False}
@@ -23,49 +31,98 @@ CASES = {
     "cp2 attention": ({"cp": 2}, SELECTIVE, {"recompute_modules": ["core_attn"]}, {}),
     "tp2 attention and mlp": ({"tp": 2}, SELECTIVE, {"recompute_modules": ["core_attn", "mlp"]}, {}),
     "tp2 distributed activations": (WIDE, FULL, {"distribute_saved_activations": True}, {}),
-    "tp2 without an overlapped sum": (WIDE, {}, {"async_tensor_model_parallel_allreduce": False}, {}),
     "pp2 vpp2 larger groups": (INTERLEAVED, {}, {"microbatch_group_size_per_vp_stage": 4}, {}),
     "dp2 small buckets": ({"overlap": True}, {}, {}, {"bucket_size": 1000}),
     "pp2 vpp2 dp2 aligned": ({**INTERLEAVED, "overlap": True}, {}, {}, {"align_param_gather": True}),
+    "cp2 dp2 two instances": ({"cp": 2}, {}, {}, {"num_distributed_optimizer_instances": 2}),
+    "cp2 dp2 two overlapped instances": (
+        {"cp": 2, "overlap": True},
+        {},
+        {},
+        {"num_distributed_optimizer_instances": 2, "bucket_size": 20_000},
+    ),
     "dp2 padded buckets": ({}, {}, {}, {"pad_buckets_for_high_nccl_busbw": True}),
     "dp2 sums in fp32": ({}, {}, {}, {"reduce_scatter_with_fp32_accumulation": True}),
 }
+SUMS = "reduce_scatter_with_fp32_accumulation"
 DEFAULT = ("some layers", "cp2 attention", "pp2 vpp2 larger groups", "dp2 small buckets")
 
 
+class Observed(NamedTuple):
+    """What a rank did while it trained.
+
+    calls        number of calls of modules and functions
+    chunks       model chunks, in the order of their forward passes
+    gathers      the same for chunks that are trained, with ``gather`` where an all-gather of weights starts
+    kept         bytes of the hidden states that each checkpoint of activations keeps
+    buckets      number of buckets of gradients, of values in them, and of values that this rank's optimizer updates
+    """
+
+    result: dict
+    calls: Counter
+    chunks: list
+    gathers: list
+    kept: list
+    buckets: tuple
+
+
 def observed(config, **arguments):
-    """Train, and also return how often each module ran, the order of the chunks, and the number and size of buckets."""
+    """Train, and watch the modules and Megatron's functions."""
+    from megatron.core.distributed import DistributedDataParallel, param_and_grad_buffer
+    from megatron.core.tensor_parallel.random import CheckpointFunction
+
     from dpo_engine.model.attention import CoreAttention
     from dpo_engine.model.layer import Layer
     from dpo_engine.model.policy import Policy
+    from dpo_engine.optim.state import owned_slices
     from dpo_engine.training.engine import Engine
 
-    calls, chunks, buckets = Counter(), [], []
-    for kind in (CoreAttention, Layer, Policy):
+    calls, chunks, gathers, kept, buckets = Counter(), [], [], [], []
 
-        def counted(self, *inputs, forward=kind.forward, name=kind.__name__, **more):
-            calls[name] += 1
-            if name == "Policy":
-                chunks.append(self.vp_stage)
-            return forward(self, *inputs, **more)
+    def watch(owner, name, event, before=True):
+        """Call ``event`` with the arguments of each call of a method or function."""
+        real = getattr(owner, name)
 
-        kind.forward = counted
+        def watched(*inputs, **more):
+            if before:
+                event(*inputs)
+            found = real(*inputs, **more)
+            if not before:
+                event(*inputs)
+            return found
+
+        setattr(owner, name, staticmethod(watched) if owner is CheckpointFunction else watched)
+
+    for kind, name in ((CoreAttention, "forward"), (Layer, "forward"), (Layer, "_mlp"), (Policy, "forward")):
+        watch(kind, name, lambda *inputs, key=f"{kind.__name__}.{name}": calls.update([key]))
+    watch(Policy, "forward", lambda chunk, *inputs: chunks.append(chunk.vp_stage))
+    watch(DistributedDataParallel, "forward", lambda chunk, *inputs: gathers.append(chunk.module.vp_stage))
+    group = param_and_grad_buffer._ParamAndGradBucketGroup
+    watch(group, "start_param_sync", lambda *inputs: gathers.append("gather"))
+    watch(param_and_grad_buffer, SUMS, lambda *inputs: calls.update([SUMS]))
+
+    def count_kept(ctx, function, distributed, hidden, *others):
+        if hidden.requires_grad:
+            kept.append(hidden.untyped_storage().nbytes())
+
+    watch(CheckpointFunction, "forward", count_kept, before=False)
     load = Engine.load_policy
 
     def loaded(self, **options):
         trained = load(self, **options)
         found = [bucket for chunk in trained.chunks for group in chunk.bucket_groups for bucket in group.buckets]
-        buckets.append((len(found), sum(bucket.grad_data.numel() for bucket in found)))
+        owned = sum(one.stop - one.start for one in owned_slices(trained))
+        buckets.append((len(found), sum(bucket.grad_data.numel() for bucket in found), owned))
         return trained
 
     Engine.load_policy = loaded
-    return train_steps(config, **arguments), calls, chunks, buckets[0]
+    return Observed(train_steps(config, **arguments), calls, chunks, gathers, kept, buckets[0])
 
 
 @pytest.fixture(scope="module")
 def expected(tiny_hf, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
-    config = run_config(tiny_hf("llama"), out)
+    config = run_config(tiny_hf("llama"), out, logging={"num_zeros": True})
     return run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(out / "hf"))[0], out / "hf"
 
 
@@ -74,7 +131,7 @@ def expected(tiny_hf, tmp_path_factory):
 )
 def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, tmp_path):
     layout, model, transformer, ddp = CASES[name]
-    sections = {"parallel": layout, "model": {"path": str(tiny_hf("llama")), **model}}
+    sections = {"parallel": layout, "logging": {"num_zeros": True}, "model": {"path": str(tiny_hf("llama")), **model}}
     if "reduce_scatter_with_fp32_accumulation" in ddp:  # required; gradients of this fp32 model remain fp32
         sections["optim"] = {"gradients": "bf16"}
     megatron = {"transformer": transformer, "ddp": ddp}
@@ -82,24 +139,56 @@ def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, 
     config = run_config(tiny_hf("llama"), tmp_path, **sections, megatron=megatron)
     assert megatron_problems(config) == []
     with_options = run_ranks(observed, ranks, config=config, sizes=SIZES, export=out)
-    for result, *_ in with_options:
-        assert_same_numbers(result, expected[0], 1e-5)
+    for one in with_options:
+        assert_same_numbers(one.result, expected[0], 1e-5)
     assert_same_weights(out, expected[1], tiny_hf("llama"), 1e-5)
-
     plain = run_ranks(observed, ranks, config=run_config(tiny_hf("llama"), tmp_path, **sections), sizes=SIZES)
-    _, calls, chunks, buckets = with_options[0]
-    _, usual, usual_chunks, usual_buckets = plain[0]
-    if name == "some layers":  # training recomputes one of the four layers instead of all
-        again = usual["Policy"] and (usual["Layer"] - 4 * usual["Policy"]) // 4
-        assert again > 0 and calls["Layer"] == 4 * usual["Policy"] + again
-    if "attention" in name:
-        assert calls["CoreAttention"] > usual["CoreAttention"]
-    if name == "pp2 vpp2 larger groups":
-        assert sorted(chunks) == sorted(usual_chunks) and chunks != usual_chunks
-    if name == "dp2 small buckets":
-        assert buckets[0] > usual_buckets[0]
-    if name == "dp2 padded buckets":
-        assert buckets[1] > usual_buckets[1] and buckets[1] % 2**16 == 0
+    for one, usual in zip(with_options, plain, strict=True):
+        assert ACTS[name](one, usual), (one.calls, usual.calls, one.gathers, one.kept, usual.kept, one.buckets)
+
+
+def some_layers(one, usual):
+    """One layer of four is recomputed instead of all, in the forward passes that train."""
+    again = (usual.calls["Layer.forward"] - 4 * usual.calls["Policy.forward"]) // 4
+    return again > 0 and one.calls["Layer.forward"] == 4 * usual.calls["Policy.forward"] + again
+
+
+def only_attention(one, usual):
+    more = one.calls["CoreAttention.forward"] > usual.calls["CoreAttention.forward"]
+    return more and one.calls["Layer._mlp"] < usual.calls["Layer._mlp"]
+
+
+def attention_too(one, usual):
+    more = one.calls["CoreAttention.forward"] > usual.calls["CoreAttention.forward"]
+    return more and one.calls["Layer._mlp"] == usual.calls["Layer._mlp"]
+
+
+def other_order(one, usual):
+    return sorted(one.chunks) == sorted(usual.chunks) and one.chunks != usual.chunks
+
+
+def aligned(one, usual):
+    """In each step, the gathers of both chunks start before the first forward pass, not one after the other."""
+    starts = [[*pairwise(found)] for found in (one.gathers, usual.gathers)]
+    both = [pairs.count(("gather", "gather")) for pairs in starts]
+    return both == [len(SIZES), 0] and one.gathers[:3] == ["gather", "gather", 0] and usual.gathers[0] == 0
+
+
+ACTS = {
+    "some layers": some_layers,
+    "tp2 groups of layers": lambda one, usual: len(usual.kept) == 2 * len(one.kept) > 0,
+    "cp2 attention": only_attention,
+    "tp2 attention and mlp": attention_too,
+    "tp2 distributed activations": lambda one, usual: one.kept and [2 * size for size in one.kept] == usual.kept,
+    "pp2 vpp2 larger groups": other_order,
+    "dp2 small buckets": lambda one, usual: one.buckets[0] > usual.buckets[0],
+    "pp2 vpp2 dp2 aligned": aligned,
+    "cp2 dp2 two instances": lambda one, usual: one.buckets[2] > 1.5 * usual.buckets[2],
+    "cp2 dp2 two overlapped instances": lambda one, usual: one.buckets[2] > 1.5 * usual.buckets[2],
+    "dp2 padded buckets": lambda one, usual: one.buckets[1] > usual.buckets[1] and one.buckets[1] % 2**16 == 0,
+    "dp2 sums in fp32": lambda one, usual: one.calls[SUMS] > usual.calls[SUMS] == 0,
+}
+"""For each case, whether a rank with the options did something else than one without them."""
 
 
 def config_of(parallel=None, recompute="none", **megatron):
@@ -163,6 +252,22 @@ REFUSALS = [
         "optim.gradients is bf16; change that, or remove it",
     ),
     (
+        {
+            "parallel": {"pp": 2, "vpp": 2, "overlap": True, "distributed_optimizer": False},
+            "ddp": {"align_param_gather": True},
+        },
+        "align_param_gather=true: has no effect unless parallel.overlap and parallel.distributed_optimizer are true, "
+        "and parallel.vpp is set; change that, or remove it",
+    ),
+    (
+        {"parallel": {"distributed_optimizer": False}, "ddp": {"num_distributed_optimizer_instances": 2}},
+        "num_distributed_optimizer_instances=2: has no effect unless parallel.distributed_optimizer is true; change",
+    ),
+    (
+        {"ddp": {"num_distributed_optimizer_instances": 0}},
+        "num_distributed_optimizer_instances=0: must be at least 1; correct it",
+    ),
+    (
         {"ddp": {"bucket_size": 10}},
         "bucket_size=10: has no effect unless parallel.overlap is true; change that, or remove it",
     ),
@@ -174,6 +279,60 @@ def test_refusals(sections, message):
     (problem,) = megatron_problems(config_of(**sections))
     part = "ddp" if "ddp" in sections else "transformer"
     assert problem.startswith(f"megatron.{part}.{message}")
+
+
+def test_refusals_of_several_instances(monkeypatch):
+    ddp = {"num_distributed_optimizer_instances": 2}
+    given = config_of(ddp={**ddp, "reduce_scatter_with_fp32_accumulation": True})
+    given = given.model_copy(update={"optim": given.optim.model_copy(update={"gradients": "bf16"})})
+    assert megatron_problems(given) == [
+        "megatron.ddp.num_distributed_optimizer_instances=2: Megatron sums gradients in fp32 only if there is one "
+        "instance; remove this, or ddp.reduce_scatter_with_fp32_accumulation"
+    ]
+    monkeypatch.setattr(megatron_options, "find_spec", lambda name: None)
+    assert megatron_problems(config_of(ddp=ddp)) == [
+        "megatron.ddp.num_distributed_optimizer_instances=2: Megatron needs the package einops for it; pip install "
+        "einops"
+    ]
+    expected = "megatron.ddp.num_distributed_optimizer_instances=2: must divide dp x cp, which is 3; use 1 or 3"
+    with pytest.raises(ConfigError, match=expected):
+        optimizer_instances(config_of(ddp=ddp), ParallelDims(world=3))
+    dims = ParallelDims(ep=2, world=2)
+    assert instance_problems(config_of(ddp=ddp), dims) == [
+        "megatron.ddp.num_distributed_optimizer_instances=2: must divide dp x cp, which is 2, and the number of copies "
+        "of each expert, 1; use 1"
+    ]
+
+
+INSTANCES = {"num_distributed_optimizer_instances": 2}
+
+
+@pytest.mark.slow
+def test_a_run_with_instances_resumes_bitwise_also_in_another_layout(files, tiny_hf, tmp_path):
+    model = tiny_hf("qwen3_moe", head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
+
+    def train(name, steps, ranks=4, ep=2, ddp=INSTANCES):
+        sections = {"parallel": {"ep": ep}, "megatron": {"ddp": ddp}, "logging": {"num_zeros": True}}
+        checkpoint = {"save_interval": 3, "export": False, "accept_changes": ["megatron"]}
+        more = {"optim": {"schedule": "constant"}, "train": {"max_steps": steps}, "checkpoint": checkpoint}
+        results = run_ranks(run, ranks, config=config_of_run(files, model, tmp_path / name, **sections, **more))
+        assert isinstance(results[0], dict), results[0]
+        lines = [line for line in log_of(tmp_path / name) if "loss" in line]
+        return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+    def size(name):
+        (folder,) = (tmp_path / name / "checkpoints").glob("*3")
+        return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+    whole, plain = train("whole", 5), train("plain", 3, ddp={})
+    for steps in (3, 5):
+        parts = train("parts", steps)
+    assert parts == whole and len(whole) >= 5
+    for one, other in zip(whole[:3], plain[:3], strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
+    assert size("whole") == pytest.approx(size("plain"), rel=0.01)  # one instance writes
+    for one, other in zip(train("plain", 5, ranks=2, ddp={})[3:], whole[3:], strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
 def test_reasons_are_about_fields_that_exist():

@@ -191,3 +191,11 @@ def test_source_names_are_distinct_file_stems():
         "org/set-1.5@v1:prefs",
     ]
     assert source_names(sources) == ("train", "train_2", "shards", "data", "saved", "set-1.5_v1_prefs")
+
+
+@pytest.mark.parametrize("reference, entropy, averages", [(True, False, True), (False, True, False)])
+def test_names_are_those_of_the_reported_metrics(reference, entropy, averages):
+    kinds = {"averages": averages, "parts": ("sigmoid", "ipo") if averages else ()}
+    reported = Reported(reference, entropy, sources=("a", "b") if entropy else ("a",), **kinds)
+    totals = torch.ones(sum(reported.sizes), dtype=torch.float64)
+    assert sorted(reported.names) == sorted(means(totals, reported, 1.0))

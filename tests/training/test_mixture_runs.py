@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from dpo_engine.errors import NumbersError
+from dpo_engine.testing.comparison import assert_same_numbers
+from dpo_engine.testing.pairs import RandomPairs
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, run_config, train_steps
 from support.family_cases import checkpoint
-from support.layouts import assert_same_numbers
-from support.pairs import RandomPairs
 from support.peft_adapters import adapter_tensors
-from support.ranks import run_ranks
-from support.trajectory import VOCAB, run_config, train_steps
 
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
 PLAIN = {"distributed_optimizer": False}
@@ -27,6 +27,7 @@ def train(model, output, ranks, parallel, *, fp64=True, sizes=(4, 3), **sections
         ("qwen2_moe", 2, {"ep": 2}),
         pytest.param("qwen2_moe", 2, {"tp": 2, "etp": 1}, marks=pytest.mark.slow),
         pytest.param("glm4_moe", 4, {"tp": 2, "ep": 2}, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", 4, {"tp": 2, "etp": 2, "ep": 2}, marks=pytest.mark.slow),
         pytest.param("qwen3_moe, some layers", 4, {"pp": 2, "ep": 2}, marks=pytest.mark.slow),
     ],
 )
@@ -70,10 +71,10 @@ def offloaded(model, tmp_path, parallel):
 
 def offloaded_losses(config, sizes):
     """Train with an offloaded reference that scores all steps ahead; return the loss of each step."""
+    from dpo_engine.testing.pairs import global_batches
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
-    from support.pairs import global_batches
 
     engine = Engine.open(config, fp64=True)
     pairs = RandomPairs(sum(sizes), VOCAB)

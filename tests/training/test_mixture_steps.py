@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.family_cases import MIXTURES, checkpoint, wide, wide_model
-from support.hf_oracle import sequence_logp
-from support.hf_training import train_with_transformers
-from support.pairs import RandomPairs, global_batches
-from support.ranks import run_ranks
-from support.trajectory import VOCAB, load_weights, run_config, train_steps
+from dpo_engine.testing import check_steps
+from dpo_engine.testing.hf_training import sequence_logp
+from dpo_engine.testing.pairs import RandomPairs, global_batches
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, load_weights, run_config, train_steps
+from dpo_engine.testing.wide import wide, wide_model
+from support.family_cases import MIXTURES, checkpoint
 
 SIZES = [4, 4, 3]
 LR, DECAY, CLIP, EPS = 3e-4, 0.01, 1.0, 1e-6
@@ -21,25 +22,6 @@ LAYOUTS = {
 DEFAULT = ("qwen3_moe, some layers", "dp2 ep2"), ("glm4_moe", "dp2 ep2")
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_hf, tmp_path_factory):
-    """Return a function that trains a case with transformers, and returns gradient norms and a directory of weights."""
-    known = {}
-
-    def compute(case):
-        if case not in known:
-            policy, reference = (wide_model(checkpoint(tiny_hf, case), 32) for _ in range(2))
-            models, settings = [reference, policy], {"decay": DECAY, "clip": CLIP, "lr": LR, "eps": EPS}
-            with wide():
-                norms, _ = train_with_transformers(case, SIZES, load=lambda case: models.pop(), **settings)
-            folder = tmp_path_factory.mktemp("hf")
-            policy.save_pretrained(folder)  # with a tensor for each expert, unlike the model in memory
-            known[case] = norms, folder
-        return known[case]
-
-    return compute
-
-
 @pytest.mark.parametrize(
     "case, layout",
     [
@@ -49,23 +31,9 @@ def expected(tiny_hf, tmp_path_factory):
         if (case, layout) in DEFAULT or layout == [*LAYOUTS][number % 2]
     ],
 )
-def test_steps_match_transformers_and_autograd(case, layout, expected, tiny_hf, tmp_path):
-    norms, folder = expected(case)
-    world, parallel, batch = LAYOUTS[layout]
-    config = run_config(
-        checkpoint(tiny_hf, case),
-        tmp_path,
-        parallel={"distributed_optimizer": False, **parallel},
-        batch=batch,
-        optim={"lr": LR, "clip_grad": CLIP, "weight_decay": DECAY, "eps": EPS},
-    )
-    result = run_ranks(train_steps, world, config=config, sizes=SIZES, export=str(tmp_path), fp64=True)[0]
-    assert [step["grad_norm"] for step in result["steps"]] == pytest.approx(norms, rel=1e-10)
-    got, want, start = (load_weights(part) for part in (tmp_path, folder, checkpoint(tiny_hf, case)))
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        moved = (value - start[name]).norm()
-        assert (got[name] - value).norm() <= 1e-8 * moved + 1e-13 * value.norm(), name
+def test_steps_match_transformers_and_autograd(case, layout, tiny_models):
+    ranks, parallel, batch = LAYOUTS[layout]
+    check_steps(tiny_models, case, parallel, ranks, batch)
 
 
 BALANCE, Z = 0.5, 0.1
@@ -75,7 +43,8 @@ def router_losses(gates, hidden, prompt, config):
     """Return a response's balance and z losses, averaged over the layers, from the inputs of the routers."""
     found = []
     for gate, states in zip(gates, hidden, strict=True):
-        logits = F.linear(states.reshape(-1, states.shape[-1])[prompt - 1 : -1], gate.weight)
+        states = states.reshape(-1, states.shape[-1])[prompt - 1 : -1]
+        logits = F.linear(states, gate.weight, getattr(gate, "bias", None))
         biased = hasattr(gate, "e_score_correction_bias")
         scores = logits.sigmoid() if biased else logits.softmax(-1)
         rank = scores + gate.e_score_correction_bias if biased else scores
@@ -90,11 +59,12 @@ def router_losses(gates, hidden, prompt, config):
 def train_with_router_losses(directory, sizes):
     """Train with transformers; return the loss, the gradient norm and the losses of routers of each step."""
     policy, reference = (wide_model(directory, 32) for _ in range(2))
-    gates = [module for name, module in policy.named_modules() if name.endswith(".gate")]
+    gates = [module for name, module in policy.named_modules() if name.endswith((".gate", ".router"))]
     hidden = []
     for gate in gates:
         gate.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
-    matrices, others = ([p for p in policy.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    named = [(p, p.dim() > 1 and not name.endswith("bias")) for name, p in policy.named_parameters()]
+    matrices, others = ([p for p, is_matrix in named if is_matrix == matrix] for matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer, pairs, steps = torch.optim.AdamW(groups, lr=LR, eps=EPS), RandomPairs(sum(sizes), VOCAB), []
     with wide():
@@ -128,6 +98,7 @@ def train_with_router_losses(directory, sizes):
         pytest.param("glm4_moe", "dp2 ep2", "full", marks=pytest.mark.slow),
         pytest.param("mixtral", "tp2 pp2 ep2", "selective", marks=pytest.mark.slow),
         pytest.param("qwen2_moe", "tp2 pp2 ep2", "none", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "dp2 ep2", "full", marks=pytest.mark.slow),
     ],
 )
 def test_losses_of_routers_match_transformers_and_autograd(case, layout, recompute, tiny_hf, tmp_path):
@@ -149,10 +120,14 @@ def test_losses_of_routers_match_transformers_and_autograd(case, layout, recompu
         assert 1 <= step["router/load"] <= 8
 
 
-def test_frozen_routers_do_not_change(tiny_hf, tmp_path):
-    model = checkpoint(tiny_hf, "qwen2_moe")
+@pytest.mark.parametrize(
+    "case, names",
+    [("qwen2_moe", ["gate.weight"]), pytest.param("gpt_oss", ["router.weight", "router.bias"], marks=pytest.mark.slow)],
+)
+def test_frozen_routers_do_not_change(case, names, tiny_hf, tmp_path):
+    model = checkpoint(tiny_hf, case)
     config = run_config(model, tmp_path, parallel={"ep": 2}, train={"freeze_router": True})
     run_ranks(train_steps, 2, config=config, sizes=[4], export=str(tmp_path))
     got, start = load_weights(tmp_path), load_weights(model)
     frozen = {name for name, value in start.items() if torch.equal(got[name], value)}
-    assert frozen == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(4)}
+    assert frozen == {f"model.layers.{layer}.mlp.{name}" for layer in range(4) for name in names}

@@ -5,11 +5,11 @@ import threading
 import numpy as np
 import pytest
 
+from dpo_engine.testing.pairs import RandomPairs
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, run_config
 from dpo_engine.training.next_step import OneAhead
-from support.pairs import RandomPairs
-from support.ranks import run_ranks
 from support.small_run import config_of, log_of
-from support.trajectory import VOCAB, run_config
 
 
 class TestOneAhead:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import read_architecture
@@ -13,7 +14,7 @@ from dpo_engine.model.batch_size import largest_micro_batch
 from dpo_engine.model.memory import memory
 from dpo_engine.model.savings import savings
 from dpo_engine.platform.dims import ParallelDims
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 from support.small_run import write_run
 
 TORCHS = (
@@ -61,6 +62,15 @@ def test_the_run_ends_with_the_plan_and_what_to_change(files, tiny_hf, tmp_path)
     )
     log = (tmp_path / "run" / "log.txt").read_text().splitlines()
     assert [line.partition("ended: ")[2] for line in log[-3:]] == [first, planned, change]
+    (start,) = [line.partition("planned memory: ")[2] for line in log if "planned memory: " in line]
+    assert start == planned.removeprefix("planned for this rank: ")
+    # The weights, their gradients, Adam's two moments, and the reference's weights are in fp32.
+    sizes = dict(re.findall(r"(\w+) ([\d.]+) MiB", start))
+    numbers = sum(
+        tensor.numel() for tensor in load_file(tiny_hf("llama", num_hidden_layers=2) / "model.safetensors").values()
+    )
+    for name, each in {"weights": 4, "gradients": 4, "optimizer": 8, "reference": 4}.items():
+        assert float(sizes[name]) == pytest.approx(each * numbers / 2**20, abs=0.006), name
 
 
 @pytest.fixture

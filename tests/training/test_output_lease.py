@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 
 HOST = re.escape(os.uname().nodename)
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from support.layouts import assert_same_numbers, assert_same_weights, world
-from support.ranks import run_ranks
-from support.trajectory import load_weights, run_config, train_steps
+from dpo_engine.testing.comparison import assert_same_numbers, assert_same_weights
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import load_weights, run_config, train_steps
+from support.layouts import world
 
 SIZES = [6, 6, 6, 6, 3]  # the last batch is smaller
 
@@ -193,11 +194,11 @@ def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
 
 def gradient_norm(scale_weights: float, config):
     """Return loss and gradient norm of one step, with the weights of all pairs multiplied by ``scale_weights``."""
+    from dpo_engine.testing.pairs import RandomPairs
+    from dpo_engine.testing.trajectory import VOCAB
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
-    from support.pairs import RandomPairs
-    from support.trajectory import VOCAB
 
     engine = Engine.open(config)
     pairs = RandomPairs(4, VOCAB)

@@ -9,12 +9,12 @@ import torch
 
 from dpo_engine.batching.plan import Plan, Position
 from dpo_engine.objective.losses import LOSSES, PairLogps
+from dpo_engine.testing.pairs import RandomPairs, global_batches
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, run_config, train_steps
 from dpo_engine.training.metrics import means
 from dpo_engine.training.objective import BatchFacts, Objective
 from dpo_engine.training.start import pairs_seen
-from support.pairs import RandomPairs, global_batches
-from support.ranks import run_ranks
-from support.trajectory import VOCAB, run_config, train_steps
 
 CHOSEN, REJECTED, LENGTHS = [-4.0, -9.0, -1.0, 0.0], [-6.0, -7.0, -3.0, 0.0], [2.0, 3.0, 5.0, 0.0]
 REFERENCE, WEIGHTS = [-5.0, -8.0, -2.0, 0.0], [0.5, 2.0, 1.0, 0.0]

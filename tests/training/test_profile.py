@@ -11,8 +11,8 @@ from dpo_engine.config.rules import contradictions
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import ProfileConfig
 from dpo_engine.platform import ranges
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.training import profile
-from support.ranks import run_ranks
 from support.small_run import config_of, log_of, run
 
 

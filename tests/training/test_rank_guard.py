@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_engine.errors import ConfigError, DataError, EngineError
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import run_config
 from dpo_engine.training import fingerprints, rank_guard
 from dpo_engine.training.fingerprints import fingerprint
 from dpo_engine.training.rank_guard import (
@@ -20,8 +22,6 @@ from dpo_engine.training.rank_guard import (
     environment,
     ranks_text,
 )
-from support.ranks import run_ranks
-from support.trajectory import run_config
 
 FACTS = {"config": {"loss.beta": "0.1", "optim.lr": "1e-06"}, "code": {"torch": "2.13"}, "environment": {}}
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dpo_engine.testing.hf_training import sequence_logp
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.verbs.rehearse import CLOCK
-from support.hf_oracle import sequence_logp
-from support.ranks import run_ranks
 from support.small_run import config_of, log_of
 
 LAYOUTS = {

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from dpo_engine.errors import ConfigError
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.training import run_data
 from support.built import write
-from support.ranks import run_ranks
 from support.small_run import config_of, run
 from support.tiny_tokenizers import CHATML, byte_level
 

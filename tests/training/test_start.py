@@ -4,7 +4,7 @@ import yaml
 
 from dpo_engine.checkpoint.resume import with_all_options
 from dpo_engine.config.run import Config
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 from support.small_run import config_of, run
 
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.objective.losses import LOSSES, PairData, PairLogps
+from dpo_engine.testing.hf_training import sequence_logp
+from dpo_engine.testing.pairs import EOS, RandomPairs, global_batches
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, load_weights, run_config, train_steps
 from dpo_engine.training.objective import Objective
-from support.hf_oracle import sequence_logp
-from support.pairs import EOS, RandomPairs, global_batches
-from support.ranks import run_ranks
-from support.trajectory import VOCAB, load_weights, run_config, train_steps
 
 BETA, SMOOTHING, LR, CLIP = 0.2, 0.1, 3e-4, 1.0
 SIZES = [4, 4, 4, 4, 3]

@@ -7,8 +7,8 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.verbs.rehearse import CLOCK
-from support.ranks import run_ranks
 from support.small_run import config_of, log_of, run, write_pairs
 
 
@@ -53,7 +53,7 @@ def test_evaluation_and_export_match_transformers(files, tiny_hf, tmp_path):
 
     from dpo_engine.data.tokenize import build_dataset
     from dpo_engine.data.tokenizer import load_tokenizer
-    from support.hf_oracle import sequence_logp
+    from dpo_engine.testing.hf_training import sequence_logp
 
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2})
     summary = run_ranks(run, 2, config=config)[0]

@@ -15,8 +15,8 @@ from dpo_engine.data.dataset import shared_pairs
 from dpo_engine.optim.forecast import always_zero, schedule_warnings
 from dpo_engine.optim.schedule import build_schedule
 from dpo_engine.optim.schedules import SCHEDULES
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.training.warnings import STEPS, Warnings
-from support.ranks import run_ranks
 from support.small_run import config_of, run, write_pairs
 
 

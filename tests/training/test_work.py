@@ -9,10 +9,11 @@ import torch
 
 from dpo_engine.batching.micro_batches import padded_rows, stacked_batches
 from dpo_engine.platform.dims import ParallelDims
-from support.pairs import RandomPairs
-from support.ranks import run_ranks
+from dpo_engine.testing.pairs import RandomPairs
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, run_config
+from support.family_cases import CASES
 from support.small_run import config_of
-from support.trajectory import VOCAB, run_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LAYOUTS = {
@@ -242,3 +243,44 @@ def test_mfu_is_reported_only_if_all_weights_are_trained(freeze, files, tiny_hf,
     )
     (metrics,) = run_ranks(reported, 1, config=config)
     assert ("mfu" in metrics) == (not freeze) and metrics["tokens_per_s"] > 0
+
+
+def counted_products(config):
+    """Return torch's count of this rank's products with matrices, and the engine's count for all ranks.
+
+    Each count is for one forward pass. Products in attention have batches (``bmm``), or belong to a kernel.
+    """
+    import torch.distributed as dist
+
+    from dpo_engine.scoring.reference import score
+    from dpo_engine.training.engine import Engine
+    from dpo_engine.training.work import forward_work
+
+    engine = Engine.open(config)
+    batches = engine.batches(RandomPairs(6, VOCAB), np.arange(6))
+    chunks = engine.load_model(config.model.path)
+    with flops_module().executed_flops() as counter, torch.no_grad():
+        score(chunks, batches, vocab_size=engine.arch.vocab_size, groups=engine.groups)
+    counts = {str(name): count for name, count in counter.flop_counts["Global"].items()}
+    work = forward_work(engine.arch, batches)
+    dist.all_reduce(work, group=engine.groups.dp_cp)
+    return sum(count for name, count in counts.items() if "mm" in name and "bmm" not in name), work[1].item()
+
+
+@pytest.mark.parametrize(
+    "family, ranks, parallel, layout",
+    [
+        ("llama", 2, {"cp": 2}, "tree"),  # torch's counter cannot run the mask of stacked rows with cp
+        *((family, 1, {}, "tree") for family in ("olmoe", "deepseek_v3", "gemma2")),
+        *(
+            pytest.param(family, 1, {}, "stacked", marks=pytest.mark.slow)
+            for family in ("olmoe", "deepseek_v3", "gemma2")
+        ),
+    ],
+)
+def test_products_of_a_forward_pass_are_those_that_torch_executes(family, ranks, parallel, layout, tiny_hf, tmp_path):
+    """With experts, only the products of the experts that a token uses are executed."""
+    sizes = {"num_hidden_layers": 2, **CASES.get(family, (family, {}))[1]}
+    config = run_config(tiny_hf(family, **sizes), tmp_path, parallel=parallel, batch={"layout": layout})
+    results = run_ranks(counted_products, ranks, config=config)
+    assert results[0][1] == pytest.approx(sum(executed for executed, _ in results), rel=1e-3)

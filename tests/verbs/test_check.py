@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from dpo_engine import cli
 from dpo_engine.config.run import Config, draft
 from dpo_engine.verbs.check import check, examine, torchrun
 from dpo_engine.verbs.summary import summarize
@@ -67,6 +68,18 @@ def test_valid_run_has_no_problems(raw):
     assert problems(raw, 4, parallel__tp=2) == []
 
 
+def test_metric_that_no_evaluation_reports(raw):
+    held_out = {"data__validation_fraction": 0.3, "train__eval_interval": 1}
+    best = {"checkpoint__keep_best": {"metric": "loss_margin/mean", "mode": "max"}}
+    assert problems(raw, **held_out, **best, loss__name="ipo") == []
+    assert problems(raw, **held_out, **best) == [
+        "checkpoint.keep_best.metric=eval/loss_margin/mean: no evaluation reports this metric; the documentation of "
+        "metrics says when it is reported"
+    ]
+    config = changed(raw, **held_out, **best)
+    assert examine(config, broken=frozenset({"loss.beta"})).config == [], "the loss is not known"
+
+
 @pytest.mark.parametrize(
     ("world", "parallel", "expected"),
     [
@@ -92,6 +105,15 @@ def test_valid_run_has_no_problems(raw):
 )  # fmt: skip
 def test_impossible_layout_is_refused(raw, world, parallel, expected):
     assert expected in problems(raw, world, parallel=parallel)
+
+
+def test_instances_of_the_optimizer_must_divide_the_ranks(raw):
+    asked = {"ddp": {"num_distributed_optimizer_instances": 4}}
+    expected = "megatron.ddp.num_distributed_optimizer_instances=4: must divide dp x cp, which is 6; use 1, 2, 3 or 6"
+    assert problems(raw, 6, megatron=asked) == [expected]
+    assert problems(raw, 8, megatron=asked) == problems(raw, None, megatron=asked) == []
+    (line,) = problems(raw, 8, megatron={"ddp": {"num_distributed_optimizer_instances": "4"}})
+    assert line == "megatron.ddp.num_distributed_optimizer_instances=4: must be a whole number; correct it"
 
 
 def test_overlap_is_accepted_if_ranks_share_gradients(raw):
@@ -123,7 +145,7 @@ def test_weight_files_are_checked_against_the_architecture(raw, tmp_path):
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     (line,) = problems(raw)
-    assert line.startswith(f"model.path={directory}: model.safetensors is damaged")
+    assert line.startswith(f"model.path={directory}: model.safetensors cannot be read")
     weights.unlink()
     (line,) = problems(raw)
     assert line.startswith(f"model.path={directory}: has neither model.safetensors nor model.safetensors.index.json")
@@ -251,6 +273,8 @@ def test_summary_of_a_run(raw):
     text = "\n".join(summarize(config, 12))
     assert "llama, " in text and "4 layers, hidden size 64, vocabulary 515 (padded to 528)" in text
     assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer state sharded over 3 ranks" in text
+    config = changed(raw, **layout, megatron={"ddp": {"num_distributed_optimizer_instances": 2}})
+    assert "optimizer state sharded over 3 ranks" in "\n".join(summarize(config, 24))
     assert "4 pairs per step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 slots empty" in text
     assert "train.jsonl: 10 records, format text (auto)" in text
     assert "checked the first 8 records of each source; training reads all records before its first step" in text
@@ -280,8 +304,8 @@ def test_summary_of_micro_batches_whose_size_is_chosen(raw, monkeypatch):
     text = "\n".join(summarize(changed(raw, parallel={"cp": 2}), 4))
     assert "4 pairs per step, dp 2, micro-batches of a size that fits the device\n" in text
     assert (
-        "batch.tokens_per_micro_batch: 16,384 on a GPU if its memory has room for them, 4,096 on a CPU, less in a "
-        "short pipeline, and at least the longest pair; this machine has no GPU\n"
+        "batch.tokens_per_micro_batch: 16,384 on a GPU with enough memory, 4,096 on a CPU; fewer if pipeline "
+        "stages would wait, but at least the longest pair; this machine has no GPU\n"
     ) in text
     # A run for an unknown GPU needs room for the longest pair of 2 x 128 tokens. A rank has 2 such pairs in a step.
     assert "bf16: " in text and "; rows of 256 tokens per micro-batch at least; " in text
@@ -327,7 +351,7 @@ def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expec
 def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):
     missing = str(tmp_path / "no.jsonl")
     sources = [missing, {"path": raw["data"]["train"], "format": "txt"}, {"path": missing, "format": "zzz"}]
-    way_out = "no such file; set the path of a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow file"
+    way_out = "no such file; set the path of a .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow file"
     names = (
         "alpaca, auto, colossalchat, helpsteer3, hh, implicit, messages, nemo_aligner, nemo_rl, orca, ranked, "
         "ranked_adjacent, ranked_all, sharegpt, swift and text"
@@ -361,14 +385,45 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     assert problems(raw, data__train=empty) == [f"{empty}: contains no usable pair"]
     long = written("long.jsonl", '{"prompt": "w1 w2", "chosen": " w2 w4", "rejected": " w3"}')
     assert problems(raw, data__train=long, data__max_length=3) == [
-        f"{long}: contains no usable pair; 1 dropped: a response alone longer than data.max_length; raise this limit, "
+        f"{long}: contains no usable pair; 1 dropped: a response too long for data.max_length; raise this limit, "
         "or shorten the records"
     ]
     assert problems(raw, data__train=long, data__max_length=8) == []
+    many = written("many.jsonl", *['{"prompt": "w1 w2", "chosen": " w2 w4", "rejected": " w3"}'] * 20)
+    assert problems(raw, data__train=many, data__max_length=3)[0].startswith(
+        f"{many}: contains no usable pair; 20 dropped: a response too long for data.max_length; raise this limit"
+    )
+    late = written("late.jsonl", *[json.dumps({"prompt": "w1", "chosen": " w2 w4", "rejected": " w3"})] * 20, good)
+    assert problems(raw, data__train=late, data__max_length=3) == []
     assert problems(raw, data__train=written("more.jsonl", *[good] * 3), data__max_length=8) == []
     assert problems(raw, data__train=written("wrong.txt", good))[0].startswith(
         f"data.train[0].path={tmp_path}/wrong.txt: unsupported file type"
     )
+
+
+def test_records_that_are_dropped_or_repeat_their_prompts_are_shown(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo_engine.verbs.first_records.MOST_RECORDS", 10)
+    rows = [{"prompt": f"w{i}", "chosen": f" w{i} w2 w4", "rejected": f" w{i} w3"} for i in range(12)]
+    path = tmp_path / "repeated.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for length, says in (
+        (
+            3,
+            "the first 8 records are dropped; 8 dropped: a response too long for data.max_length; raise this",
+        ),
+        (9, "the first 8 records are pairs whose responses begin with the whole prompt, which is therefore trained on"),
+    ):
+        config = changed(raw, data__train=str(path), data__max_length=length)
+        assert check(config) == []
+        (line,) = [line for line in summarize(config, 1) if line.startswith("  warning")]
+        assert line.startswith(f"  warning data.train: {path}: {says}")
+
+
+def test_eval_names_its_option_for_other_data(raw, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(json.dumps(raw))
+    assert cli.main(["eval", str(tmp_path / "run.yaml"), "--data", f"{raw['data']['train']},none.jsonl"]) == 2
+    errors = capsys.readouterr().err
+    assert "--data=none.jsonl: no such file; set the path of a " in errors and "data.validation" not in errors
 
 
 def test_names_of_columns_are_checked(raw):

@@ -10,12 +10,12 @@ from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.memory import active_parameters, memory, parameters, stage_counts, stage_parameters
 from dpo_engine.model.sizes import mlp_parameters
 from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.sharded import open_model
 from dpo_engine.verbs.check import check
 from dpo_engine.verbs.plan import plan
 from dpo_engine.verbs.summary import summarize
 from support.family_cases import MIXTURES, checkpoint
-from support.ranks import run_ranks
-from support.sharded import open_model
 
 LAYOUTS = {
     "dp2 ep2": (2, {"ep": 2}),
@@ -70,6 +70,12 @@ LAYOUT_PROBLEMS = [
 @pytest.mark.parametrize("parallel, world, expected", LAYOUT_PROBLEMS, ids=str)
 def test_impossible_layouts_of_experts_are_refused(parallel, world, expected, problems):
     assert problems("qwen3_moe", world, parallel=parallel) == [expected]
+
+
+def test_biases_of_experts_are_split_along_the_hidden_states(problems):
+    assert problems("gpt_oss", 3, parallel={"etp": 3}) == [
+        "parallel.etp=3: must divide model.hidden_size=64; use 1, 2, 4, 8, 16, 32 or 64"
+    ]
 
 
 def test_shared_experts_are_split_like_other_mlps(problems):
@@ -142,7 +148,9 @@ def test_active_parameters(case, tiny_hf):
     stored = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith("correction_bias"))]
     used = arch.experts.chosen / arch.experts.count
     weights = {name: tensor.numel() * (used if ".experts." in name else 1) for name, tensor in stored}
-    matrices = {name for name, tensor in stored if tensor.dim() > 1 and "embed_tokens" not in name}
+    matrices = {
+        name for name, tensor in stored if tensor.dim() > 1 and not name.endswith(("embed_tokens.weight", "bias"))
+    }
     assert parameters(arch) == sum(tensor.numel() for _, tensor in stored)
     assert active_parameters(arch) == sum(weights.values())
     assert arch.matrix_parameters == sum(weights[name] for name in matrices)

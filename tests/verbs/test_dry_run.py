@@ -6,9 +6,9 @@ import pytest
 
 from dpo_engine.errors import CheckpointError, ConfigError
 from dpo_engine.objective.losses import LOSSES
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.verbs.dry_run import dry_run, try_resume, try_trackers
 from dpo_engine.verbs.summary import run_warnings
-from support.ranks import run_ranks
 from support.small_run import config_of, run, write_pairs
 
 

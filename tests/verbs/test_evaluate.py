@@ -11,8 +11,8 @@ import pytest
 
 from dpo_engine import cli
 from dpo_engine.reporting.pair_file import read_evaluation
+from dpo_engine.testing.ranks import run_ranks
 from support.jobs import run_job
-from support.ranks import run_ranks
 from support.small_run import config_of, write_pairs
 
 LAYOUTS = {
@@ -66,7 +66,7 @@ def expected(files, weighted, other, tiny_hf, tmp_path_factory):  # noqa: F811
 
     from dpo_engine.data.tokenize import build_dataset
     from dpo_engine.data.tokenizer import load_tokenizer
-    from support.hf_oracle import sequence_logp
+    from dpo_engine.testing.hf_training import sequence_logp
 
     config = config_of(files, tiny_hf("llama"), tmp_path_factory.mktemp("x"), data={"validation": weighted})
     pairs, _ = build_dataset(
@@ -223,7 +223,7 @@ def test_eval_of_another_file_by_command(trained, files, tiny_hf, tmp_path):  # 
     assert job.codes == [0], job.said
     assert "likelihood accuracy (chosen more likely than rejected): " in job.output[0] and "also" not in job.output[0]
     job = run_job([*command, "--data", f"{files['validation']},{tmp_path}/none.jsonl"], 1, tmp_path / "log2")
-    assert job.codes == [2] and f"data.validation[1].path={tmp_path}/none.jsonl: " in job.said
+    assert job.codes == [2] and f"--data={tmp_path}/none.jsonl: no such file; " in job.said
     sources = [{"path": files["validation"], "columns": {"prompt": "prompt"}}]
     config = config_of(files, tiny_hf("llama"), trained, data={"validation": None, "validation_fraction": 0.2})
     found = run_ranks(judge, 1, config=config, step=0, data=sources, to=str(tmp_path / "b.parquet"))[0]

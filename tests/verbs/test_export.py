@@ -12,12 +12,13 @@ from transformers import AutoTokenizer
 
 from dpo_engine.checkpoint.best import best_saved
 from dpo_engine.config.run import Config
+from dpo_engine.config.sections import KeepBest
 from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.training.model_card import RunFacts, code, hub_id, last_metrics, model_card, shown
 from dpo_engine.verbs.export import export
 from dpo_engine.verbs.inspect import saved_line
 from dpo_engine.verbs.train import train
-from support.ranks import run_ranks
 from support.small_run import WORDS, log_of
 
 TEMPLATE = (
@@ -228,6 +229,21 @@ def test_better_step_without_a_checkpoint_is_named(tmp_path):
         "best checkpoint by lowest eval/loss: step 4 (0.5)",
         "step 2 (0.25) was better but has no checkpoint; set checkpoint.keep_best to keep it in the next run",
     ]
+
+
+def test_no_advice_that_the_run_follows_already(tmp_path):
+    config = run_of(tmp_path, [4], [{"step": step, "eval/loss": loss} for step, loss in ((2, 0.25), (4, 0.5))])
+    kept = config.checkpoint.model_copy(update={"keep_best": KeepBest(metric="eval/loss")})
+    lines = []
+    assert best_saved(config.model_copy(update={"checkpoint": kept}), lines.append) == 4
+    assert lines[1] == "step 2 (0.25) was better but has no checkpoint"
+
+
+def test_no_advice_if_the_model_before_training_was_better(tmp_path):
+    config = run_of(tmp_path, [4], [{"step": step, "eval/loss": loss} for step, loss in ((0, 0.25), (4, 0.5))])
+    lines = []
+    assert best_saved(config, lines.append) == 4
+    assert lines[1] == "step 0 (0.25) was better: the model before the first step, which has no checkpoint"
 
 
 def test_best_without_an_evaluated_checkpoint_is_refused(tmp_path):

@@ -83,7 +83,7 @@ def test_unusable_records_are_shown_with_the_reason(run, tmp_path):
     shown = inspect(run([ROW, {**ROW, "rejected": 3}, long, ROW]), pairs=9)
     assert [pair.place.rpartition(":")[2] for pair in shown] == ["1", "2", "3", "4"]
     assert "rejected must be" in shown[1].note and not shown[1].prompt
-    assert shown[2].note == "dropped: a response alone longer than data.max_length" and shown[2].chosen
+    assert shown[2].note == "dropped: a response too long for data.max_length" and shown[2].chosen
     assert len(inspect(run([ROW] * 9), pairs=2)) == 2
 
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from dpo_engine.config.adapter_section import AdapterConfig
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.weights.peft import adapter_problems
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.verbs.check import check
 from support.family_cases import checkpoint
-from support.ranks import run_ranks
 from support.small_run import config_of, run
 
 OTHERS = ("vision_tower.", "multi_modal_projector.")

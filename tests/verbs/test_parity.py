@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.verbs import parity as verb
 from dpo_engine.verbs.parity import AFTER, LOGPS, LOSS, METRICS, NORM, REFERENCE, differences, table
 from support.family_cases import checkpoint
 from support.jobs import run_job
-from support.ranks import run_ranks
 from support.small_run import config_of
 
 PLAIN = {"distributed_optimizer": False}
@@ -83,6 +83,7 @@ def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
 )
 def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel, adapter):  # noqa: F811
     more = {"adapter": adapter} if adapter else {}
+    more["megatron"] = {"ddp": {"pad_buckets_for_high_nccl_busbw": True}}  # plain AdamW has no such buckets
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"}, **more)
     done = parity(config, tmp_path / "run", "--fp64", ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Tests of the planned layouts: what fits, what it costs, and what is said when nothing fits."""
+"""Tests of planned layouts: which layouts fit, what they cost, and what the report suggests if none fits."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def test_recomputation_is_proposed_only_where_it_is_needed(run):
 
 def test_what_would_fit_is_said(run):
     lines = plan(run(), 1)
-    assert "0 layouts fit" in lines[0] and lines[1].startswith("does not fit; the least is tp 1, pp 1, cp 1, dp 1, ")
+    assert "0 layouts fit" in lines[0] and lines[1].startswith("does not fit; the smallest is tp 1, pp 1, cp 1, dp 1, ")
     assert lines[2] == "what would fit: 4 GPUs"
     stored = plan(run(), 4, gpu_memory=39)
     assert "what would fit: reference.mode=stored" in stored[2]
@@ -89,7 +89,7 @@ def test_what_would_fit_is_said(run):
 def test_reasons_against_layouts(run):
     lines = plan(run(train={"global_batch_size": 8}), 16)
     assert "not possible: dp 16: there are only 8 pairs per step" in lines
-    assert "not possible: tp 16: tensor parallelism is too slow between nodes, and one has 8 GPUs" in lines
+    assert "not possible: tp 16: tensor parallelism is too slow between nodes, and a node has 8 GPUs" in lines
 
 
 def test_windows_reduce_the_operations(run, tmp_path):
@@ -106,12 +106,12 @@ def test_windows_reduce_the_operations(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(narrow))
     saved = 65536 / 2 - (4096 - 4096**2 / (2 * 65536))
     tokens = 2 * 65536 * 64
-    # Forward and backward passes of the policy, and the reference's; the report shows three digits.
+    # The policy's forward and backward passes, and the reference's forward pass. The report shows three digits.
     assert full - operations() == pytest.approx(4 * 4 * 32 * 4096 * saved * tokens / 1e15, rel=0.02)
 
 
 def test_131072_tokens_are_planned_within_memory(run, tmp_path):
-    """A pair of the longest rows of an 8B model with windows trains on eight GPUs with context parallelism."""
+    """An 8B model with sliding windows fits on eight GPUs with cp 8, in memory, for rows of up to 131,072 tokens."""
     narrow = LLAMA_8B | {"model_type": "mistral", "sliding_window": 4096}
     (tmp_path / "config.json").write_text(json.dumps(narrow))
     config = run(
@@ -125,3 +125,21 @@ def test_131072_tokens_are_planned_within_memory(run, tmp_path):
 def test_gpus_that_do_not_fill_the_nodes_are_refused(run):
     with pytest.raises(ConfigError, match="--gpus=12: must be a multiple of the number of nodes, 8; pass --nodes"):
         plan(run(), 12, nodes=8)
+
+
+@pytest.mark.parametrize(
+    "gpus, options, expected",
+    [
+        (8, {"gpu_memory": float("nan")}, "--gpu-memory=nan: must be a positive number; pass the GiB of one GPU"),
+        (8, {"gpu_memory": float("inf")}, "--gpu-memory=inf: must be a positive number; pass the GiB of one GPU"),
+        (8, {"gpu_memory": -1}, "--gpu-memory=-1: must be a positive number; pass the GiB of one GPU"),
+        (8, {"nodes": 0}, "--nodes=0: must be at least 1; pass the number of nodes"),
+        (0, {}, "--gpus=0: must be at least 1; pass the number of GPUs"),
+        (-8, {"nodes": 1}, "--gpus=-8: must be at least 1; pass the number of GPUs"),
+    ],
+)
+def test_numbers_that_describe_no_machine_are_refused(run, gpus, options, expected):
+    with pytest.raises(ConfigError) as raised:
+        plan(run(), gpus, **options)
+    (line,) = raised.value.problems
+    assert line.startswith(expected)

@@ -8,6 +8,11 @@ A family is a class that is registered under its ``model_type`` and has two memb
 If the engine trains only a part of each model of the family, the class has a third member:
 
 ``carried``                prefixes of the names of tensors that are exported as they are in the checkpoint
+
+The class of a family of mixtures may have two more:
+
+``fused``                  the tensors that contain all experts of a layer, each a ``Fused``
+``packed``                 the ``quant_method`` of quantized experts that the engine reads
 """
 
 from dpo_engine.model.architecture import FAMILIES as FAMILIES
@@ -26,6 +31,7 @@ from dpo_engine.model.families import glm4 as glm4
 from dpo_engine.model.families import glm4_moe as glm4_moe
 from dpo_engine.model.families import gpt2 as gpt2
 from dpo_engine.model.families import gpt_neox as gpt_neox
+from dpo_engine.model.families import gpt_oss as gpt_oss
 from dpo_engine.model.families import granite as granite
 from dpo_engine.model.families import helium as helium
 from dpo_engine.model.families import hunyuan_v1_dense as hunyuan_v1_dense

@@ -5,7 +5,7 @@ from dataclasses import replace
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import dense
 from dpo_engine.model.families.deepseek_v3 import RULES, latent_facts, with_heads
-from dpo_engine.model.families.mixtures import checked, deepseek_experts
+from dpo_engine.model.families.mixtures import checked, deepseek_experts, fused_experts
 
 
 @FAMILIES.register("deepseek_v2")
@@ -13,6 +13,7 @@ class DeepseekV2:
     """Latent attention; the experts with the highest scores are chosen, from all groups or from the best ones."""
 
     rules = RULES
+    fused = fused_experts()
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:

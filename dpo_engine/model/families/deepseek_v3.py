@@ -5,7 +5,7 @@ from typing import Any
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import HF_LAYER, NORMS, ROOT, dense, linear, vector
-from dpo_engine.model.families.mixtures import DENSE_MLP, checked, deepseek_experts, mixture
+from dpo_engine.model.families.mixtures import DENSE_MLP, checked, deepseek_experts, fused_experts, mixture
 from dpo_engine.model.families.rope import mscale
 from dpo_engine.model.families.rule import LAYER, Rule
 from dpo_engine.model.mixture import Latent
@@ -73,6 +73,7 @@ class DeepseekV3:
     """Latent attention; from the fourth layer on, experts that are chosen by sigmoid scores and a bias, in groups."""
 
     rules = RULES
+    fused = fused_experts()
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:

@@ -2,7 +2,7 @@
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import ATTENTION, NORMS, QK_NORM, ROOT, dense
-from dpo_engine.model.families.mixtures import DENSE_MLP, checked, deepseek_experts, mixture
+from dpo_engine.model.families.mixtures import DENSE_MLP, checked, deepseek_experts, fused_experts, mixture
 
 
 @FAMILIES.register("glm4_moe")
@@ -10,6 +10,7 @@ class Glm4Moe:
     """Rotary positions on half of each head; from the second layer on, experts that are chosen as in DeepSeek-V3."""
 
     rules = ROOT + NORMS + ATTENTION + QK_NORM + DENSE_MLP + mixture(shared="shared_experts")
+    fused = fused_experts()
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:

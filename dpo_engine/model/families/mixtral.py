@@ -2,7 +2,7 @@
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, dense
-from dpo_engine.model.families.mixtures import checked, mixture, named_count
+from dpo_engine.model.families.mixtures import checked, fused_experts, mixture, named_count
 from dpo_engine.model.mixture import Experts
 
 
@@ -11,6 +11,7 @@ class Mixtral:
     """Mistral's layers, with experts in every layer."""
 
     rules = ROOT + NORMS + ATTENTION + mixture("block_sparse_moe.", names=("w1", "w3", "w2"))
+    fused = fused_experts("block_sparse_moe.", ("w1", "w3", "w2"))
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from dpo_engine.errors import shorten
 from dpo_engine.model.architecture import HFConfig
 from dpo_engine.model.families.blocks import HF_LAYER, MLP
-from dpo_engine.model.families.rule import LAYER, Rule
+from dpo_engine.model.families.rule import LAYER, Fused, Rule
 from dpo_engine.model.mixture import Experts
 
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
@@ -55,6 +55,17 @@ def mixture(
         *gated("shared_experts.", f"{inside}{shared}.", "experts.shared_size"),
         router("shared_experts.gate_weight", "shared_expert_gate.weight", 1, "hidden_size", "experts.shared_gate"),
     )
+
+
+def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DOWN) -> tuple[Fused, ...]:
+    """Return the names of tensors with all experts of a layer, as transformers has them in memory; see ``mixture``.
+
+    transformers saves them like this with ``save_original_format=False``.
+    """
+    gate, up, down = (f"{HF_LAYER}{inside}experts.{{e}}.{name}.weight" for name in names)
+    stored = f"{HF_LAYER}mlp.experts."
+    router = (Fused(f"{HF_LAYER}mlp.gate.weight", (f"{HF_LAYER}{inside}gate.weight",)),) if inside != "mlp." else ()
+    return (Fused(f"{stored}gate_up_proj", (gate, up)), Fused(f"{stored}down_proj", (down,)), *router)
 
 
 def named_count(config: HFConfig, *names: str, default: int | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, WHOLE_QK_NORM, dense
-from dpo_engine.model.families.mixtures import checked, mixture, named_count
+from dpo_engine.model.families.mixtures import checked, fused_experts, mixture, named_count
 from dpo_engine.model.mixture import Experts
 
 
@@ -11,6 +11,7 @@ class Olmoe:
     """Llama's layers, with experts in every layer, and norms of the queries and keys of all heads together."""
 
     rules = ROOT + NORMS + ATTENTION + WHOLE_QK_NORM + mixture()
+    fused = fused_experts()
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:

@@ -4,7 +4,7 @@ from typing import Any
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, dense
-from dpo_engine.model.families.mixtures import DENSE_MLP, checked, mixture, named_count, sparse_layers
+from dpo_engine.model.families.mixtures import DENSE_MLP, checked, fused_experts, mixture, named_count, sparse_layers
 from dpo_engine.model.families.qwen2 import qwen_window
 from dpo_engine.model.mixture import Experts
 
@@ -14,6 +14,7 @@ class Qwen2Moe:
     """Qwen2's layers, with experts, and with an MLP that every token uses and whose output a gate scales."""
 
     rules = ROOT + NORMS + ATTENTION + DENSE_MLP + mixture(shared="shared_expert")
+    fused = fused_experts()
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:

@@ -2,7 +2,7 @@
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import ATTENTION, NORMS, QK_NORM, ROOT, dense
-from dpo_engine.model.families.mixtures import DENSE_MLP, checked, mixture, named_count, sparse_layers
+from dpo_engine.model.families.mixtures import DENSE_MLP, checked, fused_experts, mixture, named_count, sparse_layers
 from dpo_engine.model.families.qwen2 import qwen_window
 from dpo_engine.model.mixture import Experts
 
@@ -12,6 +12,7 @@ class Qwen3Moe:
     """Qwen3's layers, with experts instead of the MLP in some layers or in all."""
 
     rules = ROOT + NORMS + ATTENTION + QK_NORM + DENSE_MLP + mixture()
+    fused = fused_experts()
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:

@@ -41,9 +41,11 @@ class Rule:
     transposed  whether the tensors are stored with rows and columns exchanged
     adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
     layers      kind of the layers that have the parameter: ``dense``, ``experts``, or None for all
+    interleaved  whether the rows of the parts alternate in the only tensor: the first row of each part, the second ones
 
     An attribute may be that of a record inside the Architecture, such as ``experts.count``.
-    If there are more ``rows`` than ``tensors``, the only tensor contains all parts, one after the other.
+    If there are more ``rows`` than ``tensors``, the only tensor contains all parts, one after the other, unless they
+    are interleaved.
     """
 
     parameter: str
@@ -57,6 +59,7 @@ class Rule:
     transposed: bool = False
     adapter: bool = False
     layers: str | None = None
+    interleaved: bool = False
 
     @property
     def expert(self) -> bool:
@@ -97,6 +100,25 @@ class Rule:
         shapes = [(*rest, rows) if self.transposed else (rows, *rest) for rows in counts]
         named = zip(self.tensors, shapes, strict=True)
         return [HFTensor(name.format(l=layer, e=expert), shape) for name, shape in named]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A tensor of the checkpoint that contains tensors of all experts of a layer, one expert after the other.
+
+    The weight table has a tensor for each expert, whether or not the checkpoint fuses them. The fused tensor has one
+    more axis, the first one, whose index is the number of the expert.
+
+    tensor   name of the fused tensor; ``{l}`` is the layer number
+    parts    names of the tensors in the weight table that contain an expert's rows, in their order; ``{e}`` is the
+             number of the expert
+    written  whether exports contain the fused tensor. Otherwise, it is only read, and exports have a tensor for each
+             expert
+    """
+
+    tensor: str
+    parts: tuple[str, ...]
+    written: bool = False
 
 
 def size(arch: Architecture, value: str | int) -> int:

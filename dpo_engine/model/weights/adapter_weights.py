@@ -60,7 +60,7 @@ def load_adapters(
 ) -> None:
     """Load the PEFT adapter in ``directory`` into this rank's attached adapters.
 
-    *Collectives* over world: gathers of objects. Reading has no time limit.
+    *Collectives* over world: all-gathers of objects. Reading has no time limit.
     Raises :class:`~dpo_engine.errors.ConfigError` on all ranks if the adapter cannot be read or does not fit the model;
     :class:`~dpo_engine.errors.NumbersError` if a value is not finite.
     """
@@ -166,7 +166,7 @@ class Merge:
 
         The loss is the norm of the rounding errors, relative to the norm of the change of all merged weights.
 
-        *Collectives*: one gather of objects over ``group``.
+        *Collectives*: one all-gather of objects over ``group``.
         """
         sums: list[Any] = [None] * group.size()
         dist.all_gather_object(sums, (self._lost, self._changed), group=group)

@@ -106,11 +106,13 @@ def _named_templates(home: Path) -> list[str]:
 def config_text(source: Path, dtype: torch.dtype | None) -> str:
     """Return the text of the exported ``config.json``: the source's fields, with the dtype of the exported weights.
 
-    The field ``auto_map`` is left out, because it makes transformers load code.
+    The field ``auto_map`` is left out, because it makes transformers load code, and so is ``quantization_config``,
+    because exported weights are not quantized.
     """
     companion(source, "config.json", "model.path")
     values = read_config_json(source).values
-    values.pop("auto_map", None)
+    for name in ("auto_map", "quantization_config"):
+        values.pop(name, None)
     if dtype is not None:
         key = "dtype" if "dtype" in values else "torch_dtype"
         values[key] = str(dtype).removeprefix("torch.")

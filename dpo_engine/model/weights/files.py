@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_engine.data.hub import model_directory
 from dpo_engine.errors import ConfigError, printable, quoted, shorten
-from dpo_engine.model.architecture import FAMILIES, Architecture, read_config_json
+from dpo_engine.model.architecture import FAMILIES, Architecture, read_architecture, read_config_json
 from dpo_engine.model.families.rule import expected_tensors
+from dpo_engine.model.weights.fused import MAYBE, Place, places_of, written_as
 from dpo_engine.strict_json import BadJson, read_object
 
 SINGLE = "model.safetensors"
@@ -50,6 +51,9 @@ class CheckpointFiles:
 
     key   configuration key whose value is the directory, for error messages
 
+    A tensor that contains all experts of a layer appears as one tensor per expert, as in the weight table. Quantized
+    tensors of experts appear as bf16 (:mod:`~dpo_engine.model.weights.fused`).
+
     Only the files that the latest request needed stay open. Raises :class:`~dpo_engine.errors.ConfigError` if the
     weights are missing, pickled or damaged, or if the files do not match the index.
     """
@@ -58,7 +62,16 @@ class CheckpointFiles:
         self.directory = model_directory(directory, key)
         self.where = f"{key}={directory}"
         self._open: dict[str, Any] = {}
-        self.file_of: dict[str, str] = self._index()
+        self._stored: dict[str, str] = self._index()
+        self._places = self._fused(key)
+        divided = {name for place in self._places.values() for name in place.stored}
+        self.file_of: dict[str, str] = {name: file for name, file in self._stored.items() if name not in divided}
+        self.file_of |= {name: self._stored[place.stored[0]] for name, place in self._places.items()}
+
+    def _fused(self, key: str) -> dict[str, Place]:
+        if not (self.directory / "config.json").is_file() or not any(MAYBE.search(name) for name in self._stored):
+            return {}
+        return places_of(read_architecture(self.directory, key), self._stored)
 
     def fail(self, text: str) -> ConfigError:
         """Return an error about this checkpoint, for the caller to raise."""
@@ -103,7 +116,7 @@ class CheckpointFiles:
                 self._open[name] = safe_open(self.directory / name, "pt")
             # safe_open raises RuntimeError if there is not enough memory to map the file.
             except (OSError, RuntimeError, SafetensorError) as failure:
-                raise self.fail(f"{name} is damaged ({failure}); download it again") from None
+                raise self.fail(f"{name} cannot be read ({failure}); if it is damaged, download it again") from None
         return self._open[name]
 
     def _check_start(self, name: str) -> None:
@@ -127,12 +140,15 @@ class CheckpointFiles:
         absent = next((name for name in names if name not in self.file_of), None)
         if absent is not None:
             raise self.fail(f"tensor {absent} is missing; download the checkpoint again, or correct config.json")
-        files = {self.file_of[name] for name in names}
+        stored = [self._places[name].stored if name in self._places else [name] for name in names]
+        files = {self._stored[part] for parts in stored for part in parts}
         self._open = {name: handle for name, handle in self._open.items() if name in files}
         try:
-            return [self._file(self.file_of[name]).get_slice(name) for name in names]
+            found = [[self._file(self._stored[part]).get_slice(part) for part in parts] for parts in stored]
         except SafetensorError as failure:
             raise self.fail(f"{INDEX} does not match the files ({failure}); download the checkpoint again") from None
+        places = (self._places.get(name) for name in names)
+        return [place.slices(parts) if place else parts[0] for place, parts in zip(places, found, strict=True)]
 
     def headers(self) -> dict[str, Header]:
         """Return the header entries of all tensors in the files, including tensors that the index does not list."""
@@ -143,7 +159,27 @@ class CheckpointFiles:
             for name in handle.keys():  # noqa: SIM118  the handle is not a dict and cannot be iterated
                 part = handle.get_slice(name)
                 found[name] = Header(file, tuple(part.get_shape()), part.get_dtype())
-        return found
+        return self._divided(found) if self._places else found
+
+    def _divided(self, found: dict[str, Header]) -> dict[str, Header]:
+        """Replace the headers of fused tensors by those of the tensors in the weight table."""
+        divided = {name for place in self._places.values() for name in place.stored}
+        others = {name: header for name, header in found.items() if name not in divided}
+        for name, place in self._places.items():
+            if absent := [part for part in place.stored if part not in found]:
+                raise self.fail(f"{INDEX} lists tensor {absent[0]}, which is in no file; download the checkpoint again")
+            first, *scales = (found[part] for part in place.stored)
+            shape = place.shape(first.shape)
+            odd = [part for part in scales if part.shape != first.shape[:-1] or {part.dtype, first.dtype} != {"U8"}]
+            if shape is None or odd:
+                raise self.fail(
+                    f"tensor {place.stored[0]} in {first.file} has shape {shorten(str(list(first.shape)), 40)} and "
+                    f"dtype {first.dtype}, which do not fit {place.experts} experts"
+                    + (f" or {place.stored[1]}" if scales else "")
+                    + "; config.json or the file belongs to another model; download both again"
+                )
+            others[name] = Header(first.file, shape, "BF16" if place.packed else first.dtype)
+        return others
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which the tensor ``name`` is stored."""
@@ -211,10 +247,11 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
         for name, file in files.file_of.items()
         if name not in headers or headers[name].file != file
     ]
+    fused = written_as(arch)
+    absent = {fused.get(name, name): parameter for name, (_, parameter) in expected.items() if name not in headers}
     missing = [
         f"tensor {name} is missing (for parameter {parameter}); download the checkpoint again, or correct config.json"
-        for name, (_, parameter) in expected.items()
-        if name not in headers
+        for name, parameter in absent.items()
     ]
     misfits = [
         f"tensor {name} in {headers[name].file} has shape {shorten(str(list(headers[name].shape)), 40)}, expected "

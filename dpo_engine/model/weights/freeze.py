@@ -19,14 +19,14 @@ from dpo_engine.model.weights.table import placed_parameters
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.wording import nearest, show
 
-ROUTER = "mlp.router.weight"
+ROUTERS = ("mlp.router.weight", "mlp.router.bias")
 
 
 def frozen_patterns(config: Config, arch: Architecture) -> tuple[str, ...]:
     """Return the patterns of ``optim.freeze`` and, with ``train.freeze_router``, those of all routers' weights."""
     if not config.train.freeze_router:
         return config.optim.freeze
-    routers = [rule for rule in FAMILIES[arch.model_type].rules if rule.parameter.endswith(ROUTER)]
+    routers = [rule for rule in FAMILIES[arch.model_type].rules if rule.parameter.endswith(ROUTERS)]
     names = [name for rule in routers if rule.applies(arch) for name in rule.tensors]
     return (*config.optim.freeze, *(re.escape(name).replace(r"\{l\}", r"\d+") for name in names))
 

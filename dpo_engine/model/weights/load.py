@@ -43,7 +43,7 @@ def load_hf(
 
     key   configuration key whose value is the directory, for error messages
 
-    *Collectives* over world: a few gathers of objects; no tensors are sent. Reading has no time limit.
+    *Collectives* over world: a few all-gathers of objects; no tensors are sent. Reading has no time limit.
     Raises on all ranks: :class:`~dpo_engine.errors.ConfigError` if the checkpoint cannot be read, if its architecture
     differs from ``arch``, or if its tensors do not have the expected names and shapes;
     :class:`~dpo_engine.errors.NumbersError` if a value is not finite in the parameters' dtype;
@@ -88,25 +88,25 @@ def fill_parameter(placed: Placed, files: Files, arch: Architecture) -> set[str]
     names = [tensor.name for tensor in placed.tensors(arch)]
     slices = files.slices(names)
     filled = 0
-    for tensor, start, stop, at in pieces(rule, arch, shard_rows=parameter.shape[0], rank=rank, tp=tp):
+    for tensor, taken, place in pieces(rule, arch, shard_rows=parameter.shape[0], rank=rank, tp=tp):
         own = slice(None)
         if rule.cut == 1:
             width = parameter.shape[1]
             own = slice(rank * width, (rank + 1) * width)
         if rule.transposed:
-            rows = slices[tensor][own, start:stop].T
+            rows = slices[tensor][own, taken].T
         elif rule.cut == 1:
-            rows = slices[tensor][start:stop, own]
+            rows = slices[tensor][taken, own]
         else:
-            rows = slices[tensor][start:stop]
-        shard = parameter[at : at + stop - start]
+            rows = slices[tensor][taken]
+        shard = parameter[place]
         shard.copy_(rows)
         if not shard.isfinite().all():
             raise NumbersError(
                 f"{files.where}: {files.file_of[names[tensor]]}: tensor {names[tensor]} has values that are not finite "
                 f"in {shard.dtype}; download the checkpoint again, or set another model.dtype"
             )
-        filled = at + stop - start
+        filled = place.stop
     parameter[filled:].zero_()
     return set(names)
 
@@ -117,7 +117,7 @@ def weights_digest(arch: Architecture, directory: str | Path, *, groups: Paralle
 
     key   configuration key whose value is the directory, for error messages
 
-    *Collectives* over world: three gathers of objects. Each rank reads a part of the tensors, without a time limit.
+    *Collectives* over world: three all-gathers of objects. Each rank reads a part of the tensors, without a time limit.
     Raises :class:`~dpo_engine.errors.ConfigError` on every rank if the checkpoint cannot be read.
     """
     names = sorted(table_names(arch))

@@ -271,7 +271,7 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
             f"adapter: adapters of {arch.model_type} models are not supported, because PEFT has other names for their "
             "layers; remove the section"
         ]
-    if any(rule.transposed for rule in FAMILIES[arch.model_type].rules):
+    if any(rule.transposed and not rule.expert for rule in FAMILIES[arch.model_type].rules):
         return [
             f"adapter: adapters of {arch.model_type} models are not supported, because their weights are stored "
             "transposed; remove the section"

@@ -25,9 +25,9 @@ def perturb(chunks: Sequence[nn.Module], arch: Architecture, *, groups: Parallel
     for placed in placed_parameters(chunks, arch, groups):
         names = [tensor.name for tensor in placed.tensors(arch)]
         rows, rank, tp = placed.parameter.shape[0], placed.shards.rank(), placed.shards.size()
-        for tensor, start, stop, at in pieces(placed.rule, arch, shard_rows=rows, rank=rank, tp=tp):
-            shard = placed.parameter[at : at + stop - start]
-            factors = torch.from_numpy(1 + amount * _draws(names[tensor], stop)[start:])
+        for tensor, taken, place in pieces(placed.rule, arch, shard_rows=rows, rank=rank, tp=tp):
+            shard = placed.parameter[place]
+            factors = torch.from_numpy(1 + amount * _draws(names[tensor], taken.stop)[taken])
             # fp32 factors of a bf16 weight: the product is rounded once.
             factors = factors.to(shard.device, torch.promote_types(shard.dtype, torch.float32))
             shard.mul_(factors.view(-1, *[1] * (shard.dim() - 1)))

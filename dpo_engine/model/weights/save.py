@@ -24,9 +24,11 @@ from dpo_engine.model.weights.export import (
     sealed,
 )
 from dpo_engine.model.weights.files import CheckpointFiles, carried
+from dpo_engine.model.weights.fused import exported_names
+from dpo_engine.model.weights.joined import Joined, completed_tensors, gather_experts, gather_on_first, written_fused
 from dpo_engine.model.weights.kept import copy_kept, kept_tensors
 from dpo_engine.model.weights.shard_files import Filling, ShardWriter, Share
-from dpo_engine.model.weights.table import Placed, pieces, placed_parameters, table_names
+from dpo_engine.model.weights.table import Placed, pieces, placed_parameters
 from dpo_engine.model.weights.tokenizer_files import AUTO, Files, exported_tokenizer
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups, communication_error
@@ -67,13 +69,14 @@ def save_hf(
     adapter       directory of the adapter that the run started from, which must not be replaced
 
     One rank of each pipeline stage gathers the stage's parameters over tp, one by one, until it has a complete file.
-    The first copy of each expert is gathered and written in the same way, by one rank of each set of experts. All ranks
+    The first copy of each expert is gathered and written in the same way, by one rank of each set of experts. If the
+    export has tensors with all experts of a layer, the first of these ranks gathers and writes all experts. All ranks
     then wait, without a time limit, until the files are written. An existing directory is replaced only if an earlier
     export wrote it.
 
     *Collectives*: one gather per sharded parameter over tp or, for experts, over expt_tp (only among the first ranks of
-    dp_cp or expt_dp); over world, two gathers of objects for each file of the stage that has the most files, and a few
-    more.
+    dp_cp or expt_dp), and one over ep for experts that are exported together; over world, two all-gathers of objects
+    for each file of the stage that has the most files, and a few more.
     On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
     source, export = model_directory(source), Export(directory)
@@ -117,9 +120,10 @@ def save_hf(
         )
         counts = [0] * world.size()
         dist.all_gather_object(counts, len(rounds), group=world)
+        joined = Joined()
         for at in range(max(counts)):
             placed = rounds[at] if at < len(rounds) else []
-            failure = _collect(placed, arch, shards, dtypes, change)
+            failure = _collect(placed, arch, shards, dtypes, change, joined)
             last = at + 1 == len(rounds)
             if last and failure is None and leader:
                 failure = _carry(source, arch, shards, dtype)
@@ -159,9 +163,14 @@ def _plan(
         completed, gathered = False, placed.copies.rank() == 0
         for tensor in placed.tensors(arch):
             dtypes[tensor.name] = dtype or files.dtype(tensor.name)
+        fused = written_fused(placed, arch)
+        if fused is not None:
+            dtypes[fused.name] = dtypes[tensor.name]
+        writes = gathered and placed.shards.rank() == 0 and (fused is None or placed.owners.rank() == 0)
+        for tensor in completed_tensors(placed, arch):
             size = math.prod(tensor.shape) * dtypes[tensor.name].itemsize
             completed |= filling.completes(size)
-            meter.total += size if gathered and placed.shards.rank() == 0 else 0
+            meter.total += size if writes else 0
         if gathered:
             rounds[-1].append(placed)
         if completed:
@@ -175,20 +184,28 @@ def _collect(
     shards: ShardWriter,
     dtypes: Mapping[str, torch.dtype],
     change: Change | None,
+    joined: Joined,
 ) -> Exception | None:
     """Gather parameters on the first rank that has a shard, and add their tensors to ``shards`` there. Write no files.
+
+    joined  the tensors with all experts of a layer of which only some experts have been gathered
 
     *Collectives*: one gather per sharded parameter. After an error, the remaining gathers still run, because the other
     ranks take part in them. Returns the error, or None.
     """
     failure = None
     for placed in every:
-        parts = gather_shards(placed)
+        fused = written_fused(placed, arch)
+        gathered = [(placed, gather_shards(placed))] if fused is None else [*gather_experts(placed, arch)]
         if placed.shards.rank() != 0 or failure is not None:
             continue
         try:
-            for name, tensor in assemble(placed, parts, arch, dtypes, change).items():
-                shards.add(name, tensor)
+            for one, parts in gathered:
+                kinds = dtypes if fused is None else {one.tensors(arch)[0].name: dtypes[fused.name]}
+                for name, tensor in assemble(one, parts, arch, kinds, change).items():
+                    complete = {name: tensor} if fused is None else joined.add(fused, one.expert, tensor)
+                    for whole in complete:
+                        shards.add(whole, complete[whole])
         except Exception as error:
             if communication_error(error):
                 raise
@@ -220,16 +237,8 @@ def gather_shards(placed: Placed) -> list[Tensor]:
 
     *Collectives*: one gather over ``placed.shards`` if the parameter is sharded.
     """
-    group = placed.shards
-    if placed.rule.cut is None:
-        return [placed.parameter.detach()]
-    shard = placed.parameter
-    shard = shard.detach().contiguous()
-    if group.size() == 1:
-        return [shard]
-    parts = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
-    dist.gather(shard, parts, group=group, group_dst=0)
-    return parts or []
+    shard = placed.parameter.detach()
+    return [shard] if placed.rule.cut is None else gather_on_first(shard, placed.shards)
 
 
 def assemble(
@@ -246,14 +255,14 @@ def assemble(
     rule, named = placed.rule, placed.tensors(arch)
     whole = [torch.empty(tensor.shape, dtype=parts[0].dtype if change else dtypes[tensor.name]) for tensor in named]
     for rank, part in enumerate(parts):
-        for tensor, start, stop, at in pieces(rule, arch, shard_rows=part.shape[0], rank=rank, tp=len(parts)):
-            rows = part[at : at + stop - start]
-            place = whole[tensor].T if rule.transposed else whole[tensor]
+        for tensor, taken, place in pieces(rule, arch, shard_rows=part.shape[0], rank=rank, tp=len(parts)):
+            rows = part[place]
+            target = whole[tensor].T if rule.transposed else whole[tensor]
             if rule.cut == 1:
                 width = part.shape[1]
-                place[start:stop, rank * width : (rank + 1) * width] = rows
+                target[taken, rank * width : (rank + 1) * width] = rows
             else:
-                place[start:stop] = rows
+                target[taken] = rows
     if change is not None:
         whole = [change(tensor.name, values, dtypes[tensor.name]) for tensor, values in zip(named, whole, strict=True)]
     for tensor, values in zip(named, whole, strict=True):
@@ -276,7 +285,7 @@ def _complete(shares: Sequence[Share], arch: Architecture, unchanged: Collection
     unchanged   names of exported tensors that are not in the table
     """
     written = [name for share in shares for name in share.files]
-    odd = table_names(arch).union(unchanged).symmetric_difference(written)
+    odd = exported_names(arch).union(unchanged).symmetric_difference(written)
     odd = odd or {name for name, count in Counter(written).items() if count > 1}
     if odd:
         raise EngineError(f"tensor {min(odd)}: was not written exactly once, by a single rank")

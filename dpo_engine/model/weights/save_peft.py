@@ -41,7 +41,7 @@ def save_peft(
 
     Each stage writes its tensors to a file, and rank 0 joins the files, because PEFT reads a single file.
 
-    *Collectives* over world: gathers of objects. Writing has no time limit.
+    *Collectives* over world: all-gathers of objects. Writing has no time limit.
     On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
     export, world = Export(directory), groups.world

@@ -18,8 +18,11 @@ lists all expected names and shapes before a model is built, so a checkpoint can
 Nothing is skipped silently: a parameter without a rule, a shard whose shape differs from its rule, and a tensor that is
 unused or written twice are errors. (The only exception: stored rotary frequencies and masks are ignored.)
 
-Not covered. A rule can slice, stack, pad and transpose rows, and split columns evenly. It cannot permute the rows
-within a head, scale or dequantize.
+Tensors that contain all experts of a layer, and quantized ones, are divided into the tensors of the table when they are
+read (:mod:`dpo_engine.model.weights.fused`).
+
+Not covered. A rule can slice, stack, interleave, pad and transpose rows, and split columns evenly. It cannot permute
+the rows within a head, or scale.
 """
 
 import re
@@ -46,15 +49,16 @@ EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 class Piece(NamedTuple):
-    """Rows ``start`` to ``stop`` of a rule's tensor; they are stored in a rank's shard from row ``at`` on.
+    """Rows of a rule's tensor, and their place in a rank's shard.
 
     tensor  index of the tensor in the rule
+    rows    the rows in the tensor
+    place   the rows of the shard, as many
     """
 
     tensor: int
-    start: int
-    stop: int
-    at: int
+    rows: slice
+    place: slice
 
 
 def pieces(rule: Rule, arch: Architecture, *, shard_rows: int, rank: int, tp: int) -> list[Piece]:
@@ -70,14 +74,20 @@ def pieces(rule: Rule, arch: Architecture, *, shard_rows: int, rank: int, tp: in
     parts = {"plain": 1, "vocab": 1, "qkv": arch.num_kv_heads, "glu": tp}[rule.layout]
     low, high = rank * shard_rows, (rank + 1) * shard_rows
     found, at = [], 0
-    fused = len(rule.tensors) < len(rows)  # all parts are in one tensor, one after the other
+    fused = len(rule.tensors) < len(rows)  # all parts are in one tensor
     for part in range(parts):
         for tensor, count in enumerate(rows):
             size = count // parts
             first, last = max(low, at), min(high, at + size)
             if first < last:
-                shift = part * size - at + (sum(rows[:tensor]) if fused else 0)
-                found.append(Piece(0 if fused else tensor, first + shift, last + shift, first - low))
+                start, place = first - at + part * size, slice(first - low, last - low)
+                if rule.interleaved:
+                    step = len(rows)
+                    start, step = start * step + tensor, step
+                else:
+                    start, step = start + (sum(rows[:tensor]) if fused else 0), 1
+                taken = slice(start, start + (last - first - 1) * step + 1, step)
+                found.append(Piece(0 if fused else tensor, taken, place))
             at += size
     return found
 
@@ -89,6 +99,7 @@ class Placed(NamedTuple):
     copy    whether this is the second copy of tied weights, which is loaded but not saved
     shards  ranks over which the parameter is sharded, or which each have a replica
     copies  ranks that have the same shard as this rank
+    owners  ranks that have the other experts of the layer
     """
 
     parameter: Tensor
@@ -98,6 +109,7 @@ class Placed(NamedTuple):
     copy: bool
     shards: dist.ProcessGroup
     copies: dist.ProcessGroup
+    owners: dist.ProcessGroup
 
     @property
     def name(self) -> str:
@@ -140,7 +152,7 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, groups: P
                 rule = rules[rule.tied_to]
             shards, copies = groups.shards(rule.expert), groups.copies(rule.expert)
             _check_shape(name, parameter, rule, arch, shards.size())
-            yield Placed(parameter, rule, layer, expert, copy, shards, copies)
+            yield Placed(parameter, rule, layer, expert, copy, shards, copies, groups.ep)
 
 
 def plain_name(name: str, first: int) -> tuple[str, int | None]:

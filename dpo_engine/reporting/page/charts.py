@@ -32,7 +32,7 @@ CURVES = (
         "accuracy",
         "Reward accuracy",
         "share of pairs",
-        "Share of pairs whose chosen response gained more than the rejected one. 0.5 is no change.",
+        "Share of pairs whose chosen response gained more than the rejected one. 0.5 means no change.",
         ("rewards/accuracies",),
     ),
     ("margin", "Reward margin", "", "Chosen reward minus rejected reward, mean over pairs.", ("rewards/margins",)),
@@ -54,7 +54,7 @@ CURVES = (
     ("learning_rate", "Learning rate", "", "", ("learning_rate",)),
 )
 SPEED = (
-    ("pairs_per_s", "Pairs per second", "pairs/s", "Within steps.", ("pairs_per_s",)),
+    ("pairs_per_s", "Pairs per second", "pairs/s", "Excludes the time between steps.", ("pairs_per_s",)),
     (
         "step_time",
         "Time of a step",
@@ -62,12 +62,12 @@ SPEED = (
         "Outside: from the end of one logged step to the start of the next, such as evaluations and saves.",
         ("step_time_s", "outside"),
     ),
-    ("mfu", "Model FLOPs utilization", "", "Share of the GPUs' peak.", ("mfu",)),
+    ("mfu", "Model FLOPs utilization", "", "Share of the GPUs' peak FLOP/s.", ("mfu",)),
     (
         "layout_gain",
         "Layout gain",
         "",
-        "Operations of padded rows divided by those executed: work saved by sharing prompts.",
+        "Operations that padded rows would need, divided by the operations executed.",
         ("layout_gain",),
     ),
     (
@@ -118,7 +118,7 @@ def curves(judged: Sequence[Judged], table: Sequence[Any] = CURVES) -> Iterator[
                         lines.append({**line, "name": label, **look})
         if lines:
             marks = [mark for place, (run, _) in enumerate(judged) for mark in events(run, place if many else None)]
-            # With many lines, the legend has only the thick ones. The thin ones have the same colors.
+            # If there are many lines, the legend names only the thick ones. The thin ones have the same colors.
             unnamed = len(lines) > 2 and not all(line["thin"] for line in lines)
             lines = [line | {"unnamed": unnamed and line["thin"]} for line in lines]
             yield {"id": name, "title": title, "note": note, "x": "step", "y": unit, "traces": lines, "marks": marks}

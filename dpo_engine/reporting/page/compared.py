@@ -40,9 +40,9 @@ class Row(NamedTuple):
 def comparison(first: Judged, second: Judged) -> dict[str, Any]:
     """Compare the newest evaluations of two runs: ``second`` minus ``first``.
 
-    Returns  ``found``, the result of :func:`~dpo_engine.reporting.comparison.compare`; ``problem``, why there is none,
-             or what to know about it; ``names`` of the runs; ``summary``, a sentence; ``rows`` of the table;
-             ``differently``, pairs that the runs rank differently; and the ``number`` of such pairs
+    Returns  ``found``, the result of :func:`~dpo_engine.reporting.comparison.compare`, or None; ``problem``, the reason
+             for None, or a limitation of the result; ``names`` of the runs; ``summary``, a sentence; ``rows`` of the
+             table; ``differently``, pairs that the runs rank differently; and the ``number`` of such pairs
     """
     names = (second.run.name, first.run.name)
     told: dict[str, Any] = {"names": names, "found": None, "problem": None, "summary": "", "rows": []}
@@ -73,7 +73,7 @@ def comparison(first: Judged, second: Judged) -> dict[str, Any]:
 
 
 def _more_rows(later: dict[str, np.ndarray], first: dict[str, np.ndarray], same_loss: bool) -> list[Row]:
-    """Return what the accuracies do not show: displacement and distance, if both have a reference, and the loss."""
+    """Return other rows: displacement and distance, if both runs have a reference; loss, if it is the same function."""
     both = [_moved(later), _moved(first)]
     if not all(np.isfinite(values).all() for part in both for values in part.values()):
         both = [{}, {}]
@@ -96,7 +96,7 @@ def _moved(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _summary(rows: dict[str, Row], later: str, first: str, *, same_reference: bool) -> str:
-    """Return one sentence about the accuracy and about what it does not show.
+    """Return one sentence about the accuracy and about the measures that complement it.
 
     same_reference   whether the reward accuracies of both runs have the same meaning; if not, the sentence is about the
                      likelihood accuracies

@@ -1,4 +1,4 @@
-"""Make text from data harmless to look at: characters that hide or reorder text become visible names."""
+"""Make text from data safe to display: characters that hide or reorder text become visible names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-"""Control characters, halves of characters, invisible characters, and those that change the direction of text."""
+"""Control characters, unpaired surrogates, invisible characters, and those that change the direction of text."""
 
 
 def visible(text: str, longest: int = 2000) -> str:

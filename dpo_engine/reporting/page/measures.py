@@ -1,4 +1,4 @@
-"""Compute what the verdict and the charts read from the newest evaluation of a run."""
+"""Compute measures of a run's newest evaluation, for the verdict and the charts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BINS = np.linspace(0.5, 1.0, 11)
 RESAMPLES = 1000
 MOST_SOURCES = 30
 SMALLEST = 10
-"""Groups of fewer pairs get no estimate."""
+"""Groups with fewer pairs get no estimate."""
 
 
 class Change(NamedTuple):
@@ -31,7 +31,7 @@ class Change(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A number of pairs, and their reward accuracy."""
+    """The number of pairs of a group, and their reward accuracy."""
 
     pairs: int
     accuracy: Estimate
@@ -91,7 +91,7 @@ class Measures:
 
     @cached_property
     def reference_margin(self) -> np.ndarray:
-        """The same under the reference; nan without a reference."""
+        """Log-probability of chosen minus rejected under the reference [n], in nats; nan without a reference."""
         return self.column("ref_chosen_logps") - self.column("ref_rejected_logps")
 
     @cached_property
@@ -197,11 +197,11 @@ class Measures:
 
     @property
     def drift(self) -> float:
-        """Size of the change of both responses' log-probabilities, per token, in nats."""
+        """Mean absolute change of both responses' log-probabilities, per token, in nats."""
         return self.drift_of("chosen", "rejected")
 
     def drift_of(self, *sides: str) -> float:
-        """The same of one side or both."""
+        """Return the :attr:`drift` of one side or of both sides."""
         moved = sum(abs(self.column(f"{side}_logps") - self.column(f"ref_{side}_logps")) for side in sides)
         return self._mean(moved / sum(self.column(f"{side}_tokens") for side in sides))
 
@@ -214,7 +214,7 @@ class Measures:
         return int(((self.reference_margin > 0) & (self.policy_margin < 0)).sum())
 
     def loss_rise(self, step: int) -> Estimate | None:
-        """Return the paired difference between the loss now and after an earlier step, if its pairs are known."""
+        """Return the paired difference between the loss now and after an earlier step; None without the same pairs."""
         before = self.earlier(step)
         if before is None or before.columns["id"].tolist() != self.column("id").tolist():
             return None
@@ -233,7 +233,7 @@ class Measures:
     def length_rule(self) -> str:
         """``longer`` or ``shorter``: the response that is the chosen one more often.
 
-        If both are equally often, the rule is the one that the reward margins follow.
+        If neither is, the rule is the one that the reward margins follow.
         """
         if self._longer_wins == 0.5:
             return "longer" if (self.length_difference * self.reward_margin).sum() >= 0 else "shorter"

@@ -18,7 +18,7 @@
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
 
-  // Theme: the system's, until the button is pressed. Printing is always light.
+  // The theme is the system's until the button is pressed. Pages are printed in the light theme.
   const dark = matchMedia("(prefers-color-scheme: dark)");
   let chosen = null;
   const plots = [];
@@ -88,7 +88,8 @@
   };
   const marks = { best: [0, 1, 1.2, "solid"], restart: [0, 1, 1, "dash"], skip: [0.9, 1, 1, "solid"], save: [0, 0.06, 4, "solid"] };
   const drawnFirst = Object.keys(marks);
-  // Charts over steps have one range. A curve without a value at a step shows its nearest one, so boxes name its step.
+  // All charts over steps have the same range. At a step where a curve has no value, the hover box shows the nearest
+  // value, and names the step of this value.
   const overSteps = Object.values(data.charts).flat().filter((chart) => chart.x === "step");
   const lastStep = Math.max(1, ...overSteps.flatMap((chart) => chart.traces.map((t) => t.X[t.X.length - 1])));
   for (const chart of Object.values(data.charts).flat()) {
@@ -299,7 +300,7 @@
     more.addEventListener("click", () => { shown += 200; fill(); });
     fill();
   }
-  // The table has moved what is below it.
+  // The table has moved the sections below it, so scroll to the linked section again.
   if (location.hash && !moved) document.getElementById(location.hash.slice(1))?.scrollIntoView();
   root.dataset.ready = "true";
 })();

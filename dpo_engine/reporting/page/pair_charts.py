@@ -27,7 +27,7 @@ def pair_charts(judged: Sequence[Judged]) -> Iterator[Chart]:
             "id": "flip",
             "title": "Before and after",
             "note": "Log-probability difference of each pair. Top left: flipped to right; bottom right: to wrong. "
-            "Above the dashed diagonal, it grew.",
+            "Above the dashed diagonal, the difference grew.",
             "x": "reference, nats",
             "y": "policy, nats",
             "traces": flips,
@@ -44,7 +44,7 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
         series.insert(0, ("reference", "quiet", known[0][2].reference_margin))
     everything = np.concatenate([values for *_, values in series])
     low, high = np.quantile(everything, [0.002, 0.998])
-    near = 0.25 * (high - low)  # only values farther out would make the other bars narrow
+    near = 0.25 * (high - low)  # values beyond this margin would make the bars of all others narrow
     low = max(low - near, everything.min())
     high = min(high + near, everything.max())
     edges = np.linspace(min(low, 0), max(high, 0) if high > low else low + 1, 49)

@@ -29,8 +29,8 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """Return the pairs whose tokens are known, for the table.
 
     Each pair has ``run``, ``index``, ``kinds``, ``source``, the numbers of its evaluation, ``change`` (of the
-    log-probability margin by training, in nats), ``prompt``, ``cut`` (the end of what was cut from the prompt, None if
-    unknown) and, for ``chosen`` and ``rejected``, what :func:`tokens` returns.
+    log-probability margin by training, in nats), ``prompt``, ``cut`` (the end of the text that was cut from the prompt,
+    None if unknown) and, for ``chosen`` and ``rejected``, the result of :func:`tokens`.
     """
     found = [(place, *item) for place, item in enumerate(judged) if item.measures and item.run.tokens]
     shown = sum(len(run.tokens) for _, run, _ in found) // 3
@@ -65,7 +65,7 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def _kinds(shown: str, reference: float, policy: float) -> list[str]:
-    """Return why a pair was chosen, and whether it flipped, which is true of pairs chosen for other reasons too."""
+    """Return why a pair was chosen, and how it flipped, if it did. Pairs chosen for other reasons can flip, too."""
     kinds = [visible(OLD_KINDS.get(shown, shown), 40)]
     flipped = TO_RIGHT if reference < 0 < policy else TO_WRONG if policy < 0 < reference else None
     return kinds if flipped is None or flipped in kinds else [*kinds, flipped]

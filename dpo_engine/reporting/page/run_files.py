@@ -42,7 +42,7 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What the directory of a run contains.
+    """The contents of a run's directory.
 
     name         a name for the run, different from those of other runs on the page
     config       the run's configuration, as in config.yaml; empty if there is none
@@ -57,9 +57,9 @@ class RunFiles:
     summaries    the summary of each evaluation, by step; see :func:`~dpo_engine.reporting.comparison.report`
     files        the Parquet file of each evaluation, by step
     evaluation   the newest evaluation of single pairs, or None
-    tokens       the tokens of those pairs of it that were selected for display
+    tokens       the tokens of the evaluation's pairs that were selected for display
     no_tokens    why there are none, and how to write them; empty if there are tokens, or no evaluation
-    problems     other files that cannot be read
+    problems     error lines about other files that cannot be read
     """
 
     directory: Path
@@ -127,7 +127,7 @@ def read_run(directory: Path, name: str) -> RunFiles:
     series = _metrics(directory / "metrics.jsonl")
     last = max((int(one.steps[-1]) for one in series.values()), default=None)
     found = [(int(match[1]), match[2], path) for path, match in _evaluations(directory / "eval")]
-    # Evaluations of later steps are from before the run was resumed, and it has not reached these steps again.
+    # Evaluations of later steps are from before the run resumed. The run has not reached these steps again.
     found = [item for item in found if last is None or item[0] <= last]
     if not series and not found:
         what = "contains no metrics.jsonl and no evaluations" if directory.is_dir() else "is a file"
@@ -173,7 +173,7 @@ def _kept(folder: Path) -> list[int]:
 
 
 def _tokens(path: Path, directory: Path, step: int) -> tuple[list[TokenText], str]:
-    """Read the tokens of an evaluation. Return them, or why there are none and what writes them."""
+    """Read the tokens of an evaluation. Return them, or the reason why there are none and a way to write them."""
     why = f"{path}: does not exist"
     if path.exists():
         try:
@@ -189,7 +189,7 @@ def _tokens(path: Path, directory: Path, step: int) -> tuple[list[TokenText], st
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that differ from each other."""
+    """Return, for each path, its last components: the smallest number that distinguishes all paths."""
     parts = [path.resolve().parts for path in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -275,7 +275,7 @@ def _log(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"starts": starts, "saved": saved}
     for line in _lines(path):
         if match := STARTED.search(line):
-            if int(match[2]) == 0:  # the run began anew
+            if int(match[2]) == 0:  # the run started from scratch
                 starts.clear()
                 saved.clear()
             starts.append(int(match[2]))

@@ -13,7 +13,7 @@ UNLISTED = "(in the code of the loss or plugin)"
 
 
 class Setting(NamedTuple):
-    """A key of a run with its value, its default (or why none is shown), and whether the value is another one.
+    """A key of a run with its value, its default (or why none is shown), and whether the value differs from it.
 
     shown   whether to show the key in the short list: it was changed, or its default is unknown (an option of a loss)
     """

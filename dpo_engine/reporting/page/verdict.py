@@ -68,7 +68,7 @@ def _outcome(m: Measures) -> Finding:
     estimate = m.accuracy
     share = percent(estimate.mean)
     margin = f"mean reward margin {signed(m.margin.mean)}"
-    evidence = f"Reward accuracy after step {m.step:,}: {share}, {interval(estimate)}; {margin}; 50% is no change."
+    evidence = f"Reward accuracy after step {m.step:,}: {share}, {interval(estimate)}; {margin}; 50% means no change."
     if estimate.low > 0.5 and m.drift > DRIFT:
         title = f"Better held out by accuracy ({share} of {pairs_text(m.count)}), but very far from the reference."
         advice = "Read generations before you trust the accuracy: it counts pairs, not what the model writes."
@@ -77,7 +77,7 @@ def _outcome(m: Measures) -> Finding:
         title = f"Better held out: in {share} of {pairs_text(m.count)}, the model {MORE_THAN}."
         return Finding("good", title, evidence, chart="accuracy")
     if estimate.high < 0.5:
-        title = f"Worse held out: only in {share} of {pairs_text(m.count)}, the model {MORE_THAN}."
+        title = f"Worse held out: in only {share} of {pairs_text(m.count)}, the model {MORE_THAN}."
         return Finding("bad", title, evidence, MORE, "accuracy")
     title = "No clear change held out: the interval of the reward accuracy contains 50%."
     return Finding("warn", title, evidence, MORE, "accuracy")
@@ -143,9 +143,9 @@ def _drift(m: Measures) -> Iterator[Finding]:
     if m.has_reference and m.drift > DRIFT:
         yield Finding(
             "warn",
-            f"The log-probability of a token changed by {m.drift:.1f} nats in the mean.",
-            f"Mean size of the change: {m.drift_of('chosen'):.1f} nats per token of chosen responses, "
-            f"{m.drift_of('rejected'):.1f} per token of rejected ones. From {DRIFT:g} nats on, a response of a few "
+            f"The log-probability of a token changed by {m.drift:.1f} nats on average.",
+            f"Mean absolute change: {m.drift_of('chosen'):.1f} nats per token of chosen responses, "
+            f"{m.drift_of('rejected'):.1f} per token of rejected ones. Beyond {DRIFT:g} nats, a response of a few "
             "tokens is thousands of times more or less likely than under the reference.",
             "Lower optim.lr, or raise loss.beta.",
         )
@@ -193,7 +193,7 @@ def _length(m: Measures) -> Finding:
         title = f"Length alone explains the accuracy: the model prefers the {m.length_rule} response."
         return Finding("bad", title, evidence, advice, "length")
     if against.high < with_rule.low and with_rule.mean - against.mean > GAP:
-        title = f"Length explains a part of the accuracy: the model prefers the {m.length_rule} response."
+        title = f"Length explains part of the accuracy: the model prefers the {m.length_rule} response."
         return Finding("warn", title, evidence, advice, "length")
     return Finding("good", "Length alone does not explain the accuracy.", evidence, "", "length")
 
@@ -226,7 +226,7 @@ def _sources(m: Measures) -> Iterator[Finding]:
 
 
 def short_names(sources: dict[str, Group]) -> dict[str, Group]:
-    """Return sources by the last parts of their paths, if these differ."""
+    """Return sources by the last parts of their paths, if all of these differ."""
     short = {name.rpartition("/")[2]: group for name, group in sources.items()}
     return short if len(short) == len(sources) else sources
 

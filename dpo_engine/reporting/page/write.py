@@ -123,7 +123,7 @@ def _facts(item: Judged) -> dict[str, Any]:
 
 @cache
 def plotly_script() -> str:
-    """Return plotly's script from the installed package. Raises :class:`~dpo_engine.errors.ConfigError` without it."""
+    """Return plotly's script. Raises :class:`~dpo_engine.errors.ConfigError` if plotly is not installed."""
     if find_spec("plotly") is None:
         raise ConfigError("report: needs plotly for its charts; pip install 'dpo-engine[report]', or pass --text")
     return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")

@@ -1,13 +1,23 @@
-"""Train with transformers and torch's autograd in fp64, as expected values for tests."""
+"""Log-probabilities and training with transformers and torch's autograd in fp64, as expected values for tests."""
 
 import re
 
 import torch
 import torch.nn.functional as F
 
-from support.hf_oracle import sequence_logp
-from support.pairs import RandomPairs, global_batches
-from support.trajectory import VOCAB
+from dpo_engine.testing.pairs import RandomPairs, global_batches
+from dpo_engine.testing.trajectory import VOCAB
+
+
+def sequence_logp(model, prompt, response, mask=None) -> torch.Tensor:
+    """Return the log-probability of ``response`` given ``prompt``, from one unpadded row; the sum is in fp64.
+
+    mask   which tokens of ``response`` to sum; None: all
+    """
+    row = torch.tensor([*prompt, *response])[None]
+    logits = model(row).logits[0, len(prompt) - 1 : -1].double()
+    tokens = logits.log_softmax(-1).gather(1, torch.tensor(response).long()[:, None])[:, 0]
+    return tokens.sum() if mask is None else tokens[torch.as_tensor(mask)].sum()
 
 
 class Norm64(torch.nn.Module):
@@ -51,9 +61,11 @@ def train_with_transformers(
         if any(re.fullmatch(pattern, name) for pattern in patterns):
             parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
+    # transformers has the biases of all experts of a layer in one matrix
+    vectors = {id(p) for name, p in model.named_parameters() if p.dim() == 1 or name.endswith("bias")}
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": decay},
-        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) not in vectors], "weight_decay": decay},
+        {"params": [p for p in trained if id(p) in vectors], "weight_decay": 0.0},
     ]
     updates = optimizer([group for group in groups if group["params"]], **options)
     pairs, norms = RandomPairs(sum(sizes), VOCAB), []

@@ -1,10 +1,10 @@
-"""Train a tiny model for a few steps in any layout and return the results, for tests that compare layouts."""
+"""Train a tiny model for a few steps in any layout and return the results, to compare layouts."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support.pairs import RandomPairs, global_batches
+from dpo_engine.testing.pairs import RandomPairs, global_batches
 
 VOCAB = 515
 
@@ -67,7 +67,7 @@ def train_steps(
         reference,
         engine.objective,
         known=batch_facts(held_out, np.arange(5)),
-        vocab_size=VOCAB,
+        vocab_size=engine.arch.vocab_size,
         groups=engine.groups,
     )
     steps = [
@@ -77,7 +77,7 @@ def train_steps(
             engine.batches(pairs, indices),
             engine.objective,
             known=batch_facts(pairs, indices),
-            vocab_size=VOCAB,
+            vocab_size=engine.arch.vocab_size,
             groups=engine.groups,
             count_zeros=config.logging.num_zeros,
         )

@@ -24,11 +24,15 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240
     If a rank fails, raises ``AssertionError`` with the traceback of the first failing rank. Forking a rank takes 0.1 s,
     because this process has already imported Megatron; spawning one would take 15 s. The ranks find each other through
     a file.
+
+    Raises ``RuntimeError`` if this process can use a CUDA device, which does not survive a fork.
     """
     import dpo_engine.verbs.evaluate
     import dpo_engine.verbs.train  # noqa: F401  also imports all other modules, before the fork
-    from dpo_engine.platform.device import open_platform
+    from dpo_engine.platform.device import gpu_present, open_platform
 
+    if gpu_present():
+        raise RuntimeError("these ranks are forked and run on CPUs; set CUDA_VISIBLE_DEVICES= before Python starts")
     open_platform(deterministic=True)
     with tempfile.TemporaryDirectory() as folder:
         gc.freeze()  # garbage collection in a child would write to all shared pages, and so copy them

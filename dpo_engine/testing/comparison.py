@@ -1,0 +1,84 @@
+"""Compare the results of runs in two layouts, and the tensors of two checkpoints."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_engine.testing.trajectory import load_weights
+
+
+def assert_same_metrics(got: dict[str, float], expected: dict[str, float], rel: float, where: str) -> None:
+    """Compare metrics.
+
+    A difference of log-probabilities has a tolerance relative to its operands, which can be near -100 nats.
+
+    If policy and reference have the same weights, every such difference is only a rounding error. Metrics that count
+    signs are then not compared.
+    """
+    assert got.keys() == expected.keys(), f"{where}: metrics {sorted(got)} instead of {sorted(expected)}"
+    subtracted = {f"displacement/{side}": abs(expected[f"logps/{side}"]) for side in ("chosen", "rejected")}
+    margins = [metric for metric in expected if metric.endswith("rewards/margins")]
+    subtracted |= dict.fromkeys(margins, abs(expected["rewards/chosen"]))
+    # The last bit of a sum may differ between policy and reference.
+    equal = abs(expected.get("rewards/margins", 1.0)) < 1e-16 * abs(expected.get("logps/chosen", 1.0))
+    signs = ("rewards/accuracies", "displacement/chosen_fell") if equal else ()
+    for metric, value in expected.items():
+        if metric.endswith(signs):
+            continue
+        absolute = rel * max(1.0, subtracted.get(metric, 0.0))
+        close = math.isclose(got[metric], value, rel_tol=rel, abs_tol=absolute)
+        assert close, f"{where} {metric}: {got[metric]} instead of {value}"
+
+
+def assert_same_numbers(got: dict[str, Any], expected: dict[str, Any], rel: float) -> None:
+    """Compare two results of :func:`~dpo_engine.testing.trajectory.train_steps`.
+
+    rel   relative tolerance of metrics, and of log-probabilities per pair
+    """
+    for step, (a, b) in enumerate(zip(got["steps"], expected["steps"], strict=True)):
+        assert_same_metrics(a, b, rel, f"step {step}")
+    assert_same_metrics(got["eval"], expected["eval"], rel, "eval")
+    ours, theirs = got["per_pair"], expected["per_pair"]
+    assert ours.keys() == theirs.keys() and ours["index"] == theirs["index"] == list(range(5)), "other pairs or columns"
+    size = max(map(abs, theirs["chosen_logps"]))  # rewards and losses depend on differences of these sums
+
+    def close(one: Any, other: Any) -> bool:
+        absent = one != one and other != other
+        return one == other or absent or math.isclose(one, other, rel_tol=rel, abs_tol=rel * size)
+
+    for column, values in theirs.items():
+        same = all(close(*pair) for pair in zip(ours[column], values, strict=True))
+        assert same, f"{column} of the evaluated pairs: {ours[column]} instead of {values}"
+
+
+def assert_same_weights(
+    got_dir: Path | str, expected_dir: Path | str, start_dir: Path | str, rel: float, untrained: tuple[str, ...] = ()
+) -> None:
+    """Compare exported weights. Training must have changed all of them, except for those that ``untrained`` names.
+
+    rel        relative tolerance of each tensor, in the Euclidean norm
+    untrained  prefixes of the names of weights that must not have changed
+    """
+    got, expected, start = (load_weights(d) for d in (got_dir, expected_dir, start_dir))
+    assert got.keys() == expected.keys(), f"other tensors: {sorted(got.keys() ^ expected.keys())}"
+    for name, value in expected.items():
+        if untrained and name.startswith(untrained):
+            assert torch.equal(got[name], start[name].to(value.dtype)), f"{name} was changed by training"
+            assert torch.equal(got[name], value), f"{name} was changed by training"
+            continue
+        error = (got[name] - value).norm() / value.norm()
+        assert error < rel, f"{name}: relative error {error:.2e}"
+        moved = (value - start[name]).norm()
+        trained = not name.endswith("e_score_correction_bias")
+        assert (moved > 0) == trained, f"{name} was {'not ' * trained}changed by training"
+
+
+def assert_same_bits(got_dir: Path | str, expected_dir: Path | str) -> None:
+    """Check that two checkpoints have the same tensors, bit by bit, with the same names and dtypes."""
+    got, expected = load_weights(got_dir), load_weights(expected_dir)
+    assert got.keys() == expected.keys(), f"other tensors: {sorted(got.keys() ^ expected.keys())}"
+    for name, value in expected.items():
+        same = got[name].dtype == value.dtype and torch.equal(got[name], value)
+        assert same, f"{name}: not bitwise equal to the tensor in {expected_dir}"

@@ -1,0 +1,243 @@
+"""Checks of a model family, in the engine or in a plugin: tiny models, compared with transformers.
+
+Each check takes the models and the name of a case, and raises ``AssertionError`` if the family is wrong. It runs on
+CPUs, on ranks that are forked from this process. A layout is a mapping of ``tp``, ``pp``, ``vpp``, ``cp``, ``ep`` and
+``etp``.
+"""
+
+import copy
+import json
+import math
+import tempfile
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.architecture import FAMILIES, Architecture, read_architecture
+from dpo_engine.testing.comparison import assert_same_bits, assert_same_numbers, assert_same_weights
+from dpo_engine.testing.hf_training import train_with_transformers
+from dpo_engine.testing.models import TinyModels
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.sharded import open_model, whole_logits
+from dpo_engine.testing.trajectory import VOCAB, load_weights, run_config, train_steps
+from dpo_engine.testing.wide import expected_logits, wide, wide_model
+
+TP2 = {"tp": 2}
+TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
+NEVER_OMITTED = {
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "dtype",
+    "architectures",
+    "transformers_version",
+}
+"""Fields that every ``config.json`` has, or that no family reads."""
+STEPS = [2, 3, 2, 2, 2]
+"""Numbers of pairs in the five steps of :func:`check_steps`."""
+OPTIMIZER = {"lr": 3e-4, "eps": 1e-6}
+DECAY, CLIP = 0.01, 1.0
+LONGEST = 32
+"""Upper limit for the number of tokens in a row of the checks."""
+TOKENS = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+def check_logits(models: TinyModels, case: str, layout: Mapping[str, int] = TP2, ranks: int | None = None) -> None:
+    """Compare the logits of a sharded model with those of transformers, both in fp64, to 1e-12 of the largest logit.
+
+    ranks   number of ranks; None: as many as the layout needs without data parallelism
+
+    Raises ``AssertionError`` with the difference, or with the traceback of an engine that cannot run the model.
+    """
+    ours, _ = _loaded(models, case, layout, ranks)
+    theirs = models.once(("logits", case), lambda: expected_logits(models.of(case), TOKENS))
+    assert ours.shape == theirs.shape, f"{case}: logits have the shape {[*ours.shape]} instead of {[*theirs.shape]}"
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    assert error <= 1e-12, f"{case}: logits differ from those of transformers by {error:.1e} of the largest logit"
+
+
+def check_export(models: TinyModels, case: str, layout: Mapping[str, int] = TP2, ranks: int | None = None) -> None:
+    """Load a checkpoint into a sharded model and export it: all tensors are bitwise those of the checkpoint.
+
+    ranks   as in :func:`check_logits`, whose run of the ranks is used again
+
+    Raises ``AssertionError`` with the name of a tensor that is missing or differs.
+    """
+    _, export = _loaded(models, case, layout, ranks)
+    assert_same_bits(export, models.of(case))
+
+
+def check_steps(
+    models: TinyModels,
+    case: str,
+    layout: Mapping[str, int] = TP2,
+    ranks: int | None = None,
+    batch: Mapping[str, Any] = TREE,
+) -> None:
+    """Train five steps of DPO with weighted pairs, and compare them with transformers, torch's autograd and AdamW.
+
+    ranks   as in :func:`check_logits`
+    batch   section ``batch`` of the run; by default, rows of trees
+
+    All in fp64, and gradients are clipped. Raises ``AssertionError`` if gradient norms differ by more than 1e-10, or
+    the change of a weight by more than 1e-8.
+    """
+    norms, expected = models.once(("steps", case), lambda: _trained_by_transformers(models, case))
+    with tempfile.TemporaryDirectory(dir=models.folder) as folder:
+        optim = {**OPTIMIZER, "clip_grad": CLIP, "weight_decay": DECAY}
+        results = train(models.of(case), folder, STEPS, layout, ranks, batch=batch, optim=optim)
+        got, want, start = (load_weights(directory) for directory in (folder, expected, models.of(case)))
+    for step, (found, norm) in enumerate(zip(results[0]["steps"], norms, strict=True)):
+        close = math.isclose(found["grad_norm"], norm, rel_tol=1e-10)
+        assert close, f"{case}: the gradient norm of step {step} is {found['grad_norm']} instead of {norm}"
+    assert got.keys() == want.keys(), f"{case}: other tensors: {sorted(got.keys() ^ want.keys())}"
+    for name, value in want.items():
+        moved, error = (value - start[name]).norm(), (got[name] - value).norm()
+        close = error <= 1e-8 * moved + 1e-13 * value.norm()
+        assert close, f"{case}: {name} differs by {error:.1e} after {len(STEPS)} steps that change it by {moved:.1e}"
+
+
+def check_layouts(
+    models: TinyModels,
+    case: str,
+    layout: Mapping[str, int] = TP2,
+    ranks: int | None = None,
+    recompute: str = "none",
+) -> None:
+    """Train two steps in trees in a layout, and compare all numbers with those of padded rows on one rank, to 1e-10.
+
+    ranks       as in :func:`check_logits`
+    recompute   ``model.recompute`` in the layout
+
+    All in fp64: metrics of steps and of an evaluation, log-probabilities of pairs, and exported weights. Raises
+    ``AssertionError`` with the number or the tensor that differs, or that training did not change.
+    """
+
+    def on_one_rank() -> tuple[dict[str, Any], Path]:
+        folder = models.folder / f"one rank, {case}"
+        return train(models.of(case), folder, [6, 5], {}, 1, few=3)[0], folder
+
+    one, expected = models.once(("one rank", case), on_one_rank)
+    untrained = getattr(FAMILIES[models.cases[case][0]], "carried", ())
+    with tempfile.TemporaryDirectory(dir=models.folder) as folder:
+        model = {"recompute": recompute}
+        results = train(models.of(case), folder, [6, 5], layout, ranks, few=3, batch=TREE, model=model)
+        for result in results:
+            assert_same_numbers(result, one, 1e-10)
+        assert_same_weights(folder, expected, models.of(case), 1e-10, untrained)
+
+
+def check_defaults(models: TinyModels, case: str) -> None:
+    """Leave out each field of ``config.json`` that the family may omit: the architecture is that of transformers.
+
+    transformers writes every field, so only files from elsewhere show a wrong default. Needs no ranks.
+
+    Raises ``AssertionError`` with the field, and with the differences or the problems.
+    """
+    from transformers import AutoConfig
+
+    values = json.loads((models.of(case) / "config.json").read_text())
+    kind = values.pop("model_type")
+    with tempfile.TemporaryDirectory(dir=models.folder) as folder:
+
+        def read(fields: dict[str, Any]) -> Architecture | list[str]:
+            Path(folder, "config.json").write_text(json.dumps({**fields, "model_type": kind}))
+            try:
+                return read_architecture(folder)
+            except ConfigError as error:
+                return error.problems
+
+        for absent in sorted(values.keys() - NEVER_OMITTED):
+            rest = {name: value for name, value in values.items() if name != absent}
+            ours, theirs = read(rest), read(AutoConfig.for_model(kind, **copy.deepcopy(rest)).to_dict())
+            if ours != theirs:
+                both = isinstance(ours, Architecture) and isinstance(theirs, Architecture)
+                found = theirs.differences(ours) if both else [ours, theirs]
+                raise AssertionError(f"{case}: without {absent}, the architecture has {found}")
+
+
+FAMILY_CHECKS = (check_defaults, check_logits, check_export, check_steps, check_layouts)
+"""The checks, in the order in which they help to find a mistake."""
+
+
+def ranks_of(layout: Mapping[str, int]) -> int:
+    """Return the number of ranks of a layout without data parallelism."""
+    return math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp"))
+
+
+def train(
+    start: Path,
+    folder: Path | str,
+    sizes: list[int],
+    layout: Mapping[str, int],
+    ranks: int | None = None,
+    few: int | None = None,
+    **sections: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Train on all ranks in fp64, and export to ``folder``; return the results of the ranks.
+
+    start       directory of the checkpoint
+    sizes, few  as in :func:`~dpo_engine.testing.trajectory.train_steps`
+    sections    sections of the run, such as ``batch``
+    """
+    config = run_config(start, folder, parallel={"distributed_optimizer": False, **layout}, **sections)
+    ranks = ranks or ranks_of(layout)
+    return run_ranks(train_steps, ranks, config=config, sizes=sizes, export=str(folder), few=few, fp64=True)
+
+
+def _trained_by_transformers(models: TinyModels, case: str) -> tuple[list[float], Path]:
+    """Return the gradient norms of the steps, and the directory of the trained weights."""
+    policy, reference = (wide_model(models.of(case), LONGEST) for _ in range(2))
+    loaded, folder = [reference, policy], models.folder / f"transformers, {case}"
+    with wide():
+        norms, _ = train_with_transformers(
+            case, STEPS, load=lambda case: loaded.pop(), decay=DECAY, clip=CLIP, **OPTIMIZER
+        )
+    policy.save_pretrained(folder)  # tensors in memory may have other names, and experts are stacked there
+    return norms, folder
+
+
+def _loaded(models: TinyModels, case: str, layout, ranks: int | None) -> tuple[torch.Tensor, Path]:
+    """Return a case's logits and the directory of its export, from one start of the ranks for all cases."""
+    ranks = ranks or ranks_of(layout)
+    key = repr((sorted(layout.items()), ranks))
+    folder = models.folder / f"exports, {key}"
+
+    def load_all() -> dict[str, torch.Tensor | str]:
+        directories = {name: models.of(name) for name in models.cases if _runs(models, name, layout)}
+        return run_ranks(_load_and_save, ranks, directories=directories, layout=layout, exports=folder)[-1]
+
+    found = models.once(key, load_all)[case]
+    assert not isinstance(found, str), f"{case}: {found}"
+    return found, folder / case
+
+
+def _runs(models: TinyModels, case: str, layout) -> bool:
+    """Whether a model can be loaded in a layout: only models with experts can distribute them."""
+    return not {"ep", "etp"} & layout.keys() or read_architecture(models.of(case)).experts is not None
+
+
+def _load_and_save(directories: dict[str, Path], layout, exports: Path) -> dict[str, Any]:
+    """Return the logits of each case on the ranks that have them; if a case fails, its traceback."""
+    from dpo_engine.model.weights.load import load_hf
+    from dpo_engine.model.weights.save import save_hf
+
+    groups, found = None, {}
+    for name, directory in directories.items():
+        try:
+            chunks, arch, groups = open_model(directory, layout, "fp64", groups=groups)
+            load_hf(chunks, arch, directory, groups=groups)
+            with torch.no_grad():
+                logits = whole_logits(chunks, TOKENS, groups)
+            found[name] = None if logits is None else logits[..., : arch.vocab_size]
+            save_hf(chunks, arch, exports / name, source=directory, groups=groups)
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found

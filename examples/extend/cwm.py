@@ -1,0 +1,42 @@
+"""A plugin with a model family made of the engine's blocks only: CWM, Llama's layers with windows in three of four."""
+
+from dpo_engine import FAMILIES
+from dpo_engine.model.architecture import Architecture, HFConfig
+from dpo_engine.model.families.blocks import DENSE, dense, sliding
+
+ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""The rotary fields if ``config.json`` has none, as in transformers."""
+
+
+@FAMILIES.register("cwm")
+class Cwm:
+    """Llama's names; every fourth layer, from the first one on, sees the whole row."""
+
+    rules = DENSE
+
+    @staticmethod
+    def architecture(config: HFConfig) -> Architecture:
+        """Return the architecture described by a ``config.json`` of this family."""
+        if config.get("rope_scaling") is None:
+            config.values["rope_parameters"] = config.get("rope_parameters", ROPE)
+        if config.get("layer_types") is None:
+            kinds = ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"]
+            config.values["layer_types"] = [kinds[layer % 4] for layer in range(config.count("num_hidden_layers"))]
+        windows = sliding(config) if config.values.get("sliding_window", 8192) else ()
+        return dense(
+            config,
+            head_dim=128,
+            num_kv_heads=8,
+            eps=("rms_norm_eps", 1e-5),
+            theta=1e6,
+            sliding_window=config.count("sliding_window", 8192) if windows else None,
+            sliding_layers=windows or None,
+            mlp_bias=config.flag("mlp_bias", False),
+        )

@@ -1,0 +1,62 @@
+"""Write the table of estimated and measured memory in docs/gpu.md: `run.sh` builds the null GPU, then
+
+    PYTHONPATH=.:kernels python tests/nullgpu/memory_table.py
+
+test_null_gpu_memory.py checks the same runs.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from runs import GIB, run
+
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
+BEGIN, END = "<!-- measured by tests/nullgpu/memory_table.py -->", "<!-- end of memory_table.py -->"
+
+LLAMA_8B = ("--model", "llama3_8b", "--world", "8")
+LLAMA_70B = ("--model", "llama3_70b", "--world", "64", "--pairs", "8")
+QWEN_4B = ("--model", "qwen3_4b")
+TREE = ("batch.layout=tree", "batch.tokens_per_micro_batch=4096")
+
+CELLS: dict[str, tuple[str, ...]] = {
+    "8B, tp 1, dp 8": LLAMA_8B,
+    "the same, `recompute: selective`": (*LLAMA_8B, "model.recompute=selective"),
+    "the same, `recompute: full`": (*LLAMA_8B, "model.recompute=full"),
+    "the same, stored reference": (*LLAMA_8B, "reference.mode=stored"),
+    "the same, rows of trees": (*LLAMA_8B, *TREE),
+    "8B, tp 2, dp 4": (*LLAMA_8B, "parallel.tp=2"),
+    "8B, tp 2, cp 2, dp 2": (*LLAMA_8B, "parallel.tp=2", "parallel.cp=2"),
+    "8B, tp 2, cp 2, dp 2, rows of trees": (*LLAMA_8B, "parallel.tp=2", "parallel.cp=2", *TREE),
+    "70B, tp 8, pp 4, vpp 2, dp 2, stage 0": (*LLAMA_70B, "parallel.tp=8", "parallel.pp=4", "parallel.vpp=2"),
+    "Qwen3-4B, 1 GPU": QWEN_4B,
+    "the same, `recompute: full`, stored reference": (*QWEN_4B, "model.recompute=full", "reference.mode=stored"),
+    "Llama-3.2-1B, 1 GPU": ("--model", "llama3_1b"),
+}
+"""Runs, by their names in the table. Steps have two pairs of 2048 + 1024 + 1024 tokens on each data-parallel rank."""
+
+
+def row(name: str, report: dict[str, Any]) -> str:
+    """Return one line of the table."""
+    last, expected = report["last"], report["expected_peak"]
+    sizes = (report["expected_constant"], last["after"], expected, last["peak"], last["reserved"])
+    apart = f"{last['peak'] / expected - 1:+.1%}"
+    *shown, reserved = (f"{size / GIB:.1f}" for size in sizes)
+    return "| " + " | ".join([name, *shown, apart, reserved]) + " |"
+
+
+def main() -> int:
+    """Run all cells, and replace the table in docs/gpu.md."""
+    lines = ["| run | state estimated | state | peak estimated | peak | difference | reserved |", "|---" * 7 + "|"]
+    for name, arguments in CELLS.items():
+        lines.append(row(name, run(*arguments)))
+        print(lines[-1], flush=True)
+    text = PAGE.read_text(encoding="utf-8")
+    block = "\n".join([BEGIN, *lines, END])
+    PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: block, text, flags=re.DOTALL), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -139,8 +139,8 @@ FORBIDDEN = {
 }
 
 
-OWN_PIPES = {PACKAGE / "data/workers.py": {"pickle"}}
-"""Files that unpickle only what the engine and its worker processes send to each other."""
+OWN_PIPES = {PACKAGE / name: {"pickle"} for name in ("data/workers.py", "testing/ranks.py")}
+"""Files that unpickle only what the engine and its own processes send to each other."""
 
 
 @pytest.mark.parametrize(

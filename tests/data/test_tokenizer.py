@@ -7,6 +7,7 @@ import jinja2
 import pytest
 import sentencepiece
 import transformers
+from tokenizers import Tokenizer
 
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import ConfigError
@@ -28,6 +29,30 @@ class TestTransformers:
         assert [ours.decode(ids) for ids in expected] == TEXTS
         assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (0, theirs.eos_token_id, len(theirs))
         assert ours.encode_all([]) == []
+
+    def test_truncation_and_padding_of_the_file_have_no_effect(self, tmp_path):
+        path = byte_level(tmp_path / "t")
+        expected = load_tokenizer(path).encode_all(TEXTS)
+        inner = Tokenizer.from_file(str(path / "tokenizer.json"))
+        inner.enable_truncation(2)
+        inner.enable_padding(length=8)
+        inner.save(str(path / "tokenizer.json"))
+        assert load_tokenizer(path).encode_all(TEXTS) == expected
+
+    def test_class_that_changes_ids_is_used(self, tmp_path, monkeypatch):
+        """As CodeLlama's class, which has its own `_encode_plus`."""
+
+        class Reversed(transformers.PreTrainedTokenizerFast):
+            def _encode_plus(self, text, **options):
+                found = super()._encode_plus(text, **options)
+                found["input_ids"] = [ids[::-1] if isinstance(ids, list) else ids for ids in found["input_ids"]]
+                return found
+
+        path = byte_level(tmp_path / "t")
+        plain = load_tokenizer(path).encode_all(TEXTS)
+        inner = Reversed.from_pretrained(path)
+        monkeypatch.setattr("dpo_engine.data.tokenizer.read_directory", lambda path: (inner, ["tokenizer.json"], None))
+        assert load_tokenizer(path).encode_all(TEXTS) == [ids[::-1] for ids in plain]
 
     def test_chat_matches_the_library(self, tmp_path):
         path = byte_level(tmp_path / "t")

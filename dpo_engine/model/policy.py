@@ -304,10 +304,18 @@ def build_chunks(
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
         )
-        for name, parameter in chunk.named_parameters():
-            if ".mlp.experts." in name:
-                # Sum the gradient over the copies of the expert. Megatron-Core 0.16 does so only if ep > 1, but tp
-                # ranks can also hold copies, each with other tokens.
-                parameter.allreduce = False
+        mark_experts(chunk)
         chunks.append(chunk.to(platform.device))
     return chunks
+
+
+def mark_experts(chunk: torch.nn.Module) -> None:
+    """Set the attributes that tell Megatron how to reduce the gradients of experts, and to count them in the norm."""
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            # Sum the gradient over the copies of the expert. Megatron-Core 0.16 does so only if ep > 1, but tp
+            # ranks can also hold copies, each with other tokens.
+            parameter.allreduce = False
+            # Count the gradient on every tp rank. With Transformer Engine, Megatron-Core 0.16 takes experts for copies
+            # of those on the first tp rank, although they are other experts, or parts, and omits them from the norm.
+            parameter.tensor_model_parallel = True

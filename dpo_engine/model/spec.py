@@ -4,6 +4,7 @@ The forward pass of a layer is ours. The layer consists of Megatron's own linear
 of Transformer Engine's modules, with our attention for rows of trees, windows, soft caps and sinks.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,16 @@ from dpo_engine.model.latent import LatentAttention
 from dpo_engine.model.layer import Attention, LastLayer, Layer
 from dpo_engine.model.local_experts import LocalExperts
 from dpo_engine.model.norms import norm_of
+from dpo_engine.model.weights.freeze import freezes_some_experts
 from dpo_engine.platform.device import Platform, has_transformer_engine
 
 
-def choose_spec(asked: str, arch: Architecture, platform: Platform, dtype: torch.dtype) -> str:
+def choose_spec(
+    asked: str, arch: Architecture, platform: Platform, dtype: torch.dtype, frozen: Sequence[str] = ()
+) -> str:
     """Resolve ``model.spec`` to ``native`` or ``te``; ``auto`` means ``te`` if Transformer Engine can be used.
+
+    frozen   patterns of frozen weights (``optim.freeze``)
 
     Raises :class:`ConfigError` if ``te`` is requested but cannot be used.
     """
@@ -41,6 +47,8 @@ def choose_spec(asked: str, arch: Architecture, platform: Platform, dtype: torch
         if arch.experts and arch.experts.special
         else f"Transformer Engine's layers do not support {arch.model_type} models"
         if not arch.suits_transformer_engine
+        else "Transformer Engine trains all experts of a layer, or none, but optim.freeze freezes only some"
+        if freezes_some_experts(frozen, arch)
         else None
     )
     if asked == "te" and lack:

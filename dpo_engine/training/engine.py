@@ -106,7 +106,7 @@ class Engine:
         choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length), cp=dims.cp)
         if fp64 and "triton" in kernels_in_use():
             raise ConfigError("kernels=triton: Triton computes sums in fp32, but --fp64 needs fp64; use eager and sdpa")
-        spec = choose_spec(config.model.spec, arch, platform, dtype)
+        spec = choose_spec(config.model.spec, arch, platform, dtype, config.optim.freeze)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
         facts = rank_facts(config, arch, platform, spec)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.experts import choose
 from dpo_engine.model.mixture import Experts
+from dpo_engine.model.policy import mark_experts
 from dpo_engine.model.weights.table import plain_name
 from dpo_engine.testing.comparison import assert_same_bits
 from dpo_engine.testing.ranks import run_ranks
@@ -71,6 +73,18 @@ def test_names_of_transformer_engines_experts():
             11,
         )
     assert plain_name("decoder.layers.2.mlp.shared_experts.linear_fc1.weight", 8)[1] is None
+
+
+def test_experts_are_counted_on_all_ranks():
+    """Simulate the attributes of Transformer Engine's experts in Megatron-Core 0.16: copies on all tp ranks."""
+    names = ("decoder.layers.0.mlp.experts.linear_fc1.weight0", "decoder.layers.0.mlp.shared_experts.linear_fc1.weight")
+    named = {name: torch.nn.Parameter(torch.zeros(2, 2)) for name in names}
+    for parameter in named.values():
+        parameter.allreduce, parameter.tensor_model_parallel = True, False
+    mark_experts(SimpleNamespace(named_parameters=named.items))
+    experts, shared = named.values()
+    assert (experts.allreduce, experts.tensor_model_parallel) == (False, True)
+    assert (shared.allreduce, shared.tensor_model_parallel) == (True, False)
 
 
 def test_layers_for_multi_token_prediction_are_kept(tiny_hf, tmp_path):

@@ -46,3 +46,16 @@ def test_transformer_engine_is_not_used_for_other_layers(case, lack, tiny_hf, mo
     assert spec.choose_spec("auto", *given, torch.bfloat16) == "native"
     with pytest.raises(ConfigError, match=f"model.spec='te': Transformer Engine's {lack}; set"):
         spec.choose_spec("te", *given, torch.bfloat16)
+
+
+def test_transformer_engine_is_not_used_if_some_experts_are_frozen(tiny_hf, monkeypatch):
+    """Its module for all experts of a rank decides by the first expert whether to compute gradients."""
+    monkeypatch.setattr(spec, "has_transformer_engine", lambda: True)
+    given = read_architecture(checkpoint(tiny_hf, "qwen3_moe")), Platform("cuda", "nccl", gpu=True), torch.bfloat16
+    matrices, down = r"model\.layers\.1\.mlp\.experts\.{}\..*", r".*\.experts\.\d\.down_proj\.weight"
+    for frozen in ([matrices.format(r"\d")], [down], [".*self_attn.*"], [".*mlp.gate.*"]):
+        assert spec.choose_spec("te", *given, frozen) == "te"
+    for frozen in ([matrices.format(0)], [down.replace(r"\d", "[1-7]", 1)]):
+        assert spec.choose_spec("native", *given, frozen) == spec.choose_spec("auto", *given, frozen) == "native"
+        with pytest.raises(ConfigError, match="or none, but optim.freeze freezes only some; set 'native' or 'auto'"):
+            spec.choose_spec("te", *given, frozen)

@@ -83,9 +83,10 @@ def replace_numbers(*, weights: bool = False) -> None:
     weights   whether to read the weights of a checkpoint
     """
     from dpo_engine.optim import optimizer
-    from dpo_engine.training import adapting, engine, metrics
+    from dpo_engine.training import adapting, engine, metrics, step
 
     real_norm, real_means, real_reduce = optimizer.gradient_norm, metrics.means, dist.all_reduce
+    real_routers = step.router_metrics
 
     def norm(trained: Any) -> float:
         real_norm(trained)
@@ -109,3 +110,34 @@ def replace_numbers(*, weights: bool = False) -> None:
         adapting.draw_adapters = lambda *rest, **named: None
     optimizer.gradient_norm = norm
     metrics.means = means
+    step.router_metrics = lambda *rest: dict.fromkeys(real_routers(*rest), 0.0)
+    _distribute_tokens_equally()
+
+
+def _distribute_tokens_equally() -> None:
+    """Replace the numbers of tokens that each rank sends to each expert, from which the host derives sizes."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
+
+    real = Dispatcher.preprocess
+
+    def preprocess(self: Any, routed: torch.Tensor) -> torch.Tensor:
+        received = real(self, routed)
+        total, experts = len(routed) * self.config.moe_router_topk, self.num_experts
+        sent = torch.full((experts,), total // experts)
+        sent[: total % experts] += 1
+        own = sent[self.local_expert_indices]  # all ranks send the same numbers
+
+        def replace(counts: torch.Tensor | None, values: torch.Tensor) -> None:
+            if counts is not None:
+                counts.copy_(
+                    values.expand(counts.shape).contiguous().pin_memory(), non_blocking=True
+                )  # executed, as above
+
+        replace(self.input_splits, sent.view(self.ep_size, -1).sum(1))
+        replace(self.output_splits, own.sum())
+        replace(self.output_splits_tp, own.sum() * self.ep_size)
+        replace(self.num_global_tokens_per_local_expert, own)
+        replace(received, own * self.tp_size * self.ep_size)
+        return received
+
+    Dispatcher.preprocess = preprocess

@@ -88,7 +88,8 @@ GIB = 1 << 30
 def configuration(folder: Path, given: list[str]) -> Config:
     """Build the run's configuration: defaults, except for what the command line asks for."""
     values: dict[str, Any] = {
-        "model": {"path": str(write_shape(asked.model, folder, asked.layers))},
+        # Figures are those of native layers, whether Transformer Engine is installed or not.
+        "model": {"path": str(write_shape(asked.model, folder, asked.layers)), "spec": "native"},
         "data": {"train": "none.jsonl", "max_length": 65536},
         "train": {"output_dir": str(folder / "output")},
         "batch": {"layout": "stacked"},

@@ -1,6 +1,7 @@
 """Start one_rank.py on the null GPU. Tests that need the same run share it."""
 
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -24,6 +25,9 @@ requires_null_gpu = [
         not (HERE / "build" / "libnullgpu.so").exists(), reason="requires the null GPU; run tests/nullgpu/build.sh"
     ),
 ]
+requires_transformer_engine = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="requires Transformer Engine"
+)
 
 
 @functools.cache

@@ -76,6 +76,30 @@ MINISTRAL = {
     "eos_token_id": 2,
     "num_key_value_heads": 8,
 }
+QWEN_3_MOE = {
+    **QWEN_3,
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+QWEN_2_MOE = {
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "vocab_size": 151936,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "eos_token_id": 151643,
+    "num_key_value_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+}
 COMMON = {"hidden_act": "silu", "torch_dtype": "bfloat16", "attention_bias": False, "tie_word_embeddings": False}
 
 
@@ -101,6 +125,8 @@ SHAPES = {
     "ministral_8b": _shape(MINISTRAL, 4096, 12288, 36, 32, 128),
     "cohere_35b": _shape(COHERE, 8192, 22528, 40, 64, 128, tied=True),
     "qwen3_4b": _shape(QWEN_3, 2560, 9728, 36, 32, 128, tied=True),
+    "qwen3_30b_a3b": _shape(QWEN_3_MOE, 2048, 6144, 48, 32, 128),
+    "qwen2_moe_14b": _shape(QWEN_2_MOE, 2048, 5632, 24, 16, 128),
 }
 
 

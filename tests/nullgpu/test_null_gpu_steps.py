@@ -1,15 +1,10 @@
 """Tests of how a training step uses a GPU: waits of the host, cuDNN plans, launches, and deterministic kernels."""
 
-import importlib.util
-
 import pytest
 
-from runs import requires_null_gpu, run
+from runs import requires_null_gpu, requires_transformer_engine, run
 
 pytestmark = requires_null_gpu
-requires_transformer_engine = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None, reason="requires Transformer Engine"
-)
 
 SMALL = ("--model", "llama3_1b", "--layers", "4")
 SHORT_TREES = (*SMALL, "--pairs", "8", "--lengths", "200,288,288", "--vary", "batch.layout=tree")
@@ -69,9 +64,8 @@ def test_every_loss_has_deterministic_kernels():
     assert {name: why for name, why in results.items() if why} == {}
 
 
+@requires_transformer_engine
 def test_transformer_engine_has_deterministic_kernels():
-    if importlib.util.find_spec("transformer_engine") is None:
-        pytest.skip("Transformer Engine is not installed")
     last = run(*SMALL, "--vary", "model.spec=te")["last"]
     assert last["waits_in_micro_batches"] == 0
 

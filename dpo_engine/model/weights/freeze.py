@@ -79,6 +79,21 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
     return [problems[0] + more] if problems else []
 
 
+def freezes_some_experts(patterns: Sequence[str], arch: Architecture) -> bool:
+    """Whether the patterns freeze a matrix of some experts of a layer, but not that of the layer's other experts.
+
+    Transformer Engine computes gradients for all experts of a rank if the first of them is trained, otherwise for none.
+    """
+    frozen = frozen_tensors(patterns, arch) if patterns and arch.experts else {}
+    found: dict[tuple[str, int | None], set[bool]] = {}
+    for rule in FAMILIES[arch.model_type].rules if frozen else ():
+        if rule.expert and rule.applies(arch):
+            for layer, expert in rule.places(arch):
+                first = rule.hf_tensors(arch, layer, expert)[0].name
+                found.setdefault((rule.parameter, layer), set()).add(first in frozen)
+    return any(len(kinds) > 1 for kinds in found.values())
+
+
 def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[str], groups: ParallelGroups) -> None:
     """Exclude the selected weights of this rank's model chunks from training. Call this before wrapping them."""
     if not patterns:

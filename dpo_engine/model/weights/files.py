@@ -116,7 +116,7 @@ class CheckpointFiles:
                 self._open[name] = safe_open(self.directory / name, "pt")
             # safe_open raises RuntimeError if there is not enough memory to map the file.
             except (OSError, RuntimeError, SafetensorError) as failure:
-                raise self.fail(f"{name} cannot be read ({failure}); if it is damaged, download it again") from None
+                raise self.fail(f"{name} cannot be read ({failure}); download it again") from None
         return self._open[name]
 
     def _check_start(self, name: str) -> None:

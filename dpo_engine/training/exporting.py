@@ -19,6 +19,7 @@ from dpo_engine.model.weights.save import save_hf
 from dpo_engine.model.weights.save_peft import save_peft
 from dpo_engine.optim.optimizer import Trained
 from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.platform.parallel import together
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.output_lease import sole_exporter
 from dpo_engine.training.run_data import open_tokenizer
@@ -115,7 +116,7 @@ def merge_of(engine: Engine, chunks: Sequence[nn.Module]) -> Merge:
         if failure is not None:
             raise failure
 
-    without_time_limit(engine.groups.world, agree)
+    together(engine.groups.world, agree)
     return Merge(engine.adaptation, engine.arch, tensors)
 
 

@@ -17,7 +17,7 @@ from dpo_engine.config.keys import keys
 from dpo_engine.config.run import Config, draft
 from dpo_engine.errors import EngineError
 from dpo_engine.model import router_losses
-from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.architecture import FAMILIES, read_architecture
 from dpo_engine.model.megatron_options import ACCEPTED
 from dpo_engine.model.memory import GIB, memory
 from dpo_engine.objective.losses import LOSSES, loss_facts, loss_options, with_defaults
@@ -141,6 +141,11 @@ def test_the_python_page_has_every_function_with_its_parameters():
         parameters = inspect.signature(getattr(dpo_engine, name)).parameters
         declared = {key: "" if p.default is p.empty else str(p.default) for key, p in parameters.items()}
         assert said == {key: value for key, value in declared.items() if key not in ("say", "interruption")}, name
+
+
+def test_the_readme_counts_the_families():
+    own = [name for name in FAMILIES if FAMILIES[name].__module__.startswith("dpo_engine.")]
+    assert f"| {len(own)} families," in README
 
 
 def test_the_readme_lists_every_file_under_its_wing():

@@ -200,22 +200,20 @@ HEADER = b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
 
 
 @pytest.mark.parametrize(
-    "content",
+    "content, says",
     [
-        b"",
-        b"not a safetensors file at all",
-        (1 << 60).to_bytes(8, "little") + HEADER,
-        len(HEADER).to_bytes(8, "little") + HEADER,
-        len(HEADER).to_bytes(8, "little") + HEADER.replace(b"[4]", b"[1000000]") + bytes(16),
+        (b"", "cannot be read"),
+        (b"not a safetensors file at all", "is damaged"),
+        ((1 << 60).to_bytes(8, "little") + HEADER, "is damaged"),
+        (len(HEADER).to_bytes(8, "little") + HEADER, "cannot be read"),
+        (len(HEADER).to_bytes(8, "little") + HEADER.replace(b"[4]", b"[1000000]") + bytes(16), "cannot be read"),
     ],
     ids=["empty", "text", "header bomb", "cut short", "shape lies"],
 )
-def test_damaged_file_is_named(content, copy):
+def test_damaged_file_is_named(content, says, copy):
     directory = copy()
     (directory / "model.safetensors").write_bytes(content)
-    with pytest.raises(
-        ConfigError, match=r"model\.safetensors (is damaged|cannot be read) \(.*\);.* download it again"
-    ):
+    with pytest.raises(ConfigError, match=rf"model\.safetensors {says} \(.*\); download it again"):
         CheckpointFiles(directory)
 
 

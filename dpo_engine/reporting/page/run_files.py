@@ -138,6 +138,7 @@ def read_run(directory: Path, name: str) -> RunFiles:
     for step, kind, path in found:
         if kind == "json" and (summary := _summary(path, problems)):
             summaries[step] = summary
+    kept = _kept(directory / "checkpoints")
     evaluation, tokens, no_tokens = None, [], ""
     for step in sorted(files, reverse=True):
         try:
@@ -145,7 +146,7 @@ def read_run(directory: Path, name: str) -> RunFiles:
         except DataError as error:
             problems += error.problems
             continue
-        tokens, no_tokens = _tokens(tokens_path(files[step]), directory, step)
+        tokens, no_tokens = _tokens(tokens_path(files[step]), directory, step, saved=step in kept)
         if step not in summaries:  # an earlier version wrote none
             summaries[step] = report(evaluation)
         break
@@ -161,7 +162,7 @@ def read_run(directory: Path, name: str) -> RunFiles:
         tokens=tokens,
         no_tokens=no_tokens,
         problems=problems,
-        kept=_kept(directory / "checkpoints"),
+        kept=kept,
         **log,
     )
 
@@ -172,8 +173,11 @@ def _kept(folder: Path) -> list[int]:
     return sorted({int(match[1]) for match in map(PUBLISHED.fullmatch, names) if match})
 
 
-def _tokens(path: Path, directory: Path, step: int) -> tuple[list[TokenText], str]:
-    """Read the tokens of an evaluation. Return them, or the reason why there are none and a way to write them."""
+def _tokens(path: Path, directory: Path, step: int, *, saved: bool) -> tuple[list[TokenText], str]:
+    """Read the tokens of an evaluation. Return them, or the reason why there are none and a way to write them.
+
+    saved   whether the step has a checkpoint
+    """
     why = f"{path}: does not exist"
     if path.exists():
         try:
@@ -183,7 +187,7 @@ def _tokens(path: Path, directory: Path, step: int) -> tuple[list[TokenText], st
             why = f"{path}: contains no pairs"
         except DataError as error:
             why = error.problems[0].partition("; run the evaluation")[0]
-    if any((directory / "checkpoints").glob(f"step_{step:08d}*/manifest.json")):
+    if saved:
         return [], f"{why}. To write it: dpo-engine eval {directory}/config.yaml --step {step} --tokens 64"
     return [], f"{why}, and the checkpoint of step {step} is gone. With logging.token_samples=64, a run writes tokens"
 

@@ -49,13 +49,14 @@ from dpo_engine.checkpoint.directory import FORMAT, HISTORY, MANIFEST
 from dpo_engine.checkpoint.load import as_checkpoint_error, frozen_parameters, placed_slices
 from dpo_engine.checkpoint.shards import copy_to_host, write_shard
 from dpo_engine.config.sections import KeepBest
+from dpo_engine.errors import CheckpointError
 from dpo_engine.faults import reach
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.table import placed_parameters
 from dpo_engine.optim.optimizer import Trained
 from dpo_engine.optim.state import adam_step, set_adam_step
 from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
-from dpo_engine.platform.parallel import ParallelGroups
+from dpo_engine.platform.parallel import ParallelGroups, together
 from dpo_engine.platform.random_state import random_state
 from dpo_engine.scoring.reference import exact
 
@@ -229,14 +230,11 @@ class Saver:
     def _settle(self, future: Future, part: Job) -> None:
         started = time.perf_counter()
         try:
-            found, failure = part(), None
+            found, settle = part(), future.set_result
         except BaseException as error:
-            found, failure = None, error
+            found, settle = error, future.set_exception
         self._spent_s += time.perf_counter() - started
-        if failure:
-            future.set_exception(failure)
-        else:
-            future.set_result(found)
+        settle(found)
 
     def _next(self) -> None:
         """Wait until every rank has finished the current part, and start the next one."""
@@ -266,9 +264,7 @@ class Saver:
         """
         step, world = manifest["step"], self.groups.world
         work = directories.working_directory(self.folder, step, self._run_id)
-        unsaved = (
-            f"step {step} was not saved, but earlier checkpoints are intact; check the storage and restart the job"
-        )
+        unsaved = f"step {step} was not saved, but earlier checkpoints are intact; {CHECK_STORAGE}"
         saved = f"step {step} was saved; {CHECK_STORAGE}"
         try:
             files = yield as_checkpoint_error(partial(self._write, work, tensors, length), work, unsaved)
@@ -278,9 +274,11 @@ class Saver:
             manifest["files"] = {name: facts for written, *_ in said for name, facts in written.items()}
             self._spent_s = max(spent for *_, spent in said)
             published = yield as_checkpoint_error(partial(self._publish, work, manifest), work, unsaved)
-        except Exception:
+        except Exception as error:
             if self._first:
                 directories.discard(work)
+            if isinstance(error, CheckpointError):  # its cause may be a run that took over and removed these files
+                together(world, self.confirm)
             raise
         sent = [published]
         dist.broadcast_object_list(sent, group=world, group_src=0)

@@ -126,9 +126,23 @@ def steps(output):
         return 0
 
 
+def unrenewed():
+    """Make each process a job with one rank that looks at its lease only when it writes."""
+    from dpo_engine.checkpoint import lease
+
+    alone()
+    lease.take.__kwdefaults__["renew_s"] = 600
+
+
 @slow
-@pytest.mark.parametrize("moment", ["step", "save-manifest", "save-rename"])
-def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, moment):
+@pytest.mark.parametrize(
+    ("moment", "before"),
+    [
+        *((moment, alone) for moment in ("step", "save-manifest", "save-rename")),
+        *((moment, unrenewed) for moment in ("step", "save-begin", "save-shards", "save-rename")),
+    ],
+)
+def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, moment, before):
     """The fault stops the first run in its second save, or after its third step; another run then finishes."""
     run = run_yaml("run", checkpoint={"save_interval": 2})
     assert run_job(["train", str(run_yaml("whole", checkpoint={"save_interval": 2}))], 1, tmp_path / "log").codes == [0]
@@ -139,9 +153,9 @@ def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, mom
         found.append(run_job(["train", str(run)], 1, tmp_path / "second", before=far(1.5)))
         os.kill(pids[0], signal.SIGCONT)
 
-    nth = {"step": 3, "save-manifest": 2, "save-rename": 2}[moment]
+    nth = 3 if moment == "step" else 2
     first = run_job(
-        ["train", str(run)], 1, tmp_path / "first", fault=f"{moment}:0:{nth}:stop", before=alone, during=take_over
+        ["train", str(run)], 1, tmp_path / "first", fault=f"{moment}:0:{nth}:stop", before=before, during=take_over
     )
     assert found[0].codes == [0], found[0].said
     assert first.codes == [4], first.said

@@ -11,7 +11,15 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.model.norms import norm_of, norm_parameter
+from dpo_engine.model.norms import RMSNorm, norm_of, norm_parameter
+
+
+class HeadNorm(RMSNorm):
+    """Root-mean-square norm of each head before it is rotated, which :func:`dpo_kernels.split_heads` computes."""
+
+    def forward(self) -> Tensor:
+        """Return the weight. Calling the module runs Megatron's hook that waits until the weight is gathered."""
+        return self.weight
 
 
 class WholeNorm(nn.Module):
@@ -53,4 +61,9 @@ def head_norms_of(arch: Architecture) -> tuple[type[nn.Module] | None, type[nn.M
     """Return the classes of the norms of queries and of keys; None if there are none."""
     if arch.whole_qk_norm:
         return WholeNorm, WholeKeyNorm
-    return (norm_of(arch), norm_of(arch)) if arch.qk_norm else (None, None)
+    if not arch.qk_norm:
+        return None, None
+    norm = norm_of(arch)
+    if norm is RMSNorm and not arch.norm_after_rope:
+        norm = HeadNorm
+    return norm, norm

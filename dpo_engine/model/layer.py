@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from dpo_engine.model.activations import ACTIVATIONS
 from dpo_engine.model.attention import indices_on
+from dpo_engine.model.head_norms import HeadNorm
 from dpo_engine.model.norms import norm_of
 from dpo_engine.model.router_losses import within
-from dpo_kernels import gated, split_heads
+from dpo_kernels import HeadNorms, gated, split_heads
 from dpo_kernels import rotate as rotated
 from dpo_kernels.eager_layer import GATES
 
@@ -88,11 +89,15 @@ class Attention(SelfAttention):
         mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
         table = None if self.rope_kind is None else tables[self.rope_kind]
         neighbors = self.arch.rotary_interleaved
-        later = self.arch.qk_norms and not self.arch.norm_after_rope
-        query, key, value = split_heads(mixed, None if later else table, neighbors)
+        norms = None
+        if isinstance(self.q_layernorm, HeadNorm):
+            norms = HeadNorms(self.q_layernorm(), self.k_layernorm(), self.q_layernorm.offset, self.q_layernorm.eps)
+        separate = self.arch.qk_norms and not norms
+        later = separate and not self.arch.norm_after_rope
+        query, key, value = split_heads(mixed, None if later else table, neighbors, norms)
         if shared > 1:
             query = query.chunk(shared, dim=2)[self.pg_collection.tp.rank() % shared]
-        if self.arch.qk_norms:
+        if separate:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if later and table is not None:
             query, key = rotated(query, table, neighbors), rotated(key, table, neighbors)

@@ -252,8 +252,8 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
     norms = 2 * count * stream  # their inputs and outputs
     # Queries and the output; keys and values, of which each context-parallel rank keeps those of the whole row.
     attention = (2 * heads + 2 * kv_heads * dims.cp) * arch.head_dim * number
-    if arch.qk_norms:  # queries and keys before their norms
-        attention += (heads + kv_heads) * arch.head_dim * number
+    if arch.qk_norms:  # queries and keys before their norms; if norms are per head, a copy of the values beside these
+        attention += (heads + (1 + arch.qk_norm) * kv_heads) * arch.head_dim * number
     # The activation's input, which contains the gate, and its output.
     mlp = (2 + arch.gated) * (arch.ffn_hidden_size // dims.tp) * number
     if arch.experts:

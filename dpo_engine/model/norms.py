@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.platform.host_operations import rms_norm
 from dpo_engine.registry import Registry
+from dpo_kernels import rms_norm
 
 NORMS = Registry("norm")
 """Classes of norms, by the names in the field ``norm`` of :class:`~dpo_engine.model.architecture.Architecture`.
@@ -41,12 +41,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [..., h]. The result has the same shape and dtype."""
-        weight = self.weight
-        if self.offset:  # in at least fp32, because the sum would lose digits of the weight
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.offset
-        if x.device.type == "cpu":
-            return rms_norm(x, weight, self.eps)
-        return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, self.eps).to(x.dtype)
+        if self.offset or x.device.type == "cpu":  # torch has no offset, and on a CPU its norm is slower
+            return rms_norm(x, self.weight, self.eps, self.offset)
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 @NORMS.register("layer")

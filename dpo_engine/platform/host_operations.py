@@ -11,38 +11,6 @@ SMALL_PRODUCT = 1 << 20
 """Matrix products with fewer multiplications than this use torch's default, because oneDNN would be slower for them."""
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return torch.mul(wide, scale).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, weight, scale = ctx.saved_tensors
-        normed, wide = x * scale, weight.to(scale.dtype)
-        products = grad * normed
-        along = (products @ wide).div_(x.shape[-1])[..., None]
-        d_x = torch.mul(grad, wide).addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
-        return d_x, products.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute ``x weight / sqrt(mean(x^2) + eps)`` over the last axis, in at least fp32.
-
-    The normalized ``x`` is not stored for the backward pass.
-
-    x        [..., h]
-    weight   [h]
-    Returns  [..., h]  in the dtype of ``x``
-
-    *Source*: RMSNorm (arXiv 1910.07467) eq. 4.
-    """
-    return _RMSNorm.apply(x, weight, eps)
-
-
 class WeightGradients:
     """A replacement for Apex's extension ``fused_weight_gradient_mlp_cuda``, with the same interface."""
 

@@ -12,6 +12,7 @@ from dpo_kernels.dispatch import (
     linear_kept_grad,
     linear_stats,
     register_backend,
+    rms_norm,
     rotate,
     set_default,
     split_heads,
@@ -20,11 +21,13 @@ from dpo_kernels.dispatch import (
     use_backend,
 )
 from dpo_kernels.eager import KeptLogits, LinearStats
+from dpo_kernels.eager_layer import HeadNorms
 from dpo_kernels.tree import Tree
 
 __all__ = [
     "BACKENDS",
     "GROUPS",
+    "HeadNorms",
     "KeptLogits",
     "LinearStats",
     "Tree",
@@ -37,6 +40,7 @@ __all__ = [
     "linear_kept_grad",
     "linear_stats",
     "register_backend",
+    "rms_norm",
     "rotate",
     "set_default",
     "split_heads",

@@ -15,7 +15,7 @@ from dpo_kernels import eager, sdpa, varlen
 GROUPS: dict[str, tuple[str, ...]] = {
     "head": ("linear_stats", "linear_grad", "linear_keep", "linear_kept_grad"),
     "attention": ("tree_attention",),
-    "layer": ("split_heads", "rotate", "gated"),
+    "layer": ("split_heads", "rotate", "gated", "rms_norm"),
 }
 """The groups of operations. A backend must implement all operations of a group, or none of them."""
 
@@ -158,3 +158,4 @@ tree_attention = _dispatched("attention", eager.tree_attention)
 split_heads = _dispatched("layer", eager.split_heads)
 rotate = _dispatched("layer", eager.rotate)
 gated = _dispatched("layer", eager.gated)
+rms_norm = _dispatched("layer", eager.rms_norm)

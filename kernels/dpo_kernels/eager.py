@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.eager_layer import gated as gated
+from dpo_kernels.eager_layer import rms_norm as rms_norm
 from dpo_kernels.eager_layer import rotate as rotate
 from dpo_kernels.eager_layer import split_heads as split_heads
 from dpo_kernels.products import accumulate, wide, wide_product

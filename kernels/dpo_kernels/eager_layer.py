@@ -4,7 +4,7 @@ Each operation is one autograd function, so that it makes few passes over memory
 backward pass.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,14 +89,72 @@ class _SplitHeads(torch.autograd.Function):
         return d_mixed, None, None
 
 
-def split_heads(mixed: Tensor, table: Tensor | None, interleaved: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the output of the query, key and value projection, and :func:`rotate` the queries and keys.
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(wide, scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, wide = x * scale, weight.to(scale.dtype)
+        products = grad * normed
+        along = (products @ wide).div_(x.shape[-1])[..., None]
+        d_x = torch.mul(grad, wide).addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
+        return d_x, products.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """Compute ``x (weight + offset) / sqrt(mean(x^2) + eps)`` over the last axis, in at least fp32.
+
+    The normalized ``x`` is not stored for the backward pass.
+
+    x        [..., h]
+    weight   [h]
+    Returns  [..., h]  in the dtype of ``x``
+
+    *Source*: RMSNorm (arXiv 1910.07467) eq. 4.
+    """
+    if offset:  # in at least fp32, because the sum would lose digits of the weight
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class HeadNorms(NamedTuple):
+    """Root-mean-square norms of each query head and each key head.
+
+    query, key  [d]  weights
+    offset      is added to the weights
+    eps         is added to the mean square
+    """
+
+    query: Tensor
+    key: Tensor
+    offset: float
+    eps: float
+
+
+def split_heads(
+    mixed: Tensor, table: Tensor | None, interleaved: bool = False, norms: HeadNorms | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the output of the query, key and value projection; normalize and :func:`rotate` the queries and keys.
 
     mixed    [s, b, g, n + 2, d]  for each of g key heads: its n query heads, the key head, and the value head
     table    [2, s, w/2], as in :func:`rotate`; None: nothing is rotated
+    norms    applied before the rotation; None: nothing is normalized
     Returns  queries [s, b, g * n, d], keys [s, b, g, d], values [s, b, g, d]; all contiguous
     """
-    return _SplitHeads.apply(mixed, table, interleaved)
+    if norms is None:
+        return _SplitHeads.apply(mixed, table, interleaved)
+    query, key, value = _SplitHeads.apply(mixed, None, interleaved)
+    query = rms_norm(query, norms.query, norms.eps, norms.offset)
+    key = rms_norm(key, norms.key, norms.eps, norms.offset)
+    if table is not None:
+        query, key = rotate(query, table, interleaved), rotate(key, table, interleaved)
+    return query, key, value
 
 
 GATES: dict[str, tuple[Any, Any, dict[str, str]]] = {

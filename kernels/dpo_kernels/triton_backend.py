@@ -3,6 +3,7 @@
 from dpo_kernels.triton_attention import tree_attention
 from dpo_kernels.triton_layer import gated, rotate, split_heads
 from dpo_kernels.triton_logits import linear_grad, linear_keep, linear_kept_grad, linear_stats
+from dpo_kernels.triton_norm import rms_norm
 
 __all__ = [
     "gated",
@@ -10,6 +11,7 @@ __all__ = [
     "linear_keep",
     "linear_kept_grad",
     "linear_stats",
+    "rms_norm",
     "rotate",
     "split_heads",
     "tree_attention",

@@ -10,8 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpo_kernels.eager_layer import HeadNorms
+
 ROWS, COLUMNS = 16, 1024
 """Tokens per program of the kernels for heads, and elements per program of the kernels for gates."""
+
+
+@triton.jit
+def _partners(columns, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Return the dimension with which each dimension is rotated, the index of their angle, and which is the first."""
+    if INTERLEAVED:
+        return columns + 1 - 2 * (columns % 2), columns // 2, columns % 2 == 0
+    return tl.where(columns < HALF, columns + HALF, columns - HALF), columns % HALF, columns < HALF
+
+
+@triton.jit
+def _turned(values, others, turned, first, angle, token, table, tokens, direction, HALF: tl.constexpr):
+    """Rotate ``values``; ``others`` are the values of their partners, and ``turned`` says which values are rotated."""
+    where = token.to(tl.int64)[:, None] * HALF + angle
+    cos = tl.load(table + where, mask=turned, other=1.0).to(tl.float32)
+    sin = tl.load(table + tokens.to(tl.int64) * HALF + where, mask=turned, other=0.0).to(tl.float32)
+    return values * cos + tl.where(first, -direction, direction) * others * sin
 
 
 @triton.jit
@@ -22,19 +41,54 @@ def _move(source, target, inside, token, table, tokens, direction,
     mask = inside[:, None] & (columns < D)
     values = tl.load(source[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
     if HALF > 0:
-        if INTERLEAVED:
-            first = columns % 2 == 0
-            partner, angle = columns + 1 - 2 * (columns % 2), columns // 2
-        else:
-            first = columns < HALF
-            partner, angle = tl.where(first, columns + HALF, columns - HALF), columns % HALF
+        partner, angle, first = _partners(columns, HALF, INTERLEAVED)
         turned = mask & (columns < 2 * HALF)
         others = tl.load(source[:, None] + partner, mask=turned, other=0.0).to(tl.float32)
-        where = token.to(tl.int64)[:, None] * HALF + angle
-        cos = tl.load(table + where, mask=turned, other=1.0).to(tl.float32)
-        sin = tl.load(table + tokens.to(tl.int64) * HALF + where, mask=turned, other=0.0).to(tl.float32)
-        values = values * cos + tl.where(first, -direction, direction) * others * sin
+        values = _turned(values, others, turned, first, angle, token, table, tokens, direction, HALF)
     tl.store(target[:, None] + columns, values.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normalize(source, target, norm, offset, eps, inside, token, table, tokens,
+               D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+    """Like :func:`_move` forward, but first normalize the head by its root mean square, and multiply by the weight."""
+    columns = tl.arange(0, PADDED)[None, :]
+    mask = inside[:, None] & (columns < D)
+    values = tl.load(source[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 1) / D + eps)[:, None]
+    values = values * scale * (tl.load(norm + columns, mask=columns < D, other=0.0).to(tl.float32) + offset)
+    if HALF > 0:
+        partner, angle, first = _partners(columns, HALF, INTERLEAVED)
+        turned = mask & (columns < 2 * HALF)
+        others = tl.load(source[:, None] + partner, mask=turned, other=0.0).to(tl.float32) * scale
+        others *= tl.load(norm + partner, mask=columns < 2 * HALF, other=0.0).to(tl.float32) + offset
+        values = _turned(values, others, turned, first, angle, token, table, tokens, 1.0, HALF)
+    tl.store(target[:, None] + columns, values.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normalize_backward(
+    source, grad, target, sums, norm, offset, eps, inside, token, table, tokens,
+    D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of the head in ``source`` to ``target``. SUMS: write that of the weight, summed over rows."""
+    columns = tl.arange(0, PADDED)[None, :]
+    mask = inside[:, None] & (columns < D)
+    g = tl.load(grad[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
+    if HALF > 0:
+        partner, angle, first = _partners(columns, HALF, INTERLEAVED)
+        turned = mask & (columns < 2 * HALF)
+        others = tl.load(grad[:, None] + partner, mask=turned, other=0.0).to(tl.float32)
+        g = _turned(g, others, turned, first, angle, token, table, tokens, -1.0, HALF)
+    values = tl.load(source[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 1) / D + eps)[:, None]
+    normed = values * scale
+    if SUMS:
+        at = tl.arange(0, PADDED)
+        tl.store(sums + at, tl.sum(g * normed, 0), mask=at < D)
+    g *= tl.load(norm + columns, mask=columns < D, other=0.0).to(tl.float32) + offset
+    d_values = scale * (g - normed * (tl.sum(g * normed, 1) / D)[:, None])
+    tl.store(target[:, None] + columns, d_values.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "batch", "tokens", "direction"])
@@ -49,38 +103,48 @@ def _rotate(states, out, table, n, batch, tokens, direction, s_token, s_row, s_h
     _move(source, target, rows < n, token, table, tokens, direction, D, PADDED, HALF, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["n", "batch", "tokens"])
+@triton.jit(do_not_specialize=["n", "batch", "tokens", "offset", "eps"])
 def _split_heads(
-    mixed, query, key, value, table, n, batch, tokens,
+    mixed, d_mixed, query, key, value, table, query_norm, key_norm, sums, offset, eps, n, batch, tokens,
     q_token, q_row, q_head, k_token, k_row, k_head, v_token, v_row, v_head,
     QUERIES: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr, BACKWARD: tl.constexpr,
+    TOKENS: tl.constexpr, BACKWARD: tl.constexpr, NORMED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Copy from ``mixed`` to the other three tensors; BACKWARD: from these to ``mixed``."""
+    """Copy from ``mixed`` to ``query``, ``key`` and ``value``; BACKWARD: from the gradients of these to ``d_mixed``.
+
+    NORMED  normalize queries and keys before they are rotated
+    SUMS    also write the gradients of the norms' weights to ``sums``, for each program
+    """
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot, slots = tl.program_id(1), tl.num_programs(1)
     group, place = slot // (QUERIES + 2), slot % (QUERIES + 2)
     inside = rows < n
     token, row = rows.to(tl.int64) // batch, rows.to(tl.int64) % batch
-    whole = mixed + (rows.to(tl.int64) * slots + slot) * D
-    if place < QUERIES:
-        part = query + token * q_token + row * q_row + (group * QUERIES + place) * q_head
-        if BACKWARD:
-            _move(part, whole, inside, token, table, tokens, -1.0, D, PADDED, HALF, INTERLEAVED)
-        else:
-            _move(whole, part, inside, token, table, tokens, 1.0, D, PADDED, HALF, INTERLEAVED)
-    elif place == QUERIES:
-        part = key + token * k_token + row * k_row + group * k_head
-        if BACKWARD:
-            _move(part, whole, inside, token, table, tokens, -1.0, D, PADDED, HALF, INTERLEAVED)
-        else:
-            _move(whole, part, inside, token, table, tokens, 1.0, D, PADDED, HALF, INTERLEAVED)
-    else:
+    at = (rows.to(tl.int64) * slots + slot) * D
+    if place > QUERIES:
         part = value + token * v_token + row * v_row + group * v_head
         if BACKWARD:
-            _move(part, whole, inside, token, table, tokens, 1.0, D, PADDED, 0, INTERLEAVED)
+            _move(part, d_mixed + at, inside, token, table, tokens, 1.0, D, PADDED, 0, INTERLEAVED)
         else:
-            _move(whole, part, inside, token, table, tokens, 1.0, D, PADDED, 0, INTERLEAVED)
+            _move(mixed + at, part, inside, token, table, tokens, 1.0, D, PADDED, 0, INTERLEAVED)
+    else:
+        if place < QUERIES:
+            part = query + token * q_token + row * q_row + (group * QUERIES + place) * q_head
+            norm = query_norm
+        else:
+            part = key + token * k_token + row * k_row + group * k_head
+            norm = key_norm
+        if NORMED and BACKWARD:
+            into = sums + (tl.program_id(0).to(tl.int64) * slots + slot) * D
+            _normalize_backward(mixed + at, part, d_mixed + at, into, norm, offset, eps, inside, token, table, tokens,
+                                D, PADDED, HALF, INTERLEAVED, SUMS)  # fmt: skip
+        elif NORMED:
+            _normalize(mixed + at, part, norm, offset, eps, inside, token, table, tokens,
+                       D, PADDED, HALF, INTERLEAVED)  # fmt: skip
+        elif BACKWARD:
+            _move(part, d_mixed + at, inside, token, table, tokens, -1.0, D, PADDED, HALF, INTERLEAVED)
+        else:
+            _move(mixed + at, part, inside, token, table, tokens, 1.0, D, PADDED, HALF, INTERLEAVED)
 
 
 @triton.jit
@@ -163,32 +227,67 @@ def _rotated(states: Tensor, table: Tensor, direction: float, interleaved: bool)
 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, table: Tensor | None, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(table)
-        ctx.interleaved = interleaved
+    def forward(
+        ctx: Any,
+        mixed: Tensor,
+        table: Tensor | None,
+        interleaved: bool,
+        query_norm: Tensor | None,
+        key_norm: Tensor | None,
+        offset: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mixed = mixed.contiguous()
+        norms = None if query_norm is None else HeadNorms(query_norm, key_norm, offset, eps)
+        ctx.save_for_backward(table, query_norm, key_norm, mixed if norms else None)
+        ctx.interleaved, ctx.offset, ctx.eps = interleaved, offset, eps
         tokens, rows, groups, slots, width = mixed.shape
         query = mixed.new_empty(tokens, rows, groups * (slots - 2), width)
         key, value = (mixed.new_empty(tokens, rows, groups, width) for _ in range(2))
-        _split(mixed.contiguous(), query, key, value, table, interleaved, backward=False)
+        _split(mixed, None, query, key, value, table, interleaved, norms, None)
         return query, key, value
 
     @staticmethod
-    def backward(ctx: Any, d_query: Tensor, d_key: Tensor, d_value: Tensor) -> tuple[Tensor, None, None]:
-        (table,) = ctx.saved_tensors
+    def backward(ctx: Any, d_query: Tensor, d_key: Tensor, d_value: Tensor) -> tuple[Tensor | None, ...]:
+        table, query_norm, key_norm, mixed = ctx.saved_tensors
         slots = d_query.shape[2] // d_key.shape[2] + 2
         d_mixed = d_key.new_empty(*d_key.shape[:3], slots, d_key.shape[3])
-        _split(d_mixed, _dense(d_query), _dense(d_key), _dense(d_value), table, ctx.interleaved, backward=True)
-        return d_mixed, None, None
+        norms = None if query_norm is None else HeadNorms(query_norm, key_norm, ctx.offset, ctx.eps)
+        wanted, sums = ctx.needs_input_grad[3:5], None
+        if any(wanted):
+            blocks = triton.cdiv(d_key.shape[0] * d_key.shape[1], ROWS)
+            sums = d_key.new_empty(blocks, *d_mixed.shape[2:], dtype=torch.float32)
+        parts = (_dense(grad) for grad in (d_query, d_key, d_value))
+        _split(mixed, d_mixed, *parts, table, ctx.interleaved, norms, sums)
+        d_norms: list[Tensor | None] = [None, None]
+        if wanted[0]:
+            d_norms[0] = sums[:, :, :-2].sum((0, 1, 2)).to(query_norm.dtype)
+        if wanted[1]:
+            d_norms[1] = sums[:, :, -2].sum((0, 1)).to(key_norm.dtype)
+        return d_mixed, None, None, *d_norms, None, None
 
 
 def _split(
-    mixed: Tensor, query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, interleaved: bool, *, backward: bool
+    mixed: Tensor | None,
+    d_mixed: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor | None,
+    interleaved: bool,
+    norms: HeadNorms | None,
+    sums: Tensor | None,
 ) -> None:
-    tokens, rows, groups, slots, width = mixed.shape
+    """Run the kernel forward or, with ``d_mixed``, backward. It does not use the arguments that are None."""
+    tokens, rows, groups, slots, width = (mixed if d_mixed is None else d_mixed).shape
     strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:3]]
+    unused = query
+    pointers = (table, norms.query if norms else None, norms.key if norms else None, sums)
     _split_heads[(triton.cdiv(tokens * rows, ROWS), groups * slots)](
-        mixed, query, key, value, mixed if table is None else table, tokens * rows, rows, tokens, *strides,
-        QUERIES=slots - 2, BACKWARD=backward, **_constants(table, width, interleaved),
+        *(unused if tensor is None else tensor for tensor in (mixed, d_mixed, query, key, value, *pointers)),
+        norms.offset if norms else 0.0, norms.eps if norms else 0.0, tokens * rows, rows, tokens, *strides,
+        QUERIES=slots - 2, BACKWARD=d_mixed is not None, NORMED=norms is not None, SUMS=sums is not None,
+        **_constants(table, width, interleaved),
     )  # fmt: skip
 
 
@@ -230,10 +329,12 @@ def rotate(states: Tensor, table: Tensor, interleaved: bool = False) -> Tensor:
     return _Rotation.apply(states, table, interleaved)
 
 
-def split_heads(mixed: Tensor, table: Tensor | None, interleaved: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(
+    mixed: Tensor, table: Tensor | None, interleaved: bool = False, norms: HeadNorms | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Like :func:`dpo_kernels.eager_layer.split_heads`. Raises ``ValueError`` for fp64."""
     _check(mixed, "split_heads")
-    return _SplitHeads.apply(mixed, table, interleaved)
+    return _SplitHeads.apply(mixed, table, interleaved, *(norms or (None, None, 0.0, 0.0)))
 
 
 def gated(both: Tensor, activation: str = "silu") -> Tensor:

@@ -20,12 +20,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dpo_kernels import triton_attention, triton_layer, triton_logits
+from dpo_kernels import triton_attention, triton_layer, triton_logits, triton_norm
 
 FLOATS = {"lse", "delta", "sums", "grad", "logits", "sinks"}
 INTEGERS = {"first", "stop", "queries_at", "keys_at", "order", "bounds", "tiles"}
 OPERANDS = {"query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value", "hidden", "weight"}
-OPERANDS |= {"states", "table", "mixed", "both", "d_both"}
+OPERANDS |= {"states", "table", "mixed", "d_mixed", "query_norm", "key_norm", "both", "d_both", "d_states"}
 HEAD = ("_stats_of_linear", "_grad_of_linear", "_stats_of_logits", "_grad_of_logits")
 
 def kind(name, operand):
@@ -33,7 +33,7 @@ def kind(name, operand):
         return "*" + operand
     if name in FLOATS | INTEGERS | {"targets"}:
         return "*fp32" if name in FLOATS else "*i32" if name in INTEGERS else "*i64"
-    return "fp32" if name in ("scale", "softcap", "direction") else "i32"
+    return "fp32" if name in ("scale", "softcap", "direction", "offset", "eps") else "i32"
 
 def compiled(kernel, operand, warps, stages, constants):
     names = kernel.arg_names
@@ -83,11 +83,17 @@ def compile_layer(short):
         heads = dict(QUERIES=4, D=128, PADDED=128, HALF=half, INTERLEAVED=interleaved, TOKENS=triton_layer.ROWS)
         compiled(triton_layer._rotate, operand, 4, 3, heads)
         for backward in (False, True):
-            compiled(triton_layer._split_heads, operand, 4, 3, heads | {"BACKWARD": backward})
+            for normed in (False, True):
+                options = dict(BACKWARD=backward, NORMED=normed, SUMS=backward and normed)
+                compiled(triton_layer._split_heads, operand, 4, 3, heads | options)
     for activation in ("silu",) if short else ("silu", "gelu", "gelu_tanh"):
         options = dict(ACTIVATION=activation, ELEMENTS=triton_layer.COLUMNS)
         compiled(triton_layer._gated_forward, operand, 4, 3, options)
         compiled(triton_layer._gated_backward, operand, 4, 3, options)
+    for size in (5376,) if short else (1152, 5376, 8192):
+        norm = triton_norm._options(size)
+        compiled(triton_norm._norm_forward, operand, norm["num_warps"], 3, norm)
+        compiled(triton_norm._norm_backward, operand, norm["num_warps"], 3, norm)
 
 for sm in map(int, sys.argv[1].split(",")):
     if wanted[:1] == ["layer"]:
@@ -141,7 +147,7 @@ def test_largest_kernels_fit_without_spilling(tmp_path):
 )
 def test_small_operations_fit_without_spilling(sm, operand, variants, tmp_path):
     found = compile_for(sm, operand, 128, tmp_path, "layer", *variants)
-    names = {"_rotate", "_split_heads", "_gated_forward", "_gated_backward"}
+    names = {"_rotate", "_split_heads", "_gated_forward", "_gated_backward", "_norm_forward", "_norm_backward"}
     assert found.keys() == {(int(generation), name) for generation in sm.split(",") for name in names}
     for (generation, _), (shared, stack, _) in found.items():
         assert shared <= SHARED_BYTES[generation] and stack == 0

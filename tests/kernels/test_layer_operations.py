@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dpo_kernels import eager
+from dpo_kernels import HeadNorms, eager
 from support.interpreter import mend
 
 
@@ -93,6 +93,49 @@ def test_heads_are_split_and_rotated(case, queries, backend):
     )
 
 
+@pytest.mark.parametrize("frozen", [(), ("query",), ("query", "key")], ids=str)
+@pytest.mark.parametrize("case", [*WIDTHS, None])
+def test_heads_are_normalized_before_they_are_rotated(case, frozen, backend):
+    width, half, interleaved = WIDTHS[case or "whole"]
+    angles = random(19, half, seed=1) * 4
+    mixed = random(19, 2, 2, 5, width).requires_grad_()
+    weights = {name: random(width, seed=seed).requires_grad_() for seed, name in enumerate(("query", "key"), 4)}
+    dtype = dtype_of(backend)
+    given = mixed.detach().to(dtype).requires_grad_()
+    own = {name: weight.detach().to(dtype).requires_grad_(name not in frozen) for name, weight in weights.items()}
+    table = table_of(angles, dtype) if case else None
+    got = backend.split_heads(given, table, interleaved, HeadNorms(**own, offset=0.5, eps=0.1))
+    expected = []
+    for weight, part in zip(weights.values(), (mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :]), strict=True):
+        normed = part * (weight + 0.5) / torch.sqrt((part**2).mean(-1, keepdim=True) + 0.1)
+        expected.append(turned(normed, angles, interleaved) if case else normed)
+    expected.append(mixed[..., -1, :])
+    grads = [random(2, *part.shape[:1], *part.shape[2:], seed=3).transpose(0, 1) for part in expected]
+    trained = [name for name in weights if name not in frozen]
+    theirs = torch.autograd.grad(expected, [mixed, *(weights[name] for name in trained)], grads)
+    ours = torch.autograd.grad(got, [given, *(own[name] for name in trained)], [grad.to(dtype) for grad in grads])
+    for mine, other in zip((*got, *ours), (*expected, *theirs), strict=True):
+        close(backend, mine / 10, other / 10)
+
+
+@pytest.mark.parametrize("width, offset", [(12, 0.5), (70, 0.0)])
+def test_root_mean_square_norm(width, offset, backend):
+    """There are more rows than programs of Triton's backward pass."""
+    states, weight = random(3, 91, width).requires_grad_(), random(width, seed=1).requires_grad_()
+    given = states.detach().to(dtype_of(backend)).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    own = weight.detach().to(dtype_of(backend)).requires_grad_()
+    got = backend.rms_norm(given, own, 0.1, offset)
+    expected = states * (weight + offset) / torch.sqrt((states**2).mean(-1, keepdim=True) + 0.1)
+    grad = random(91, 3, width, seed=2).transpose(0, 1)
+    theirs = torch.autograd.grad(expected, [states, weight], grad)
+    ours = torch.autograd.grad(got, [given, own], grad.to(got.dtype))
+    for mine, other, size in zip((got, *ours), (expected, *theirs), (10, 10, 100), strict=True):
+        close(backend, mine / size, other / size)
+    assert backend.rms_norm(given[:0], own, 0.1).shape == (0, 91, width)
+    frozen = backend.rms_norm(given, own.detach(), 0.1, offset)
+    close(backend, torch.autograd.grad(frozen, given, grad.to(got.dtype))[0], ours[0])
+
+
 FORMULAS = {
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
@@ -135,6 +178,7 @@ def test_fp64_is_refused_in_triton():
         "rotate": lambda: triton_backend.rotate(wide[:, :, 0], table),
         "split_heads": lambda: triton_backend.split_heads(wide, table),
         "gated": lambda: triton_backend.gated(wide),
+        "rms_norm": lambda: triton_backend.rms_norm(wide, wide[0, 0, 0, 0], 1e-6),
     }.items():
         with pytest.raises(ValueError, match=f"triton {name}: does not support fp64, because it computes in fp32"):
             call()

@@ -19,8 +19,8 @@ NORMS = Registry("norm")
 """Classes of norms, by the names in the field ``norm`` of :class:`~dpo_engine.model.architecture.Architecture`.
 
 A class is called with Megatron's configuration, the size of the normalized axis, and ``eps``; the configuration's field
-``arch`` is the architecture. Parameters must be created by :func:`norm_parameter`, and need rules in the family's
-table."""
+``arch`` is the architecture. A class must create its parameters with :func:`norm_parameter`, and the family's table
+must have rules for them."""
 
 
 def norm_parameter(config: Any, size: int, value: float) -> nn.Parameter:
@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [..., h]. The result has the same shape and dtype."""
         weight = self.weight
-        if self.offset:  # in at least fp32, because the sum would lose digits of the weight
+        if self.offset:  # in at least fp32, because in bf16 the sum would lose digits of the weight
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.offset
         if x.device.type == "cpu":
             return rms_norm(x, weight, self.eps)

@@ -1,8 +1,8 @@
 """The files of a PEFT adapter: ``adapter_config.json``, and the tensors in ``adapter_model.safetensors``.
 
-An adapter is accepted only if it depends on nothing but the checkpoint's own weights and tensors that the engine's
-adapters also have. PEFT can load other adapters without an error, but may ignore some of their tensors and then compute
-another model.
+An adapter is accepted only if it consists of tensors that the engine's adapters also have, and is to be added to the
+checkpoint's unchanged weights. PEFT can load other adapters without an error, but may ignore some of their tensors and
+then compute another model.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
 
 
 def other_base(asked: AdapterConfig | None, path: str) -> list[str]:
-    """Return a warning if the adapter to start from names a base model whose name differs from that of ``path``.
+    """Return a warning if the adapter to start from names another base model than ``path``.
 
     Only the last parts of the names are compared, because each machine has its own directories.
     """

@@ -86,7 +86,7 @@ class Adaptation:
         return self.kind == "dora"
 
     def shape(self, projection: str) -> AdapterShape | None:
-        """Return the adapter of a projection, such as ``model.layers.0.self_attn.q_proj``; None if it is not adapted."""
+        """Return the adapter of a projection, such as ``model.layers.0.self_attn.q_proj``, or None if it has none."""
         if not self._targets(projection):
             return None
         rank, alpha = self.setting("rank", projection), self.setting("alpha", projection)

@@ -64,7 +64,7 @@ class TreeShare(NamedTuple):
     rank: int
 
     def gathering(self, device: torch.device) -> list[Tensor]:
-        """Return the index of each column of the row in the concatenation of the shares, and this concatenation; both [n]."""
+        """Return each column's index in the concatenation of all shares, and this concatenation; both [n]."""
 
         def build() -> list[Tensor]:
             columns = np.concatenate(self.shares)

@@ -141,7 +141,7 @@ def _rows_at_once(logits: Tensor) -> int:
 
 
 def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:
-    """Return each row's sum of exp(x - m) [n]; with ``moments``, also the sums of its square and of exp(x - m) x."""
+    """Return each row's sum of exp(x - m) [n]; with ``moments``, also those of exp(2 (x - m)) and exp(x - m) x."""
     weights = (logits - maximum[:, None]).exp_()
     sums = [weights.sum(dim=1)]
     if moments:

@@ -1,6 +1,6 @@
 """The reference implementation of a layer's operations between its matrix products and attention, in plain torch.
 
-Each operation is one autograd function, so that it makes few passes over memory, and saves only inputs for the
+Each operation is one autograd function. It therefore makes few passes over memory, and saves only its inputs for the
 backward pass.
 """
 

@@ -178,7 +178,7 @@ def peft_tensors(adaptation: Adaptation, arch: Architecture) -> dict[str, tuple[
 
 
 def parts_of(adaptation: Adaptation) -> tuple[str, ...]:
-    """Return the parts that each adapter has."""
+    """Return the names of the parts that each adapter has; see `PARTS`."""
     return ("A", "B", "magnitude") if adaptation.dora else ("A", "B")
 
 

@@ -36,8 +36,7 @@ class Architecture:
     adding a field does not change the digests of known models.
 
     rotary_dim          number of dimensions of each head that are rotated; None: all
-    rotary_interleaved  whether dimensions 2i and 2i + 1 are rotated together. If not, dimensions i and i + rotary_dim/2
-                        are
+    rotary_interleaved  True: dimensions 2i and 2i + 1 are rotated together. False: dimensions i and i + rotary_dim/2
     nope_layers         indices of the layers without rotary positions
     sliding_layers      indices of the layers with a sliding window; (): all layers with rotary positions; None: no
                         layers
@@ -49,7 +48,7 @@ class Architecture:
     norm_place          where the norms of hidden states are: ``before`` attention and MLP, ``after`` them, or ``both``
     parallel            None: the MLP's input contains the attention's output. Otherwise, attention and MLP have the
                         same input, through ``one norm`` that they share or ``two norms``, one for each
-    whole_qk_norm       whether the queries of all heads are normalized together, and the keys likewise
+    whole_qk_norm       whether the queries of all heads are normalized together, and so are the keys of all heads
     norm_after_rope     whether queries and keys are normalized after they are rotated
     out_bias            whether the output projection of attention has a bias
     mlp_bias            whether the linear layers of the MLP have biases

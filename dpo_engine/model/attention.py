@@ -16,12 +16,12 @@ keys, so no mask is built. A row of trees needs one ``tree_attention`` call, in 
 columns as queries. The backward pass reduce-scatters the gradients of keys and values.
 
 Sliding windows, soft caps and sinks. If a layer has a soft cap or sinks, or a window that is shorter than the row,
-causal rows are computed as trees, each of a single segment. With such a window, ranks exchange only the keys and values
-that the receiver's queries see (:mod:`dpo_engine.model.gather`).
+causal rows are computed as trees, each of a single segment. If the window is shorter than the row, ranks exchange only
+the keys and values that the receiver's queries see (:mod:`dpo_engine.model.gather`).
 
 Why not ring attention. If every rank has all keys, any attention pattern is possible, and the softmax of a query needs
 no partial results from other ranks. Results in different layouts therefore differ by rounding only. The communication
-is one all-gather and one reduce-scatter per layer, and with grouped-query attention keys and values are smaller than
+is one all-gather and one reduce-scatter per layer, and with grouped-query attention, keys and values are smaller than
 queries.
 
 The table of segments of a row of trees is passed in Megatron's ``attention_mask`` argument, because Megatron passes

@@ -240,7 +240,7 @@ def stage_adapter_memory(
 
 
 def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bool, recompute: str) -> tuple[int, int]:
-    """Return the bytes per token that a layer keeps for its backward pass, and those that exist during recomputation.
+    """Return the bytes per token that a layer keeps for its backward pass, and the bytes of a layer being recomputed.
 
     split      whether sequence parallelism splits the activations between tensor-parallel regions
     recompute  ``model.recompute``

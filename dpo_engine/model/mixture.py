@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Experts:
     """A mixture of experts: in some layers, the MLP is replaced by experts, of which each token uses a few.
 
-    layers           numbers of the layers that have experts
+    layers           indices of the layers that have experts
     count            number of experts in each of these layers
     chosen           number of experts that a token uses
     ffn_hidden_size  width of one expert

@@ -318,7 +318,7 @@ def mark_experts(chunk: torch.nn.Module) -> None:
             # Sum the gradient over the copies of the expert. Megatron-Core 0.16 sums it only if ep > 1, but tp ranks
             # can also hold copies of an expert, each of which gets other tokens.
             parameter.allreduce = False
-            # Count the gradient on every tp rank. With Transformer Engine, Megatron-Core 0.16 omits the experts on
-            # other tp ranks than the first from the norm. It takes them for copies, but they are other experts, or
-            # other shards of an expert.
+            # Count the gradient on every tp rank. With Transformer Engine, Megatron-Core 0.16 counts only the experts
+            # on the first tp rank. It takes the experts on the other tp ranks for copies, but they are other experts,
+            # or other shards of an expert.
             parameter.tensor_model_parallel = True

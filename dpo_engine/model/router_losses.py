@@ -18,9 +18,9 @@ responses, on padding, or on the distribution of pairs and tokens over ranks. A 
 on the batch layout: in rows of trees, the last layer does not compute the prompts. ``f`` is a constant in the backward
 pass.
 
-Once per layer, the numbers of a response's tokens that use each expert are summed over the ranks that have these
-tokens. The tokens are described by one tensor (:func:`response_tokens`), which Megatron passes to every layer, also
-when it recomputes the layer.
+In each layer, the number of a response's tokens per expert is summed over the ranks that have these tokens. The tokens
+are described by one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the
+layer.
 
 *Source*: ``balance``: DeepSeek-V3 (arXiv 2412.19437) eq. 17 to 20, where each response is a sequence; ``z``: ST-MoE
 (arXiv 2202.08906) eq. 5.
@@ -44,7 +44,8 @@ def response_tokens(batch: Batch, total_weight: float) -> Tensor:
 
     Returns  [2b, 3, e] fp64, the same at every index of the first axis: for each entry of ``batch.scored``, its site,
              its response (i for the chosen response of pair i, b + i for the rejected one), and the factor of the token
-             in the mean of the global batch. The first axis only tells the host the number of responses, 2b
+             in the mean of the global batch. The only purpose of the first axis is that the host can read the number of
+             responses, 2b, from the shape
     """
     scored, tokens = batch.scored, torch.cat([batch.chosen_tokens, batch.rejected_tokens]).double().clamp(min=1)
     factors = batch.weights.double().repeat(2) / (2 * total_weight * tokens)

@@ -60,7 +60,10 @@ def choose_spec(
 def layer_spec(
     arch: Architecture, kind: str, *, trees: bool, adapted: bool = False, experts: bool = False
 ) -> ModuleSpec:
-    """Return the spec of one layer. Rows of trees, windows, soft caps and sinks need our core attention in every layer.
+    """Return the spec of one layer.
+
+    Native layers always use our core attention. Transformer Engine layers use it only for rows of trees, windows, soft
+    caps and sinks.
 
     adapted  whether linears will have adapters. Adapters need the output of the norm, which Transformer Engine's fused
              modules do not return

@@ -1,4 +1,4 @@
-"""Find the tiles of (queries, keys) that a kernel must visit for a tree: those with a visible (query, key) pair."""
+"""Find the tiles of (queries, keys) that a kernel must visit for a tree: all tiles with a visible (query, key) pair."""
 
 from typing import NamedTuple
 

@@ -1,12 +1,13 @@
 """Tree attention as one call of flash attention for causal rows of different lengths (its "varlen" form).
 
 Problem. A kernel of our own for trees must be tuned for every generation of GPUs. Flash attention is tuned already, but
-its mask is causal: the last query of a row sees all keys, and each earlier query one key fewer than the next.
+its mask is causal: the last query of a row sees all keys, and each earlier query sees one key fewer than the next
+query.
 
-Solution. Queries that follow each other on a path of a tree form a run: each query sees all keys that the previous one
-sees, and its own key. A run is therefore a causal row, if the keys that its last query sees are copied next to each
-other. All runs of all trees of a micro-batch are computed by one call. The backward pass adds the gradients of a key's
-copies in a fixed order and in fp32, without atomics, so results do not change from call to call.
+Solution. Queries that follow each other on a path of a tree form a run: each query sees all keys that the previous
+query sees, and its own key. A run is therefore a causal row, if the keys that its last query sees are copied next to
+each other. All runs of all trees of a micro-batch are computed by one call. The backward pass adds the gradients of a
+key's copies in a fixed order and in fp32, without atomics, so results do not change from call to call.
 
 Why this way. Keys and values are smaller than queries if heads share them, and only prompts are copied more than once:
 twice for a pair. Any subset of a row's tokens may be queries, so context parallelism, and a last layer that computes

@@ -79,7 +79,7 @@ class Rule:
         return [(layer, expert) for layer in layers for expert in experts]
 
     def uses(self, arch: Architecture) -> int:
-        """Return how many parameters of this rule a token uses: one in each layer, or those of its experts."""
+        """Return how many parameters of this rule a token uses: in each layer, one or, for experts, the chosen ones."""
         return len(arch.layers(self.layers)) * (arch.experts.chosen if self.expert else 1)
 
     def row_counts(self, arch: Architecture) -> list[int]:

@@ -219,10 +219,11 @@ def carried(arch: Architecture) -> tuple[str, ...]:
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     """Check that a checkpoint matches the weight table: the name, file, shape and dtype of every tensor.
 
-    Missing tensors are errors, and so are tensors that no rule uses, except those that match `DERIVED`, those that the
-    family carries, and those of layers for multi-token prediction (:mod:`~dpo_engine.model.weights.kept`). If the
-    embeddings are tied, the checkpoint may still contain the tied tensor (`lm_head.weight`); it must then equal the
-    original. Only headers are read, except to compare these two tensors.
+    Missing tensors are errors, and so are tensors that no rule uses. Unused tensors are allowed only if they match
+    `DERIVED`, if the family carries them, or if they belong to layers for multi-token prediction
+    (:mod:`~dpo_engine.model.weights.kept`). If the embeddings are tied, the checkpoint may still contain the tied
+    tensor (`lm_head.weight`); it must then equal the original. Only headers are read, except to compare these two
+    tensors.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
     """

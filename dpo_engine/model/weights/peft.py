@@ -136,7 +136,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _in_their_words(problem: str) -> str:
-    """Replace the engine's names of settings in a message with those of PEFT."""
+    """Replace the engine's names of settings in a message with PEFT's names."""
     for ours, theirs in THEIR_NAMES.items():
         problem = problem.replace(ours, theirs)
     return problem
@@ -316,5 +316,5 @@ def adapter_facts(adaptation: Adaptation | None, start: str | None) -> dict[str,
 
 
 def adaptation_of(asked: AdapterConfig, arch: Architecture) -> Adaptation:
-    """Return the settings of a run's adapters, which are those of ``adapter.path`` if it is set."""
+    """Return the settings of a run's adapters. If ``adapter.path`` is set, they are read from its files."""
     return Adaptation.of(asked, arch) if asked.path is None else read_adaptation(asked.path, arch)

@@ -8,8 +8,8 @@ for saving tend to become inconsistent, and a mistake in one of them silently tr
 Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.rule.Rule`: a parameter, the
 checkpoint tensors that it consists of, and how their rows interleave. :func:`pieces` turns a rule and a tensor-parallel
 rank into row ranges. The full parameter is a sequence of blocks of rows. In layout ``plain``, each tensor is a block.
-In ``qkv``, the blocks are the q, k and v rows of key/value head 0, then those of head 1, and so on. In ``glu``, they
-are the gate and up rows of rank 0, then those of rank 1, and so on. A rank's shard is a contiguous range of this
+In ``qkv``, the blocks are the q, k and v rows of key/value head 0, then the rows of head 1, and so on. In ``glu``, they
+are the gate and up rows of rank 0, then the rows of rank 1, and so on. A rank's shard is a contiguous range of this
 sequence, and its pieces are the intersections with the blocks.
 
 Why this way. Loading copies the pieces from tensors to shards, and saving copies the same pieces back, so saving is
@@ -158,7 +158,7 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, groups: P
 def plain_name(name: str, first: int) -> tuple[str, int | None]:
     """Return a parameter's name as in a rule (but with a layer number), and the number of its expert in the layer.
 
-    name   name in this rank's model, with native layers or those of Transformer Engine
+    name   name in this rank's model, with native or Transformer Engine layers
     first  number of the first expert on this rank
     """
     for fused, plain in TE_NAMES:

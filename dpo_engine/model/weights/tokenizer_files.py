@@ -181,12 +181,12 @@ class Sample:
         turns = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": TEXTS[1]}]
         try:
             text = self.tokenizer.chat(turns, add_generation_prompt=False)
-        except (TemplateError, ConfigError):  # a template may reject this conversation but accept those of the records
+        except (TemplateError, ConfigError):  # a template may reject this conversation but accept the records
             return []
         return [(text, self.tokenizer.encode_all([text], rendered=True)[0])]
 
     def difference(self, loader: str, folder: str) -> str | None:
-        """Describe the first difference of the tokenizer that ``loader`` loads from ``folder``; None if there is none."""
+        """Describe the first difference of the tokenizer that ``loader`` loads from ``folder``; None: no difference."""
         try:
             return self._difference(_read(loader, folder))
         except Exception as error:  # files in a wrong form can fail in any of transformers' parsers

@@ -1,6 +1,6 @@
 """The adapters of a model: the adapted projections, their ranks and scales, and the tensors of the PEFT adapter.
 
-The names and the meaning of the settings are PEFT's. This module needs no Megatron.
+The settings have the names and meanings that they have in PEFT. This module does not import Megatron.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ class AdapterShape(NamedTuple):
 class Adaptation:
     """The settings of all adapters of a model, with PEFT's semantics.
 
-    targets        names of projections, which match whole names or their ends; or a regular expression for whole names
+    targets        names, which select the projections whose names are equal to them or end with them; or a regular
+                   expression, which must match the whole name of a projection
     layers         indices of the adapted layers; None: all
-    rank_pattern   pairs of a regular expression and a rank; the first pair whose expression matches a name, or the end
-                   of a name, takes precedence over ``rank``
-    alpha_pattern  likewise for ``alpha``
+    rank_pattern   pairs of a regular expression and a rank; the rank of the first pair whose expression matches the
+                   name of a projection, or the end of the name, replaces ``rank``
+    alpha_pattern  pairs of a regular expression and a value that replaces ``alpha`` in the same way
     """
 
     kind: str
@@ -81,11 +82,11 @@ class Adaptation:
 
     @property
     def dora(self) -> bool:
-        """Whether rows have trained norms."""
+        """Whether the norms of the weights' rows are trained (DoRA)."""
         return self.kind == "dora"
 
     def shape(self, projection: str) -> AdapterShape | None:
-        """Return the adapter of a projection, such as ``model.layers.0.self_attn.q_proj``; None if it has none."""
+        """Return the adapter of a projection, such as ``model.layers.0.self_attn.q_proj``, or None if it has none."""
         if not self._targets(projection):
             return None
         rank, alpha = self.setting("rank", projection), self.setting("alpha", projection)
@@ -99,14 +100,14 @@ class Adaptation:
     def _targets(self, projection: str) -> bool:
         if isinstance(self.targets, str):
             return re.fullmatch(self.targets, projection) is not None
-        if projection in self.targets:  # PEFT does not restrict whole names to `layers`
+        if projection in self.targets:  # PEFT applies `layers` only to names that match by their ends
             return True
         named = any(projection.endswith(f".{target}") for target in self.targets)
         return named and (self.layers is None or layer_of(projection) in self.layers)
 
 
 def ending(pattern: str) -> str:
-    """Return the expression with which PEFT matches a pattern: it may match the end of a name."""
+    """Return the regular expression that PEFT builds from a pattern, which also matches the end of a name."""
     return rf"(.*\.)?({pattern})$"
 
 
@@ -154,7 +155,7 @@ def projection_names(arch: Architecture) -> list[str]:
 
 @lru_cache(maxsize=8)
 def expert_names(arch: Architecture) -> tuple[str, ...]:
-    """Return the names of the experts' matrices, without the last part; they cannot be adapted."""
+    """Return the names of the experts' matrices, without ``.weight``. These matrices cannot be adapted."""
     rules = [rule for rule in FAMILIES[arch.model_type].rules if rule.expert and rule.applies(arch)]
     tensors = (tensor for rule in rules for place in rule.places(arch) for tensor in rule.hf_tensors(arch, *place))
     return tuple(tensor.name.removesuffix(".weight") for tensor in tensors)
@@ -177,20 +178,20 @@ def peft_tensors(adaptation: Adaptation, arch: Architecture) -> dict[str, tuple[
 
 
 def parts_of(adaptation: Adaptation) -> tuple[str, ...]:
-    """Return the parts that each adapter has."""
+    """Return the names of the parts that each adapter has; see `PARTS`."""
     return ("A", "B", "magnitude") if adaptation.dora else ("A", "B")
 
 
 def adapter_rule(base: Rule, projection: str, part: str, rank: int | None) -> Rule:
-    """Return the weight table's rule for a part of an adapter. It follows from the rule of the adapted matrix.
+    """Return the weight table's rule for a part of an adapter, derived from the rule of the adapted matrix.
 
     base        rule of the matrix that contains the projection
     projection  last part of the projection's name, such as ``q_proj``
     rank        rank of the adapter; not needed for the magnitude
 
-    Along the input, ``A`` is sharded like the matrix; along the output, ``B`` and the magnitude are sharded like it. If
-    the checkpoint stores the whole matrix as one tensor, the rows of ``B`` and of the magnitude have the matrix's
-    order.
+    If the matrix is sharded along its inputs, so is ``A``. If it is sharded along its outputs, so are ``B`` and the
+    magnitude. If the checkpoint stores the whole matrix as one tensor, the rows of ``B`` and of the magnitude have the
+    matrix's order.
     """
     index = next(index for index, name in enumerate(base.tensors) if name.split(".")[-2] == projection)
     rows, layout = (base.rows, base.layout) if is_whole(base) else ((base.rows[index],), "plain")
@@ -242,8 +243,8 @@ class LayerAdapters(NamedTuple):
     """The memory that the adapters of one or more layers add on each tensor-parallel rank.
 
     parameters  number of parameters of the adapters
-    attention   number of activations per token that attention keeps for the backward pass, minus that of layers whose
-                weights are all trained: adapters keep more, but frozen linears do not keep their inputs
+    attention   difference in the number of activations per token that attention keeps for the backward pass, compared
+                with training all weights: adapters keep more, but frozen linears do not keep their inputs
     mlp         the same for the MLP
     """
 
@@ -270,6 +271,6 @@ def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: i
         if any(shapes):
             outputs = sum(tensor.shape[0] for tensor in tensors) // (tp if split else up)
             kept[part] += sum(shape.rank for shape in shapes if shape) + adaptation.dora * outputs
-        elif rule.cut == 0 or part == "mlp":  # attention itself keeps its output, the input of the last projection
+        elif rule.cut == 0 or part == "mlp":  # attention itself keeps its output, the last projection's input
             kept[part] -= tensors[0].shape[1] // (tp if split else down)
     return LayerAdapters(parameters, **kept)

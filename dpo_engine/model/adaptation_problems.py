@@ -24,7 +24,7 @@ from dpo_engine.wording import join, nearest, show
 def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: bool = False) -> list[str]:
     """List the problems of a section ``adapter`` that has no ``path``: names that match nothing, and bad patterns.
 
-    unused  whether targets and patterns may match nothing, as in PEFT
+    unused  whether targets and patterns that match nothing are allowed, as in PEFT
     """
     names = projection_names(arch)
     problems = _pattern_problems(asked)

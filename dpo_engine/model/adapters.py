@@ -2,7 +2,7 @@
 
 Problem. Megatron fuses several projections of the checkpoint into one linear (query, key and value; gate and up), and
 shards linears by rows or by columns. An adapter of the fused matrix would not be a PEFT adapter, whose projections have
-separate matrices ``A`` and ``B``. An adapter that joins the collectives of its linear would exchange tensors as wide as
+separate matrices ``A`` and ``B``. An adapter that used the collectives of its linear would exchange tensors as wide as
 the model.
 
 Solution. An :class:`Adapter` is a module beside its linear, and a forward hook of the linear adds the adapter's result
@@ -27,10 +27,11 @@ sharded by columns                   SUM of z                               noth
 ===================================  =====================================  ====================================
 
 Under sequence parallelism, a rank computes the gradient of a replicated matrix from its own tokens only. Megatron sums
-the gradients of parameters with the attribute ``sequence_parallel`` over tp. Without sequence parallelism, each rank
-has the whole gradient.
+these gradients over tp, because the parameters have the attribute ``sequence_parallel``. Without sequence parallelism,
+each rank has the whole gradient.
 
-Not covered: dropout inside adapters (masks would depend on the layout); adapters of embeddings and the output layer.
+Not covered: dropout inside adapters, because its masks would depend on the layout, and adapters of the embedding and of
+the output layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,8 +72,8 @@ class Adapter(nn.Module):
     shapes   for each projection of the rule, by the last part of its name: its adapter, or None
     dtype    dtype of the adapter's parameters
 
-    All parameters belong to this module directly. DDP waits for the gathered weights of a module when the module is
-    called, but not for those of its children.
+    All parameters belong to this module directly, and not to child modules. When a module is called, DDP waits for the
+    gathered weights of the module itself, but not for the weights of its children.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class Adapter(nn.Module):
         self.sequence_parallel = linear.config.sequence_parallel
         self.columns_sharded = base.cut == 1
         joined = base.layout == "qkv" and not is_whole(base)
-        # With more ranks than key-value heads, a rank's rows of the fused matrix are not the same part of each
-        # projection. Then each rank owns an equal share of each B, and all ranks gather B in the forward pass.
+        # With more ranks than key-value heads, a rank's rows of the fused matrix do not contain an equal part of every
+        # projection. In this case, each rank owns an equal share of each B, and all ranks gather B in the forward pass.
         self.gathers = joined and arch.num_kv_heads % tp != 0
         self.shapes = dict(shapes)
         self.dora = "magnitude" in parts
@@ -102,7 +103,8 @@ class Adapter(nn.Module):
         self.heads = arch.num_kv_heads // ranks if joined else 1
         counts = [sum(base.row_counts(arch))] if is_whole(base) else base.row_counts(arch)
         self.rows = {name: count // ranks for name, count in zip(shapes, counts, strict=True)}
-        # The norms of the linear's rows, by projection; and the squared norms over this rank's columns only.
+        # own_norms: the norms of the linear's rows, by projection. own_squares: the sum of squares of each row of this
+        # rank, over this rank's columns only.
         self.own_norms: dict[str, Tensor] = {}
         self.own_squares: Tensor | None = None
         columns, owners = linear.weight.shape[1], tp if self.gathers else 1
@@ -124,7 +126,7 @@ class Adapter(nn.Module):
         return [(name, shape) for name, shape in self.shapes.items() if shape is not None]
 
     def share(self, name: str, part: str) -> nn.Parameter:
-        """Return this rank's share of a part of a projection's adapter."""
+        """Return this rank's share of ``A``, ``B`` or the magnitude of a projection's adapter."""
         return getattr(self, f"{name}_{part}")
 
     def _rows_of(self, name: str, part: str) -> Tensor:
@@ -140,7 +142,7 @@ class Adapter(nn.Module):
         return fused.chunk(self.tp.size())[self.tp.rank()] if self.gathers else fused
 
     def _split(self, fused: Tensor) -> dict[str, Tensor]:
-        """Return the elements of each projection; the reverse of :meth:`_fused` for one number per row."""
+        """Split a vector with one number per row of the linear by projection; the reverse of :meth:`_fused`."""
         if self.gathers:
             shares = [torch.empty_like(fused) for _ in range(self.tp.size())]
             dist.all_gather(shares, fused, group=self.tp)
@@ -156,7 +158,7 @@ class Adapter(nn.Module):
     def up(self) -> Tensor:
         """Return all scaled matrices ``B`` as one block matrix [rows of this rank, R].
 
-        *Collectives* if ranks gather ``B``: an all-gather over tp, and a reduce-scatter of its gradient.
+        *Collectives* if ranks gather ``B``: an all-gather over tp, and a reduce-scatter of the gradient of ``B``.
         """
         total, start = sum(shape.rank for _, shape in self.adapted), 0
         like = self.share(self.adapted[0][0], "A")
@@ -175,7 +177,7 @@ class Adapter(nn.Module):
         out     [s (/t), b, rows of this rank]  the linear's output
         bias    the bias that ``out`` includes, or None
 
-        *Collectives*: those in the table at the top of this file, and those of :meth:`up`; with DoRA, also an
+        *Collectives*: those in the table at the top of this file, and those of :meth:`up`. With DoRA, also an
         all-gather of the magnitude if ranks gather ``B``, and a SUM of one number per row over tp if columns are
         sharded.
         """
@@ -204,7 +206,7 @@ class Adapter(nn.Module):
         return copy_to_tensor_model_parallel_region(z, group=self.tp)
 
     def _magnitude(self) -> Tensor:
-        """Return the trained norm of each row of this rank; for rows without an adapter, their own norm."""
+        """Return the trained norm of each row of this rank; for rows without an adapter, the norm of the frozen row."""
         norms = [
             self._rows_of(name, "magnitude") if shape else self.own_norms[name] for name, shape in self.shapes.items()
         ]
@@ -265,8 +267,8 @@ def attach(
 ) -> None:
     """Freeze a loaded model, and attach adapters that change nothing: ``A`` and ``B`` are zero.
 
-    dtype   dtype of the adapters' parameters. An adapter's update is usually far smaller than its weight, so bf16 is
-            too coarse
+    dtype   dtype of the adapters' parameters. bf16 is too coarse, because an optimizer's update is usually far smaller
+            than the parameter that it changes
 
     *Collectives* with DoRA: those of :meth:`Adapter.reset_magnitude`.
     """
@@ -310,7 +312,7 @@ def adapters_off(chunks: Sequence[nn.Module]) -> Iterator[None]:
 class AdapterValues:
     """A second set of values for the adapters of a model chunk, which can be swapped with the values in the chunk.
 
-    This has the members of a chunk that the weight table reads, so checkpoints can contain the values.
+    An instance has the members of a chunk that the weight table reads, so checkpoints can contain the values.
     """
 
     def __init__(self, chunk: nn.Module):
@@ -325,7 +327,7 @@ class AdapterValues:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Swap the values with those in the chunk."""
+        """Swap the values with the values in the chunk."""
         for name, parameter in self._own.items():
             before = parameter.clone()
             parameter.copy_(self._values[name])
@@ -333,6 +335,6 @@ class AdapterValues:
 
     @torch.no_grad()
     def read(self) -> None:
-        """Replace the values with those in the chunk."""
+        """Copy the values in the chunk to this set."""
         for name, parameter in self._own.items():
             self._values[name].copy_(parameter)

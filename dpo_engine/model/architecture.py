@@ -14,7 +14,8 @@ from dpo_engine.model.mixture import Experts, Latent
 from dpo_engine.registry import Registry
 
 FAMILIES = Registry("model family")
-"""Maps a ``model_type`` to the class that reads such a ``config.json``; see :mod:`dpo_engine.model.families`."""
+"""Maps a ``model_type`` to the class that reads a ``config.json`` of this type; see
+:mod:`dpo_engine.model.families`."""
 
 
 @dataclass(frozen=True)
@@ -22,37 +23,40 @@ class Architecture:
     """The properties that determine a decoder's computation and the shapes of its weights.
 
     head_dim         may differ from hidden_size / num_attention_heads
-    norm_eps         added to the mean square, or to the variance, inside every norm
+    norm_eps         epsilon of every norm, which is added to the mean square or to the variance
     qkv_bias         whether the query, key and value projections have biases
     qk_norm          whether queries and keys are normalized per head
     rope_theta       base of the rotary frequencies
     rope_scaling     None, or a dict with ``rope_type`` and the parameters of that type
     max_positions    maximum sequence length according to ``config.json``, in tokens
-    sliding_window   number of tokens that a token attends to in layers with a window, including itself; None: there are
-                     no such layers
+    sliding_window   number of tokens that a token attends to in layers with a window, including itself; None: no layer
+                     has a window
 
-    The defaults of the following fields describe Llama. Fields with these values are not part of the digest, so that a
-    new field does not change the digests of known models.
+    The defaults of the following fields describe Llama. A field that has its default is not part of the digest, so
+    adding a field does not change the digests of known models.
 
     rotary_dim          number of dimensions of each head that are rotated; None: all
-    rotary_interleaved  whether adjacent dimensions are rotated together, rather than those of the two halves
-    nope_layers         numbers of the layers without rotary positions
-    sliding_layers      numbers of the layers with a sliding window; (): those with rotary positions; None: none
-    sliding_rope_theta, sliding_rope_scaling  values for the layers with a sliding window, if they are different
+    rotary_interleaved  True: dimensions 2i and 2i + 1 are rotated together. False: dimensions i and i + rotary_dim/2
+    nope_layers         indices of the layers without rotary positions
+    sliding_layers      indices of the layers with a sliding window; (): all layers with rotary positions; None: no
+                        layers
+    sliding_rope_theta, sliding_rope_scaling  ``rope_theta`` and ``rope_scaling`` of the layers with a sliding window,
+                                              if these layers have their own base
     norm                ``rms``, or ``layer``, which also subtracts the mean
     norm_bias           whether norms have biases
     norm_offset         number that is added to the weights of norms
     norm_place          where the norms of hidden states are: ``before`` attention and MLP, ``after`` them, or ``both``
-    parallel            None if the MLP's input contains the attention's output. Otherwise, both have the same input,
-                        with ``one norm`` or ``two norms``
-    whole_qk_norm       whether the queries of all heads are normalized together, and the keys likewise
+    parallel            None: the MLP's input contains the attention's output. Otherwise, attention and MLP have the
+                        same input, through ``one norm`` that they share or ``two norms``, one for each
+    whole_qk_norm       whether the queries of all heads are normalized together, and so are the keys of all heads
     norm_after_rope     whether queries and keys are normalized after they are rotated
     out_bias            whether the output projection of attention has a bias
     mlp_bias            whether the linear layers of the MLP have biases
     activation          ``silu``, ``gelu``, ``gelu_tanh`` (the approximation of GELU) or ``relu2`` (squared ReLU)
     gated               whether the MLP has a gate
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
-    attention_softcap, logit_softcap  c, if scores and logits x become ``c * tanh(x / c)``
+    attention_softcap, logit_softcap  soft caps of attention scores and of logits; a cap c changes x to ``c * tanh(x /
+                                      c)``; None: no cap
     learned_positions   whether a learned vector for each position is added to the embeddings, and nothing is rotated
     attention_sinks     whether each head has an additional key with a learned score and with value 0
     embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
@@ -106,7 +110,7 @@ class Architecture:
     latent: Latent | None = None
 
     def layers(self, kind: str | None = None) -> list[int]:
-        """Return the numbers of the layers of a kind: ``experts``, ``dense`` (without experts), or None for all."""
+        """Return the indices of the layers of a kind: ``experts``, ``dense`` (without experts), or None for all."""
         mixed = self.experts.layers if self.experts else ()
         return [layer for layer in range(self.num_layers) if kind is None or (layer in mixed) == (kind == "experts")]
 
@@ -119,13 +123,13 @@ class Architecture:
         return found
 
     def rope_kind(self, layer: int) -> int | None:
-        """Return the kind of a layer's rotary positions, an index into :attr:`ropes`; None if it has none."""
+        """Return the kind of a layer's rotary positions, an index into :attr:`ropes`; None if the layer has none."""
         if self.learned_positions or layer in self.nope_layers:
             return None
         return int(self.sliding_rope_theta is not None and self.window(layer) is not None)
 
     def window(self, layer: int) -> int | None:
-        """Return the sliding window of a layer, in tokens; None if it has none."""
+        """Return the sliding window of a layer, in tokens; None if the layer has no window."""
         if self.sliding_window is None or self.sliding_layers is None:
             return None
         slides = layer in self.sliding_layers if self.sliding_layers else layer not in self.nope_layers
@@ -158,7 +162,7 @@ class Architecture:
 
     @property
     def mlp_norm(self) -> bool:
-        """Whether the MLP has a norm of its own before it."""
+        """Whether the MLP's input passes through a norm that attention does not share."""
         return self.pre_norms and self.parallel != "one norm"
 
     @property
@@ -170,8 +174,9 @@ class Architecture:
     def suits_transformer_engine(self) -> bool:
         """Whether Transformer Engine's modules support this architecture.
 
-        They support only RMS norms without an offset, one before attention and one before the MLP, and norms per head.
-        The engine's latent attention, and its experts with biases or a clamp, consist of native modules.
+        They support RMS norms without an offset before attention and before the MLP, and norms of queries and keys per
+        head, but no other norms. Latent attention, and experts with biases or a clamp, exist only as native modules of
+        the engine.
         """
         return (
             self.norm == "rms"
@@ -187,7 +192,7 @@ class Architecture:
 
     @property
     def kv_size(self) -> int:
-        """Total width of the key heads; without latent attention, also that of the value heads."""
+        """Total width of the key heads; without latent attention, also the total width of the value heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
@@ -197,7 +202,7 @@ class Architecture:
 
     @property
     def latent_kv_size(self) -> int:
-        """With latent attention, total width of the heads' values and of their keys without rotary positions."""
+        """With latent attention, total width of all heads' values and of the non-rotary parts of their keys."""
         return self.num_attention_heads * (self.latent.plain + self.latent.value)
 
     @property
@@ -227,10 +232,10 @@ class Architecture:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The fields as JSON values. Fields that were added later are omitted if they have Llama's value."""
+        """The fields as JSON values. A field that has its default is omitted, except ``sliding_window``."""
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
-        if not self.sliding_layers:  # no family with windows uses both () and None
+        if not self.sliding_layers:  # () and None need no distinction: no family with windows uses both
             del values["sliding_layers"]
         if self.experts is not None:
             later = {name: vars(Experts)[name] for name in ("router_bias", "biases", "clamp", "slope")}
@@ -240,7 +245,7 @@ class Architecture:
     def differences(self, other: "Architecture") -> list[str]:
         """Describe each difference in a field that affects computed values or shapes: ``field=theirs instead of ours``.
 
-        The limit on sequence length is not compared, because it has no effect on sequences within the limit.
+        ``max_positions`` is not compared, because this limit has no effect on sequences within it.
         """
         limits = {"max_positions"}
         return [

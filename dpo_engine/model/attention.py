@@ -16,21 +16,22 @@ keys, so no mask is built. A row of trees needs one ``tree_attention`` call, in 
 columns as queries. The backward pass reduce-scatters the gradients of keys and values.
 
 Sliding windows, soft caps and sinks. If a layer has a soft cap or sinks, or a window that is shorter than the row,
-causal rows are computed as trees, each of a single segment. With such a window, ranks exchange only the keys and values
-that the receiver's queries see (:mod:`dpo_engine.model.gather`).
+causal rows are computed as trees, each of a single segment. If the window is shorter than the row, ranks exchange only
+the keys and values that the receiver's queries see (:mod:`dpo_engine.model.gather`).
 
 Why not ring attention. If every rank has all keys, any attention pattern is possible, and the softmax of a query needs
 no partial results from other ranks. Results in different layouts therefore differ by rounding only. The communication
-is one all-gather and one reduce-scatter per layer, and with grouped-query attention keys and values are smaller than
+is one all-gather and one reduce-scatter per layer, and with grouped-query attention, keys and values are smaller than
 queries.
 
 The table of segments of a row of trees is passed in Megatron's ``attention_mask`` argument, because Megatron passes
 this argument unchanged to every layer and to activation recomputation.
 
 Not covered. Each rank holds the keys and values of the whole row, also in layers with a window, so CP does not reduce
-their memory, and the communication does not overlap with computation. Shares are balanced for layers without a window.
-Attention dropout and batches of several rows of trees are not supported. With Transformer Engine layers, causal rows of
-models without windows, soft caps and sinks use Transformer Engine's own attention.
+the memory of keys and values. The communication does not overlap with computation. The work of the shares is balanced
+only in layers without a window. Attention dropout and batches of several rows of trees are not supported. With
+Transformer Engine layers, causal rows of models without windows, soft caps and sinks use Transformer Engine's own
+attention.
 """
 
 from functools import lru_cache
@@ -63,7 +64,7 @@ class TreeShare(NamedTuple):
     rank: int
 
     def gathering(self, device: torch.device) -> list[Tensor]:
-        """Return the index of each column of the row in the concatenated shares, and these shares; both [n]."""
+        """Return each column's index in the concatenation of all shares, and this concatenation; both [n]."""
 
         def build() -> list[Tensor]:
             columns = np.concatenate(self.shares)
@@ -111,7 +112,7 @@ def _row_share(length: int, cp_rank: int, cp_size: int) -> TreeShare:
 
 @lru_cache(maxsize=64)
 def _rows(length: int, rows: int, cp_rank: int, cp_size: int) -> Tree:
-    """Return several causal rows, one after the other, as trees of one segment each. Queries are a rank's columns."""
+    """Return several causal rows as consecutive trees of one segment each. The queries are the columns of one rank."""
     own = _row_share(length, cp_rank, cp_size).tree.rows
     return Tree.of([length] * rows, [-1] * rows, np.concatenate([own + row * length for row in range(rows)]))
 
@@ -201,7 +202,7 @@ class CoreAttention(nn.Module):
         """Compute attention of this rank's queries over the whole row.
 
         query           [s/cp, b, n/t, d], or [q, b, n/t, d] with ``columns``     key, value  [s/cp, b, n_kv/t, d].
-                        Heads of values may have another size than those of queries and keys
+                        Heads of values may have another size than heads of queries and keys
         attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees (b is 1), or
                         None for causal rows. This is not a mask; we use this argument because Megatron passes it
                         unchanged to every layer and to recomputation

@@ -1,10 +1,10 @@
-"""Choose the layout and the size of micro-batches, if the configuration leaves this to the engine.
+"""Choose the layout and the size of micro-batches, if the configuration sets them to ``auto``.
 
 Larger micro-batches are more efficient: a GPU idles between small kernels, and each micro-batch reads and writes all
-gradients once. The gain shrinks with the size, and above `ENOUGH` tokens it is a few percent. There are three other
-limits. Memory sets a maximum size (:mod:`~dpo_engine.model.memory`). The stages of a pipeline idle while it fills and
-drains, and fewer micro-batches make this time longer. A pair is never split, so a micro-batch must have room for the
-longest pair.
+gradients once. The gain shrinks with the size, and above `ENOUGH` tokens it is a few percent. Three other facts limit
+the size. Memory sets a maximum (:mod:`~dpo_engine.model.memory`). The stages of a pipeline idle while the pipeline
+fills and drains, and with fewer micro-batches this idle time is a larger part of a step. A pair is never split, so a
+micro-batch must have room for the longest pair.
 
 The choice depends only on the configuration, the model, the pairs and the total memory of the device, not on the memory
 that is free at the moment. A resumed run on the same devices therefore has the same micro-batches, and its numbers are
@@ -27,7 +27,7 @@ ENOUGH = {"gpu": 8192, "cpu": 2048}
 """Tokens per micro-batch and context-parallel rank above which more tokens hardly save time."""
 
 OVERHEAD = {"gpu": 224, "cpu": 96}
-"""Overhead of each micro-batch on a context-parallel rank, as the number of tokens that take the same time.
+"""Overhead of each micro-batch on a context-parallel rank, as the number of tokens whose computation takes as long.
 
 On a GPU, this is the time to read and write fp32 gradients (12 bytes per weight, at an H100's bandwidth), divided by
 the time of a token (8 FLOP per weight, at half of an H100's peak). On a CPU, it follows from the measured throughput of
@@ -36,7 +36,8 @@ rows of 512 to 4,096 tokens."""
 USABLE = 0.92
 """Share of a device's memory that the estimate may fill.
 
-The rest is for the estimate's error, which is largest for trees by ``varlen`` with context parallelism (6 %)."""
+The rest is for the estimate's error. The error is largest, 6 %, in rows of trees with ``varlen`` and context
+parallelism."""
 
 
 def settle_batches(
@@ -55,8 +56,8 @@ def settle_batches(
     device_memory  bytes of memory of the smallest device; None: a CPU
     slow_trees     see :func:`~dpo_engine.batching.micro_batches.choose_layout`
 
-    Returns  the configuration without ``auto``, and lines for the log. With ``train.micro_batch_size``, the number of
-             tokens follows from the pairs, and ``batch.tokens_per_micro_batch`` remains ``auto``
+    Returns  the configuration without ``auto``, and lines for the log. If ``train.micro_batch_size`` is set, the number
+             of tokens follows from the pairs, and ``batch.tokens_per_micro_batch`` remains ``auto``
     """
 
     def sized(layout: str) -> tuple[Config, str]:
@@ -94,7 +95,7 @@ def choose_tokens(
     longest: int,
     per_step: float,
 ) -> tuple[int, str]:
-    """Choose the maximum number of tokens in a micro-batch. Return it, and the reason for the log.
+    """Return the maximum number of tokens in a micro-batch, and the reason for this choice as text for the log.
 
     dtype, device_memory  as for :func:`settle_batches`
     longest   number of tokens of the longest pair
@@ -105,7 +106,7 @@ def choose_tokens(
     tokens, reason = enough, "more would hardly save time"
     if dims.pp > 1:
         # With m micro-batches, the bubble takes (pp - 1) / (m * chunks) of the step's work, and the micro-batches
-        # add m times the overhead of one. The sum is smallest where both are equal.
+        # add m times the overhead of one. The sum of the two is smallest where they are equal.
         even = int(math.sqrt(per_step * OVERHEAD[device] * dims.cp * dims.chunks / (dims.pp - 1)))
         if even < tokens:
             tokens, reason = even, "with more, pipeline stages would wait for too large a part of a step"
@@ -125,7 +126,7 @@ def choose_tokens(
 
 
 def _room(config: Config, arch: Architecture, dims: ParallelDims, dtype: str, device_memory: int, most: int) -> int:
-    """Return the largest number of tokens that fit into the memory: ``most``, or else a multiple of 256."""
+    """Return ``most`` if so many tokens fit into the memory, else the largest multiple of 256 that fits."""
 
     def too_large(tokens: int) -> bool:
         return memory(config, arch, dims, dtype=dtype, tokens=tokens).needed > USABLE * device_memory
@@ -144,7 +145,7 @@ def largest_micro_batch(
 
     This assumes pairs of two responses of ``data.max_length`` tokens each, including the prompt.
 
-    dtype, device_memory  as for :func:`settle_batches`; for a device that has just enough memory, pass 0
+    dtype, device_memory  as for :func:`settle_batches`. For a device with just enough memory for one pair, pass 0 bytes
     """
     pair = 2 * config.data.max_length
     if config.train.micro_batch_size is not None:

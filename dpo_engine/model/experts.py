@@ -1,4 +1,4 @@
-"""The router of a mixture of experts, which chooses the experts of each token, and their weights.
+"""The router of a mixture of experts. It chooses the experts of each token and computes their weights.
 
 Megatron's router cannot be used. It computes scores in fp32 even in fp64 models, it cannot rank groups of experts by
 their best expert (DeepSeek-V2), and it always divides sigmoid scores by their sum. Its losses for load balancing depend
@@ -18,14 +18,14 @@ from dpo_engine.model.router_losses import RouterLosses
 class Router(nn.Module):
     """The module that Megatron's MoELayer calls to choose experts, with Megatron's constructor arguments.
 
-    Logits and scores are in at least fp32, whatever the model's dtype. ``expert_bias``, which is added to the scores
-    only to choose the experts, is a parameter without gradient, so that it is loaded, saved and compared like every
-    other parameter.
+    Logits and scores are in at least fp32, whatever the model's dtype. ``expert_bias`` is added to the scores for the
+    choice of experts, but not for their weights. It is a parameter without gradient, so it is loaded, saved and
+    compared like every other parameter.
 
-    If experts tie for the last place, ``torch.topk`` decides: the choice is the same for the same numbers on the same
-    device, but otherwise not specified.
+    If experts have equal scores and not all of them can be chosen, ``torch.topk`` decides. Its choice is the same for
+    the same numbers on the same device, but it can differ between devices.
 
-    losses   the losses for load balancing, and the metrics
+    losses   the losses of this router, and the sums for its metrics
     entries  set by the layer before each call: the tokens of the micro-batch at which the losses are computed, from
              :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses are computed
     """
@@ -37,7 +37,8 @@ class Router(nn.Module):
         self.entries: Tensor | None = None
         device, count = torch.cuda.current_device(), self.experts.count
         self.weight = nn.Parameter(torch.empty(count, config.hidden_size, dtype=config.params_dtype, device=device))
-        # Each rank computes the gradient from its own tokens. Megatron sums it over tp for this attribute.
+        # With sequence parallelism, each rank computes the gradient from its own tokens. Megatron sums the gradients of
+        # parameters with this attribute over tp.
         self.weight.sequence_parallel = config.sequence_parallel
         self.bias = self.expert_bias = None
         if self.experts.router_bias:
@@ -66,7 +67,7 @@ class Router(nn.Module):
         weights, chosen, scores = choose(logits, self.experts, self.expert_bias)
         routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
         weights = torch.zeros_like(logits).scatter(1, chosen, weights)
-        # A recomputed layer runs twice, but only once with gradients.
+        # A recomputed layer runs its forward pass twice, but only one of these passes has gradients enabled.
         if self.entries is not None and torch.is_grad_enabled():
             weights = self.losses.attach(weights, logits, scores, routed, self.entries)
         return weights, routed
@@ -77,7 +78,7 @@ def choose(logits: Tensor, experts: Experts, bias: Tensor | None) -> tuple[Tenso
 
     logits   [n, experts]
     bias     [experts], added to the scores for the choice only
-    Returns  weights of the chosen experts [n, chosen], their numbers [n, chosen] int64, and the scores of all experts
+    Returns  weights of the chosen experts [n, chosen], their indices [n, chosen] int64, and the scores of all experts
              [n, experts]
 
     *Source*: DeepSeek-V2 (arXiv 2405.04434) section 2.2 for groups; DeepSeek-V3 (arXiv 2412.19437) eq. 12 to 16 for

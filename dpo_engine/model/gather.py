@@ -1,7 +1,8 @@
 """Communication of keys and values over context-parallel ranks, each of which has some of the columns of every row.
 
-Layers without a sliding window gather all columns. A layer with a window sends only what the receiver's queries see:
-with causal rows, the ends of neighboring chunks. The other columns of the result are 0; no query attends to them.
+Layers without a sliding window gather all columns. A layer with a window sends only the columns that the receiver's
+queries see. In causal rows, these are the ends of neighboring chunks. The other columns of the result are 0; no query
+attends to them.
 """
 
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ class GatherChunks(torch.autograd.Function):
 
 
 class GatherColumns(torch.autograd.Function):
-    """Like :class:`GatherChunks`, but for any assignment that gives all ranks the same number of columns."""
+    """Like :class:`GatherChunks`, but for any assignment of columns that gives all ranks the same number of them."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, order: Tensor, inverse: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -45,7 +45,8 @@ class WholeNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = wide.square().sum((-2, -1), keepdim=True)
         squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
-        # Each rank computes only a part of the gradient of this sum.
+        # A rank computes only the part of this sum's gradient that comes from its own heads, so the parts are summed
+        # over tp.
         squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
         weight = self.weight.chunk(self.group.size())[self.group.rank()].view(x.shape[-2:])
         return (wide * (squares / self.size + self.eps).rsqrt() * weight).to(x.dtype)
@@ -58,7 +59,7 @@ class WholeKeyNorm(WholeNorm):
 
 
 def head_norms_of(arch: Architecture) -> tuple[type[nn.Module] | None, type[nn.Module] | None]:
-    """Return the classes of the norms of queries and of keys; None if there are none."""
+    """Return the classes of the norms of queries and of keys; a pair of None if queries and keys are not normalized."""
     if arch.whole_qk_norm:
         return WholeNorm, WholeKeyNorm
     if not arch.qk_norm:

@@ -16,7 +16,7 @@ class HFConfig:
     """Typed access to the fields of a ``config.json``, which collects all problems instead of raising at the first one.
 
     A field that is absent or null gets its default; a field without a default is required. If a field has a problem,
-    the accessors return a placeholder, and :meth:`finish` raises the error.
+    its accessor returns a placeholder, and :meth:`finish` raises the error later.
     """
 
     def __init__(self, values: dict[str, Any], where: str):

@@ -24,16 +24,16 @@ def choose_kernels(
     """Set the backend for each group of operations in this process.
 
     asked  ``model.attention`` and ``model.head``, by group. With ``auto``, a plugin or the environment variable
-           ``DPO_KERNELS`` may choose. If neither does, attention runs on ``varlen`` if flash attention supports the
-           dtype and the head size, else on ``sdpa``. Two cases run on ``triton`` where the group ``layer`` does (see
-           below): soft caps, which flash attention does not have, and context parallelism, under which ``varlen``
-           copies the keys of a path for each block of queries
+           ``DPO_KERNELS`` can choose the backend. If neither does, attention runs on ``varlen`` if flash attention
+           supports the dtype and the head size, else on ``sdpa``. There are two exceptions, for which attention runs on
+           ``triton`` if the group ``layer`` does (see below): soft caps, because flash attention does not have them,
+           and context parallelism, because ``varlen`` then copies the keys of a path for each block of queries
     needs  options of ``tree_attention`` that the model's layers use, from
            :func:`~dpo_engine.model.attention.attention_options`
     cp     number of ranks of context parallelism
 
-    The group ``layer`` (head splitting, rotary embedding, gated activation) runs on ``triton`` on a GPU if the package
-    triton can run there, except in fp64; else on ``eager``.
+    On a GPU, the group ``layer`` (head splitting, rotary embedding, gated activation) runs on ``triton`` if the package
+    triton can run there and the dtype is not fp64. In all other cases, it runs on ``eager``.
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown or cannot be used on this machine.
     """

@@ -24,7 +24,7 @@ from dpo_engine.model.norms import RMSNorm
 from dpo_kernels import rotate
 
 EPS = 1e-6
-"""Epsilon of the norms of the small vectors in transformers, whatever ``rms_norm_eps`` is."""
+"""Epsilon of the norms of the small vectors. As in transformers, it does not depend on ``rms_norm_eps``."""
 
 
 class Replicated(nn.Module):
@@ -35,7 +35,8 @@ class Replicated(nn.Module):
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype, device=device))
         # With sequence parallelism, a rank computes the gradient from its own tokens, and Megatron sums it over tp.
-        # Otherwise the backward pass of the sharded linear layers after this layer sums the gradient of its output.
+        # Without sequence parallelism, the next layer is a sharded linear layer, whose backward pass sums the gradient
+        # of this layer's output over tp.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,10 +90,11 @@ class LatentAttention(nn.Module):
         columns: Tensor | None = None,
         **megatron: Any,
     ) -> tuple[Tensor, None]:
-        """Compute the output of attention; arguments and shapes are those of ``layer.Attention``.
+        """Compute the output of attention. Arguments and shapes are those of ``layer.Attention.forward``.
 
-        *Collectives* over tp: those of the sharded linear layers, and with sequence parallelism an all-gather of the
-        rotary part of the keys; over cp, those of core attention.
+        *Collectives* over tp: those of the sharded linear layers, and a sum of the gradient of the keys' rotary part.
+        With sequence parallelism, this sum is a reduce-scatter, and the forward pass all-gathers the rotary part. Over
+        cp: those of core attention.
         """
         query, key, value = self._heads(hidden_states, rotary_pos_emb[0])
         core = self.core_attention
@@ -111,7 +113,8 @@ class LatentAttention(nn.Module):
         plain, rotary = query.unflatten(-1, (-1, self.width)).split([inside.plain, inside.rotary], dim=-1)
         query = torch.cat([plain, rotate(rotary, table, self.neighbors)], dim=-1)
         small, shared = self.linear_kv_down_proj(hidden).split([inside.rank, inside.rotary], dim=-1)
-        # All heads share this part, so each tp rank computes only a summand of its gradient.
+        # All heads share this part of the keys. A tp rank computes its gradient from the rank's own heads only, so the
+        # gradients of all tp ranks are summed.
         if self.config.sequence_parallel:
             shared = gather_from_sequence_parallel_region(shared, group=self.tp)
         else:

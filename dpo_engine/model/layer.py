@@ -1,8 +1,9 @@
-"""A decoder layer, whose forward pass is ours and whose linear layers are Megatron's or Transformer Engine's.
+"""A decoder layer with our own forward pass, and with linear layers of Megatron or Transformer Engine.
 
-In Megatron's own layer, rotating queries and keys takes about twenty operations each, which are as many kernel launches
-on a GPU, and the layer cannot compute only some columns. The modules and their names are those of Megatron's layer, so
-everything that depends on them works: sharding, gradient reduction, weight tables and hooks on the linear layers.
+Megatron's own layer has two drawbacks. Rotating queries or keys takes about twenty operations, and on a GPU each
+operation is a kernel launch. The layer also cannot compute its output for selected columns only. The modules and their
+names are those of Megatron's layer, so everything that depends on them works: sharding, gradient reduction, weight
+tables and hooks on the linear layers.
 """
 
 import copy
@@ -33,11 +34,11 @@ from dpo_kernels.eager_layer import GATES
 
 
 class Attention(SelfAttention):
-    """Self-attention whose queries may be restricted to some columns."""
+    """Self-attention whose queries can be restricted to some columns."""
 
     def __init__(self, config: Any, submodules: Any, layer_number: int, **megatron: Any):
         arch = config.arch
-        if config.add_bias_linear != arch.out_bias:  # Megatron has one flag for this bias and those of the MLP
+        if config.add_bias_linear != arch.out_bias:  # Megatron has one flag for this bias and the MLP's biases
             config = copy.copy(config)
             config.add_bias_linear = arch.out_bias
         super().__init__(config, submodules, layer_number=layer_number, **megatron)
@@ -57,12 +58,12 @@ class Attention(SelfAttention):
         columns: Tensor | None = None,
         **megatron: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the output of attention, and the bias that the caller must add to it, if any.
+        """Compute the output of attention. Return it with the bias that the caller must add to it, or None.
 
         hidden_states   [s/cp (/t), r, h], normalized
         attention_mask  [2, k] int64, in host memory: segments of a row of trees; None for causal rows
         rotary_pos_emb  [kinds, 2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
-        columns         [q] int64, in host memory: columns of the queries; None for all
+        columns         [q] int64, in host memory: columns of the queries; None: all columns
 
         Returns  [s/cp (/t), r, h], or [q (/t), r, h] with ``columns``
         """
@@ -83,7 +84,7 @@ class Attention(SelfAttention):
         groups, ranks = self.config.num_query_groups, self.pg_collection.tp.size()
         shared = max(ranks // groups, 1)  # number of ranks that share a key head
         if shared > 1:
-            # This rank's rows of the weight are not whole heads.
+            # This rank's rows of the weight do not form whole heads.
             mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
             mixed = mixed.chunk(groups, dim=-1)[self.pg_collection.tp.rank() // shared]
         mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
@@ -107,8 +108,8 @@ class Attention(SelfAttention):
 class Layer(TransformerLayer):
     """A layer of any architecture.
 
-    Attention and MLP read the hidden states, or norms of them; their outputs may be normalized and scaled too. Either
-    the MLP reads the sum of the hidden states and the attention's output, or both read the same hidden states.
+    The inputs of attention and MLP may be normalized, and their outputs may be normalized and scaled. The MLP reads
+    either the sum of the hidden states and the attention's output, or the same hidden states as attention.
     """
 
     last = False

@@ -1,9 +1,10 @@
-"""Experts that Megatron's modules do not compute: with biases, and with another activation than SiLU.
+"""Experts that Megatron's modules cannot compute: experts with biases, and experts with an activation other than SiLU.
 
-Megatron's experts with biases add them in place to the output of a linear layer, which torch's autograd refuses, and
-cannot be split over ranks: each rank would add the whole bias of the second matrix to its part of the sum. Here, that
-bias is split, too: a rank adds its part to its columns of the output, so each element is added once, and no rank has a
-copy of a gradient. The linear layers and the names of the parameters are Megatron's.
+Megatron's experts with biases have two problems. They add a bias in place to the output of a linear layer, which
+torch's autograd refuses. They also cannot be sharded, because each rank would add the whole bias of the second matrix
+to its summand of the output. Here, this bias is sharded too, and each rank adds its shard to the same columns of its
+summand. Each element is therefore added once, and its gradient exists on one rank only. The linear layers and the names
+of the parameters are Megatron's.
 
 Not covered: grouped matrix products. A rank computes its experts one after the other.
 """
@@ -51,7 +52,7 @@ class _ClampedGate(torch.autograd.Function):
 
 
 def clamped_gate(both: Tensor, clamp: float, slope: float) -> Tensor:
-    """Compute ``gate * sigmoid(slope * gate) * (up + 1)`` of limited gates and up projections. Keeps its input only.
+    """Limit gate and up, and compute ``gate * sigmoid(slope * gate) * (up + 1)``. Only the input is kept for backward.
 
     both     [..., 2 f]  gate and up, concatenated. ``gate`` is limited to at most ``clamp``, and ``up`` to between
              ``-clamp`` and ``clamp``; beyond the limits, gradients are zero
@@ -63,7 +64,7 @@ def clamped_gate(both: Tensor, clamp: float, slope: float) -> Tensor:
 
 
 class LocalExpert(nn.Module):
-    """One expert, or this rank's part of it: two linear layers, of which the first one computes gate and up."""
+    """One expert, or this rank's shard of it: two linear layers. The first one computes gate and up."""
 
     def __init__(self, config: Any, group: Any):
         super().__init__()
@@ -82,7 +83,7 @@ class LocalExpert(nn.Module):
             set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=True, dim=0, stride=1)
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Compute the expert's output, times its weights; if the expert is split, this rank's summand.
+        """Compute the expert's output times the weights of the tokens; if the expert is sharded, this rank's summand.
 
         tokens   [n, h]       weights  [n] in at least fp32
         Returns  [n, h]
@@ -116,8 +117,8 @@ class LocalExperts(nn.Module):
 
         tokens   [n, h]
         counts   [e / ep]  number of tokens of each expert
-        weights  [n]       weight of the token's expert, in at least fp32
-        Returns  [n, h], and None, because biases are included
+        weights  [n]       weight of the expert for each token, in at least fp32
+        Returns  [n, h], and None instead of a bias, because the biases are already added
         """
         sizes = counts.tolist()
         parts = zip(self.local_experts, tokens.split(sizes), weights.split(sizes), strict=True)

@@ -1,9 +1,9 @@
-"""The options of Megatron that a run may set beyond the engine's own keys: the section ``megatron``.
+"""The section ``megatron`` of a configuration: options of Megatron for which the engine has no own key.
 
-Megatron-Core reads its settings from dataclasses. The section ``megatron`` sets some of their fields, under Megatron's
-names and with its types in the installed version. Only the fields in `ACCEPTED` can be set; tests train with each of
-them. All others are refused, because Megatron does not report a field that nothing reads, and many fields are read only
-by modules that the engine replaces. The reason, or the engine's key to use instead, is in ``megatron_fields.yaml``.
+Megatron-Core reads its settings from dataclasses. The section ``megatron`` sets some of their fields, with the names
+and types of the installed version. Only the fields in `ACCEPTED` can be set; tests train with each of them. All other
+fields are refused, because many of them are read only by modules that the engine replaces, and Megatron does not report
+a field that nothing reads. ``megatron_fields.yaml`` contains the reasons, or the engine's keys to use instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dpo_engine.wording import join, nearest, show
 REFUSED: dict[str, dict[str, list[str]]] = yaml.safe_load(
     Path(__file__).with_name("megatron_fields.yaml").read_text(encoding="utf-8")
 )
-"""Fields that are refused for a known reason, by dataclass and reason. A reason may be the key to use instead."""
+"""Fields that are refused for a known reason, by dataclass and reason. A reason may name the key to use instead."""
 
 ACCEPTED = {
     "transformer": (
@@ -60,13 +60,16 @@ WITH_SHARDS = (
     "pad_buckets_for_high_nccl_busbw",
     "reduce_scatter_with_fp32_accumulation",
 )
-"""Fields of ``ddp`` that act only on the distributed optimizer."""
+"""Fields of ``ddp`` that have an effect only with the distributed optimizer."""
 
 
 def optimizer_instances(config: Config, dims: ParallelDims) -> int:
-    """Return the number of groups of ranks that each have a whole distributed optimizer.
+    """Return the number of instances of the distributed optimizer.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if the data-parallel ranks cannot be divided into so many groups.
+    The ranks of one instance together hold the whole state of the optimizer.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if the data-parallel ranks cannot be divided into this many
+    instances.
     """
     if problems := instance_problems(config, dims):
         raise ConfigError(problems)
@@ -74,13 +77,13 @@ def optimizer_instances(config: Config, dims: ParallelDims) -> int:
 
 
 def instances_of(config: Config) -> int:
-    """Return the number of instances of the distributed optimizer that a run asks for; 1 if the value is not valid."""
+    """Return the configured number of instances of the distributed optimizer; 1 if it is not set, or invalid."""
     value = config.megatron.ddp.get(INSTANCES, 1)
     return value if type(value) is int and value > 0 else 1
 
 
 def instance_problems(config: Config, dims: ParallelDims) -> list[str]:
-    """List the problem, if any, of dividing the data-parallel ranks into instances of the distributed optimizer."""
+    """List the problem if the data-parallel ranks cannot be divided into the instances of the distributed optimizer."""
     count, ranks = instances_of(config), math.gcd(dims.dp * dims.cp, dims.expert_dp)
     if ranks % count == 0:
         return []
@@ -137,7 +140,7 @@ def _problem(part: str, name: str, value: Any) -> str | None:
 
 
 def _without_effect(config: Config) -> list[str]:
-    """List the fields that nothing reads in this run, each with its part of the section and the reason."""
+    """Return a message for each field that has no effect in this run."""
     parallel, recompute = config.parallel, config.model.recompute
     full = recompute == "full", "model.recompute is full"
     interleaved = parallel.vpp is not None, "parallel.vpp is set"
@@ -182,7 +185,7 @@ def _without_effect(config: Config) -> list[str]:
 
 
 def _wrong_values(config: Config) -> list[str]:
-    """List the values that Megatron's types allow, but with which the engine cannot run."""
+    """Return a message for each value that Megatron's types allow, but that the engine does not support."""
     asked, problems = config.megatron.transformer, []
     modules = asked.get("recompute_modules")
     if modules is not None and not (modules and set(modules) <= set(MODULES)):

@@ -1,8 +1,8 @@
 """Estimate the memory that one rank needs: weights, optimizer, reference, activations, and logits.
 
-The formulas count the tensors that the native layers keep. On a GPU that computes nothing (``tests/nullgpu``), they
-match the peaks of full micro-batches to 3 %; in trees with context parallelism, ``varlen`` needs 6 % more than
-estimated. The allocator and CUDA need additional memory.
+The formulas count the tensors that the native layers keep. On an emulated GPU that computes nothing
+(``tests/nullgpu``), they match the measured peaks of full micro-batches to 3 %. There is one exception: in rows of
+trees with context parallelism, ``varlen`` needs 6 % more than estimated. The allocator and CUDA need additional memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 OUTSIDE = 5 * GIB // 2
 """Memory that torch does not count: the CUDA context, loaded kernels, and NCCL's buffers."""
 RESERVED = 1.03
-"""Memory that the allocator reserves, relative to the memory that tensors occupy."""
+"""Ratio of the memory that the allocator reserves to the memory that tensors occupy."""
 
 
 def gib(size: int) -> str:
@@ -76,7 +76,7 @@ def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
 def stage_counts(arch: Architecture, dims: ParallelDims, stage: int) -> Parameters:
     """Return the numbers of parameters on one rank of a pipeline stage, over all model chunks, with padded vocabulary.
 
-    If embeddings are tied and the first stage is not also the last, both stages store the embeddings.
+    If embeddings are tied and there are several stages, the first and the last stage both store the embeddings.
     """
     embedding = dims.padded_vocab(arch.vocab_size) // dims.tp * arch.hidden_size
     every = [layer_parameters(arch, dims, layer) for layer in dims.layers_of(stage, arch.num_layers)]
@@ -93,7 +93,7 @@ def stage_counts(arch: Architecture, dims: ParallelDims, stage: int) -> Paramete
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a rank of the pipeline stage that needs the most.
+    """Memory of one rank of a pipeline stage, in bytes.
 
     weights, gradients, optimizer, reference  allocated during the whole run
     activations                               tensors that forward passes in flight keep for their backward passes
@@ -112,7 +112,7 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The parts that need memory, by name."""
+        """The parts that are not empty, by name."""
         names = ("weights", "gradients", "optimizer", "reference", "activations", "working")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
@@ -138,7 +138,7 @@ class Memory:
 
 
 def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str, tokens: int) -> Memory:
-    """Estimate the memory of the stage that needs the most.
+    """Estimate the memory of one rank of the pipeline stage that needs the most.
 
     Communication buffers and the allocator's overhead are not included.
 
@@ -151,13 +151,13 @@ def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str
 
 
 def stage_memory(config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, tokens: int) -> Memory:
-    """Estimate the memory of a rank of one pipeline stage; arguments as for :func:`memory`."""
+    """Estimate the memory of one rank of a pipeline stage; arguments as for :func:`memory`."""
     known = has_resident_reference(config), config.adapter and adaptation_of(config.adapter, arch)
     return _stage_memory(config, arch, dims, stage, dtype, tokens, *known)
 
 
 def has_resident_reference(config: Config) -> bool:
-    """Whether a second model is in device memory."""
+    """Whether the reference is a second model in device memory."""
     return config.reference_mode == "resident" and reads_reference(config)
 
 
@@ -240,7 +240,7 @@ def stage_adapter_memory(
 
 
 def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bool, recompute: str) -> tuple[int, int]:
-    """Return the bytes per token that a layer keeps for its backward pass, and those of the layer being recomputed.
+    """Return the bytes per token that a layer keeps for its backward pass, and the bytes of a layer being recomputed.
 
     split      whether sequence parallelism splits the activations between tensor-parallel regions
     recompute  ``model.recompute``
@@ -250,7 +250,8 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
     stream = arch.hidden_size * number // (dims.tp if split else 1)
     count = 2 * arch.pre_norms + 2 * arch.post_norms - (arch.parallel == "one norm")
     norms = 2 * count * stream  # their inputs and outputs
-    # Queries and the output; keys and values, of which each context-parallel rank keeps those of the whole row.
+    # Queries and the output of this rank's columns; keys and values of the whole row, because every context-parallel
+    # rank keeps all of them.
     attention = (2 * heads + 2 * kv_heads * dims.cp) * arch.head_dim * number
     if arch.qk_norms:  # queries and keys before their norms; if norms are per head, a copy of the values beside these
         attention += (heads + (1 + arch.qk_norm) * kv_heads) * arch.head_dim * number
@@ -270,13 +271,13 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
 def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split: bool) -> int:
     """Return the bytes per token that a layer's experts keep for the backward pass, if all experts are used equally.
 
-    For each expert of a token, two copies of the input and two of the output are kept: in the order of the tokens, and
-    in the order of the experts. The native layers also keep six tensors with the width of the expert: gate, up
+    For each expert of a token, two copies of the input and two of the output are kept: one in the order of the tokens,
+    and one in the order of the experts. The native layers also keep six tensors with the width of the expert: gate, up
     projection, activation, product, weighted product, and the weighted product in fp32. Experts with biases or a clamp
     keep four: gate, up projection, product, and weighted product.
     """
     experts = arch.experts
-    tokens = 1 / (dims.tp if split else 1)  # that a rank sends; its experts receive as many from all ranks together
+    tokens = 1 / (dims.tp if split else 1)  # sent by a rank, per token of the row; its experts receive as many
     # If an expert is sharded over ranks, each of these ranks gets all of its tokens, but has only a part of its width.
     copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)
@@ -293,14 +294,14 @@ def _activations(
     tokens: int,
     adapters: LayerAdapters,
 ) -> tuple[int, int]:
-    """Return the bytes that the micro-batches in flight keep, and those of the layer that is being recomputed."""
+    """Return the bytes that the micro-batches in flight keep, and the bytes of the layer that is being recomputed."""
     split = splits_sequence(config, dims)
     kept, recomputed = token_bytes(arch, dims, dtype=dtype, split=split, recompute=config.model.recompute)
     pairs = -(-config.train.global_batch_size // dims.dp)
     micro_batches = -(-pairs // max(tokens // (2 * config.data.max_length), 1))
     tokens = -(-tokens // dims.cp)
     layers = [len(chunk) for chunk in dims.chunk_layers(arch.num_layers)[stage :: dims.pp]]
-    # A mean over the stage's layers, of which only some may have adapters.
+    # The mean over the stage's layers, because possibly only some of them have adapters.
     attention, mlp = (BYTES[dtype] * more // sum(layers) for more in (adapters.attention, adapters.mlp))
     again = {"none": 0, "selective": mlp, "full": attention + mlp}[config.model.recompute]
     kept, recomputed = kept + attention + mlp - again, recomputed + again

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Experts:
     """A mixture of experts: in some layers, the MLP is replaced by experts, of which each token uses a few.
 
-    layers           numbers of the layers that have experts
+    layers           indices of the layers that have experts
     count            number of experts in each of these layers
     chosen           number of experts that a token uses
     ffn_hidden_size  width of one expert
@@ -27,9 +27,9 @@ class Experts:
 
     router_bias      whether the router's logits have a bias, which is trained like its weight
     biases           whether the matrices of experts have biases
-    clamp            None: experts compute ``silu(gate) * up``. Otherwise, they compute
-                     ``gate * sigmoid(slope * gate) * (up + 1)``, after ``gate`` was limited to at most this number, and
-                     the absolute value of ``up`` too
+    clamp            None: experts compute ``silu(gate) * up``. Otherwise, they limit ``gate`` to at most ``clamp``,
+                     limit ``up`` to between ``-clamp`` and ``clamp``, and then compute ``gate * sigmoid(slope * gate) *
+                     (1 + up)``
     slope            factor of the gate in the sigmoid, if there is a ``clamp``
     """
 
@@ -53,7 +53,7 @@ class Experts:
 
     @property
     def special(self) -> bool:
-        """Whether the arithmetic of an expert is not that of an MLP without biases and with a gate of SiLU."""
+        """Whether an expert computes something other than a SiLU-gated MLP without biases."""
         return self.biases or self.clamp is not None
 
     @property
@@ -93,5 +93,5 @@ class Latent:
 
     @property
     def down_size(self) -> int:
-        """Number of rows of the projection to the vector of keys and values, and to the key's rotary part."""
+        """Size of the vector from which keys and values are computed, plus the size of the key's rotary part."""
         return self.rank + self.rotary

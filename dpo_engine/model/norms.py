@@ -19,8 +19,8 @@ NORMS = Registry("norm")
 """Classes of norms, by the names in the field ``norm`` of :class:`~dpo_engine.model.architecture.Architecture`.
 
 A class is called with Megatron's configuration, the size of the normalized axis, and ``eps``; the configuration's field
-``arch`` is the architecture. Parameters must be created by :func:`norm_parameter`, and need rules in the family's
-table."""
+``arch`` is the architecture. A class must create its parameters with :func:`norm_parameter`, and the family's table
+must have rules for them."""
 
 
 def norm_parameter(config: Any, size: int, value: float) -> nn.Parameter:
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [..., h]. The result has the same shape and dtype."""
-        if self.offset or x.device.type == "cpu":  # torch has no offset, and on a CPU its norm is slower
+        if self.offset or x.device.type == "cpu":  # torch's norm has no offset, and is slower on a CPU
             return rms_norm(x, self.weight, self.eps, self.offset)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 

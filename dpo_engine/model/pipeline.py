@@ -21,7 +21,7 @@ class KnownShapes(P2PCommunicator):
 
     Micro-batches of a non-interleaved schedule may have different lengths. Megatron then sends the shape of each tensor
     before the tensor, and the host waits for the device to read the shape. Here, every stage has all micro-batches, so
-    it knows the shapes.
+    it knows the shapes without this exchange.
 
     shapes  shape of the tensor between two stages for each micro-batch: ``[s/cp (/t), r, h]``
     """
@@ -65,8 +65,8 @@ def run_pipeline(
     Returns  on the last stage, the result of ``finish`` for each micro-batch; on other stages, an empty list
 
     Megatron must not rescale the scalar. Therefore ``calculate_per_token_loss`` is set and the loss function returns a
-    3-tuple: in every other form, some supported version divides the scalar by the number of micro-batches or by the
-    context-parallel size.
+    3-tuple: with any other form, at least one supported version of Megatron divides the scalar by the number of
+    micro-batches or by the context-parallel size.
     """
     no_tokens = torch.zeros((), dtype=torch.int, device=batches[0].tokens.device)
 

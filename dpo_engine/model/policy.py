@@ -41,13 +41,13 @@ class Policy(GPTModel):
             self.embedding.position_embeddings.to(dtype)  # Megatron builds this table in fp32
         self.learned_positions = arch.learned_positions
         self.rotary = Rotary(arch, device, dtype)
-        # transformers rounds this factor to the dtype of the embeddings.
+        # As in transformers, this factor is rounded to the dtype of the embeddings.
         self.embedding_scale = torch.tensor(arch.embedding_scale, dtype=dtype).item()
         self.logit_scale = arch.logit_scale
         # DDP waits for gathered parameters in a hook that runs before a module's forward(). The output layer's
         # forward() is never called, so `head` must wait explicitly.
         self.await_head: Callable[[], None] = lambda: None
-        # Whether some weights are frozen, so that the embedding's output may need no gradient.
+        # Whether some weights are frozen. The embedding's output may then not require a gradient.
         self.frozen_input = False
         self.adapted = False  # whether all weights are frozen, and adapters are trained instead
 
@@ -60,12 +60,12 @@ class Policy(GPTModel):
         sites: Tensor,
         entries: Tensor | None = None,
     ) -> Tensor:
-        """Compute the hidden states of this chunk; on the last stage, only those at the scored sites.
+        """Compute the hidden states of this chunk; on the last stage, only the hidden states at the scored sites.
 
         tokens     [r, s/cp]  int64; read on the first stage only
         positions  [s/cp]     int64, position of each column
         segments   [2, k]     int64, in host memory: lengths and parents of a row of trees; None for causal rows
-        columns    [q]        int64, in host memory: columns for which the last layer computes outputs; None for all
+        columns    [q]        int64, in host memory: columns for which the last layer computes outputs; None: all
         sites      [m]        int64, scored sites: indices into the flattened ``[s/cp, r]``; read on the last stage only
         entries    [2b, 3, e] fp64, tokens at which router losses are computed, from
                               :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses
@@ -83,7 +83,8 @@ class Policy(GPTModel):
             hidden = hidden * self.embedding_scale
         if self.frozen_input and self.pre_process and torch.is_grad_enabled() and not hidden.requires_grad:
             # Megatron's checkpointed layers, and the backward pass of the first pipeline stage, need an input or output
-            # with a gradient. Otherwise recomputed layers above a frozen embedding would silently get no gradients.
+            # that requires a gradient. Otherwise, recomputed layers above a frozen embedding would silently get no
+            # gradients.
             hidden.requires_grad_(self.needs_input_gradient)
         hidden = self.decoder(
             hidden_states=hidden,
@@ -115,8 +116,8 @@ class Policy(GPTModel):
     def head(self) -> Tensor:
         """Weight of the output layer [v/t, h], on the last stage only; with tied embeddings, the embedding's weight.
 
-        *Collectives*: if the all-gather of parameters over dp_cp overlaps with the forward pass, this waits until the
-        weight has arrived.
+        *Collectives*: if the all-gather of parameters over dp_cp overlaps with the forward pass, this property waits
+        until the weight has arrived.
         """
         self.await_head()
         if self.share_embeddings_and_output_weights:
@@ -129,7 +130,7 @@ def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
 
     Call this before anything other than a forward pass reads or replaces the weights.
 
-    *Collectives*: if the all-gather of parameters over dp_cp overlaps with the forward pass, the unfinished part of it.
+    *Collectives*: the unfinished part of the all-gather of parameters over dp_cp, if it overlaps with the forward pass.
     """
     for chunk in chunks:
         if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
@@ -139,8 +140,8 @@ def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
 def leave_uninitialized(weight: Tensor) -> Tensor:
     """Leave a weight uninitialized, because every weight is read from a checkpoint; used as Megatron's init method.
 
-    Initialization itself cannot be turned off: during it, Megatron sets attributes on tensor-parallel parameters, and
-    the gradient norm depends on them.
+    Megatron's initialization cannot be turned off, because it also sets attributes of tensor-parallel parameters, on
+    which the gradient norm depends.
     """
     return weight
 
@@ -166,7 +167,8 @@ def transformer_config(
     dims = groups.dims
     recompute_options: dict[str, Any] = {
         "none": {},
-        # The MLP holds over half of a layer's activations. Recomputing it adds about a quarter to the matrix products.
+        # The MLP keeps over half of a layer's activations. Recomputing the MLP adds about a quarter to the matrix
+        # products.
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[recompute]
@@ -313,9 +315,10 @@ def mark_experts(chunk: torch.nn.Module) -> None:
     """Set the attributes that tell Megatron how to reduce the gradients of experts, and to count them in the norm."""
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
-            # Sum the gradient over the copies of the expert. Megatron-Core 0.16 does so only if ep > 1, but tp
-            # ranks can also hold copies, each with other tokens.
+            # Sum the gradient over the copies of the expert. Megatron-Core 0.16 sums it only if ep > 1, but tp ranks
+            # can also hold copies of an expert, each of which gets other tokens.
             parameter.allreduce = False
-            # Count the gradient on every tp rank. With Transformer Engine, Megatron-Core 0.16 takes experts for copies
-            # of those on the first tp rank, although they are other experts, or parts, and omits them from the norm.
+            # Count the gradient on every tp rank. With Transformer Engine, Megatron-Core 0.16 counts only the experts
+            # on the first tp rank. It takes the experts on the other tp ranks for copies, but they are other experts,
+            # or other shards of an expert.
             parameter.tensor_model_parallel = True

@@ -1,9 +1,9 @@
 """Rotary position embeddings from explicit position ids.
 
 Megatron's GPTModel looks up rotary angles by index in the sequence and ignores position ids. We need the angles of
-given positions: the positions of every response to a prompt start after the prompt, and context parallelism distributes
-columns over ranks. The cosines and sines of the angles are passed to the layers as Megatron's argument
-``rotary_pos_emb``. This argument is a tensor, so it also reaches layers that are recomputed.
+explicit positions, because the positions of every response to a prompt start after the prompt, and because context
+parallelism distributes columns over ranks. The cosines and sines of the angles are passed to the layers as Megatron's
+argument ``rotary_pos_emb``. This argument is a tensor, so it also reaches layers that are recomputed.
 """
 
 import math
@@ -20,10 +20,11 @@ def inverse_frequencies(width: int, theta: float, scaling: dict[str, Any] | None
 
     width    w, the number of rotated dimensions of a head
     theta, scaling  as ``rope_theta`` and ``rope_scaling`` in ``Architecture``
-    Returns  [w / 2]  fp32, radians per position
+    Returns  [w / 2]  fp32, radians per position; and the factor
 
     *Source*: RoFormer (arXiv 2104.09864) eq. 15. Scalings: ``llama3``: Meta's Llama 3.1 release; ``yarn``: arXiv
-    2309.00071; ``longrope``: arXiv 2402.13753, for rows of at most the original length. All follow transformers.
+    2309.00071; ``longrope``: arXiv 2402.13753, for rows of at most the original length. All of them are computed as in
+    transformers.
     """
     exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
     frequencies = 1.0 / (theta**exponents)
@@ -47,7 +48,7 @@ def inverse_frequencies(width: int, theta: float, scaling: dict[str, Any] | None
 
 def _yarn(width: int, theta: float, scaling: dict[str, Any]) -> Tensor:
     """Return YaRN's frequencies: low ones are divided by the factor, high ones are kept, others are interpolated."""
-    # The dimensions whose frequency turns beta_fast and beta_slow times within the original length.
+    # The dimensions whose angles make beta_fast and beta_slow full turns within the original length.
     low, high = (
         width * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (scaling["beta_fast"], scaling["beta_slow"])

@@ -1,4 +1,4 @@
-"""Losses for the load balancing and the logits of routers, and their metrics. The values are equal in every layout.
+"""Losses on the load balance and the logits of routers, and metrics of both. Their values are the same in every layout.
 
 Problem. Losses for load balancing are usually means over the tokens of a micro-batch, or products of two such means.
 They depend on which pairs share a micro-batch, on padding, on how often the micro-batch contains a prompt, and on the
@@ -8,19 +8,22 @@ here.
 Solution. The losses are computed for each response, at the tokens that predict the response's scored tokens::
 
     f_e = number of the n tokens that use expert e / (k n)        k experts per token, E experts
-    P_e = mean of the n tokens' scores of e, relative to the sum of all scores
+    P_e = mean over the n tokens of (score of expert e / sum of the token's scores)
     balance = E sum_e f_e P_e         1 if all experts are used equally, at most E / k
-    z       = mean of the n tokens' squared logarithm of the sum of exponentials of the logits
+    z       = mean over the n tokens of (logsumexp of the token's logits) squared
 
-Like the preference loss, each is averaged over the pairs with their weights. It is also averaged over the two responses
-of a pair, and over the layers with experts. How often a prompt is in a row, shared responses, padding, and the
-distribution of pairs and tokens over ranks therefore have no effect. A definition over all tokens would depend on the
-batch layout: in rows of trees, the last layer does not compute the prompts. ``f`` is a constant in the backward pass.
+Both losses are averaged over the two responses of a pair, over the layers with experts, and, like the preference loss,
+over the pairs with their weights. The losses therefore do not depend on how often a row contains a prompt, on shared
+responses, on padding, or on the distribution of pairs and tokens over ranks. A definition over all tokens would depend
+on the batch layout: in rows of trees, the last layer does not compute the prompts. ``f`` is a constant in the backward
+pass.
 
-The numbers of a response are summed over the ranks that have its tokens, once per layer. The tokens are described by
-one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the layer.
+In each layer, the number of a response's tokens per expert is summed over the ranks that have these tokens. The tokens
+are described by one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the
+layer.
 
-*Source*: DeepSeek-V3 (arXiv 2412.19437) eq. 17 to 20, for each response as a sequence; ST-MoE (arXiv 2202.08906) eq. 5.
+*Source*: ``balance``: DeepSeek-V3 (arXiv 2412.19437) eq. 17 to 20, where each response is a sequence; ``z``: ST-MoE
+(arXiv 2202.08906) eq. 5.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +44,8 @@ def response_tokens(batch: Batch, total_weight: float) -> Tensor:
 
     Returns  [2b, 3, e] fp64, the same at every index of the first axis: for each entry of ``batch.scored``, its site,
              its response (i for the chosen response of pair i, b + i for the rejected one), and the factor of the token
-             in the mean of the global batch. The host reads the number of responses from the shape
+             in the mean of the global batch. The only purpose of the first axis is that the host can read the number of
+             responses, 2b, from the shape
     """
     scored, tokens = batch.scored, torch.cat([batch.chosen_tokens, batch.rejected_tokens]).double().clamp(min=1)
     factors = batch.weights.double().repeat(2) / (2 * total_weight * tokens)
@@ -50,7 +54,7 @@ def response_tokens(batch: Batch, total_weight: float) -> Tensor:
 
 
 def within(entries: Tensor, columns: Tensor) -> Tensor:
-    """Return the entries of :func:`response_tokens` with sites as indices into ``columns`` of a row of trees."""
+    """Return the entries of :func:`response_tokens` with their sites as indices into ``columns`` of a row of trees."""
     kept = entries[0].clone()
     kept[0] = torch.searchsorted(columns, entries[0, 0].long()).double()
     return kept.expand(len(entries), -1, -1)
@@ -76,7 +80,7 @@ class RouterLosses:
     groups      Megatron's process groups
     split       whether sequence parallelism splits the tokens over tp
     layer       number of the layer in the whole model
-    sums        [2] fp64, this rank's parts of balance and z, summed over the micro-batches of the step
+    sums        [2] fp64, this rank's summands of both losses, summed over the micro-batches of the step
     counts      [experts] fp64, how often this rank's tokens used each expert
     """
 
@@ -111,7 +115,7 @@ class RouterLosses:
         group = self.groups.tp_cp if self.split else self.groups.cp
         if group.size() > 1:
             dist.all_reduce(counts, group=group)
-        shares = counts[owner] / counts[owner].sum(-1, keepdim=True).clamp(min=1)  # the sum is k n
+        shares = counts[owner] / counts[owner].sum(-1, keepdim=True).clamp(min=1)  # the sum over experts is k n
         probabilities = (scores / scores.sum(-1, keepdim=True))[site]
         factor = factor.to(scores.dtype)
         balance = self.count * ((shares.to(scores.dtype) * probabilities).sum(-1) * factor).sum()
@@ -130,7 +134,7 @@ def routers_of(chunks: Sequence[nn.Module]) -> Iterator[RouterLosses]:
 
 
 def set_router_losses(chunks: Sequence[nn.Module], experts: Experts | None, *, balance: float, z: float) -> None:
-    """Set the coefficients of the losses of all routers on this rank, if there are any."""
+    """Set the coefficients of the losses of all routers on this rank. A model without experts has no routers."""
     for losses in routers_of(chunks):
         losses.balance, losses.z = balance / len(experts.layers), z / len(experts.layers)
 

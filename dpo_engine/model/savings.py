@@ -15,7 +15,7 @@ LAYOUT = ("tp", "pp", "cp", "ep")
 
 
 class Change(NamedTuple):
-    """A change to a run: ``KEY=VALUE``, and the resulting run.
+    """A change to a run: its text ``KEY=VALUE``, and the configuration and sizes of the changed run.
 
     tokens  number of tokens in the rows of the largest micro-batch
     """
@@ -40,7 +40,7 @@ def savings(
 
 
 def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int) -> Iterator[Change]:
-    """Yield the changes to keys outside of the layout. A smaller ``data.max_length`` is not one of them."""
+    """Yield the changes to keys that do not affect the parallel layout. ``data.max_length`` is never changed."""
 
     def changed(key: str, value: Any, tokens: int = tokens) -> Change:
         section, name = key.split(".")
@@ -61,7 +61,7 @@ def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int)
 
 
 def _divided(config: Config, arch: Architecture, dims: ParallelDims, tokens: int) -> Iterator[Change]:
-    """Yield the layouts of the same ranks with twice the tp, pp, cp, or ep."""
+    """Yield the layouts of the same number of ranks in which tp, pp, cp or ep is twice as large."""
     for name in ("tp", "pp", "cp", "ep"):
         size = 2 * getattr(dims, name)
         sizes = config.parallel.model_copy(update={"vpp": dims.vpp, **{key: getattr(dims, key) for key in LAYOUT}})

@@ -1,4 +1,4 @@
-"""Numbers of matrix parameters that a token uses in each part of a layer, to count operations. Needs no torch."""
+"""Count the matrix parameters that a token uses in each part of a layer, to derive operation counts. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Layer specs, which tell Megatron which modules a layer consists of.
 
-The forward pass of a layer is ours. The layer consists of Megatron's own linear layers with our norm and attention, or
-of Transformer Engine's modules, with our attention for rows of trees, windows, soft caps and sinks.
+The forward pass of a layer is ours. A ``native`` layer consists of Megatron's own linear layers with our norm and
+attention. A ``te`` layer consists of Transformer Engine's modules, but its attention is ours for rows of trees,
+windows, soft caps and sinks.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from dpo_engine.platform.device import Platform, has_transformer_engine
 def choose_spec(
     asked: str, arch: Architecture, platform: Platform, dtype: torch.dtype, frozen: Sequence[str] = ()
 ) -> str:
-    """Resolve ``model.spec`` to ``native`` or ``te``; ``auto`` means ``te`` if Transformer Engine can be used.
+    """Resolve ``model.spec``. ``auto`` means ``te`` if Transformer Engine can be used, else ``native``.
 
     frozen   patterns of frozen weights (``optim.freeze``)
 
@@ -59,7 +60,10 @@ def choose_spec(
 def layer_spec(
     arch: Architecture, kind: str, *, trees: bool, adapted: bool = False, experts: bool = False
 ) -> ModuleSpec:
-    """Return the spec of one layer. Rows of trees, windows, soft caps and sinks need our core attention in both kinds.
+    """Return the spec of one layer.
+
+    Native layers always use our core attention. Transformer Engine layers use it only for rows of trees, windows, soft
+    caps and sinks.
 
     adapted  whether linears will have adapters. Adapters need the output of the norm, which Transformer Engine's fused
              modules do not return

@@ -11,14 +11,14 @@ from dpo_engine.model.sizes import attention_inputs, attention_output, mlp_param
 from dpo_engine.platform.dims import ParallelDims
 
 SCORED = 0.5
-"""Share of the tokens of a row for which the output layer is computed: in most preference data, responses are about as
-long as their prompts."""
+"""Assumed share of the tokens of a row for which the output layer is computed. In most preference data, responses are
+about as long as their prompts."""
 
 
 def parallel_dims(config: Config, arch: Architecture, world: int) -> ParallelDims:
     """Return the sizes of a run's parallel dimensions for ``world`` ranks, and the number of layers per model chunk.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if ``world`` ranks cannot be divided in this way.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the sizes in ``parallel`` do not divide ``world``.
     """
     dims = ParallelDims.of(config.parallel, world)
     return with_layers(dims, config.parallel.layers, arch, config.data.max_length)
@@ -45,11 +45,11 @@ def with_layers(
 
 @lru_cache(maxsize=1024)
 def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, ...]:
-    """Return the number of layers of each chunk such that the work is balanced over the chunks.
+    """Divide the layers so that the work is balanced over the chunks. Return the number of layers of each chunk.
 
     The chunk with the most work determines the speed, so the largest work of a chunk is minimized. Among the divisions
-    with this minimum, the one with the smallest sum of squares is returned. The work is that of a forward pass: matrix
-    products, attention, and, in the last chunk, the output layer. The embedding costs nothing.
+    with this minimum, the one with the smallest sum of squared work is returned. Only the forward pass is counted:
+    matrix products, attention, and, in the last chunk, the output layer. The embedding counts as 0.
 
     length   number of tokens in a row
     """
@@ -62,8 +62,8 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
     def of(first: int, end: int) -> float:
         return start[end] - start[first] + (head if end == arch.num_layers else 0.0)
 
-    # worst[first]: the largest work of a chunk in the best division of the layers from `first` on into the last chunks.
-    # Each pass of the outer loop adds one chunk at the front.
+    # worst[first]: the layers from `first` to the end are divided among the last chunks of the model; this is the
+    # largest work of a chunk in the best division. Each pass of the outer loop adds one chunk at the front.
     count, never = arch.num_layers, float("inf")
     worst = [of(first, count) for first in range(count)] + [never]
     for _ in range(1, chunks):
@@ -75,7 +75,8 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
                 least = min(least, max(of(first, end), worst[end]))
             worst[first] = least
     limit = worst[0] * (1 + 1e-12)
-    # spread[first]: likewise, the smallest sum of squares if no chunk exceeds the limit, and the numbers of layers.
+    # spread[first]: for the same layers and chunks, the smallest sum of squared work of a division in which no chunk
+    # exceeds the limit, and the number of layers of each chunk in this division.
     spread: list[tuple[float, tuple[int, ...]]] = [
         (of(first, count) ** 2, (count - first,)) if of(first, count) <= limit else (never, ())
         for first in range(count)
@@ -95,7 +96,7 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
 def layer_work(arch: Architecture, layer: int, length: int) -> float:
     """Return the operations per token of a layer's forward pass, in a row of ``length`` tokens."""
     matrices = attention_inputs(arch) + attention_output(arch) + mlp_parameters(arch, layer)
-    keys = visible_pairs(length, arch.windows[layer]) / length  # number that a query sees, on average
+    keys = visible_pairs(length, arch.windows[layer]) / length  # mean number of keys that a query sees
     return 2.0 * matrices + 4.0 * score_size(arch) * keys
 
 

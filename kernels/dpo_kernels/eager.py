@@ -15,9 +15,9 @@ products instead of four.
 
 Why this way. Subtracting the maximum keeps the exponentials finite. The sums of different shards are scaled to a common
 maximum before they are merged. Forward pass and gradient are two functions rather than one autograd function, because
-the all-reduces and the loss come between them. Matrix products of 16-bit operands are summed in fp32, and those of fp64
-operands in fp64. ``d_weight`` is accumulated in place, so the fp32 gradient buffer of the training framework can be
-passed directly.
+the all-reduces and the loss come between them. Matrix products of 16-bit operands are summed in fp32, and products of
+fp64 operands in fp64. ``d_weight`` is accumulated in place, so the fp32 gradient buffer of the training framework can
+be passed directly.
 
 Not covered. Chunks of logits are stored in fp32; ``triton_logits`` avoids this when it computes the statistics. The
 output layer has no bias, and each row has one target, without label smoothing. :func:`tree_attention` stores all
@@ -142,7 +142,7 @@ def _rows_at_once(logits: Tensor) -> int:
 
 
 def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:
-    """Return each row's sum of exp(x - m) [n]; with ``moments``, also the sums of its square and of exp(x - m) x."""
+    """Return each row's sum of exp(x - m) [n]; with ``moments``, also the sums of exp(2 (x - m)) and exp(x - m) x."""
     weights = (logits - maximum[:, None]).exp_()
     sums = [weights.sum(dim=1)]
     if moments:

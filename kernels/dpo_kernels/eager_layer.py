@@ -1,7 +1,6 @@
 """The reference implementation of a layer's operations between its matrix products and attention, in plain torch.
 
-Each operation is one autograd function, so that it makes few passes over memory, and saves only inputs for the
-backward pass.
+The autograd functions make few passes over memory, and save only their inputs for the backward pass.
 """
 
 from typing import Any, NamedTuple

@@ -24,9 +24,10 @@ SHORT = 64
 
 
 class Chain(NamedTuple):
-    """A path of segments, each of which, except for the first, is the first child of the previous segment.
+    """A path of segments, in which each segment after the first one is the first child of the previous segment.
 
-    Its tokens are contiguous in the row. The first segment of a chain is a root or a child that is not a first child.
+    The tokens of a chain are contiguous in the row. The first segment of a chain is a root or a child that is not a
+    first child.
 
     prefix       the tokens of the chain's ancestors: for each part of the row that contains such tokens, the number of
                  the part, and how many tokens at its start are ancestors
@@ -113,7 +114,7 @@ def tree_attention(
     a whole run in one call, but on a CPU it also computes and stores the invisible half. With a window, the keys of a
     tile start at the first key that the tile's first query sees.
 
-    torch's operator supports neither soft caps nor sinks. With either of them, all calls are tiles of
+    torch's operator supports neither soft caps nor sinks. If there is a soft cap or a sink, all calls are tiles of
     :func:`~dpo_kernels.tile_attention.tile_attention`.
     """
     if not len(tree.rows):

@@ -1,4 +1,4 @@
-"""Find the tiles of (queries, keys) that a kernel must visit for a tree: those with a visible (query, key) pair."""
+"""Find the tiles of (queries, keys) that a kernel must visit for a tree: all tiles with a visible (query, key) pair."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_for(width: int, dtype: torch.dtype, generation: int, extended: bool = False) -> Blocks:
-    """Return the block sizes for heads of at most 256 dimensions. They fit in shared memory and spill no registers.
+    """Return block sizes for heads of at most 256 dimensions, which fit in shared memory and spill no registers.
 
     width       padded head dimension
     generation  major compute capability of the GPU: 8 (A100), 9 (H100), 10 (B200); the sizes for 8 also suit GPUs
@@ -44,7 +44,7 @@ def blocks_for(width: int, dtype: torch.dtype, generation: int, extended: bool =
 
 
 class TileLists(NamedTuple):
-    """For each block of queries, the blocks of keys that it visits; or for each block of keys, the blocks of queries.
+    """The blocks of keys that each block of queries visits, or the blocks of queries that each block of keys visits.
 
     order   [blocks]      block numbers, sorted by decreasing number of tiles, so that no long block starts last
     bounds  [blocks, 3]   indices into ``tiles``: start of the block's fully visible tiles, start of its partly visible

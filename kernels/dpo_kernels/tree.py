@@ -111,7 +111,7 @@ class Tree:
 
     @cached_property
     def positions(self) -> np.ndarray:
-        """Position of each token on the path from its root [n]; a segment's positions continue those of its parent."""
+        """Position of each token on the path from its root [n]; a segment's positions continue its parent's."""
         before = np.zeros_like(self.lengths)
         for segment, parent in enumerate(self.parents.tolist()):
             if parent >= 0:
@@ -124,7 +124,7 @@ class Tree:
 
     @property
     def visible(self) -> int:
-        """Number of visible (query, key) pairs; the cost of attention is proportional to it."""
+        """Number of visible (query, key) pairs, to which the cost of attention is proportional."""
         return int((self.stop - self.first).sum())
 
     def reached(self, window: int | None = None) -> np.ndarray:

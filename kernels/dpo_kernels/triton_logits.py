@@ -1,6 +1,6 @@
 """The operations of the output layer in Triton: statistics for log-probabilities, and gradients.
 
-Both have a variant that stores the logits, and one that does not.
+Both have two variants: one stores the logits, and the other does not.
 
 Problem. The functions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and make several passes over it:
 maximum, exponential, sums, target. With a vocabulary of 128k, memory bandwidth limits the speed of these passes.

@@ -1,23 +1,25 @@
 """Tree attention as one call of flash attention for causal rows of different lengths (its "varlen" form).
 
 Problem. A kernel of our own for trees must be tuned for every generation of GPUs. Flash attention is tuned already, but
-its mask is causal: the last query of a row sees all keys, and each earlier query one key fewer than the next.
+its mask is causal: the last query of a row sees all keys, and each earlier query sees one key fewer than the next
+query.
 
-Solution. Queries that follow each other on a path of a tree form a run: each query sees all keys that the previous one
-sees, and its own key. A run is therefore a causal row, if the keys that its last query sees are copied next to each
-other. All runs of all trees of a micro-batch are computed by one call. The backward pass adds the gradients of a key's
-copies in a fixed order and in fp32, without atomics, so results do not change from call to call.
+Solution. Queries that follow each other on a path of a tree form a run: each query sees all keys that the previous
+query sees, and its own key. A run is therefore a causal row, if the keys that its last query sees are copied next to
+each other. All runs of all trees of a micro-batch are computed by one call. The backward pass adds the gradients of a
+key's copies in a fixed order and in fp32, without atomics, so results do not change from call to call.
 
 Why this way. Keys and values are smaller than queries if heads share them, and only prompts are copied more than once:
-twice for a pair. Any subset of a row's tokens may be queries, so context parallelism and a last layer that computes
-only some tokens need nothing special.
+twice for a pair. Any subset of a row's tokens may be queries, so context parallelism, and a last layer that computes
+only some tokens, need no special code.
 
 With a window, a run has only the keys that at least one of its queries sees. Sinks are added afterwards: a sink scales
 a query's output by 1 / (1 + exp(sink - lse)). With this output, and a log-sum-exp that includes the sink, flash
 attention's backward pass returns the gradients of queries, keys and values.
 
 Not covered. Flash attention has no soft cap. On a GPU, it needs 16-bit operands and heads of at most 256 dimensions. On
-a CPU, each run is computed by a separate call. This is slower than ``sdpa``, and serves to test the runs without a GPU.
+a CPU, each run is computed by a separate call. This is slower than ``sdpa``, and is meant only for tests of the runs
+without a GPU.
 """
 
 from typing import Any, NamedTuple
@@ -39,7 +41,7 @@ class Runs(NamedTuple):
     """The runs of queries of a tree, and the keys of each run.
 
     keys             [k]         token of each copied key, run after run
-    query_ends       [runs + 1]  offset of each run's first query, and the number of queries
+    query_ends       [runs + 1]  offset of each run's first query, and the total number of queries
     key_ends         [runs + 1]  offset of each run's first key, and k
     """
 
@@ -162,7 +164,7 @@ def _flash_backward(
 
 
 def _window_size(window: int | None) -> tuple[int, int]:
-    """Return flash attention's window: the numbers of tokens before and after a query that it sees; -1: all."""
+    """Return flash attention's window: how many tokens a query sees before itself and after itself; -1: all."""
     return (-1 if window is None else window - 1, 0)
 
 
@@ -196,7 +198,7 @@ class _FlashWithSinks(torch.autograd.Function):
 def _causal_rows(
     query: Tensor, key: Tensor, value: Tensor, copies: Copies, scale: float, window: int | None, sinks: Tensor | None
 ) -> Tensor:
-    """Compute causal attention for each run: its last query sees all keys of the run, or those in the window."""
+    """Compute causal attention for each run: its last query sees all keys of the run, or all keys in the window."""
     if query.is_cuda:
         if sinks is not None:
             return _FlashWithSinks.apply(query, key, value, sinks, copies, scale, window)

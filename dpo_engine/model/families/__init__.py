@@ -1,4 +1,4 @@
-"""Model families, one small file each. A family knows how to read its ``config.json`` and how its weights are named.
+"""Model families, one small file each. A family defines how its ``config.json`` is read and how its weights are named.
 
 A family is a class that is registered under its ``model_type`` and has two members:
 

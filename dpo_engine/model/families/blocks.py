@@ -220,7 +220,7 @@ def activation(config: HFConfig, name: str = "hidden_act", default: str = "silu"
     value = config.get(name, default)
     if value in HF_ACTIVATIONS:
         return HF_ACTIVATIONS[value]
-    if value in ACTIVATIONS:  # a plugin's
+    if value in ACTIVATIONS:  # registered by a plugin
         return value
     known = ", ".join(HF_ACTIVATIONS)
     config.problem(f"{name}={value!r}: the engine's MLP does not support this activation, only {known}")
@@ -243,7 +243,7 @@ def softcap(config: HFConfig, name: str, default: float | None = None) -> float 
 
 
 def sliding(config: HFConfig, period: int | None = None, first: int = 0) -> tuple[int, ...]:
-    """Return the numbers of the layers with a sliding window, from ``layer_types``.
+    """Return the indices of the layers with a sliding window, from ``layer_types``.
 
     period, first  if ``config.json`` omits the field, every layer from ``first`` on has a window, except for every
                    ``period``-th layer
@@ -278,8 +278,8 @@ def dense(
     eps            name and default of the field for the norms' epsilon
     tied           default of ``tie_word_embeddings``
     theta, partial defaults of ``rope_theta`` and ``partial_rotary_factor``
-    facts          other fields of :class:`~dpo_engine.model.architecture.Architecture`; with ``rope_theta``, the rotary
-                   fields of ``config.json`` are not read
+    facts          other fields of :class:`~dpo_engine.model.architecture.Architecture`; if they include ``rope_theta``,
+                   the rotary fields of ``config.json`` are not read
     """
     if "activation" not in facts:
         config.only("hidden_act", "silu", "the MLP of this family uses SiLU; other activations are not supported")

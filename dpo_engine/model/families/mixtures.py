@@ -58,9 +58,9 @@ def mixture(
 
 
 def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DOWN) -> tuple[Fused, ...]:
-    """Return the names of tensors with all experts of a layer, as transformers has them in memory; see ``mixture``.
+    """Return the tensors that contain all experts of a layer, as in transformers' modules; see ``mixture``.
 
-    transformers saves them like this with ``save_original_format=False``.
+    transformers also saves these tensors with ``save_original_format=False``.
     """
     gate, up, down = (f"{HF_LAYER}{inside}experts.{{e}}.{name}.weight" for name in names)
     stored = f"{HF_LAYER}mlp.experts."
@@ -75,7 +75,7 @@ def named_count(config: HFConfig, *names: str, default: int | None = None) -> in
 
 
 def sparse_layers(config: HFConfig) -> tuple[int, ...]:
-    """Return the numbers of the layers with experts, from ``decoder_sparse_step`` and ``mlp_only_layers``."""
+    """Return the indices of the layers with experts, from ``decoder_sparse_step`` and ``mlp_only_layers``."""
     count, step = config.count("num_hidden_layers"), config.count("decoder_sparse_step", 1)
     dense = config.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < count for layer in dense):
@@ -120,7 +120,7 @@ def deepseek_experts(
 ) -> Experts:
     """Read the mixture of DeepSeek-V3 and similar models: sigmoid scores, groups, and an MLP that every token uses.
 
-    The other arguments are the defaults of fields that ``config.json`` omits: ``n_routed_experts``,
+    The keyword arguments are the defaults of fields that ``config.json`` omits: ``n_routed_experts``,
     ``num_experts_per_tok``, ``moe_intermediate_size``, ``n_shared_experts``, ``first_k_dense_replace``, ``n_group`` and
     ``topk_group``, and ``routed_scaling_factor``.
     """

@@ -54,7 +54,8 @@ def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) 
     top level are for the layers without a window.
 
     theta    base for the layers without a window if ``config.json`` omits ``rope_theta``
-    sliding  for the base of the layers with a window: its name in older files (None: it has no name), and its default
+    sliding  name and default of the field that has the base of the layers with a window in older files; the name is
+             None if older files have no such field
 
     Returns the fields of ``Architecture``.
     """

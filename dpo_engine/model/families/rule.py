@@ -1,4 +1,4 @@
-"""Rules, which make up the weight table of a model family.
+"""The rules that make up the weight table of a model family.
 
 A rule maps one parameter of the model to the Hugging Face tensors that it consists of. A rule gives sizes as numbers,
 or as names of :class:`~dpo_engine.model.architecture.Architecture` attributes. One table therefore gives the names,
@@ -37,15 +37,15 @@ class Rule:
     cut         axis that is sharded over tensor-parallel ranks (for an expert, over expert-tensor-parallel ranks):
                 0, 1, or None for a replicated parameter
     when        boolean Architecture attribute that is true if the model has the parameter; None if every model has it
-    tied_to     parameter that this one is a copy of if the embeddings are tied
+    tied_to     parameter of which this one is a copy if the embeddings are tied
     transposed  whether the tensors are stored with rows and columns exchanged
     adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
     layers      kind of the layers that have the parameter: ``dense``, ``experts``, or None for all
-    interleaved  whether the rows of the parts alternate in the only tensor: the first row of each part, the second ones
+    interleaved  whether the rows of the parts alternate in the only tensor: the first row of each part, then the second
+                 row of each part
 
-    An attribute may be that of a record inside the Architecture, such as ``experts.count``.
-    If there are more ``rows`` than ``tensors``, the only tensor contains all parts, one after the other, unless they
-    are interleaved.
+    An attribute of the Architecture may be nested, such as ``experts.count``. If there are more ``rows`` than
+    ``tensors``, the only tensor contains all parts, one after the other, unless they are interleaved.
     """
 
     parameter: str
@@ -73,13 +73,13 @@ class Rule:
         return (self.when is None or attrgetter(self.when)(arch)) and not (self.tied_to and arch.tied_embeddings)
 
     def places(self, arch: Architecture) -> list[tuple[int | None, int | None]]:
-        """Return the layer and the expert of each parameter of this rule in the whole model; None if it has none."""
+        """Return the layer and the expert, or None, of each of this rule's parameters in the whole model."""
         layers: list[int | None] = [*arch.layers(self.layers)] if "{l}" in self.parameter else [None]
         experts: list[int | None] = [*range(arch.experts.count)] if self.expert else [None]
         return [(layer, expert) for layer in layers for expert in experts]
 
     def uses(self, arch: Architecture) -> int:
-        """Return how many parameters of this rule a token uses: one in each layer, or those of its experts."""
+        """Return how many parameters of this rule a token uses: in each layer, one or, for experts, the chosen ones."""
         return len(arch.layers(self.layers)) * (arch.experts.chosen if self.expert else 1)
 
     def row_counts(self, arch: Architecture) -> list[int]:

@@ -21,7 +21,7 @@ from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups
 
 NEGLIGIBLE = 0.005
-"""Rounding errors of a merge cause no warning if they are below this part of the adapter's contribution."""
+"""Rounding errors of a merge cause no warning if they are below this share of the adapter's contribution."""
 
 
 def drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -35,7 +35,7 @@ def drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 class DrawnAdapter:
-    """The tensors of an adapter that is drawn at random, as if they were in files.
+    """The tensors of a randomly drawn adapter, with the interface of a class that reads files.
 
     shapes   names and shapes of all its tensors
     scale    factor of the drawn matrices ``B``; with 0, the adapter changes nothing
@@ -103,10 +103,11 @@ def _fill(
 def stage_adapters(chunks: Sequence[nn.Module], arch: Architecture, groups: ParallelGroups) -> dict[str, Tensor]:
     """Return the complete tensors of this stage's adapters, by their names in a PEFT adapter, in CPU memory.
 
-    Returns an empty dictionary except on the rank of the stage that writes: tp, dp and cp rank 0.
+    Only one rank of the stage, with tp, dp and cp rank 0, returns tensors. The other ranks return an empty dictionary.
 
     *Collectives* on dp and cp rank 0: one gather per sharded parameter over tp.
-    Raises :class:`~dpo_engine.errors.NumbersError` on this rank only, after all gathers, if a value is not finite.
+    Raises :class:`~dpo_engine.errors.NumbersError` on the rank that returns tensors, after all gathers, if a value is
+    not finite.
     """
     found: dict[str, Tensor] = {}
     if groups.dp_cp.rank() != 0:

@@ -149,9 +149,9 @@ class Export:
         self.staging.mkdir()
 
     def refusal(self, source: Path, adapter: Path | None = None) -> str | None:
-        """Return the reason why the directory must not be replaced, or None if it may be.
+        """Return the reason why the directory must not be replaced, or None if it may be replaced.
 
-        It may be replaced if it does not exist, is empty, or contains only an earlier export.
+        The directory may be replaced if it does not exist, is empty, or contains only an earlier export.
         """
         for key, read in {"model.path": source, "adapter.path": adapter}.items():
             if read is not None and self.directory == read.resolve():

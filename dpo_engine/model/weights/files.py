@@ -122,7 +122,7 @@ class CheckpointFiles:
     def _check_start(self, name: str) -> None:
         """Reject a file whose header seems to be extremely large, before the header is parsed.
 
-        Pickle files look like this, because their first bytes are not a header size.
+        Pickle files are rejected here too, because their first bytes, read as the size of a header, are a huge number.
         """
         with open(self.directory / name, "rb") as stream:
             start = stream.read(8)
@@ -162,7 +162,7 @@ class CheckpointFiles:
         return self._divided(found) if self._places else found
 
     def _divided(self, found: dict[str, Header]) -> dict[str, Header]:
-        """Replace the headers of fused tensors by those of the tensors in the weight table."""
+        """Replace the headers of fused tensors by headers of the weight table's tensors that they contain."""
         divided = {name for place in self._places.values() for name in place.stored}
         others = {name: header for name, header in found.items() if name not in divided}
         for name, place in self._places.items():
@@ -212,17 +212,18 @@ class CheckpointFiles:
 
 
 def carried(arch: Architecture) -> tuple[str, ...]:
-    """Return the prefixes of the names of tensors that are not part of the model, and are exported as they are."""
+    """Return the name prefixes of the tensors that the engine does not load, and that exports contain unchanged."""
     return getattr(FAMILIES[arch.model_type], "carried", ())
 
 
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     """Check that a checkpoint matches the weight table: the name, file, shape and dtype of every tensor.
 
-    Missing tensors are errors, and so are tensors that no rule uses, except those that match `DERIVED`, those that the
-    family carries, and those of layers for multi-token prediction (:mod:`~dpo_engine.model.weights.kept`). If the
-    embeddings are tied, the checkpoint may still contain the tied tensor (`lm_head.weight`); it must then equal the
-    original. Only headers are read, except to compare these two tensors.
+    Missing tensors are errors, and so are tensors that no rule uses. Unused tensors are allowed only if they match
+    `DERIVED`, if the family carries them, or if they belong to layers for multi-token prediction
+    (:mod:`~dpo_engine.model.weights.kept`). If the embeddings are tied, the checkpoint may still contain the tied
+    tensor (`lm_head.weight`); it must then equal the original. Only headers are read, except to compare these two
+    tensors.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
     """
@@ -299,6 +300,6 @@ def kept_layers(directory: str | Path) -> int:
 
 
 def first_few(lines: Sequence[str], limit: int = 4) -> list[str]:
-    """Return the first lines and, if there are more, a line with their number."""
+    """Return the first lines and, if there are more lines, a line with the number of the others."""
     more = [f"and {len(lines) - limit} more like the last one"] if len(lines) > limit else []
     return [*lines[:limit], *more]

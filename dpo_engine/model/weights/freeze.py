@@ -23,7 +23,7 @@ ROUTERS = ("mlp.router.weight", "mlp.router.bias")
 
 
 def frozen_patterns(config: Config, arch: Architecture) -> tuple[str, ...]:
-    """Return the patterns of ``optim.freeze`` and, with ``train.freeze_router``, those of all routers' weights."""
+    """Return the patterns of ``optim.freeze`` and, with ``train.freeze_router``, patterns for all routers' weights."""
     if not config.train.freeze_router:
         return config.optim.freeze
     routers = [rule for rule in FAMILIES[arch.model_type].rules if rule.parameter.endswith(ROUTERS)]
@@ -80,7 +80,7 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
 
 
 def freezes_some_experts(patterns: Sequence[str], arch: Architecture) -> bool:
-    """Whether the patterns freeze a matrix of some experts of a layer, but not that of the layer's other experts.
+    """Whether the patterns freeze a matrix of some experts of a layer, but not the same matrix of the other experts.
 
     Transformer Engine computes gradients for all experts of a rank if the first of them is trained, otherwise for none.
     """
@@ -95,7 +95,7 @@ def freezes_some_experts(patterns: Sequence[str], arch: Architecture) -> bool:
 
 
 def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[str], groups: ParallelGroups) -> None:
-    """Exclude the selected weights of this rank's model chunks from training. Call this before wrapping them."""
+    """Exclude the selected weights of this rank's model chunks from training. Call this before DDP wraps the chunks."""
     if not patterns:
         return
     frozen = frozen_tensors(patterns, arch)

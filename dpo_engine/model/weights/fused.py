@@ -1,9 +1,10 @@
-"""Read tensors that contain all experts of a layer, and quantized ones, as tensors of single experts.
+"""Read tensors that contain all experts of a layer, and quantized tensors, as tensors of single experts.
 
-The weight table has tensors for each expert. Some checkpoints have one tensor for all experts of a layer instead: those
-of gpt-oss, and those that transformers saves with ``save_original_format=False``. A part of such a tensor is read like
-a tensor of its own, without the other parts. The published checkpoints of gpt-oss also store the matrices of experts in
-the format MXFP4. They are dequantized when they are read; every value is exact in bf16.
+The weight table has tensors for each expert. Some checkpoints have one tensor for all experts of a layer instead:
+checkpoints of gpt-oss, and checkpoints that transformers saves with ``save_original_format=False``. A part of such a
+tensor is read like a tensor of its own, without the other parts. The published checkpoints of gpt-oss also store the
+matrices of experts in the format MXFP4. These matrices are dequantized when they are read; every value is exact in
+bf16.
 
 *Source*: OCP Microscaling Formats (MX) Specification 1.0, sections 5.2 and 6.3.
 """
@@ -19,26 +20,27 @@ from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.families.rule import Fused, expected_tensors
 
 MAYBE = re.compile(r"\.(experts\.[a-z_]+|mlp\.gate\.weight)$")
-"""Matches the names of tensors that may contain all experts of a layer, and of others that then have another name."""
+"""Matches the names of tensors that may contain all experts of a layer, and of the router's weight, which has another
+name in some checkpoints with such tensors."""
 BLOCKS, SCALES = "_blocks", "_scales"
-"""Ends of the names of the two tensors of a quantized matrix."""
+"""Suffixes of the names of the two tensors of a quantized matrix."""
 SIZE = 32
 """Number of values of a quantized matrix that have a common scale."""
 NAN = 255
-"""The scale of values that are not numbers."""
+"""The scale whose values are all NaN."""
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of FP4 (E2M1), by their three bits. The fourth bit is the sign."""
 VALUES = torch.tensor([sign * value for sign in (1, -1) for value in MAGNITUDES])
 PAIRS = torch.stack([VALUES.repeat(16), VALUES.repeat_interleave(16)], dim=1)
-"""The two values of each byte; that of the lower half is the first one."""
+"""The two values of each byte; the lower four bits are the first value."""
 
 
 class Place(NamedTuple):
-    """Where the files have a tensor of the weight table.
+    """The place in the files of a tensor of the weight table.
 
-    tensor   name of the fused tensor; of a quantized one, without the ends of the names of its two tensors
-    expert   index on the first axis; None: the tensor only has another name
-    part     which of the parts that follow each other along the rows
+    tensor   name of the fused tensor; if it is quantized, without the suffixes of its two tensors
+    expert   index on the first axis; None: the tensor is not fused, but has another name
+    part     index of the tensor among the parts that follow each other along the rows
     parts    number of these parts
     packed   whether the tensor is quantized
     experts  number of experts in the layer
@@ -57,7 +59,7 @@ class Place(NamedTuple):
         return [self.tensor + end for end in (BLOCKS, SCALES)] if self.packed else [self.tensor]
 
     def shape(self, stored: Sequence[int]) -> tuple[int, ...] | None:
-        """Return the tensor's shape, given that of the first of the tensors in the files; None if it does not fit."""
+        """Return the tensor's shape, given the shape of the first stored tensor; None if that shape does not fit."""
         if self.expert is None:
             return tuple(stored)
         count, *rest = stored
@@ -70,7 +72,7 @@ class Place(NamedTuple):
         return None if rows % self.parts else (rows // self.parts, *columns)
 
     def slices(self, stored: Sequence[Any]) -> Any:
-        """Return an object whose slices are those of the tensor, given those of the tensors in the files."""
+        """Return an object whose slices are the tensor's slices, given such objects for the tensors in the files."""
         if self.expert is None:
             return stored[0]
         return _Packed(*stored, self) if self.packed else _Part(stored[0], self)
@@ -115,9 +117,9 @@ class _Packed:
 
 
 def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Return the values of a matrix in MXFP4. Each is exact in bf16, if it is finite there.
+    """Return the values of a matrix in MXFP4. Each value that is finite in bf16 is exact.
 
-    blocks   [..., g, 16]  uint8, two values each
+    blocks   [..., g, 16]  uint8, two values per byte
     scales   [..., g]      uint8, exponents of two, plus 127
     Returns  [..., 32 g]   bf16
     """
@@ -132,7 +134,7 @@ def fused_of(arch: Architecture) -> tuple[Fused, ...]:
 
 
 def places_of(arch: Architecture, names: Collection[str]) -> dict[str, Place]:
-    """Return where the files have the tensors of the weight table that they do not have under their own names.
+    """Return the places of the weight table's tensors that the files do not contain under their own names.
 
     names   names of the tensors in the files
     """
@@ -149,7 +151,7 @@ def places_of(arch: Architecture, names: Collection[str]) -> dict[str, Place]:
                 for expert in experts:
                     facts = (tensor, expert, part, len(fused.parts), packed, arch.experts.count)
                     own[name.format(l=layer, e=expert)] = Place(*facts)
-            if not own.keys() & known:  # otherwise, the fused tensor is one too many
+            if not own.keys() & known:  # otherwise, the fused tensor is superfluous
                 found |= own
     return found
 

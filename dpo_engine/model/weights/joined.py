@@ -22,7 +22,7 @@ def written_fused(placed: Placed, arch: Architecture) -> HFTensor | None:
 
 
 def completed_tensors(placed: Placed, arch: Architecture) -> list[HFTensor]:
-    """Return the tensors of an export that are complete after this parameter, in the order of a rank's parameters."""
+    """Return the exported tensors that this parameter completes, if a rank's parameters are added in their order."""
     fused = written_fused(placed, arch)
     if fused is None:
         return placed.tensors(arch)
@@ -30,9 +30,9 @@ def completed_tensors(placed: Placed, arch: Architecture) -> list[HFTensor]:
 
 
 def gather_experts(placed: Placed, arch: Architecture) -> Iterator[tuple[Placed, list[Tensor]]]:
-    """Yield the parameters of all ranks that own other experts, with all their shards, on the first of the ranks.
+    """On the first of the ranks that own a layer's experts, yield this parameter for each of them, with all its shards.
 
-    *Collectives*: a gather over ep and, on the first ranks of it, one over expt_tp.
+    *Collectives*: a gather over ep and, on the first rank of each ep group, a gather over expt_tp.
     """
     own = gather_on_first(placed.parameter.detach(), placed.owners)
     if not own:
@@ -44,7 +44,7 @@ def gather_experts(placed: Placed, arch: Architecture) -> Iterator[tuple[Placed,
 
 
 def gather_on_first(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Return the tensors of all ranks on the first rank of ``group``, and an empty list on the others.
+    """Return the tensors of all ranks on the first rank of ``group``, and an empty list on the other ranks.
 
     *Collectives*: one gather over ``group``, if it has several ranks.
     """
@@ -63,7 +63,7 @@ class Joined:
         self._held: dict[str, tuple[Tensor, set[int]]] = {}
 
     def add(self, fused: HFTensor, expert: int, tensor: Tensor) -> Mapping[str, Tensor]:
-        """Add an expert's tensor. Return the fused tensor by its name if it is complete, else nothing."""
+        """Add an expert's tensor. Return the fused tensor by its name if it is complete, else an empty mapping."""
         if fused.name not in self._held:
             self._held[fused.name] = torch.empty(fused.shape, dtype=tensor.dtype), set()
         whole, experts = self._held[fused.name]

@@ -10,7 +10,7 @@ from dpo_engine.model.weights.shard_files import ShardWriter, Share
 
 
 def kept_tensors(files: CheckpointFiles, arch: Architecture) -> list[str]:
-    """Return the names of the tensors of these layers in a checkpoint, sorted."""
+    """Return the sorted names of a checkpoint's tensors in layers for multi-token prediction."""
     layers = range(arch.num_layers, arch.num_layers + kept_layers(files.directory))
     return sorted(name for name in files.file_of if layer_of(name) in layers)
 

@@ -1,8 +1,8 @@
 """The files of a PEFT adapter: ``adapter_config.json``, and the tensors in ``adapter_model.safetensors``.
 
-An adapter is accepted only if it depends on nothing but the checkpoint's own weights and tensors that the engine's
-adapters also have. PEFT can load other adapters without an error, but may ignore some of their tensors and then compute
-another model.
+An adapter is accepted only if it consists of tensors that the engine's adapters also have, and is to be added to the
+checkpoint's unchanged weights. PEFT can load other adapters without an error, but may ignore some of their tensors and
+then compute another model.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _in_their_words(problem: str) -> str:
-    """Replace the engine's names of settings in a message with those of PEFT."""
+    """Replace the engine's names of settings in a message with PEFT's names."""
     for ours, theirs in THEIR_NAMES.items():
         problem = problem.replace(ours, theirs)
     return problem
@@ -293,7 +293,7 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
 
 
 def other_base(asked: AdapterConfig | None, path: str) -> list[str]:
-    """Return a warning if the adapter to start from names a base model whose name differs from that of ``path``.
+    """Return a warning if the adapter to start from names another base model than ``path``.
 
     Only the last parts of the names are compared, because each machine has its own directories.
     """
@@ -316,5 +316,5 @@ def adapter_facts(adaptation: Adaptation | None, start: str | None) -> dict[str,
 
 
 def adaptation_of(asked: AdapterConfig, arch: Architecture) -> Adaptation:
-    """Return the settings of a run's adapters, which are those of ``adapter.path`` if it is set."""
+    """Return the settings of a run's adapters. If ``adapter.path`` is set, they are read from its files."""
     return Adaptation.of(asked, arch) if asked.path is None else read_adaptation(asked.path, arch)

@@ -28,7 +28,7 @@ def perturb(chunks: Sequence[nn.Module], arch: Architecture, *, groups: Parallel
         for tensor, taken, place in pieces(placed.rule, arch, shard_rows=rows, rank=rank, tp=tp):
             shard = placed.parameter[place]
             factors = torch.from_numpy(1 + amount * _draws(names[tensor], taken.stop)[taken])
-            # fp32 factors of a bf16 weight: the product is rounded once.
+            # A bf16 weight is multiplied by fp32 factors, so the product is rounded only once.
             factors = factors.to(shard.device, torch.promote_types(shard.dtype, torch.float32))
             shard.mul_(factors.view(-1, *[1] * (shard.dim() - 1)))
 

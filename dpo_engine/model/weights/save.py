@@ -1,4 +1,4 @@
-"""Save a sharded model as a Hugging Face checkpoint, whatever the parallel layout."""
+"""Save a sharded model as a Hugging Face checkpoint, in any parallel layout."""
 
 import math
 from collections import Counter
@@ -65,18 +65,19 @@ def save_hf(
     say           called on the first rank with a line for each property of the tokenizer that the export cannot keep
     dtype         dtype of all exported tensors. None: each tensor gets the dtype that it has in ``source``, whatever
                   dtype the run used, so fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
-    change        changes each tensor before it is written, to merge adapters; their own parameters are not written
+    change        function that changes each tensor before it is written, to merge adapters; the adapters' own
+                  parameters are not written
     adapter       directory of the adapter that the run started from, which must not be replaced
 
     One rank of each pipeline stage gathers the stage's parameters over tp, one by one, until it has a complete file.
-    The first copy of each expert is gathered and written in the same way, by one rank of each set of experts. If the
-    export has tensors with all experts of a layer, the first of these ranks gathers and writes all experts. All ranks
-    then wait, without a time limit, until the files are written. An existing directory is replaced only if an earlier
-    export wrote it.
+    The first copy of each expert is gathered and written in the same way, by one of the ranks that share a set of
+    experts. If the export has tensors with all experts of a layer, the first of the writing ranks gathers and writes
+    all experts. All ranks then wait, without a time limit, until the files are written. An existing directory is
+    replaced only if an earlier export wrote it.
 
     *Collectives*: one gather per sharded parameter over tp or, for experts, over expt_tp (only among the first ranks of
-    dp_cp or expt_dp), and one over ep for experts that are exported together; over world, two all-gathers of objects
-    for each file of the stage that has the most files, and a few more.
+    dp_cp or expt_dp), and one gather over ep for experts that are exported together. Over world, two all-gathers of
+    objects per file, for as many files as the stage with the most files has, and a few more.
     On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
     source, export = model_directory(source), Export(directory)
@@ -186,9 +187,9 @@ def _collect(
     change: Change | None,
     joined: Joined,
 ) -> Exception | None:
-    """Gather parameters on the first rank that has a shard, and add their tensors to ``shards`` there. Write no files.
+    """Gather parameters on the first rank that has a shard, and add their tensors to ``shards`` there, without writing.
 
-    joined  the tensors with all experts of a layer of which only some experts have been gathered
+    joined  incomplete tensors with all experts of a layer, of which only some experts have been gathered
 
     *Collectives*: one gather per sharded parameter. After an error, the remaining gathers still run, because the other
     ranks take part in them. Returns the error, or None.
@@ -233,7 +234,7 @@ def _write(failure: Exception | None, export: Export, shards: ShardWriter, meter
 
 
 def gather_shards(placed: Placed) -> list[Tensor]:
-    """Return all shards of a parameter on the first rank that has one, and an empty list on the others.
+    """Return all shards of a parameter on the first rank that has one, and an empty list on the other ranks.
 
     *Collectives*: one gather over ``placed.shards`` if the parameter is sharded.
     """

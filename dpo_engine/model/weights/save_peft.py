@@ -1,4 +1,4 @@
-"""Save the adapters of a sharded model as a PEFT adapter, whatever the parallel layout."""
+"""Save the adapters of a sharded model as a PEFT adapter, in any parallel layout."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

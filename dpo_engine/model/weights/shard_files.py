@@ -26,7 +26,7 @@ class Share(NamedTuple):
 
 
 class Filling:
-    """Division of a sequence of tensors into files, by their sizes alone.
+    """Division of a sequence of tensors into files, by the sizes of the tensors alone.
 
     max_bytes   maximum size of the tensors in one file; a file with a single tensor may be larger
     """
@@ -48,7 +48,8 @@ class Filling:
 class ShardWriter:
     """Writer of one rank's shard files in ``directory``.
 
-    prefix      start of this rank's file names, different on each rank; determines the order of the files
+    prefix      start of this rank's file names, different on each rank; it determines the order of the files in an
+                export
     max_bytes   as for :class:`Filling`
 
     Host memory holds the tensors that were added since the last call of :meth:`flush`, and one incomplete file.

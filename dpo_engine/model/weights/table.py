@@ -5,21 +5,21 @@ projections into one matrix, interleaved by key/value head, and the gate and up 
 vocabulary, and it shards the parameters over tensor- and pipeline-parallel ranks. Separate converters for loading and
 for saving tend to become inconsistent, and a mistake in one of them silently trains or exports a wrong model.
 
-Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.rule.Rule`: a parameter,
-the checkpoint tensors it consists of, and how their rows interleave. :func:`pieces` turns a rule and a tensor-parallel
+Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.rule.Rule`: a parameter, the
+checkpoint tensors that it consists of, and how their rows interleave. :func:`pieces` turns a rule and a tensor-parallel
 rank into row ranges. The full parameter is a sequence of blocks of rows. In layout ``plain``, each tensor is a block.
-In ``qkv``, the blocks are the q, k and v rows of key/value head 0, then those of head 1, and so on. In ``glu``, they
-are the gate and up rows of rank 0, then those of rank 1, and so on. A rank's shard is a contiguous range of this
+In ``qkv``, the blocks are the q, k and v rows of key/value head 0, then the rows of head 1, and so on. In ``glu``, they
+are the gate and up rows of rank 0, then the rows of rank 1, and so on. A rank's shard is a contiguous range of this
 sequence, and its pieces are the intersections with the blocks.
 
-Why this way. Loading copies the pieces from tensors to shards, and saving copies the same pieces back, so one is always
-the inverse of the other. Every rank reads only its own slices, in any layout, without an intermediate format. The table
-lists all expected names and shapes before a model is built, so a checkpoint can be checked by its headers alone.
+Why this way. Loading copies the pieces from tensors to shards, and saving copies the same pieces back, so saving is
+always the inverse of loading. Every rank reads only its own slices, in any layout, without an intermediate format. The
+table lists all expected names and shapes before a model is built, so a checkpoint can be checked by its headers alone.
 Nothing is skipped silently: a parameter without a rule, a shard whose shape differs from its rule, and a tensor that is
 unused or written twice are errors. (The only exception: stored rotary frequencies and masks are ignored.)
 
-Tensors that contain all experts of a layer, and quantized ones, are divided into the tensors of the table when they are
-read (:mod:`dpo_engine.model.weights.fused`).
+Tensors that contain all experts of a layer, and quantized tensors, are divided into the tensors of the table when they
+are read (:mod:`dpo_engine.model.weights.fused`).
 
 Not covered. A rule can slice, stack, interleave, pad and transpose rows, and split columns evenly. It cannot permute
 the rows within a head, or scale.
@@ -49,11 +49,11 @@ EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 class Piece(NamedTuple):
-    """Rows of a rule's tensor, and their place in a rank's shard.
+    """Rows of a rule's tensor, and the rows of a rank's shard that they fill.
 
     tensor  index of the tensor in the rule
     rows    the rows in the tensor
-    place   the rows of the shard, as many
+    place   the rows in the shard, equally many
     """
 
     tensor: int
@@ -97,9 +97,9 @@ class Placed(NamedTuple):
 
     expert  number of the expert in the whole layer; None if the parameter does not belong to an expert
     copy    whether this is the second copy of tied weights, which is loaded but not saved
-    shards  ranks over which the parameter is sharded, or which each have a replica
+    shards  ranks that together have all shards; each has the whole parameter if it is replicated
     copies  ranks that have the same shard as this rank
-    owners  ranks that have the other experts of the layer
+    owners  ranks over which the layer's experts are distributed
     """
 
     parameter: Tensor
@@ -156,9 +156,9 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, groups: P
 
 
 def plain_name(name: str, first: int) -> tuple[str, int | None]:
-    """Return a parameter's name as in a rule (but with a layer number), and its expert's number in the whole layer.
+    """Return a parameter's name as in a rule (but with a layer number), and the number of its expert in the layer.
 
-    name   name in this rank's model, with native layers or those of Transformer Engine
+    name   name in this rank's model, with native or Transformer Engine layers
     first  number of the first expert on this rank
     """
     for fused, plain in TE_NAMES:
@@ -169,7 +169,7 @@ def plain_name(name: str, first: int) -> tuple[str, int | None]:
 
 
 def _adapter_rule(key: str, parameter: Tensor, rules: dict[str, Rule]) -> Rule | None:
-    """Return the rule of an adapter's parameter, which follows from the rule of the adapted matrix; else None."""
+    """Return the rule of an adapter's parameter, derived from the adapted matrix's rule; None for other parameters."""
     found = PARAMETER.fullmatch(key)
     if found is None or f"{found['linear']}.weight" not in rules:
         return None

@@ -1,13 +1,12 @@
-"""Export tokenizer files so that transformers, loading them next to config.json, reproduces the training tokenizer:
-its token ids and its chat template.
+"""Export tokenizer files from which transformers reproduces the training tokenizer: its ids and its chat template.
 
 The problem: transformers picks a tokenizer class from the `config.json` next to the tokenizer's files. If the run read
-its tokenizer from a directory without that file, or from a bare sentencepiece model, the tokenizer can therefore
-produce other ids once it is exported. To detect this, the exported files are loaded next to the export's `config.json`,
-and the result is compared with the run's tokenizer: the ids of a few texts, the special tokens, and the chat template.
-If they differ, other forms of the same tokenizer are tried: saved again by transformers, or converted to a
-`tokenizer.json`. If `AutoTokenizer` cannot reproduce the run's tokenizer from any of these forms, the log describes the
-first difference. The export then uses a form from which `PreTrainedTokenizerFast` can, if there is one.
+its tokenizer from a directory without that file, or from a bare sentencepiece model, the exported tokenizer can
+therefore produce other ids. To detect this, the exported files are loaded next to the export's `config.json`, and the
+result is compared with the run's tokenizer: the ids of a few texts, the special tokens, and the chat template. If they
+differ, other forms of the same tokenizer are tried: saved again by transformers, or converted to a `tokenizer.json`. If
+`AutoTokenizer` cannot reproduce the run's tokenizer from any of these forms, the log describes the first difference.
+The export then uses a form from which `PreTrainedTokenizerFast` reproduces the tokenizer, if there is such a form.
 """
 
 import json
@@ -98,8 +97,8 @@ def exported_tokenizer(files: Mapping[str, Path], config: str, tokenizer: Tokeni
 def with_template(files: Files, template: str) -> tuple[Files, list[str]]:
     """Replace the default chat template of tokenizer files. Returns the files, and lines to log.
 
-    The named templates are kept as files, except invalid ones and the one for tools: for conversations with tools,
-    transformers would prefer it to the template used in training.
+    The named templates are kept as files, except invalid templates and the template for tools. In conversations with
+    tools, transformers would prefer that template to the one used in training.
     """
     files = {name: content for name, content in files.items() if name != LEGACY_TEMPLATE}
     notes = []
@@ -182,12 +181,12 @@ class Sample:
         turns = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": TEXTS[1]}]
         try:
             text = self.tokenizer.chat(turns, add_generation_prompt=False)
-        except (TemplateError, ConfigError):  # a template may reject this conversation but accept those of the records
+        except (TemplateError, ConfigError):  # a template may reject this conversation but accept the records
             return []
         return [(text, self.tokenizer.encode_all([text], rendered=True)[0])]
 
     def difference(self, loader: str, folder: str) -> str | None:
-        """Describe the first difference of the tokenizer that ``loader`` loads from ``folder``, or return None."""
+        """Describe the first difference of the tokenizer that ``loader`` loads from ``folder``; None: no difference."""
         try:
             return self._difference(_read(loader, folder))
         except Exception as error:  # files in a wrong form can fail in any of transformers' parsers

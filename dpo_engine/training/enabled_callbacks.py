@@ -14,7 +14,7 @@ def enabled_callbacks(config: Config) -> Callbacks:
     Raises :class:`~dpo_engine.errors.ConfigError` for wrong names or options.
     """
     found = open_callbacks(config)
-    # These follow the configured callbacks, which may add the metric.
+    # The engine's callbacks come last, because a configured callback can add the metric that they read.
     if config.checkpoint.keep_best:
         found.callbacks["checkpoint.keep_best"] = ReportedMetric(config.checkpoint.keep_best)
     if config.train.stop_after_no_gain:

@@ -43,15 +43,15 @@ def open_reference(
     say: Say = lambda line: None,
     between: Callable[[], None] = lambda: None,
 ) -> Reference:
-    """Build the reference that ``reference.mode`` selects, or an empty one if the loss does not read a reference.
+    """Build the reference that ``reference.mode`` selects, or `NoReference` if the loss does not read a reference.
 
     policy     this rank's chunks with the weights that the run starts from; these weights may be replaced temporarily,
                and are restored before this function returns
     pairs      all pairs that the run will score: training and held-out pairs
     upcoming   returns the micro-batches of the next steps, for a reference that scores several steps ahead
     say        called with each line for the log
-    between    called on all ranks after every segment while a store is filled, which can take long; it can stop the
-               work by raising an exception
+    between    called on all ranks after every segment that is written to a store, because filling a store can take
+               long; it can stop the work by raising an exception
 
     *Collectives*: those of loading and scoring. If one rank fails, all ranks raise its error.
     Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing or do not match the reference,
@@ -184,7 +184,7 @@ def _given(pairs: PairDataset) -> _Known:
 
 
 def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str) -> int:
-    """Score ``reference.verify`` of the known pairs again and compare the results with the known values.
+    """Score some known pairs again (``reference.verify`` is their number), and compare the results with known values.
 
     where   the source of the known values, for error messages
 
@@ -210,7 +210,7 @@ def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str)
 
 
 def _compare(engine: Engine, pairs: PairDataset, index: int, said: np.ndarray, found: np.ndarray, where: str) -> None:
-    # Use the configured dtype even with --fp64, because the known values were computed in it.
+    # Use the configured dtype even with --fp64, because the known values were computed in the configured dtype.
     tolerance = AGREEMENT[engine.platform.dtype(engine.config.model.dtype)]
     if (np.abs(said - found) <= tolerance * np.maximum(1, np.abs(found))).all():
         return

@@ -1,4 +1,4 @@
-"""Print the output of the verbs: lines on rank 0 only, and an error of all ranks only once, or only once per node."""
+"""Print the output of the verbs: lines on rank 0 only, and an error that all ranks raise once per job or per node."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _all(config: Config, tokenizer: Tokenizer) -> Iterator[Inspected]:
 
 
 def _records(source: Source) -> Iterator[tuple[str, Pair | str]]:
-    """Yield each pair with its place, and for each unusable record, its place and the reason."""
+    """Yield the `file:line` of each record with each of its pairs or, for an unusable record, with the reason."""
     bad = _Reasons(skip=True)
     for line, found in read_pairs(source.path, source.format, bad, source.columns):
         yield from bad.take()

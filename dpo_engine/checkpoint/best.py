@@ -15,7 +15,7 @@ DEFAULT = KeepBest(metric="eval/loss")
 
 
 class Best(NamedTuple):
-    """A step and its held-out value."""
+    """A step, and the value of the metric in the evaluation after this step."""
 
     step: int
     value: float
@@ -52,7 +52,7 @@ def choose(
     step                the newest step; its checkpoint may not be published yet
     history             the run's metrics.jsonl
     keep_last, damaged  as for :func:`~dpo_engine.checkpoint.directory.superseded`
-    keep_best           the metric by which checkpoints are kept in addition to the newest; None: no others
+    keep_best           the metric by which checkpoints are kept in addition to the newest; None: keep only the newest
     """
     best: list[int] = []
     if keep_best:

@@ -35,7 +35,7 @@ class BadSteps:
     """Check every step before its update, and keep the statistics that spike detection needs.
 
     asked     the ``bad_steps`` section of the configuration
-    group     the group of all ranks, because a bad number on one rank makes the step bad on all ranks
+    group     the group of all ranks; if one rank has a bad number, all ranks skip the update
     skipped   number of bad steps so far
     good      number of good steps so far, which is also the number of Adam updates
     in_a_row  number of consecutive bad steps, up to the latest step

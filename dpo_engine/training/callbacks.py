@@ -52,7 +52,7 @@ class Callback:
     """Base class of callbacks. The training loop calls its methods on every rank; a subclass overrides some of them.
 
     ``on_step``, ``on_eval`` and ``on_save`` may return a reason to end the run, such as ``"no gain in 3 evaluations"``.
-    The run then ends after the current step (for ``on_save``, after the next one), with a last evaluation, a
+    The run then ends after the current step, or after the next step for ``on_save``. It ends with a last evaluation, a
     checkpoint, and an export, even if only one rank returned a reason.
     """
 
@@ -69,7 +69,7 @@ class Callback:
         """Called after a checkpoint is complete in ``directory``. Saves may take several steps."""
 
     def on_end(self, run: Run) -> None:
-        """Called when training ends, also after an error. It must not communicate with other ranks."""
+        """Called when training ends, also after an error. This method must not communicate with other ranks."""
 
 
 class Callbacks:

@@ -1,4 +1,4 @@
-"""Open the callbacks of a run: the engine's own, and those that the configuration enables."""
+"""Open the callbacks of a run: the engine's own callbacks, and the callbacks that the configuration enables."""
 
 from dpo_engine.checkpoint.best import criterion
 from dpo_engine.config.run import Config

@@ -1,4 +1,4 @@
-"""Evaluate the policy on all held-out pairs, including those of an incomplete last batch."""
+"""Evaluate the policy on all held-out pairs, including the pairs of an incomplete last batch."""
 
 import hashlib
 from collections.abc import Sequence

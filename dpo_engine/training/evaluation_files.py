@@ -26,7 +26,7 @@ class EvaluatingRun(Run, Protocol):
 
 
 def page_lines(config: Config) -> list[str]:
-    """Return the log lines for the start of a run that say where its page is, or why there is none."""
+    """Return the log lines, for the start of a run, that say where the run's page is, or why the run has no page."""
     if not config.logging.page:
         return []
     if find_spec("plotly") is None:

@@ -8,8 +8,8 @@ The solution: the signal handler only records the first signal. Between steps, a
 (`Interruption.agreed`), so all of them learn of the signal after the same step. The trainer then saves, and all ranks
 raise `Interrupted`, whose exit code tells the launcher to requeue the job. Later signals are ignored, so they cannot
 interrupt the save that the first signal requested. `train.save_by` works the same way: rank 0 reads its clock and
-requests a stop if one more step or evaluation, followed by a save, might exceed the time limit. A callback that ends
-the run on one rank uses the same number, so no step has a second reduction.
+requests a stop if one more step or evaluation, followed by a save, might exceed the time limit. The same number also
+tells all ranks that a callback on one rank ends the run, so that a step needs only one such reduction.
 
 During startup, this solution is not enough. Python runs a signal handler only between bytecode instructions, and a rank
 that waits for other ranks inside a C call executes no bytecode. Therefore the C-level handler also writes the signal's
@@ -55,7 +55,7 @@ TIME = 128
 MEETING_S = 15.0
 """Number of seconds for which a rank that received a signal during startup waits for the other ranks."""
 RECENT = 16
-"""Number of latest steps, and of latest evaluations, from which the duration of the next one is estimated."""
+"""Number of latest steps, and of latest evaluations, from which the next duration is estimated."""
 
 
 class Interruption:

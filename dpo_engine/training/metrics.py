@@ -133,7 +133,7 @@ class Reported:
 
     @property
     def names(self) -> list[str]:
-        """Names of all metrics; those of a source without pairs are not reported."""
+        """Names of all metrics. Metrics of a source are reported only if the batch has pairs from this source."""
         names = [name for name in self.weighted if not name.endswith("^2")] + [f"{name}_std" for name in SPREADS]
         names += ENTROPIES if self.entropy else ()
         if len(self.sources) > 1:

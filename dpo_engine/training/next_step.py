@@ -67,7 +67,7 @@ class OneAhead(Generic[T]):
         """Create the second thread, but make no items yet.
 
         make  returns the item with a given number; called only on the second thread
-        stop  one more than the last number
+        stop  the last item has the number ``stop - 1``
         """
         self._make = make
         self._stop = stop

@@ -212,7 +212,7 @@ class Objective:
         """Compute a coupled loss over the whole global batch. Call on the last stage only.
 
         policy, reference   log-probabilities of this rank's pairs, one record per micro-batch
-        data                other columns of this rank's pairs, one record per micro-batch
+        data                the other columns that a loss can read, one record per micro-batch
         places              index of each of this rank's pairs in its data set, one tensor [b] per micro-batch. The loss
                             gets the pairs in this order, so that ties have the same result in every layout
 

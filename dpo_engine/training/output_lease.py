@@ -185,7 +185,7 @@ def _sees(path: Path, limit_s: float) -> bool:
         if time.monotonic() > deadline:
             return False
         with suppress(OSError):
-            # An NFS client may cache that a directory does not exist. Creating it makes the client ask the server.
+            # An NFS client can cache that a directory does not exist. Creating the directory makes it ask the server.
             path.parent.mkdir()
         time.sleep(pause)
         pause = min(2 * pause, longest)

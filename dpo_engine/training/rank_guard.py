@@ -14,7 +14,7 @@ context-parallel replicas, parameters that tensor parallelism does not split, an
 Why this way: a check costs one all-gather of a few integers per rank (a hash of the facts, and combined fingerprints
 of the weights). The ranks exchange the facts only if these integers differ, so that the error can name the difference.
 A fingerprint is a weighted sum of integers modulo 2^64. Equal tensors therefore have equal fingerprints on every
-device, whatever the order of additions. All ranks raise the same error. Facts are compared in the order of `KINDS`.
+device, in any order of additions. All ranks raise the same error. Facts are compared in the order of `KINDS`.
 
 Not covered: mistakes that are the same on all ranks; weights that only one rank has; optimizer state; differences that
 appear and vanish between two checks; environment variables that `SWITCHES` does not list (some are omitted
@@ -107,7 +107,7 @@ EXPERT = ".local_experts."
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables that are set and match :data:`SWITCHES`, without those that match :data:`LOGS`."""
+    """Return the variables that are set, match :data:`SWITCHES`, and do not match :data:`LOGS`."""
     return {
         name: variables[name]
         for name in sorted(variables)

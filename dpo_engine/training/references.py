@@ -29,9 +29,9 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.fill_store import Say, everywhere, fill, look, open_store, score_pairs, wanted_keys
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Tolerance, relative to ``max(1, |value|)``, between known log-probabilities and those of a second scoring.
+"""Tolerance, relative to ``max(1, |value|)``, between known log-probabilities and the results of scoring again.
 
-The values may differ because the order of additions depends on the layout and the machine."""
+The values can differ because the order of additions depends on the layout and the machine."""
 
 
 def open_reference(
@@ -84,7 +84,7 @@ def open_reference(
 def following(reference: Reference, asked: ReferenceConfig) -> Sequence[torch.nn.Module | AdapterValues]:
     """Return the weights of a reference that is periodically updated from the policy (``reference.sync_every``).
 
-    Checkpoints must include these weights. For any other reference, return an empty tuple.
+    Checkpoints must include these weights. For a reference that is never updated, return an empty tuple.
     """
     if not asked.sync_every:
         return ()

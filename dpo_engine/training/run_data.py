@@ -59,7 +59,7 @@ def open_data(
     say           called on the first rank of each node with each line of the report
     interruption  records signals that request a stop; a rank that tokenizes then stops soon
 
-    *Collectives*: the other ranks wait for those that tokenize, without a time limit. If one rank fails, all ranks
+    *Collectives*: the other ranks wait, without a time limit, for the ranks that tokenize. If one rank fails, all ranks
     raise its error.
     Raises :class:`~dpo_engine.errors.DataError`, which names the file and the line;
     :class:`~dpo_engine.errors.Interrupted` on all ranks if a rank that tokenizes received a signal.

@@ -67,13 +67,13 @@ def saved(
 ) -> Checkpoint:
     """Find the checkpoint for ``step`` (None: the newest intact checkpoint), and check that it fits the model.
 
-    Other settings may differ from those of the run that saved the checkpoint.
+    All other settings of this run may differ from the settings in the checkpoint.
 
     say      called on every rank with a line for each skipped checkpoint
     way_out  advice in the error message if there is no checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`.
-    Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint, or if it is for another model.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint, or if it has another model.
     """
     folder = engine.config.checkpoint_dir
     found = find_checkpoint(folder, engine.groups.world, step=step, say=say)

@@ -34,7 +34,7 @@ def ranking(lines: Sequence[Mapping[str, Any]], by: KeepBest, among: Collection[
 
     Steps without a finite value are left out.
 
-    lines  the lines of the run's metrics.jsonl; if a step has several lines with the metric, the last one is used
+    lines  the lines of the run's metrics.jsonl; if several lines of a step have the metric, the last line counts
     by     the metric and its direction
     among  the steps to rank; None: all steps
     """

@@ -1,4 +1,4 @@
-"""Find the newest intact checkpoint (all ranks agree on the same one) and load it into any parallel layout."""
+"""Find the newest intact checkpoint, which is the same on all ranks, and load it into any parallel layout."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -140,8 +140,8 @@ def load_checkpoint(
                their weights are loaded, too
     random     restore the states of the random number generators, if the checkpoint was saved in this layout
 
-    *Collectives*: two all-gathers of objects over all ranks, one before and one after the tensors are read; reading has
-    no time limit. Then an all-gather of the parameters over dp_cp.
+    *Collectives*: an all-gather of objects over all ranks before the tensors are read, and another after they are read;
+    reading has no time limit. Then an all-gather of the parameters over dp_cp.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when tensors are missing or do not fit the model.
     """
     manifest, directory = found.manifest, found.directory
@@ -199,7 +199,7 @@ def placed_slices(trained: Trained, arch: Architecture, groups: ParallelGroups) 
 
 
 def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGroups) -> list[Placed]:
-    """Return this rank's frozen parameters: those of ``optim.freeze``, and the biases by which routers choose experts.
+    """Return this rank's frozen parameters: weights of ``optim.freeze``, and biases with which routers choose experts.
 
     With adapters, return an empty list. The frozen weights are then the weights at ``model.path``, and checkpoints
     contain only the digest of these weights.

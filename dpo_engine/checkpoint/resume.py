@@ -173,7 +173,7 @@ def entries(changes: Sequence[Change], step: int) -> list[dict[str, Any]]:
 def accepted_lines(changes: Sequence[Change], accepted: Sequence[str], step: int) -> list[str]:
     """Return the log lines about ``checkpoint.accept_changes``.
 
-    There is one line for each accepted change, with its effect, and one for each listed key that has not changed.
+    There is one line for each accepted change, with its effect, and one line for each listed key that has not changed.
     """
     changed = {change.key for change in changes}
     return [

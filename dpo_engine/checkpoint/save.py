@@ -166,8 +166,8 @@ class Saver:
     def advance(self) -> None:
         """Start the next part of the current save if every rank has finished the current part. Call between steps.
 
-        *Collectives* over all ranks: none without a current save; otherwise one all-reduce (MIN) of a number and, when
-        the next part starts, the collectives of :meth:`finish`.
+        *Collectives* over all ranks: none without a current save. During a save, one all-reduce (MIN) of a number and,
+        when the next part starts, the collectives of :meth:`finish`.
         """
         if self._running is None:
             return

@@ -218,8 +218,8 @@ def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
 def sum_over_model(trained: Trained, others: Tensor, experts: Tensor) -> Tensor:
     """Sum a number over the ranks that count different gradients; ``experts`` is this rank's number for experts.
 
-    *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance. Otherwise one over tp
-    and pp and, for a model with experts, one over the ranks that share a copy of all experts.
+    *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance. Without it, one SUM
+    over tp and pp and, for a model with experts, one SUM over the ranks that share a copy of all experts.
     """
     if not trained.has_experts:
         dist.all_reduce(others, group=trained.optimizer.get_grad_stats_parallel_group())

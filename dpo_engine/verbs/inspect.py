@@ -157,7 +157,7 @@ def _pieces(ids: np.ndarray, kinds: Sequence[str], tokenizer: Tokenizer) -> tupl
 
 
 def saved_line(config: Config) -> str | None:
-    """Return a line about the run's checkpoints and the best one by checkpoint.keep_best; None if there are none."""
+    """Return a line about the run's checkpoints and the best of them by checkpoint.keep_best; None: no checkpoints."""
     if not (there := steps(config.checkpoint_dir)):
         return None
     line = f"checkpoints: steps {', '.join(map(str, there))}"

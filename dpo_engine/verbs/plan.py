@@ -92,7 +92,7 @@ class Layout:
 def plan(
     config: Config, gpus: int, *, gpu_memory: float = 80.0, gpu: str = "H100", nodes: int | None = None
 ) -> list[str]:
-    """Return the lines of a report: the layouts that fit, fastest first, and why others are not possible.
+    """Return the lines of a report: the layouts that fit, fastest first, and why other layouts are not possible.
 
     gpus        total number of GPUs
     gpu_memory  memory of each GPU, in GiB

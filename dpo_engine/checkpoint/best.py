@@ -15,7 +15,7 @@ DEFAULT = KeepBest(metric="eval/loss")
 
 
 class Best(NamedTuple):
-    """A step and its held-out value."""
+    """A step, and the value of the metric in the evaluation after this step."""
 
     step: int
     value: float
@@ -34,7 +34,7 @@ def ranking(lines: Sequence[Mapping[str, Any]], by: KeepBest, among: Collection[
 
     Steps without a finite value are left out.
 
-    lines  the lines of the run's metrics.jsonl; if a step has several lines with the metric, the last one is used
+    lines  the lines of the run's metrics.jsonl; if several lines of a step have the metric, the last line counts
     by     the metric and its direction
     among  the steps to rank; None: all steps
     """
@@ -52,7 +52,7 @@ def choose(
     step                the newest step; its checkpoint may not be published yet
     history             the run's metrics.jsonl
     keep_last, damaged  as for :func:`~dpo_engine.checkpoint.directory.superseded`
-    keep_best           the metric by which checkpoints are kept in addition to the newest; None: no others
+    keep_best           the metric by which checkpoints are kept in addition to the newest; None: keep only the newest
     """
     best: list[int] = []
     if keep_best:

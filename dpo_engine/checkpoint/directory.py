@@ -132,8 +132,8 @@ def copy_start(source: Path, target: Path, length: int) -> dict[str, Any]:
 def publish(work: Path) -> Path:
     """Rename a sealed directory to its final name and return the new path.
 
-    If the step already has a checkpoint, that checkpoint keeps its name and is removed later. The new one gets a name
-    with a number, for example ``step_00000008.2``.
+    If the step already has a checkpoint, that checkpoint keeps its name and is removed later. The new checkpoint gets a
+    name with a number, for example ``step_00000008.2``.
     """
     name, copies = work.name.partition(".")[0], [1]
     for path in committed(work.parent):
@@ -168,9 +168,9 @@ def intact(folder: Path, damaged: Collection[str]) -> dict[int, Path]:
 def superseded(
     folder: Path, step: int, *, keep_last: int, damaged: Collection[str], best: Collection[int] = ()
 ) -> list[str]:
-    """Return the names of the checkpoints to remove after the one for ``step`` is published, oldest first.
+    """Return the names of the checkpoints to remove after the checkpoint for ``step`` is published, oldest first.
 
-    keep_last  number of checkpoints to keep, including the one for ``step``
+    keep_last  number of checkpoints to keep, including the checkpoint for ``step``
     best       steps of checkpoints that are kept even if they are not among the newest
     damaged    names of checkpoints known to be damaged; they do not count toward ``keep_last``
     """
@@ -207,8 +207,8 @@ def discard(path: Path) -> None:
 def verify(directory: Path, *, part: int = 0, parts: int = 1, meter: Meter | None = None) -> dict[str, Any]:
     """Check a checkpoint's files against its manifest, and return the manifest.
 
-    part, parts  Ranks divide the hashing among themselves: this call hashes every ``parts``-th file, starting at index
-                 ``part``. For all other files it checks only the size.
+    part, parts  this call hashes every ``parts``-th file, starting at index ``part``, so that ranks can divide the
+                 files among themselves; for all other files, it checks only the size
     meter        counts the bytes that are hashed
 
     Raises :class:`Damaged` if a file cannot be read or differs from the manifest, and

@@ -29,13 +29,13 @@ from dpo_engine.optim.schedules import reads_length
 NOT_OF_MODEL = ("max_positions", "sliding_window")
 """Fields of an architecture that are not part of the identity of the model.
 
-The first one limits the length of rows, and the engine rejects longer rows. The second one has no effect on rows that
-are not longer than the window. If longer rows are allowed, the window is part of the limits."""
+``max_positions`` limits the length of rows, and the engine rejects longer rows. ``sliding_window`` has no effect on
+rows that are not longer than the window. If longer rows are allowed, the identity contains the window in ``limits``."""
 
 PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
 """Libraries that affect tokens or numbers.
 
-torch is recorded separately, from ``torch.__version__``, because that also names the build."""
+torch is recorded separately, from ``torch.__version__``, because this version also names the build."""
 
 
 def model_identity(arch: Architecture, adapter: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _optim(optim: OptimConfig) -> dict[str, Any]:
     """Return the settings of the optimizer and the schedule, except those that are identity keys of their own.
 
     Options that were added later are left out while they have their default values, so that the identity still matches
-    that of older checkpoints.
+    the identity in older checkpoints.
     """
     newer = {"schedule_options": {}, "optimizer_options": {}, "gradients": "fp32"}
     found = optim.model_dump(mode="json", exclude={"optimizer", "freeze"})
@@ -113,10 +113,10 @@ def _optim(optim: OptimConfig) -> dict[str, Any]:
 
 
 def _limits(data: DataConfig, arch: Architecture) -> dict[str, Any]:
-    """Return the settings of tokenizing, and the size of the sliding window if rows may be longer than it.
+    """Return the settings of tokenizing, and the size of the sliding window if rows can be longer than the window.
 
     Settings that were added later are left out while they have their default values, so that the identity still matches
-    that of older checkpoints.
+    the identity in older checkpoints.
     """
     limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation")}
     limits["add_eos"] = True if data.add_eos == "auto" else data.add_eos
@@ -149,8 +149,8 @@ def record(
 def code_version(plugins: Sequence[str] = ()) -> dict[str, str]:
     """Return the versions of the engine, the run's plugins, and the libraries that affect numbers, keyed by name.
 
-    The versions of the engine and the plugins include a hash of the source files, because these can change without a
-    release.
+    The versions of the engine and the plugins include a hash of the source files, because source files can change
+    without a release.
     """
     kernels = importlib.util.find_spec("dpo_kernels")
     own = [Path(version.__file__).parent, *map(Path, kernels.submodule_search_locations or () if kernels else ())]

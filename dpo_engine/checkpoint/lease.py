@@ -1,26 +1,27 @@
 """The lease of a run's output directory: at most one run at a time writes to `train.output_dir`.
 
 The problem: a job is submitted twice, or started again while its earlier processes are still running. Both runs write
-checkpoints and metrics to one directory, and remove each other's unfinished files. The result is an unnoticed mixture.
+checkpoints and metrics to one directory, and remove each other's unfinished files. The directory then contains a
+mixture of two runs, and no error reports this.
 
 The solution: rank 0 holds a lease, a file in `<train.output_dir>/lease` that names the host, the process, the Slurm job
-and the start time. The files are numbered, and the file with the highest number counts. A run takes the lease by
-creating the file with the next number, which the file system allows to one process only. It may do so if there is no
-lease, if the last one was released, or if its holder is dead:
+and the start time. The files are numbered, and only the file with the highest number counts. A run takes the lease by
+creating the file with the next number, and the file system lets only one process create this file. A run may take the
+lease if there is no lease, if the last lease was released, or if the holder of the last lease is dead:
 
-1. On the same machine, the holder is dead if there is no process with its process ID and its start time.
+1. On the same machine, the holder is dead if there is no process with the holder's process ID and start time.
 2. If the holder has the same Slurm job ID and a lower restart count, it is dead, because the job was requeued.
 3. Otherwise the holder is dead if the lease does not change while this process watches. The holder renews its lease
    every `RENEW_S` seconds in a thread: it sets the file's modification time. The watcher compares this time only with
-   the one that it saw before, never with its own clock, and watches longer if the storage answers slowly.
+   the time that it read before, never with its own clock, and watches longer if the storage answers slowly.
 
-A new holder removes the older files before it writes anything else. A former holder that was only suspended, or cut off
-from the storage, finds that its file is gone at its next renewal or before its next save, and ends at once.
+A new holder removes the older files before it writes anything else. A former holder may only have been suspended, or
+cut off from the storage. At its next renewal or before its next save, it finds that its file is gone, and ends at once.
 
 Why this way: locks (flock) do not work on all network storage, and can be lost silently there. Creating a file
-exclusively works on NFS since version 3. No file is ever replaced by another process, and a number is never used again,
-so two runs that find the same dead holder cannot both succeed. Slow storage alone does not end a lease, because a
-holder is judged only by a run that wants the directory.
+exclusively works on NFS since version 3. No process ever replaces a file of another process, and a number is never used
+again, so two runs that find the same dead holder cannot both succeed. Slow storage alone does not end a lease, because
+only another run that wants the directory checks whether the holder is dead.
 
 Not covered: a former holder that is suspended between the check before a rename and the rename itself. The rename fails
 only if the new holder has already removed the unfinished files.
@@ -52,11 +53,11 @@ RENEW_S = 3.0
 WATCH_S = 30.0
 """Seconds without a renewal after which a holder on another machine counts as dead."""
 SLOWEST_READS = 3
-"""The watch is longer by this number times the duration of the slowest read. The holder's storage may be as slow."""
+"""The watch is extended by this many times the slowest read, because the holder's storage may be as slow."""
 POLL_S = (0.02, 1.0)
 """Initial and maximum number of seconds between two reads of another run's lease."""
 QUIET_S = 1.0
-"""Seconds of waiting after which a line reports the wait."""
+"""Seconds of waiting after which one line reports that this process waits."""
 LARGEST = 1 << 16
 _NAME = re.compile(r"(\d{8})\.json")
 _FIELDS = {"host": str, "pid": int, "started": str, "machine": str, "since": str, "job": str, "restarts": int}
@@ -115,7 +116,7 @@ class Holder:
 
 
 def machine() -> str:
-    """Return text that differs between processes that see different process IDs. Without /proc: the host name."""
+    """Return text that is equal for processes that see the same process IDs. Without /proc, it is the host name."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts = [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()]
@@ -124,7 +125,7 @@ def machine() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """Return the start time of a process, ``None`` if there is none or only a zombie, or "" if it cannot be read."""
+    """Return the start time of a process: ``None`` if no such process runs, "" if the time cannot be read."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -134,7 +135,7 @@ def process_start(pid: int) -> str | None:
     except (OverflowError, OSError):
         return ""
     try:
-        # The name of the program, in parentheses, may contain spaces.
+        # The name of the program is in parentheses, and can contain spaces.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
@@ -223,7 +224,7 @@ def take(
 
     name     key and path for messages; empty: train.output_dir and ``output``
     say      called with one line if it takes time to find out whether another run is still running
-    between  called while waiting; may raise an exception to stop waiting
+    between  called while waiting; can raise an exception to stop waiting
     me       description of this process; None: :meth:`Holder.here`
     watch_s  seconds without a renewal after which a holder on another machine counts as dead
 
@@ -249,7 +250,7 @@ def take(
         sync(folder)
         if _newest(folder) == mine:
             break
-        mine.unlink(missing_ok=True)  # this process was suspended, and others have had the lease since
+        mine.unlink(missing_ok=True)  # this process was suspended, and other runs have taken the lease since
     for path in _leases(folder):
         if path != mine:
             path.unlink(missing_ok=True)

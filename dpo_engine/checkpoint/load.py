@@ -1,4 +1,4 @@
-"""Find the newest intact checkpoint (all ranks agree on the same one) and load it into any parallel layout."""
+"""Find the newest intact checkpoint, which is the same on all ranks, and load it into any parallel layout."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -90,9 +90,9 @@ def find_checkpoint(
 
 
 def _agreed(directory: Path, world: dist.ProcessGroup) -> tuple[dict[str, Any], list[str]]:
-    """Return the manifest of a checkpoint, and the names of other files in its directory, after all ranks verified it.
+    """Verify a checkpoint on all ranks. Return its manifest, and the names of other files in its directory.
 
-    If any rank fails, raises the error of the lowest-numbered failing rank on every rank.
+    If any rank fails, raise the error of the lowest-numbered failing rank on every rank.
     """
     meter = Meter(f"verifying {directory.name}")
     manifest, strangers, problem, there = {}, [], None, False
@@ -140,8 +140,8 @@ def load_checkpoint(
                their weights are loaded, too
     random     restore the states of the random number generators, if the checkpoint was saved in this layout
 
-    *Collectives*: two all-gathers of objects over all ranks, one before and one after the tensors are read; reading has
-    no time limit. Then an all-gather of the parameters over dp_cp.
+    *Collectives*: an all-gather of objects over all ranks before the tensors are read, and another after they are read;
+    reading has no time limit. Then an all-gather of the parameters over dp_cp.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when tensors are missing or do not fit the model.
     """
     manifest, directory = found.manifest, found.directory
@@ -183,7 +183,8 @@ def load_checkpoint(
 def same_layout(saved: dict[str, Any], groups: ParallelGroups) -> bool:
     """Whether a checkpoint was saved in this layout.
 
-    Checkpoints of versions without experts lack ``etp``, and those of versions without uneven stages lack ``layers``.
+    Checkpoints of versions that did not support experts lack ``etp``. Checkpoints of versions that did not support
+    uneven stages lack ``layers``.
     """
     now = json.loads(json.dumps(asdict(groups.dims)))  # a manifest has lists instead of tuples
     return {"etp": saved["tp"], "layers": None, **saved} == now
@@ -198,9 +199,10 @@ def placed_slices(trained: Trained, arch: Architecture, groups: ParallelGroups) 
 
 
 def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGroups) -> list[Placed]:
-    """Return this rank's frozen parameters: those of ``optim.freeze``, and the biases by which routers choose experts.
+    """Return this rank's frozen parameters: weights of ``optim.freeze``, and biases with which routers choose experts.
 
-    With adapters, the frozen weights are those at ``model.path``. Checkpoints contain only their digest.
+    With adapters, return an empty list. The frozen weights are then the weights at ``model.path``, and checkpoints
+    contain only the digest of these weights.
     """
     if trained.chunks[0].module.adapted:
         return []

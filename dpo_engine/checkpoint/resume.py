@@ -102,7 +102,7 @@ def compare(
         "another train.output_dir"
         for change in misfits
     ]:
-        raise CheckpointError(impossible)  # do not report the other changes: they may follow from these
+        raise CheckpointError(impossible)  # do not report the other changes, because these may be their cause
     counts = any(change.key in COUNTING for change in changes)
     if refused := [change for change in changes if change.key not in (*accepted, *["total_steps"] * counts)]:
         raise CheckpointError(
@@ -119,9 +119,9 @@ _FIT = dict.fromkeys(("optim.optimizer", "optim.freeze"), "optimizer state does"
 
 
 def with_all_options(saved: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the options of the losses that the loss ``mix`` combines in a saved identity.
+    """In a saved identity, fill in the options of the losses that the loss ``mix`` combines.
 
-    Older checkpoints recorded only the options that the run file set, without defaults.
+    Older checkpoints record only the options that the run file sets, without defaults.
     """
     loss = saved.get("loss") or {}
     complete = getattr(LOSSES[loss["name"]], "complete", None) if loss.get("name") in LOSSES else None
@@ -173,7 +173,7 @@ def entries(changes: Sequence[Change], step: int) -> list[dict[str, Any]]:
 def accepted_lines(changes: Sequence[Change], accepted: Sequence[str], step: int) -> list[str]:
     """Return the log lines about ``checkpoint.accept_changes``.
 
-    There is one line for each accepted change, with its effect, and one for each listed key that has not changed.
+    There is one line for each accepted change, with its effect, and one line for each listed key that has not changed.
     """
     changed = {change.key for change in changes}
     return [

@@ -65,7 +65,7 @@ CHECK_STORAGE = "check the storage and restart the job"
 
 
 class Saver:
-    """Writer of a run's checkpoints, one at a time.
+    """Write a run's checkpoints, one at a time.
 
     identity      settings and data that determine the run's results; see :mod:`~dpo_engine.checkpoint.identity`
     keep_last     number of newest checkpoints to keep, at least 2
@@ -126,7 +126,7 @@ class Saver:
     def save(self, step: int, run: dict[str, Any]) -> None:
         """Save the state after ``step`` optimizer steps. ``run`` is a JSON value to store in the manifest.
 
-        If the previous save is not complete, finish it first. Return as soon as training may change the state again. An
+        If the previous save is not complete, finish it first. Return as soon as training can change the state again. An
         asynchronous save completes later, in :meth:`advance` or :meth:`finish`.
 
         *Collectives* and errors: those of :meth:`finish`.
@@ -166,8 +166,8 @@ class Saver:
     def advance(self) -> None:
         """Start the next part of the current save if every rank has finished the current part. Call between steps.
 
-        *Collectives* over all ranks: none without a current save; otherwise one all-reduce (MIN) of a number and, when
-        the next part starts, the collectives of :meth:`finish`.
+        *Collectives* over all ranks: none without a current save. During a save, one all-reduce (MIN) of a number and,
+        when the next part starts, the collectives of :meth:`finish`.
         """
         if self._running is None:
             return
@@ -189,7 +189,8 @@ class Saver:
     def is_best(self, step: int) -> bool:
         """Return whether ``step``, which has just been evaluated, is among the best. ``keep_best`` must be set.
 
-        If it seems so, finish the current save, which may be of a better step, before deciding.
+        If the step seems to be among the best, finish the current save, which may be of a better step. Then decide
+        again.
 
         *Collectives* and errors: those of :meth:`finish`.
         """
@@ -277,7 +278,7 @@ class Saver:
         except Exception as error:
             if self._first:
                 directories.discard(work)
-            if isinstance(error, CheckpointError):  # its cause may be a run that took over and removed these files
+            if isinstance(error, CheckpointError):  # the cause may be a run that took over and removed these files
                 together(world, self.confirm)
             raise
         sent = [published]
@@ -332,8 +333,8 @@ class Saver:
         groups, trained = self.groups, self.trained
         rank = groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}
-        # Without the distributed optimizer, all copies have the same state, as do its instances. Only the first is
-        # written.
+        # Without the distributed optimizer, all copies of a parameter have the same state. With it, all instances of
+        # the distributed optimizer have the same state. Only the first copy or instance writes the state.
         distributed = trained.chunks[0].ddp_config.use_distributed_optimizer
         for placed, owned in placed_slices(trained, self.arch, groups):
             if placed.written_here and (trained.instance if distributed else placed.copies.rank()) == 0:

@@ -1,8 +1,8 @@
 """Write and read the tensor files of a checkpoint: one safetensors file per rank, readable in any parallel layout.
 
 All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel rank|offset``, where the offset is the
-position of the tensor's first element in the flattened shard. For a matrix of an expert, the rank counts only the ranks
-that the matrix is split over. The kinds are:
+position of the tensor's first element in the flattened shard. For a matrix of an expert, the tensor-parallel rank is
+the rank among the ranks that the matrix is split over. The kinds are:
 
 - ``main``: the fp32 weights
 - ``exp_avg`` and ``exp_avg_sq``: Adam's moments
@@ -68,7 +68,7 @@ def write_shard(
 
 
 def copy_to_host(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy ``tensors`` to ``buffers`` in host memory, and return these. A buffer of another shape is replaced."""
+    """Copy ``tensors`` to ``buffers`` in host memory. Return the buffers. A buffer of another shape is replaced."""
     for key, tensor in tensors.items():
         if key not in buffers or buffers[key].shape != tensor.shape:
             buffers[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
@@ -89,7 +89,8 @@ class Piece(NamedTuple):
 class Pieces:
     """All stored tensors of a checkpoint, indexed by kind, parameter, and the tensor-parallel rank that wrote them.
 
-    source_tp, source_etp  tensor-parallel size of the run that wrote the checkpoint, and that of its experts
+    source_tp   tensor-parallel size of the run that wrote the checkpoint
+    source_etp  tensor-parallel size of the experts in that run
     """
 
     def __init__(self, directory: Path, files: list[str], *, source_tp: int, source_etp: int):

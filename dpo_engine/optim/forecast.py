@@ -1,4 +1,4 @@
-"""Detect, before a run, learning rate schedules with which it would train little or nothing. Needs no Megatron."""
+"""Detect, before a run, learning rate schedules with which the run would train little or nothing. Needs no Megatron."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dpo_engine.wording import show
 def always_zero(optim: OptimConfig, total_steps: int) -> bool:
     """Whether the learning rate is 0 in every step of a run.
 
-    Warmup starts at 0, so this is true of a run of one step with warmup, whatever the schedule. Without warmup, it is
-    true only of a registered schedule whose factors are all 0.
+    With warmup, this is true only for a run of one step, because warmup starts at 0. Without warmup, this is true only
+    for a registered schedule whose factors are all 0, if ``optim.min_lr`` is 0.
 
     Raises ``ValueError`` if a registered schedule returns an invalid factor.
     """

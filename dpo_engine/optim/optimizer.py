@@ -46,8 +46,8 @@ class Trained(NamedTuple):
 
     @property
     def instance(self) -> int:
-        """Number of this rank's instance of the distributed optimizer; all instances have the same state."""
-        group = getattr(self.chunks[0], "inter_dist_opt_group", None)  # set only if there are several
+        """Index of this rank's instance of the distributed optimizer; all instances have the same state."""
+        group = getattr(self.chunks[0], "inter_dist_opt_group", None)  # set only if there are several instances
         return group.rank() if group else 0
 
     @property
@@ -64,7 +64,7 @@ def wrap_policy(
     gradients: str = "fp32",
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[DistributedDataParallel]:
-    """Wrap each chunk in Megatron's DDP, which sums gradients over ``dp_cp``, and those of experts over ``expt_dp``.
+    """Wrap each chunk in Megatron's DDP, which sums gradients over ``dp_cp``, or over ``expt_dp`` for experts.
 
     gradients  ``optim.gradients``: with ``fp32``, gradients are summed in fp32 or wider; with ``bf16``, in the
                parameters' dtype
@@ -88,7 +88,7 @@ def wrap_policy(
             ddp_config=ddp_config,
             module=chunk,
             pg_collection=groups.megatron,
-            disable_bucketing=index > 0,  # the first chunk's gradients are computed last, so buckets help only there
+            disable_bucketing=index > 0,  # buckets help only in the first chunk, whose gradients are computed last
         )
         for index, chunk in enumerate(chunks)
     ]
@@ -102,7 +102,7 @@ def wrap_policy(
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
-        # Megatron's hooks then start no gather ahead of time. Its schedules do, with this function.
+        # Megatron's hooks then start no gather ahead of time. Its schedules start the gathers with this function.
         config.param_sync_func = [partial(_start_gathers, chunk) for chunk in wrapped]
 
     def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
@@ -117,7 +117,7 @@ def wrap_policy(
 def _start_gathers(chunk: DistributedDataParallel, *parameters: Any) -> None:
     """Start the all-gathers of a chunk's weights over dp_cp that have not started since the last update.
 
-    A pass before the one that trains, as that of a coupled loss, may have started them.
+    An earlier forward pass of the same step, such as the scoring pass of a coupled loss, may have started some of them.
     """
     for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
         if not group.param_gather_dispatched:
@@ -175,7 +175,7 @@ def _torch_optimizer(
 ) -> torch.optim.Optimizer | None:
     """Build the torch optimizer for the parameters that are not frozen; None if all of them are frozen.
 
-    experts  whether to use the parameters of experts, or all others
+    experts  True: the parameters of experts; False: all other parameters
     """
     every = (parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad)
     parameters = [parameter for parameter in every if getattr(parameter, "allreduce", True) != experts]
@@ -202,9 +202,9 @@ def fuse_adam(optimizer: Any) -> None:
 
 
 def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the reduced gradients that this rank adds to sums over the model, such that each gradient counts once.
+    """Return the reduced gradients that this rank adds to sums over the model, so that each gradient counts once.
 
-    Returns  the gradients of experts' parameters in the second list, and all others in the first
+    Returns  two lists: the gradients of all parameters except experts', and the gradients of experts' parameters
     """
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -218,8 +218,8 @@ def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
 def sum_over_model(trained: Trained, others: Tensor, experts: Tensor) -> Tensor:
     """Sum a number over the ranks that count different gradients; ``experts`` is this rank's number for experts.
 
-    *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance. Otherwise one over tp
-    and pp and, for a model with experts, one over the ranks that share a copy of all experts.
+    *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance. Without it, one SUM
+    over tp and pp and, for a model with experts, one SUM over the ranks that share a copy of all experts.
     """
     if not trained.has_experts:
         dist.all_reduce(others, group=trained.optimizer.get_grad_stats_parallel_group())
@@ -244,7 +244,7 @@ def gradient_norm(trained: Trained) -> float:
     dtype = torch.promote_types(trained.optimizer.config.params_dtype, torch.float32)
     device = torch.cuda.current_device()
     squares = [
-        # torch's norm of no gradients is on the CPU, so that the host would wait for its copy.
+        # For an empty list, torch returns a norm on the CPU, and the host would wait for the copy to the device.
         torch.nn.utils.get_total_norm(grads).to(device, dtype).square()
         if grads
         else torch.zeros((), dtype=dtype, device=device)
@@ -262,8 +262,7 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
 
     *Collectives*: those of :func:`gradient_norm`, and of ``refuses``; with the distributed optimizer, an all-gather of
     the parameters over dp_cp (of experts over expt_dp) after an update. With ``parallel.overlap``, this all-gather
-    overlaps with the next forward pass; see
-    :func:`~dpo_engine.model.policy.await_weights`.
+    overlaps with the next forward pass; see :func:`~dpo_engine.model.policy.await_weights`.
     """
     # These are the statements of Megatron's `step`, with a call to `refuses` between the norm and the update.
     optimizer = trained.optimizer

@@ -6,8 +6,8 @@ step         number of steps since the warmup, from 0 to ``total_steps``
 total_steps  number of steps of the run after the warmup
 
 It returns a factor from 0 to 1. The learning rate is ``min_lr + (lr - min_lr) * factor``. The engine itself handles the
-linear warmup, so that ``optim.warmup_steps`` and ``optim.warmup_ratio`` work with every schedule. The five schedules
-of the engine are those of Megatron's scheduler.
+linear warmup, so that ``optim.warmup_steps`` and ``optim.warmup_ratio`` work with every schedule. Megatron's scheduler
+computes the engine's own five schedules.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
 def reads_length(optim: OptimConfig) -> bool:
     """Whether the learning rate for a step depends on the total number of steps.
 
-    A registered schedule depends on it unless it is registered with ``reads_length=False``.
+    A registered schedule depends on this number unless the schedule is registered with ``reads_length=False``.
     """
     warmup_is_share = optim.warmup_steps is None and bool(optim.warmup_ratio)
     return getattr(SCHEDULES.get(optim.schedule), "reads_length", True) or warmup_is_share

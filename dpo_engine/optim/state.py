@@ -62,7 +62,7 @@ class OwnedSlice:
 
 
 def _count(owned: OwnedSlice, step: int) -> Tensor:
-    """Return torch AdamW's step count for one parameter, on the device on which its form of AdamW reads it."""
+    """Return torch AdamW's step count for one parameter, on the device where AdamW reads it (the CPU unless fused)."""
     fused = any(group.get("fused") for group in owned.optimizer.param_groups)
     return torch.tensor(float(step), dtype=torch.float32, device=owned.main.device if fused else "cpu")
 
@@ -102,7 +102,7 @@ def counts_by_parameter(optimizer: Any) -> bool:
 
 
 def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
-    """Yield each owned parameter that has a non-finite value, and where: ``main`` or the name of a moment."""
+    """Yield each owned parameter with a non-finite value, and the tensor that has it: ``main`` or a moment's name."""
     found = []
     for owned in owned_slices(trained):
         state = owned.optimizer.state[owned.main] if owned.main in owned.optimizer.state else {}
@@ -122,7 +122,7 @@ def set_adam_step(trained: Trained, step: int) -> None:
     group.
     """
     for owned in owned_slices(trained):
-        owned.moments()  # create the moments: torch's AdamW does not, if the state already has `step`
+        owned.moments()  # create the moments, because torch's AdamW creates none if the state already has `step`
         if counts_by_parameter(owned.optimizer):
             owned.optimizer.state[owned.main]["step"] = _count(owned, step)
         for group in owned.optimizer.param_groups:

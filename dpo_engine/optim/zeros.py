@@ -21,8 +21,8 @@ def num_zeros(trained: Trained, *, vocab_size: int, groups: ParallelGroups) -> f
     for count, gradients in zip(counts, reduced_gradients(trained.optimizer), strict=True):
         for gradient in gradients:
             count += gradient.numel() - torch.count_nonzero(gradient)
-    # The distributed optimizer shards gradients over dp_cp, or over its part that belongs to an instance. One of these
-    # ranks subtracts the padding of all shards.
+    # The distributed optimizer shards gradients over dp_cp or, with several instances, over the dp_cp ranks of one
+    # instance. One of these ranks subtracts the padding of all shards.
     if not trained.chunks[0].ddp_config.use_distributed_optimizer or trained.chunks[0].intra_dp_cp_group.rank() == 0:
         counts[0] -= _padding(trained, vocab_size, groups.tp.rank())
     return float(sum_over_model(trained, *counts))

@@ -28,14 +28,14 @@ CAUSES = {
 JUDGED = {"loss": "loss spike", "grad_norm": "gradient spike"}
 """Metrics that are checked for spikes, and the cause (a key of :data:`CAUSES`) to report for each metric."""
 NAMED = 3
-"""Number of pairs that the log line about a bad step names. The step's JSON file lists all of its pairs."""
+"""Number of pairs that the log line about a bad step names. The step's JSON file lists all pairs of the step."""
 
 
 class BadSteps:
-    """Check of every step before its update, with the statistics that spike detection needs.
+    """Check every step before its update, and keep the statistics that spike detection needs.
 
     asked     the ``bad_steps`` section of the configuration
-    group     the group of all ranks, because a bad number on one rank makes the step bad on all ranks
+    group     the group of all ranks; if one rank has a bad number, all ranks skip the update
     skipped   number of bad steps so far
     good      number of good steps so far, which is also the number of Adam updates
     in_a_row  number of consecutive bad steps, up to the latest step
@@ -55,14 +55,14 @@ class BadSteps:
 
         metrics  the step's metrics, including ``grad_norm``
 
-        *Collectives*: one MAX of ``len(CAUSES)`` flags over all ranks. It is needed because a wrong loss or gradient
-        may occur on only some of the ranks that share a model copy.
+        *Collectives*: one MAX of ``len(CAUSES)`` flags over all ranks. The reduction is needed because a wrong loss or
+        gradient can occur on only some of the ranks that share a model copy.
         """
         mine = self._causes(metrics)
         flags = torch.zeros(len(CAUSES), device=self.device)
         for index, cause in enumerate(CAUSES):
             if cause in mine:
-                flags[index] = 1.0  # filled on the device, because a copy would make the host wait
+                flags[index] = 1.0  # a fill on the device; a copy from the host would make the host wait
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         self.causes = [cause for cause, found in zip(CAUSES, flags.tolist(), strict=True) if found]
         if self.causes:
@@ -88,7 +88,8 @@ class BadSteps:
     def _spike(self, value: float, before: Sequence[float]) -> bool:
         """Whether ``value`` is more than ``spike_sigma`` standard deviations above the mean of previous good steps.
 
-        *Source*: OLMo 2 (arXiv 2501.00656) skips steps beyond 6 standard deviations over the last 128 steps.
+        *Source*: OLMo 2 (arXiv 2501.00656) skips a step whose value is more than 6 standard deviations above the mean
+        of the last 128 steps.
         """
         if self.asked.spike_sigma is None or 2 * len(before) < self.asked.spike_window:
             return False
@@ -106,7 +107,7 @@ class BadSteps:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that :meth:`state` returned. ``bad_steps.spike_window`` may have changed since."""
+        """Restore a state that :meth:`state` returned, possibly with another ``bad_steps.spike_window``."""
         self.skipped, self.good, self.in_a_row = (int(state[name]) for name in ("skipped", "good", "in_a_row"))
         for name, values in self._good.items():
             values.extend(state[name])

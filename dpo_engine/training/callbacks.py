@@ -1,7 +1,7 @@
 """Callbacks: objects that the training loop calls after steps, evaluations, and saves.
 
-A callback observes a run and may end it. It cannot change what a step computes: the weights after a step are the same
-with and without callbacks, unless a callback itself writes to them.
+A callback observes a run and can end it. It does not change what a step computes: the weights after a step are the
+same with and without callbacks, unless a callback writes to the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dpo_engine.registry import Registry
 from dpo_engine.reporting.sinks import Sinks
 from dpo_engine.wording import show
 
-if TYPE_CHECKING:  # a module that defines a callback must be importable without Megatron, to be checked
+if TYPE_CHECKING:  # modules that define callbacks are also imported where Megatron is missing, to check a configuration
     from dpo_engine.optim.optimizer import Trained
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.run_data import RunData
@@ -28,7 +28,7 @@ CALLBACKS = Registry("callback")
 
 
 class Run(Protocol):
-    """The run that calls a callback, as the callback sees it; see :class:`~dpo_engine.training.trainer.Trainer`.
+    """The attributes of a run that callbacks can use; see :class:`~dpo_engine.training.trainer.Trainer`.
 
     step     number of steps done
     config   the run's configuration
@@ -49,10 +49,10 @@ class Run(Protocol):
 
 
 class Callback:
-    """The methods that the training loop calls, on every rank. A subclass overrides the ones that it needs.
+    """Base class of callbacks. The training loop calls its methods on every rank; a subclass overrides some of them.
 
     ``on_step``, ``on_eval`` and ``on_save`` may return a reason to end the run, such as ``"no gain in 3 evaluations"``.
-    The run then ends after the current step (for ``on_save``, after the next one), with a last evaluation, a
+    The run then ends after the current step, or after the next step for ``on_save``. It ends with a last evaluation, a
     checkpoint, and an export, even if only one rank returned a reason.
     """
 
@@ -69,7 +69,7 @@ class Callback:
         """Called after a checkpoint is complete in ``directory``. Saves may take several steps."""
 
     def on_end(self, run: Run) -> None:
-        """Called when training ends, also after an error. It must not communicate with other ranks."""
+        """Called when training ends, also after an error. This method must not communicate with other ranks."""
 
 
 class Callbacks:

@@ -1,7 +1,8 @@
 """Follow the metric that compares checkpoints: check that it is reported, and end a run that does not improve.
 
-Nothing about past evaluations is kept in the checkpoint. Both callbacks read metrics.jsonl, which a resumed run takes
-from its checkpoint. A run that is killed, or that resumes in another layout, therefore ends at the same step.
+The callbacks save no state. `StopAfterNoGain` reads past evaluations from metrics.jsonl, which a resumed run restores
+from the copy in its checkpoint. A run that is killed and resumed, even in another layout, therefore ends at the same
+step as a run without interruption.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dpo_engine.training.evaluation_settings import unreported
 from dpo_engine.wording import join
 
 ROUNDING = 1e-6
-"""Largest difference, relative to the best value, that may be rounding and does not count as a gain."""
+"""A difference of at most this share of the best value counts as rounding and not as a gain."""
 
 
 class ReportedMetric(Callback):
@@ -28,12 +29,12 @@ class ReportedMetric(Callback):
         self._checked = False
 
     def on_start(self, run: Run) -> None:
-        """Log by which metric the best checkpoints are chosen."""
+        """Log the metric by which the best checkpoints are chosen."""
         run.sinks.say(f"best checkpoint: {self.by} (checkpoint.keep_best, the best {self.by.count} saved and kept)")
 
     def on_eval(self, run: Run, metrics: dict[str, float]) -> None:
-        """Raise :class:`~dpo_engine.errors.ConfigError` if ``metrics`` lack the metric."""
-        # Other callbacks add metrics on rank 0 only.
+        """Raise :class:`~dpo_engine.errors.ConfigError` if the first evaluation does not report the metric."""
+        # Only rank 0 checks, because other callbacks add metrics on rank 0 only.
         if not self._checked and _first(run) and self.by.metric.removeprefix("eval/") not in metrics:
             reported = join([f"eval/{name}" for name in sorted(metrics)], "and")
             raise ConfigError(f"{unreported(self.by.metric)}; the metrics are {reported}")
@@ -41,7 +42,7 @@ class ReportedMetric(Callback):
 
 
 class StopAfterNoGain(Callback):
-    """End of a run after ``patience`` consecutive evaluations without a new best value. Rank 0 decides."""
+    """End the run after ``patience`` consecutive evaluations without a new best value. Rank 0 decides."""
 
     def __init__(self, patience: int, by: KeepBest):
         self.patience = patience
@@ -49,7 +50,7 @@ class StopAfterNoGain(Callback):
         self.values: list[float | None] = []
 
     def on_start(self, run: Run) -> None:
-        """Read the values of the evaluations before the step from which the run resumes."""
+        """Read the values of the evaluations up to the step from which the run resumes."""
         if _first(run):
             lines = [line for line in read_metrics(metrics_file(run.config)) if line["step"] <= run.step]
             self.values = [line[self.by.metric] for line in lines if self.by.metric in line]
@@ -71,9 +72,9 @@ def _first(run: Run) -> bool:
 
 
 def evaluations_without_gain(values: Sequence[float | None], by: KeepBest) -> int:
-    """Return how many evaluations have followed the last one with a new best value.
+    """Return the number of evaluations after the latest one that had a new best value.
 
-    values   the metric's value in each evaluation, in order; None and nan are no gain
+    values   the metric's value in each evaluation, in order; None and nan do not count as a gain
     """
     sign = -1 if by.direction == "min" else 1
     best, since = None, 0

@@ -1,4 +1,4 @@
-"""Open the callbacks of a run: the engine's own, and those that the configuration enables."""
+"""Open the callbacks of a run: the engine's own callbacks, and the callbacks that the configuration enables."""
 
 from dpo_engine.checkpoint.best import criterion
 from dpo_engine.config.run import Config
@@ -14,7 +14,7 @@ def enabled_callbacks(config: Config) -> Callbacks:
     Raises :class:`~dpo_engine.errors.ConfigError` for wrong names or options.
     """
     found = open_callbacks(config)
-    # These follow the configured callbacks, which may add the metric.
+    # The engine's callbacks come last, because a configured callback can add the metric that they read.
     if config.checkpoint.keep_best:
         found.callbacks["checkpoint.keep_best"] = ReportedMetric(config.checkpoint.keep_best)
     if config.train.stop_after_no_gain:

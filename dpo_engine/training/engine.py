@@ -77,8 +77,8 @@ class Engine:
 
         fp64  compute in fp64, whatever ``model.dtype`` is; only ``dpo-engine parity`` uses this
 
-        Raises :class:`~dpo_engine.errors.ConfigError` for a plugin, layout, optimizer, schedule, adapter, kernels or
-        frozen weights that cannot be used, and for settings that differ between ranks, before any process group exists.
+        Raises :class:`~dpo_engine.errors.ConfigError`, before any process group exists, if a plugin, layout, optimizer,
+        schedule, adapter, kernel or frozen weight cannot be used, or if settings differ between ranks.
         """
         if problems := import_plugins(config.plugins):
             raise ConfigError(problems)
@@ -212,7 +212,7 @@ class Engine:
         return chunks
 
     def load_reference(self) -> list[Policy]:
-        """Load the reference's model, with the adapter that the run starts from if the reference has it."""
+        """Load the reference model. If the reference includes the run's initial adapter, load this adapter, too."""
         if self.config.reference_has_adapter:
             return self.load_start()
         return self.load_model(self.config.reference_path, key=self.reference_key)
@@ -325,9 +325,9 @@ class Engine:
     def host_batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
         """Return this rank's micro-batches for the global batch that consists of the pairs ``indices``, in host memory.
 
-        The micro-batches contain the pairs of this data-parallel rank, and of these pairs the tokens of this
-        context-parallel rank. Losses and metrics do not depend on how pairs are grouped into micro-batches, or on their
-        order in the global batch. This method does not communicate, and is safe to call on another thread.
+        For each pair of this data-parallel rank, the micro-batches contain the tokens of this context-parallel rank.
+        Losses and metrics do not depend on how pairs are grouped into micro-batches, or on the order of pairs in the
+        global batch. This method does not communicate, and is safe to call on another thread.
 
         Raises `RuntimeError` if ``auto`` is left in the section ``batch``; see :meth:`settle_batches`.
         """
@@ -345,6 +345,6 @@ class Engine:
 
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:
     """Return the :class:`BatchFacts` of the global batch that consists of the pairs ``indices``."""
-    weights = dataset.weights[indices].astype(np.float32).astype(np.float64)  # rounded as in a batch
+    weights = dataset.weights[indices].astype(np.float32).astype(np.float64)  # rounded to fp32, as in a batch
     mean_chosen_tokens = float(weights @ dataset.scored[indices, 0] / weights.sum())
     return BatchFacts(float(weights.sum()), mean_chosen_tokens, source_names(dataset.sources))

@@ -1,4 +1,4 @@
-"""Evaluate the policy on all held-out pairs, including those of an incomplete last batch."""
+"""Evaluate the policy on all held-out pairs, including the pairs of an incomplete last batch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ PAIR_COLUMNS = ("index", *PAIR_LOGPS, "chosen_rewards", "rejected_rewards", "mar
 
 
 class Evaluator:
-    """Evaluation of the policy on the held-out pairs. The reference scores them again only after its weights change.
+    """Evaluation of the policy on the held-out pairs. Scores of the reference are reused until its weights change.
 
     batches  this rank's micro-batches of the whole held-out set
     known    BatchFacts of the whole held-out set, such as its total weight

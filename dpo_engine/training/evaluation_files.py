@@ -1,4 +1,4 @@
-"""Write the files of each evaluation of a training run: results per pair, a summary, tokens of some pairs, a page."""
+"""Write the files of each evaluation of a run: results per pair, a summary, the tokens of some pairs, and a page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EvaluatingRun(Run, Protocol):
 
 
 def page_lines(config: Config) -> list[str]:
-    """Return the log lines for the start of a run that say where its page is, or why there is none."""
+    """Return the log lines, for the start of a run, that say where the run's page is, or why the run has no page."""
     if not config.logging.page:
         return []
     if find_spec("plotly") is None:
@@ -73,7 +73,7 @@ def write_run_page(run: Run) -> None:
 
 
 def _on_first(run: Run, work: Callable[[], None], what: str) -> None:
-    """Do work on rank 0. If a file cannot be read or written, log a line instead of ending the run."""
+    """Call ``work`` on rank 0. If a file cannot be read or written, log a line instead of ending the run."""
 
     def attempt() -> None:
         try:

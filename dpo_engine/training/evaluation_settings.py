@@ -1,4 +1,4 @@
-"""Check settings of evaluations: the metric that compares checkpoints, and intervals that are parts of an epoch."""
+"""Check settings of evaluations: the metric that compares checkpoints, and intervals that are given in epochs."""
 
 import math
 from fractions import Fraction
@@ -28,7 +28,7 @@ def interval_problems(config: Config, steps_per_epoch: int) -> list[str]:
 
 
 def intervals_in_steps(config: Config, steps_per_epoch: int) -> list[str]:
-    """Return a line for each interval that is a part of an epoch, with its length in steps."""
+    """Return a line for each interval that is given in epochs, with its length in steps."""
     return [
         f"{key}: {value_at(config, key)} is {float(interval * steps_per_epoch):.4g} steps"
         for key in INTERVALS
@@ -39,7 +39,8 @@ def intervals_in_steps(config: Config, steps_per_epoch: int) -> list[str]:
 def metric_problems(config: Config) -> list[str]:
     """Return an error line if no evaluation reports the metric of ``checkpoint.keep_best``.
 
-    A run with callbacks may report other metrics, so its metrics are known only after the first evaluation.
+    A run with callbacks is not checked here, because callbacks can add metrics. These are known only after the first
+    evaluation.
     """
     by = config.checkpoint.keep_best
     if by is None or config.callbacks or (known := evaluation_metrics(config)) is None or by.metric in known:
@@ -55,8 +56,8 @@ def metric_problems(config: Config) -> list[str]:
 def evaluation_metrics(config: Config) -> list[str] | None:
     """Return the names of the metrics that a run's evaluations report, with the prefix ``eval/``.
 
-    Metrics of callbacks are not included. If data.validation_fraction holds out no pair of a source, its metrics are
-    missing. Returns None if the loss or its options are invalid.
+    Metrics of callbacks are not included. Metrics of every data source are included, although an evaluation reports no
+    metrics of a source without held-out pairs. Returns None if the loss or its options are invalid.
     """
     if (facts := facts_of(config.loss)) is None:
         return None
@@ -71,5 +72,5 @@ def evaluation_metrics(config: Config) -> list[str] | None:
 
 
 def unreported(metric: str) -> str:
-    """Return the first part of an error line: no evaluation reports ``metric``."""
+    """Return the first part of the error line for a metric that no evaluation reports."""
     return f"checkpoint.keep_best.metric={metric}: no evaluation reports this metric"

@@ -1,4 +1,4 @@
-"""Export a trained policy: as a Hugging Face checkpoint, and with adapters also as a PEFT adapter."""
+"""Export a trained policy as a Hugging Face checkpoint and, if the run trained adapters, also as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def export_policy(
 
 
 def _start(config: Config) -> Path | None:
-    """Return the directory of the adapter that the run started from, if there is one."""
+    """Return the directory of the adapter that the run started from; None if there is none."""
     path = config.adapter and config.adapter.path
     return model_directory(path, "adapter.path") if path else None
 
@@ -121,7 +121,7 @@ def merge_of(engine: Engine, chunks: Sequence[nn.Module]) -> Merge:
 
 
 def save_adapter(engine: Engine, merge: Merge, directory: str | Path, card: Callable[..., str] | None = None) -> None:
-    """Write the adapters as a PEFT adapter beside ``directory``, with the tokenizer that was exported there.
+    """Write the adapters as a PEFT adapter beside ``directory``, with the tokenizer that was exported to ``directory``.
 
     card   from :func:`~dpo_engine.training.model_card.card_writer`; None: no README.md
 

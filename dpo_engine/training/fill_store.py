@@ -1,4 +1,4 @@
-"""Fill the reference store: score pairs with the reference, in any layout. Several jobs can fill a store at once."""
+"""Fill the reference store: score pairs with the reference, in any layout. Several jobs can fill one store at once."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 
 def open_store(engine: Engine) -> ReferenceStore:
-    """Open the store for this run's reference. Its folder name consists of the weights' digest, dtype, and layer spec.
+    """Open the store for this run's reference. The folder's name contains the weights' digest, dtype, and layer spec.
 
     *Collectives*: those of :meth:`~dpo_engine.training.engine.Engine.reference_digest`.
     """
@@ -71,7 +71,7 @@ def fill(
             for part, unique, first in parts:
                 here = find(unique, left)
                 mine = np.sort(first[here[here >= 0]])
-                left = left[here < 0]  # score a pair that is in several data sets only once
+                left = left[here < 0]  # a pair that is in several data sets is scored only once
                 if len(mine):
                     scored = score_pairs(engine, chunks, part, mine)
                     count.line.clear()
@@ -166,7 +166,7 @@ def score_pairs(
 
 
 def _present(batch: Batch, logps: PairLogps) -> tuple[np.ndarray, np.ndarray]:
-    """Return the digests and values of a micro-batch's pairs, without dummies."""
+    """Return the digests and values of a micro-batch's pairs, without the dummy pairs that fill it up."""
     there = batch.digest.any(dim=1)
     values = torch.stack([getattr(logps, name) for name in VALUES], dim=1)
     return batch.digest[there].numpy(), values.float().cpu()[there].numpy()

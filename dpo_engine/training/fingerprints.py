@@ -1,4 +1,4 @@
-"""Fingerprints of tensors: numbers that are equal, on every device, if all bits are equal."""
+"""Fingerprints of tensors: two tensors with equal bits have the same fingerprint, on every device."""
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """Hash a tensor's bits into one number, [] int64, with the same result on every device.
 
     The hash is a sum over the elements, modulo 2^64: each element's bits, as an integer, times a fixed odd pseudorandom
-    factor. Integer sums do not depend on the order of additions. Flipping one bit always changes the hash; other
-    changes leave it unchanged only by chance.
+    factor. Integer sums do not depend on the order of additions. Flipping one bit always changes the hash. Any other
+    change of the bits almost always changes the hash.
     """
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().reshape(-1).view(size)

@@ -11,7 +11,7 @@ KINDS = {"main": "weight", "exp_avg": "first moment", "exp_avg_sq": "second mome
 
 
 def require_finite(engine: Engine, trained: Trained, error: type[EngineError], says: str) -> None:
-    """Raise on all ranks unless all weights and optimizer states are finite.
+    """Raise an error on all ranks if a weight or a value of the optimizer state is not finite.
 
     error, says   the error to raise and its message; ``{}`` is replaced by a description of the first non-finite tensor
 

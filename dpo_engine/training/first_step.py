@@ -46,7 +46,7 @@ def require_first_step(engine: Engine, trained: Trained, metrics: dict[str, floa
     """Check the first step's loss, margin, and gradients.
 
     *Collectives*: those of :func:`dead_stages`.
-    Raises :class:`~dpo_engine.errors.NumbersError`, which names the likely causes.
+    Raises :class:`~dpo_engine.errors.NumbersError`, which names the likely causes, if a check fails.
     """
     if problems := first_step_problems(engine, metrics) + dead_stages(engine, trained):
         raise NumbersError(problems)
@@ -55,8 +55,8 @@ def require_first_step(engine: Engine, trained: Trained, metrics: dict[str, floa
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     """Return a line for each problem with the metrics of a run's first step.
 
-    If the policy and the reference are equal, the loss must have the initial value that it declares, if any, and the
-    mean reward margin must be 0.
+    If the policy and the reference are equal, the mean reward margin must be 0, and the loss must have its initial
+    value, if it declares one.
     """
     facts, config = engine.objective.facts, engine.config
     if not known_equal(engine):
@@ -88,8 +88,8 @@ def dead_stages(engine: Engine, trained: Trained) -> list[str]:
     """
     groups = engine.groups
     trainable = [p for chunk in trained.chunks for p in chunk.parameters() if p.requires_grad]
-    sizes = [torch.linalg.vector_norm(_gradient(p), math.inf).double() for p in trainable]  # no copies, unlike abs()
-    largest = float(torch.stack(sizes).max()) if sizes else None  # one wait for the device
+    sizes = [torch.linalg.vector_norm(_gradient(p), math.inf).double() for p in trainable]  # abs() would make copies
+    largest = float(torch.stack(sizes).max()) if sizes else None  # the host waits for the device only once
     everyone: list[tuple[int, float | None] | None] = [None] * groups.world.size()
     dist.all_gather_object(everyone, (groups.pp.rank(), largest), group=groups.world)
     alive = {stage for stage, value in filter(None, everyone) if value is not None and value > 0}

@@ -8,21 +8,22 @@ The solution: the signal handler only records the first signal. Between steps, a
 (`Interruption.agreed`), so all of them learn of the signal after the same step. The trainer then saves, and all ranks
 raise `Interrupted`, whose exit code tells the launcher to requeue the job. Later signals are ignored, so they cannot
 interrupt the save that the first signal requested. `train.save_by` works the same way: rank 0 reads its clock and
-requests a stop if one more step or evaluation, followed by a save, might exceed the time limit. A callback that ends
-the run on one rank uses the same number, so no step has a second reduction.
+requests a stop if one more step or evaluation, followed by a save, might exceed the time limit. The same number also
+tells all ranks that a callback on one rank ends the run, so that a step needs only one such reduction.
 
-During startup this is not enough. Python runs a signal handler only between bytecode instructions, and a rank that
-waits for other ranks inside a C call executes no bytecode. Therefore the C-level handler also writes the signal's
+During startup, this solution is not enough. Python runs a signal handler only between bytecode instructions, and a rank
+that waits for other ranks inside a C call executes no bytecode. Therefore the C-level handler also writes the signal's
 number to a socket (`signal.set_wakeup_fd`), and a thread reads this socket. If this rank does not reach its first call
-of `agreed` within `MEETING_S` seconds of the signal, the thread ends the process with the same exit code. No work is
-lost, because training has not begun.
+of `agreed` within `MEETING_S` seconds of the signal, the thread ends the process with the exit code of `Interrupted`.
+No work is lost, because training has not begun.
 
-Why not act in the handler: it can run at any point of a step, where the state is incomplete and differs between ranks.
+The handler itself does not save or exit, because it can run at any point of a step, when the state is incomplete and
+differs between ranks.
 
 Not covered: SIGKILL, and a grace period shorter than one step plus the save (Slurm: `KillWait`). For `train.save_by`,
-the next duration is estimated as the longest of the latest durations, so the first step, evaluation or save can exceed
-the limit. A rank that hangs during training never calls `agreed`; in that case, the timeout of the collective ends the
-run.
+the next step or evaluation is expected to take as long as the longest of the latest ones. The first step, evaluation or
+save can therefore exceed the limit. A rank that hangs during training never calls `agreed`; in that case, the timeout
+of the collective ends the run.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ TIME = 128
 MEETING_S = 15.0
 """Number of seconds for which a rank that received a signal during startup waits for the other ranks."""
 RECENT = 16
-"""Number of latest steps, and of latest evaluations, from which the duration of the next one is estimated."""
+"""Number of latest steps, and of latest evaluations, from which the next duration is estimated."""
 
 
 class Interruption:
-    """Record of the first of :data:`SIGNALS` that this process receives, which all ranks share between steps.
+    """Record the first of :data:`SIGNALS` that this process receives, and share it with all ranks between steps.
 
-    Use it as a context manager. It installs signal handlers, and on exit it restores the previous handlers. If a signal
-    was received, it instead ignores :data:`SIGNALS` after the exit, so that no signal can interrupt the shutdown.
+    Use this class as a context manager. It installs signal handlers, and restores the previous handlers on exit. If a
+    signal was received, :data:`SIGNALS` are ignored after the exit, so that no signal can interrupt the shutdown.
 
     received  number of the first signal received; 0 if there was none
     save_s    expected duration of a save in seconds, as set by the trainer
@@ -129,8 +130,8 @@ class Interruption:
         after   "step" or "evaluation" if a step or an evaluation has just finished; rank 0 then also checks the time
                 limit
 
-        Returns  on every rank, the reason to stop (the name of a signal, or ``train.save_by``), or ``None`` to continue
-                 or, if ``finish`` is set, to end the run
+        Returns  on every rank, the reason to stop: the name of a signal, or ``train.save_by``. ``None``: end the run
+                 cleanly if ``finish`` is set, or else continue
 
         *Collectives*: one MAX of a number over all ranks.
         """

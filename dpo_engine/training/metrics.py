@@ -29,33 +29,36 @@ SPREADS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 DISPLACEMENTS = ("displacement/chosen", "displacement/rejected", "displacement/chosen_fell")
 ENTROPIES = ("entropy/chosen", "entropy/rejected")
 ROUNDING = 1e-14
-"""Largest variance, relative to the mean square, that may be a rounding error of fp64."""
+"""A variance of at most this share of the mean square counts as a rounding error of fp64."""
 SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
 METRICS = {
     "loss": "mean loss; if policy and reference are equal, most losses have a known value at step 1 (ln 2 for "
     "`sigmoid`), and any other value stops the run",
-    "loss/NAME": "a term of `loss`, as weighted in the sum, so that the terms add up to `loss`; reported for losses "
-    "that are sums of terms: for `mix`, NAME is a loss's name, and for `cpo` and `orpo`, `preference` or `likelihood`",
+    "loss/NAME": "a term of `loss`, multiplied by its weight; the terms add up to `loss`; reported for losses that are "
+    "sums of terms: for `mix`, NAME is the name of a loss, and for `cpo` and `orpo`, `preference` or `likelihood`",
     "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, summed over "
     "tokens, for every loss, as in TRL (`ld_alpha` applies)",
     "rewards/rejected": "reward of the rejected responses",
     "rewards/margins": "chosen reward minus rejected reward",
     "rewards/accuracies": "share of pairs whose chosen reward is larger than the rejected reward; a tie counts as half",
-    "loss_margin/mean": "beta times the difference of the log-ratios per token of chosen and rejected; reported for "
-    "losses that average over tokens (`ipo`, `simpo`, `average: true`), because `rewards/margins` compares sums",
-    "loss_margin/accuracies": "share of pairs for which this difference is positive; a tie counts as half",
+    "loss_margin/mean": "beta times the difference between the chosen and the rejected log-ratio, each per token; "
+    "reported for losses that average over tokens (`ipo`, `simpo`, `average: true`), because `rewards/margins` "
+    "compares sums",
+    "loss_margin/accuracies": "share of pairs for which the difference in `loss_margin/mean` is positive; a tie counts "
+    "as half",
     "rewards/chosen_std": "standard deviation of `rewards/chosen` over the pairs",
     "rewards/rejected_std": "standard deviation of `rewards/rejected` over the pairs",
     "rewards/margins_std": "standard deviation of `rewards/margins` over the pairs",
     "logps/chosen": "log-probability of the chosen responses under the policy, summed over tokens, in nats",
     "logps/rejected": "log-probability of the rejected responses under the policy, summed over tokens, in nats",
     "likelihood/accuracies": "share of pairs whose chosen response has a larger log-probability under the policy than "
-    "the rejected one, whatever the reference; a tie counts as half",
-    "likelihood/accuracies_per_token": "the same for log-probabilities divided by the numbers of tokens",
-    "displacement/chosen": "log-probability of the chosen responses under the policy minus that under the reference, "
-    "in nats; negative values mean that chosen responses are becoming less likely",
-    "displacement/rejected": "the same for the rejected responses",
+    "the rejected response, regardless of the reference; a tie counts as half",
+    "likelihood/accuracies_per_token": "like `likelihood/accuracies`, for log-probabilities divided by the numbers of "
+    "tokens",
+    "displacement/chosen": "log-probability of the chosen responses under the policy minus their log-probability under "
+    "the reference, in nats; negative values mean that chosen responses are becoming less likely",
+    "displacement/rejected": "like `displacement/chosen`, for the rejected responses",
     "displacement/chosen_fell": "share of pairs whose chosen response is less likely under the policy than under the "
     "reference; a tie counts as half",
     "source/NAME/loss": "`loss` over the pairs from one data source, where NAME is the last part of the source's path "
@@ -65,15 +68,15 @@ METRICS = {
     "source/NAME/pairs": "number of pairs from this source in the step",
     "entropy/chosen": "entropy of the policy's distribution over the vocabulary, in nats; unweighted mean over all "
     "tokens of the chosen responses; reported if `logging.entropy` is set",
-    "entropy/rejected": "the same for the rejected responses",
+    "entropy/rejected": "like `entropy/chosen`, for the rejected responses",
     "router/balance": "for models with experts: how unevenly the routers use the experts at the tokens that predict "
     "responses. It is the number of experts times the sum over experts of the share of tokens that use the expert and "
     "the expert's mean score, as a mean over responses, pairs and layers; 1 if all experts are used equally. "
     "`loss.balance` times this number is part of the training objective, but not of `loss`",
     "router/z": "for models with experts: squared logarithm of the sum of exponentials of the routers' logits, "
     "averaged like `router/balance`; its coefficient is `loss.router_z`",
-    "router/load": "for models with experts: how often the most used expert of any layer is used at these tokens, "
-    "divided by the mean over the experts of its layer",
+    "router/load": "for models with experts: how often the most used expert of any layer is used at the tokens that "
+    "predict responses, divided by the mean over the experts of its layer",
     "sft_loss": "negative log-probability per token of the chosen responses",
     "grad_norm": "global gradient norm before clipping",
     "num_zeros_in_grad": "number of gradient values that are exactly 0, over all parameters of the model that are not "
@@ -91,8 +94,8 @@ METRICS = {
     "layout_gain": "operations of a forward pass in the `stacked` layout, divided by those in the layout of the run",
     "peak_memory_bytes": "on a GPU: largest amount of memory that tensors have occupied so far on rank 0",
     "reserved_memory_bytes": "on a GPU: largest amount of memory that torch has reserved so far on rank 0",
-    "mfu": "on a GPU with known peak, in bf16, without frozen weights, and with adapters only if the first layers have "
-    "some: operations that the step's matrix products execute per second, divided by the peak of all GPUs",
+    "mfu": "operations that the step's matrix products execute per second, divided by the peak of all GPUs; reported "
+    "on a GPU with known peak, in bf16, without frozen weights, and with adapters only if the first layer has some",
 }
 """Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
 
@@ -101,7 +104,8 @@ METRICS = {
 class Reported:
     """The selection of metrics to report.
 
-    This is equal on every rank, so pipeline stages that do not compute the loss also know the size of the buffer.
+    The selection is equal on every rank. Pipeline stages that do not compute the loss therefore also know the number of
+    metric sums.
 
     reference  whether there is a reference to compare with
     entropy    whether the policy's entropies are reported
@@ -129,7 +133,7 @@ class Reported:
 
     @property
     def names(self) -> list[str]:
-        """Names of all metrics; those of a source without pairs are not reported."""
+        """Names of all metrics. Metrics of a source are reported only if the batch has pairs from this source."""
         names = [name for name in self.weighted if not name.endswith("^2")] + [f"{name}_std" for name in SPREADS]
         names += ENTROPIES if self.entropy else ()
         if len(self.sources) > 1:
@@ -231,7 +235,8 @@ def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, 
 
     A source without pairs in the batch has no metrics. Standard deviations are weighted, and computed as
     ``sqrt(E[x^2] - E[x]^2)``. Squares of fp32 rewards are exact in fp64. If the difference is at most `ROUNDING` times
-    ``E[x^2]``, it may be a rounding error and counts as 0. Deviations of 1e-7 of the rewards are lost in fp32 anyway.
+    ``E[x^2]``, it can be a rounding error and counts as 0. This loses no information, because a deviation of 1e-7 times
+    the rewards is below the precision of fp32.
     """
     over_pairs, over_tokens, over_sources = totals.split(reported.sizes)
     metrics = dict(zip(reported.weighted, (over_pairs / total_weight).tolist(), strict=True))

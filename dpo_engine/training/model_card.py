@@ -27,10 +27,10 @@ class RunFacts(NamedTuple):
     layout    sizes of the parallel dimensions, by name
     step      number of optimizer steps
     train     metrics of the last logged step, by name
-    logged    step of these metrics
+    logged    step of the metrics in ``train``
     held_out  metrics of the last evaluation, by name; empty without held-out pairs
-    judged    step of that evaluation
-    dtype     dtype of all exported tensors; None: the base model's
+    judged    step of the evaluation in ``held_out``
+    dtype     dtype of all exported tensors; None: the dtypes of the base model
     chosen    why this step was exported, such as ``lowest eval/loss``; None: it was not chosen by a metric
     """
 
@@ -60,7 +60,7 @@ def card_writer(
     The function reads ``metrics`` when it is called.
 
     config, identity, step, dtype, chosen  as for :class:`RunFacts`
-    layout                                 as for :class:`RunFacts`, or the parallel dimensions themselves
+    layout                                 as for :class:`RunFacts`, or a ``ParallelDims``
     metrics                                the run's metrics.jsonl
     """
     sizes = asdict(layout) if isinstance(layout, ParallelDims) else layout
@@ -97,7 +97,7 @@ def model_card(run: RunFacts, loader: str, *, adapter: bool = False) -> str:
     loader   name of the transformers class that reads the exported tokenizer
     adapter  whether the directory contains a PEFT adapter instead of a whole model
 
-    Local paths appear without their directories, because they are private to the machine.
+    Local paths appear without their directories, because directories are private to the machine.
     """
     config, identity = run.config, run.identity
     base, data = config["model"]["path"], config["data"]

@@ -1,16 +1,16 @@
 """Prepare the data of the next step on a second thread while the current step runs.
 
 Problem. Planning a global batch and building its micro-batches takes the host between a few and several hundred
-milliseconds. A GPU would be idle in this time: its last step has ended, and no micro-batch of the next step exists.
+milliseconds. A GPU would be idle in this time: the previous step has ended, and no micro-batch of the next step exists.
 
 Solution. While a step runs, a second thread makes the next step's :class:`StepData` in host memory, page-locked if the
 device is a GPU. The main thread only starts the copies to the device, which do not block.
 
 Why this is safe. The data of a step is a function of the step's number: the second thread reads the plan and the
-memory-mapped pairs, but does not communicate or use the device. Therefore the results and the order of pairs are those
-of a run without the thread, and a step that is prepared but not run, because the run stops, has no effect. If
-preparing fails, the main thread raises the error at the step that needs the data. The thread ends with the training
-loop, so that a later fork does not copy a process with this thread.
+memory-mapped pairs, but does not communicate or use the device. Therefore the results and the order of pairs are the
+same as without the thread. If the run stops, a step that is prepared but not run has no effect. If preparing fails, the
+main thread raises the error at the step that needs the data. The thread ends with the training loop, so that a later
+fork does not copy a process in which the thread runs.
 
 Not covered. The interpreter runs one thread at a time. On a GPU, the main thread mostly waits for the device or for
 room in its queue of launches; if launches limit the speed of a step, preparing the next step still delays the launches.
@@ -66,8 +66,8 @@ class OneAhead(Generic[T]):
     def __init__(self, make: Callable[[int], T], stop: int):
         """Create the second thread, but make no items yet.
 
-        make  returns the item with a number; called on one thread at a time
-        stop  one more than the last number
+        make  returns the item with a given number; called only on the second thread
+        stop  the last item has the number ``stop - 1``
         """
         self._make = make
         self._stop = stop
@@ -75,13 +75,16 @@ class OneAhead(Generic[T]):
         self._coming: tuple[int, Future[T]] | None = None
 
     def take(self, number: int) -> T:
-        """Return an item; if it was not begun, make it now. Raises the error that ``make`` raised, if any."""
+        """Return the item with this number. If :meth:`begin` was not called for it, make it now.
+
+        Raises the error that ``make`` raised.
+        """
         coming, self._coming = self._coming, None
         ready = coming[1] if coming and coming[0] == number else self._thread.submit(self._make, number)
         return ready.result()
 
     def begin(self, number: int) -> None:
-        """Begin to make an item, if there is one with this number."""
+        """Begin to make the item with this number, if there is such an item."""
         if number < self._stop:
             self._coming = number, self._thread.submit(self._make, number)
 

@@ -2,8 +2,8 @@
 
 `Objective` is the only caller of loss functions during training and evaluation. There are two cases:
 
-- A loss that treats each pair alone: `Objective.losses` returns the losses of one micro-batch. The step divides their
-  weighted sum by the total weight of the *global* batch, so the result does not depend on the layout.
+- A loss that treats each pair on its own: `Objective.losses` returns the losses of one micro-batch. The step divides
+  their weighted sum by the total weight of the *global* batch, so the result does not depend on the layout.
 - A loss that couples the pairs of a global batch: `Objective.couple` computes it from the log-probabilities of all
   pairs at once. It returns the losses, and the derivatives that the second pass of the step uses as coefficients (see
   :mod:`~dpo_engine.training.step`).
@@ -11,7 +11,7 @@
 How `couple` works: each rank packs all columns that the loss reads into one matrix with one row per pair. One
 all-gather over dp gives every rank the same rows in the same order. Every rank therefore computes the same loss without
 further communication, and the result is deterministic. Before the loss is called, rows of weight 0, which are padding,
-are removed, and the other rows are sorted by the pairs' places in the data set. Finally each rank takes its own rows
+are removed, and the other rows are sorted by the pairs' indices in the data set. Finally, each rank takes its own rows
 and splits them by micro-batch. The matrix holds only a few numbers per pair, so computing the loss on every rank is
 cheaper than a distributed sort.
 
@@ -77,14 +77,14 @@ class Coupled(NamedTuple):
 
 
 class Objective:
-    """A loss with its options, including the token weighting and the metrics to report.
+    """A loss with its options, the token weighting, and the metrics to report.
 
     ld_alpha       factor for the log-probabilities of tokens beyond the length of the pair's shorter response; None: 1
     use_weighting  multiply each pair's loss by its weight from :meth:`likelihoods`
     entropy        report the policy's entropy
 
-    *Source*: for ``ld_alpha``, LD-DPO (arXiv 2409.06411), applied to the reference, too, as in TRL; for
-    ``use_weighting``, WPO (arXiv 2406.11827) eq. 2, with the paper's "sampled alignment".
+    *Source*: for ``ld_alpha``, LD-DPO (arXiv 2409.06411), which is applied to the policy and to the reference, as in
+    TRL; for ``use_weighting``, WPO (arXiv 2406.11827) eq. 2, with the paper's "sampled alignment".
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Objective:
         return self.use_weighting or self.entropy
 
     def data(self, batch: Batch, known: BatchFacts) -> PairData:
-        """Return the columns of a micro-batch that a loss may read."""
+        """Return the columns of a micro-batch that a loss can read."""
         mean = torch.full_like(batch.weights, known.mean_chosen_tokens)
         return PairData(batch.weights, batch.margins, batch.chosen_rewards, batch.rejected_rewards, mean)
 
@@ -212,7 +212,7 @@ class Objective:
         """Compute a coupled loss over the whole global batch. Call on the last stage only.
 
         policy, reference   log-probabilities of this rank's pairs, one record per micro-batch
-        data                other columns of this rank's pairs, one record per micro-batch
+        data                the other columns that a loss can read, one record per micro-batch
         places              index of each of this rank's pairs in its data set, one tensor [b] per micro-batch. The loss
                             gets the pairs in this order, so that ties have the same result in every layout
 

@@ -1,4 +1,4 @@
-"""Say what memory is planned for a rank, and explain an out-of-memory error of a GPU by it."""
+"""Describe the memory that is planned for a rank, and explain an out-of-memory error of a GPU with this plan."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def _largest_rows(engine: Engine) -> tuple[str, int]:
 
 
 def explanation(engine: Engine, error: torch.OutOfMemoryError) -> list[str]:
-    """Return the lines of the message: the failed allocation, the plan for this rank, and changes that need less."""
-    allocated, _, _ = str(error).partition(" If reserved but")  # then follows advice about the allocator's options
+    """Return the lines of the message: the failed allocation, this rank's plan, and changes that need less memory."""
+    allocated, _, _ = str(error).partition(" If reserved but")  # the rest is advice about the allocator's options
     lines = [allocated, f"planned for this rank: {planned_memory(engine)}"]
     dtype, tokens = _largest_rows(engine)
     found = savings(engine.config, engine.arch, engine.groups.dims, dtype=dtype, tokens=tokens)
     names = ", ".join(f"{change.name} ({gib(cost.peak)})" for change, cost in found[:SHOWN])
     way_out = f"next: one of {names}" if found else "no key lowers the plan; use more ranks, or lower data.max_length"
     if found:
-        way_out += "; in order of increasing cost in speed, each with the plan of the rank that needs the most"
+        way_out += "; in order of increasing cost in speed, each with the memory planned for the rank that needs most"
     return [*lines, way_out]

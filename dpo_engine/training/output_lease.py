@@ -1,7 +1,7 @@
 """Make a run the only writer of its output directory, and check that all ranks see the same directories.
 
 If `train.output_dir` is on a local disk of each node, the parts of a checkpoint are on different disks. Such a run
-trains to its end, but nobody can load what it saved. Therefore rank 0 leaves a file with a random name in each
+trains to its end, but its checkpoints cannot be loaded. Therefore rank 0 writes a file with a random name to each
 directory that the ranks must share, and every rank looks for these files before the data is read.
 
 `data.cache_dir` may be on a local disk of each node, because one rank per node tokenizes for the others. In this case,
@@ -32,7 +32,7 @@ from dpo_engine.training.rank_guard import PER_NODE, ranks_text
 LOOK_S = 10.0
 """Seconds for which a rank looks for a file, because NFS may show a new directory only after a while."""
 LOOK_PER_NODE_S = 1.0
-"""The same for a directory that each node may have for itself."""
+"""Seconds for which a rank looks for a file in a directory that may be a different one on each node."""
 POLL_S = (0.05, 1.0)
 """Initial and maximum number of seconds between two attempts to read a file."""
 MOST_HOSTS = 3
@@ -56,10 +56,11 @@ def sole_writer(
     Yields  a function that checks on rank 0 that the lease is still held (:meth:`Lease.confirm`); on the other ranks it
             does nothing
 
-    *Collectives*: those of :func:`~dpo_engine.platform.long_work.without_time_limit`, and a few of objects over world.
+    *Collectives*: those of :func:`~dpo_engine.platform.long_work.without_time_limit`, and over world a broadcast and an
+    all-gather of objects.
     Raises on all ranks: :class:`~dpo_engine.errors.CheckpointError` if another run holds the lease, or if a directory
     cannot be written; :class:`~dpo_engine.errors.ConfigError` if a directory is not shared;
-    :class:`~dpo_engine.errors.Interrupted` if rank 0 received a signal while it waited.
+    :class:`~dpo_engine.errors.Interrupted` if rank 0 received a signal while it waited for the lease.
     """
     output, world = Path(config.train.output_dir), groups.world
     first = world.rank() == 0
@@ -84,7 +85,7 @@ def sole_writer(
 def sole_exporter(directory: str | Path, world: dist.ProcessGroup, say: Callable[[str], None]) -> Iterator[None]:
     """Refuse to export to a directory to which another process is exporting. Rank 0 holds a lease during the block.
 
-    Two exports would write files with the same names to one directory, and remove each other's files.
+    Two exports to one directory would write files with the same names, and remove each other's files.
 
     directory  directory of the export; the lease is next to it
     say        called on rank 0 with a line if it takes time to find out whether another export still runs
@@ -184,7 +185,7 @@ def _sees(path: Path, limit_s: float) -> bool:
         if time.monotonic() > deadline:
             return False
         with suppress(OSError):
-            # An NFS client may cache that a directory does not exist. Creating it makes the client ask the server.
+            # An NFS client can cache that a directory does not exist. Creating the directory makes it ask the server.
             path.parent.mkdir()
         time.sleep(pause)
         pause = min(2 * pause, longest)

@@ -1,8 +1,8 @@
 """Profile a few steps of a run (``logging.profile``) with torch's profiler, Nsight Systems, or a record of GPU memory.
 
-Profiling starts after the step before ``steps[0]``, so that evaluations and saves between two profiled steps are
-included, and ends with step ``steps[1]``. The parts of a step are marked by :mod:`~dpo_engine.platform.ranges`, and
-forward and backward passes by Megatron's timers. None of the tools changes what a step computes.
+Profiling starts at the end of the step before ``steps[0]``, and stops at the end of step ``steps[1]``. Evaluations and
+saves between these two moments are included. :mod:`~dpo_engine.platform.ranges` marks the parts of a step, and
+Megatron's timers mark forward and backward passes. None of the tools changes what a step computes.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ class TorchTrace:
 
 
 class NsightSystems:
-    """Start and stop of a capture by ``nsys profile --capture-range=cudaProfilerApi``, and NVTX ranges."""
+    """Control of a capture by ``nsys profile --capture-range=cudaProfilerApi``, with NVTX ranges."""
 
     needs_gpu = "Nsight Systems traces CUDA calls"
     ending = ""
@@ -109,7 +109,7 @@ TOOLS: dict[str, Callable[[], Tool]] = {"torch": TorchTrace, "nsys": NsightSyste
 
 
 class Profiler(Callback):
-    """Profile of the steps that ``asked`` names, on every rank. A resumed run profiles only the steps that it runs.
+    """Profile the steps that ``asked`` names, on every rank. A resumed run profiles only the steps that it runs.
 
     On each rank, ``torch`` and ``memory`` write one file to ``<train.output_dir>/profile``, for example
     ``torch_steps_10-12_rank_00000.json``.
@@ -176,7 +176,7 @@ class Profiler(Callback):
 
 
 def require_profile(config: Config, *, gpu: bool, num_steps: int) -> None:
-    """Check that the run can be profiled as ``logging.profile`` asks. Call this before models are loaded.
+    """Check that the run can be profiled as ``logging.profile`` requires. Call this before models are loaded.
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the tool needs a GPU and there is none, or if the last step to
     profile is not among the run's ``num_steps`` steps.

@@ -6,15 +6,15 @@ or trains a wrong model, and no error explains why.
 The solution: compare the facts of the ranks twice. Facts are named values, such as settings and versions, that must be
 equal on all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with different layouts
 would hang while creating the groups. Each rank puts its facts into the rendezvous store; rank 0 reads them and answers
-all ranks. `RankGuard.check` runs before the first step. It also runs every `train.guard_interval` steps, before
-scheduled saves, and after the last step; if the interval is 0, none of these later checks run. It also compares the
-data, and all weights of which several ranks have copies: data-parallel and context-parallel replicas, parameters that
-tensor parallelism does not split, and tied embeddings.
+all ranks. `RankGuard.check` runs before the first step. It runs again every `train.guard_interval` steps, before
+scheduled saves, and after the last step; if the interval is 0, none of these later checks run. In addition to these
+facts, it compares facts about the data, and all weights of which several ranks have copies: data-parallel and
+context-parallel replicas, parameters that tensor parallelism does not split, and tied embeddings.
 
 Why this way: a check costs one all-gather of a few integers per rank (a hash of the facts, and combined fingerprints
 of the weights). The ranks exchange the facts only if these integers differ, so that the error can name the difference.
 A fingerprint is a weighted sum of integers modulo 2^64. Equal tensors therefore have equal fingerprints on every
-device, whatever the order of additions. All ranks raise the same error. Facts are compared in the order of `KINDS`.
+device, in any order of additions. All ranks raise the same error. Facts are compared in the order of `KINDS`.
 
 Not covered: mistakes that are the same on all ranks; weights that only one rank has; optimizer state; differences that
 appear and vanish between two checks; environment variables that `SWITCHES` does not list (some are omitted
@@ -96,18 +96,18 @@ KINDS: dict[str, tuple[type[EngineError], str]] = {
     "tokenizer": (ConfigError, "the tokenizer's files differ between nodes; copy them again"),
     "data": (DataError, "the files differ between nodes, or a node sees an old version; copy them again"),
 }
-"""Kinds of facts, with the error to raise and its way out. A difference in one kind often explains later ones."""
+"""Kinds of facts, with the error to raise and its advice. A difference often explains differences in later kinds."""
 
 NUMBER = "number of ranks"
 MOST_LINES = 10
 MOST_VALUES = 3
 READ_WITHIN_S = 5.0
 EXPERT = ".local_experts."
-"""Part of the names of experts' parameters."""
+"""Text that occurs only in the names of experts' parameters."""
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables that are set and match :data:`SWITCHES`, without those that match :data:`LOGS`."""
+    """Return the variables that are set, match :data:`SWITCHES`, and do not match :data:`LOGS`."""
     return {
         name: variables[name]
         for name in sorted(variables)
@@ -186,7 +186,7 @@ def _read_facts(wait: Callable[[str], bytes], world: int) -> dict[int, Facts]:
 
 
 def _differences(facts: Mapping[int, Facts]) -> tuple[type[EngineError], list[str]]:
-    """Return the error to raise (that of the first kind that differs), and a line for each difference."""
+    """Return the error to raise (the error of the first kind with a difference), and a line for each difference."""
     error, lines = EngineError, []
     if all(theirs is facts[0] or theirs == facts[0] for theirs in facts.values()):
         return error, lines
@@ -208,7 +208,7 @@ def _reason(variable: str) -> str:
 
 
 def by_value(values: Mapping[int, Any]) -> str:
-    """Return which ranks have which value, most common value first, such as ``0.1 on ranks 0-2, 0.2 on rank 3``."""
+    """Return the ranks of each value as text, most common value first, such as ``0.1 on ranks 0-2, 0.2 on rank 3``."""
     holders: dict[Any, list[int]] = {}
     for rank, value in sorted(values.items()):
         holders.setdefault(value, []).append(rank)
@@ -235,7 +235,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 class RankGuard:
-    """Comparison of the ranks' facts, and of the weights of which several ranks have copies, with one collective.
+    """Compare the facts of all ranks, and the weights of which several ranks have copies, with one collective.
 
     facts   the facts of this rank: named values that must be equal on all ranks
     """
@@ -294,7 +294,8 @@ class RankGuard:
     def _fold(self, prints: Mapping[tuple[str, int], Tensor]) -> Tensor:
         """Combine fingerprints into four numbers [4].
 
-        They are for the sharded parameters, the replicated ones, the tied embedding, and the parameters of experts.
+        There is one number each for the sharded parameters, the replicated parameters, the tied embedding, and the
+        parameters of experts.
         """
         rules = FAMILIES[self.arch.model_type].rules if self.arch.tied_embeddings else ()
         tied = {rule.tied_to for rule in rules if rule.tied_to}

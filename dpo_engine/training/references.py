@@ -29,9 +29,9 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.fill_store import Say, everywhere, fill, look, open_store, score_pairs, wanted_keys
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Tolerance, relative to ``max(1, |value|)``, between known log-probabilities and those of a second scoring.
+"""Tolerance, relative to ``max(1, |value|)``, between known log-probabilities and the results of scoring again.
 
-The values may differ because the order of additions depends on the layout and the machine."""
+The values can differ because the order of additions depends on the layout and the machine."""
 
 
 def open_reference(
@@ -43,15 +43,15 @@ def open_reference(
     say: Say = lambda line: None,
     between: Callable[[], None] = lambda: None,
 ) -> Reference:
-    """Build the reference that ``reference.mode`` selects, or an empty one if the loss does not read a reference.
+    """Build the reference that ``reference.mode`` selects, or `NoReference` if the loss does not read a reference.
 
     policy     this rank's chunks with the weights that the run starts from; these weights may be replaced temporarily,
                and are restored before this function returns
     pairs      all pairs that the run will score: training and held-out pairs
     upcoming   returns the micro-batches of the next steps, for a reference that scores several steps ahead
     say        called with each line for the log
-    between    called on all ranks after every segment while a store is filled, which can take long; it can stop the
-               work by raising an exception
+    between    called on all ranks after every segment that is written to a store, because filling a store can take
+               long; it can stop the work by raising an exception
 
     *Collectives*: those of loading and scoring. If one rank fails, all ranks raise its error.
     Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing or do not match the reference,
@@ -84,7 +84,7 @@ def open_reference(
 def following(reference: Reference, asked: ReferenceConfig) -> Sequence[torch.nn.Module | AdapterValues]:
     """Return the weights of a reference that is periodically updated from the policy (``reference.sync_every``).
 
-    Checkpoints must include these weights. For any other reference, return an empty tuple.
+    Checkpoints must include these weights. For a reference that is never updated, return an empty tuple.
     """
     if not asked.sync_every:
         return ()
@@ -184,7 +184,7 @@ def _given(pairs: PairDataset) -> _Known:
 
 
 def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str) -> int:
-    """Score ``reference.verify`` of the known pairs again and compare the results with the known values.
+    """Score some known pairs again (``reference.verify`` is their number), and compare the results with known values.
 
     where   the source of the known values, for error messages
 
@@ -210,7 +210,7 @@ def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str)
 
 
 def _compare(engine: Engine, pairs: PairDataset, index: int, said: np.ndarray, found: np.ndarray, where: str) -> None:
-    # Use the configured dtype even with --fp64, because the known values were computed in it.
+    # Use the configured dtype even with --fp64, because the known values were computed in the configured dtype.
     tolerance = AGREEMENT[engine.platform.dtype(engine.config.model.dtype)]
     if (np.abs(said - found) <= tolerance * np.maximum(1, np.abs(found))).all():
         return

@@ -1,4 +1,4 @@
-"""Write the results of a finished run: the last evaluation of each pair, and the Hugging Face checkpoint."""
+"""Write the results of a finished run: the last evaluation, with one row per pair, and the Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _write_pairs(run: Run, evaluator: Evaluator) -> Path:
     def write() -> None:
         try:
             write_evaluation(path, evaluation)
-        except ConfigError as error:  # the run chose the path, so the cause is the storage
+        except ConfigError as error:  # the engine chose the path, so the cause is the storage
             raise CheckpointError(error.problems) from error
 
     with _saved_already("eval", step):
@@ -89,7 +89,7 @@ def _saved_already(verb: str, step: int) -> Iterator[None]:
     """Add to errors in this block that the run is saved, and that ``dpo-engine <verb>`` can do the work later."""
     try:
         yield
-    except (PeerError, NumbersError):  # the same command or an earlier step is the way out
+    except (PeerError, NumbersError):  # the way out is to run the same command again, or to use an earlier step
         raise
     except EngineError as error:
         *others, last = error.problems

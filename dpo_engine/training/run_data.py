@@ -30,7 +30,7 @@ from dpo_engine.reporting.progress import Progress, open_progress
 from dpo_engine.training.interruption import Interruption
 
 READ_LIMIT = 1 << 30
-"""Maximum size of the training files for which :func:`count_trained` reads them."""
+"""Maximum total size in bytes of the training files that :func:`count_trained` reads."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ def open_data(
     say           called on the first rank of each node with each line of the report
     interruption  records signals that request a stop; a rank that tokenizes then stops soon
 
-    *Collectives*: the other ranks wait for those that tokenize, without a time limit. If one rank fails, all ranks
+    *Collectives*: the other ranks wait, without a time limit, for the ranks that tokenize. If one rank fails, all ranks
     raise its error.
     Raises :class:`~dpo_engine.errors.DataError`, which names the file and the line;
     :class:`~dpo_engine.errors.Interrupted` on all ranks if a rank that tokenizes received a signal.
@@ -81,10 +81,11 @@ def open_data(
 
 
 def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -> Config:
-    """Fix the date that the run's chat template reads: that of the newest checkpoint that has one, or else today's.
+    """Fix the date that the run's chat template reads.
 
-    Without this, a template that writes the date would produce other tokens after midnight. Returns the configuration
-    unchanged if data.template_date is set or if the template reads no date.
+    The date is the one in the newest checkpoint that records a date, or else today's date. Without a fixed date, a
+    template that writes the date would produce other tokens after midnight. Returns the configuration unchanged if
+    data.template_date is set or if the template reads no date.
 
     *Collectives*: over ``world``, a broadcast of what rank 0 has read, without a time limit.
     """
@@ -167,7 +168,7 @@ def _progress(config: Config, groups: ParallelGroups, interruption: Interruption
 def build_all(
     config: Config, say: Callable[[str], None], progress: Progress, *, reads_train: bool = True
 ) -> tuple[PairDataset | None, PairDataset | None, str]:
-    """Return the training pairs (None unless ``reads_train``), the held-out pairs or None, and a tokenizer digest.
+    """Return the training pairs (None unless ``reads_train``), the held-out pairs or None, and the tokenizer's digest.
 
     Needs no process group. Raises: as for :func:`open_data`.
     """
@@ -227,7 +228,7 @@ def count_trained(config: Config, pairs: PairDataset) -> int:
         if sum(find_shards(source.path).size for source in data.train) > READ_LIMIT:
             return 0
         train = PairDataset(cache_file(config.cache_dir, data.train, open_tokenizer(config), data, data.max_pairs))
-    except (DataError, pa.ArrowException, OSError, LookupError, ValueError):  # not there, or damaged
+    except (DataError, pa.ArrowException, OSError, LookupError, ValueError):  # a file is missing or damaged
         return 0
     if data.validation_fraction:
         train, _ = split_validation(train, data.validation_fraction)

@@ -1,12 +1,12 @@
 """Run the first steps of a run, and record the numbers that must be equal in every layout.
 
-Equal weights hide bugs: if the policy equals the reference, every margin is 0, a loss that reads other pairs of its
-micro-batch has the same value for each of them, and it does not matter which of the two models is scored. Therefore
-the policy's weights are changed first, in a way that does not depend on the layout
+Equal weights hide bugs. If the policy equals the reference, every margin is 0. All pairs then have the same loss, even
+if a loss wrongly reads other pairs of the micro-batch. Scoring the wrong one of the two models also changes nothing.
+Therefore the policy's weights are changed first, in a way that does not depend on the layout
 (:func:`~dpo_engine.model.weights.perturb.perturb`). Training steps would also separate the two models, but more slowly
 (at a learning rate of 1e-6, margins stay near 0 for many steps), and with the very code that is under test. The
-reference's log-probabilities are first recorded *before* the change. If a reference wrongly reads the
-policy's weights later, its numbers change after the steps.
+reference's log-probabilities are first recorded *before* the change. If a reference wrongly reads the policy's weights
+later, the reference's numbers change after the steps.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
              ``dtype``, ``layout`` (of batches), ``largest`` (number of pairs in the largest micro-batch);
              ``before``: one row per pair, with its log-probabilities under the reference and the unchanged policy, and
              its loss;
-             ``steps``: for each step ``pairs``, rows of its pairs as they are before the step, and ``metrics``;
+             ``steps``: for each step, ``pairs`` (rows of the step's pairs, scored before the step) and ``metrics``;
              ``after``: rows of all pairs after the last step
     """
     engine = Engine.open(_without_warmup(config), fp64=fp64)
@@ -99,7 +99,7 @@ def _measure(engine: Engine, data: RunData, steps: list[np.ndarray]) -> dict[str
 
 
 def _facts(engine: Engine, data: RunData, indices: np.ndarray) -> BatchFacts:
-    """Return the facts of a batch. Rounding errors count as a tie, because they would make accuracies jump."""
+    """Return the facts of a batch. Rounding errors count as ties, because accuracies would otherwise jump."""
     return batch_facts(data.train, indices)._replace(tie=TIE[engine.dtype])
 
 

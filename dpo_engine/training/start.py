@@ -65,22 +65,22 @@ class Start:
 def saved(
     engine: Engine, step: int | None, say: Callable[[str], None], *, way_out: str = "set the run's train.output_dir"
 ) -> Checkpoint:
-    """Return the checkpoint for ``step``, or the newest intact one if None, after checking that it fits the model.
+    """Find the checkpoint for ``step`` (None: the newest intact checkpoint), and check that it fits the model.
 
-    Other settings may differ from those of the run that saved the checkpoint.
+    All other settings of this run may differ from the settings in the checkpoint.
 
     say      called on every rank with a line for each skipped checkpoint
     way_out  advice in the error message if there is no checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`.
-    Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint, or if it is for another model.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint, or if it has another model.
     """
     folder = engine.config.checkpoint_dir
     found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
     if found is None:
         raise CheckpointError(f"{folder}: contains no checkpoint; train first, or {way_out}")
     optim = engine.config.optim
-    mine = {"optim.optimizer": optim.optimizer, "optim.freeze": frozen(engine.config)}  # which state was saved
+    mine = {"optim.optimizer": optim.optimizer, "optim.freeze": frozen(engine.config)}  # they select the saved state
     mine |= model_identity(engine.arch, engine.adapter_identity)
     compare(found.manifest["identity"], mine, where=found.directory)
     return found
@@ -150,7 +150,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
 
 
 def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
-    """Return a line for each setting of micro-batches that differs from that of the checkpoint.
+    """Return a line for each setting of micro-batches that differs from the checkpoint's setting.
 
     On other devices, ``auto`` may choose other values. Checkpoints of earlier versions do not record the choice.
     """
@@ -164,9 +164,10 @@ def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def pairs_seen(manifest: Mapping[str, Any]) -> int:
-    """Return the number of pairs in the steps before a checkpoint. Older checkpoints did not record the number.
+    """Return the number of pairs in the steps before a checkpoint.
 
-    For these, the number follows from the position, unless the training data or the order changed during the run.
+    Older checkpoints do not record this number. For them, the number is computed from the position in the data, which
+    is correct unless the training data or the order changed during the run.
     """
     run = manifest["run"]
     if "pairs_seen" in run:

@@ -2,10 +2,10 @@
 
 The problem: most losses are a weighted mean of per-pair losses, so each micro-batch can run forward and backward on its
 own. Some losses couple the pairs: they depend on every pair in the global batch (AOT sorts all pairs, BCO shifts
-rewards by a batch mean). Then no micro-batch can compute its gradient alone, and the activations of all micro-batches
-together would not fit in memory.
+rewards by a batch mean). With such a loss, no micro-batch can compute its gradient alone, and the activations of all
+micro-batches together would not fit in memory.
 
-The solution: a loss sees the model only through two summed log-probabilities per pair. By the chain rule,
+The solution: a loss depends on the model only through two summed log-probabilities per pair. By the chain rule,
 
     dL/dtheta = sum over pairs of (dL/dchosen) dchosen/dtheta + (dL/drejected) drejected/dtheta.
 
@@ -61,7 +61,7 @@ def train_step(
 ) -> dict[str, float]:
     """Score the batch with the reference, run the policy forward and backward, and update the policy once.
 
-    batches  this rank's micro-batches, with the pairs of its dp rank, and of these pairs the tokens of its cp rank
+    batches  this rank's micro-batches: for each pair of its dp rank, the tokens of its cp rank
     known    BatchFacts of the *whole* global batch, because the loss is the weighted mean over all of its pairs
     refuses  called with the metrics and ``grad_norm`` before the update; returns whether to skip the update, equal on
              all ranks. The learning rate schedule advances in either case.
@@ -134,7 +134,7 @@ def train_step(
     reach("optimizer")
 
     def refuse(norm: float) -> bool:
-        if count_zeros:  # the gradients are reduced now, and not clipped yet
+        if count_zeros:  # at this point, the gradients are reduced but not yet clipped
             metrics["num_zeros_in_grad"] = num_zeros(trained, vocab_size=vocab_size, groups=groups)
         return refuses({**metrics, "grad_norm": norm})
 

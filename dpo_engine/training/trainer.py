@@ -49,7 +49,7 @@ class Trainer:
 
     step        number of steps done
     pairs_seen  number of pairs in these steps
-    stopped     why the run has ended early, as its checkpoint records it; None if it has not
+    stopped     why the run has ended early, as its checkpoint records it; None if it has not ended early
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Trainer:
         return summary | write_results(self, self.evaluator, self.start.identity)
 
     def run_steps(self) -> dict[str, Any]:
-        """Run the remaining steps, and evaluate the last one. Return its metrics and its evaluation."""
+        """Run the remaining steps, and evaluate after the last step. Return the last step's metrics and evaluation."""
         config, plan = self.config, self.data.plan
         if self.step >= plan.num_steps or self.stopped:
             line = f"nothing left to train: {self.step} of {plan.num_steps} steps are done"
@@ -173,14 +173,14 @@ class Trainer:
         if evaluations and not self.last:
             if self.step == 0:
                 leave_before_a_step(self.engine, self.interruption)
-            # The evaluation was due after the checkpoint's step, so a callback may end the run there.
+            # The evaluation was due after the checkpoint's step, so a callback can end the run at this step.
             elif signal := self.agree(None):
                 raise stopped_before_a_step(signal)
         while self.step < plan.num_steps and not self.stopped:
             metrics = self.take_step()
             due = plan.due(self.step, interval_of(config.checkpoint.save_interval))
             judged = self.last or plan.due(self.step, interval_of(config.train.eval_interval))
-            may_save = due or bool(judged and config.checkpoint.keep_best)  # if it is among the best
+            may_save = due or bool(judged and config.checkpoint.keep_best)  # if this step is among the best
             # If training continues, a save that is due or running must finish before the save for a later stop begins.
             self.interruption.save_s = self.saver.took_s * (1 + (may_save or self.saver.in_flight))
             stop = None if self.last else self.agree("step")
@@ -215,7 +215,7 @@ class Trainer:
 
     @property
     def last(self) -> bool:
-        """Whether no step follows."""
+        """Whether the run ends after the current step."""
         return self.step == self.data.plan.num_steps or self.stopped is not None
 
     def agree(self, after: str | None) -> str | None:
@@ -230,7 +230,7 @@ class Trainer:
         groups, interruption = self.engine.groups, self.interruption
         interruption.finish = bool(self.callbacks.asked)
         stop = interruption.agreed(groups.world, self.engine.platform.device, after=after)
-        # A signal hides a callback's request in the agreed number. The checkpoint must record that request too.
+        # In the agreed number, a signal hides a callback's request. The checkpoint must record this request, too.
         asked: list[Any] = [None] * groups.world.size()
         if interruption.finish or stop:
             dist.all_gather_object(asked, self.callbacks.asked, group=groups.world)

@@ -19,10 +19,10 @@ class Warnings(Callback):
     """Warnings, each logged once with a way out: a schedule that trains nothing, held-out pairs that are also training
     pairs, steps without a gradient, a constant loss, and a policy that is no longer a language model.
 
-    For the last one, the policy's mean log-probability per token of the chosen responses is compared with
-    ``-ln(vocabulary)``, which is that of a uniform distribution. A language model gives meaningful text a
+    For the last warning, the policy's mean log-probability per token of the chosen responses is compared with
+    ``-ln(vocabulary)``, the log-probability under a uniform distribution. A language model gives meaningful text a
     higher log-probability, so a policy below this value has been pushed away from language, as in likelihood
-    displacement (arXiv 2410.08847). Rewards and accuracy do not show this: they may look perfect. A model
+    displacement (arXiv 2410.08847). Rewards and accuracy do not show this failure, and can look perfect. A model
     with random weights starts near this value, so the warning also requires a fall of `FALL` nats since the first step.
     """
 

@@ -1,8 +1,8 @@
 """Count the tokens and floating-point operations of a step, for the throughput metrics.
 
-Only matrix products count: for each token, 2 operations per matrix parameter (without the experts that it does not
-use), and for each attention head, 4 times the head size per visible (query, key) pair. The other pairs do not
-count, because a kernel skips them; in a layer with a sliding window, neither do the pairs outside of the window.
+Only matrix products count: for each token, 2 operations per matrix parameter (without the experts that the token does
+not use), and for each attention head, 4 times the head size per visible (query, key) pair. Pairs that are not visible
+do not count, because a kernel skips them; in a layer with a sliding window, these include the pairs outside the window.
 Recomputed activations (`model.recompute`) do not count either.
 """
 
@@ -30,7 +30,7 @@ from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.engine import Engine
 
 BACKWARD = 2
-"""Operations of a backward pass, as a multiple of those of a forward pass: two products for each matrix product.
+"""Operations of a backward pass, divided by those of a forward pass: a matrix product needs two products backward.
 
 With adapters, a product with a frozen matrix needs only one product in the backward pass, for the gradient of its
 input."""
@@ -57,8 +57,8 @@ def count_work(engine: Engine, pairs: PairDataset, indices: np.ndarray, batches:
 def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> dict[str, float]:
     """Return the metrics ``tokens_per_s``, ``layout_gain`` and, if the peak is known, ``mfu`` of a step.
 
-    If weights are frozen, or if the first layers have no adapters, ``mfu`` is left out, because the
-    products that a step then omits are not counted.
+    If weights are frozen, or if a run with adapters has none in the first layer, a step omits some products. The count
+    does not consider this, so ``mfu`` is then left out.
 
     work      the work of the step's global batch
     elapsed   duration of the step, in seconds
@@ -95,7 +95,7 @@ def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
         rows, columns = batch.tokens.shape
         visible = (batch.positions + 1).double()  # a token sees itself and all earlier tokens of its sequence
         last = visible if batch.columns is None else visible[batch.columns]
-        tokens, layers = rows * columns, arch.num_layers - 1  # without the last layer, which may be pruned
+        tokens, layers = rows * columns, arch.num_layers - 1  # the last layer may compute fewer columns
         before, final = range(layers), [layers]
         head = 2 * arch.hidden_size * arch.vocab_size * len(batch.scored.sites)
         total[0] += tokens
@@ -126,7 +126,7 @@ def _products(arch: Architecture, layers: Sequence[int], tokens: int, computed: 
     """Return the number of operations of the matrix products in ``layers``. Only experts that a token uses count.
 
     tokens    number of tokens for which the layers compute queries, keys and values
-    computed  number of tokens for which they compute outputs
+    computed  number of tokens for which the layers compute outputs
     """
     keys, output = 2 * tokens * attention_inputs(arch), attention_output(arch)
     sizes = Counter(mlp_parameters(arch, layer) for layer in layers)

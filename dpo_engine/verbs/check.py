@@ -135,7 +135,7 @@ def examine(
 
 
 def _architecture(key: str, path: str, found: Findings) -> Architecture | None:
-    """Read a checkpoint's architecture, and check that the headers of its weight files list the matching tensors."""
+    """Read a checkpoint's architecture, and check that the headers of its weight files list the tensors for it."""
     try:
         arch = read_architecture(path, key)
     except ConfigError as error:
@@ -264,7 +264,7 @@ def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> To
     key = "model.tokenizer" if config.model.tokenizer else "model.path"
     if arch:
         tokenizer.rows = arch.vocab_size
-        # Tokens that were added without a row, such as a padding token, do no harm unless a text contains them.
+        # Added tokens without an embedding row, such as a padding token, do no harm unless a text contains them.
         absent = [token for token in range(arch.vocab_size, tokenizer.vocab_size) if token not in tokenizer.end_ids]
         if absent:
             names = ", ".join(repr(tokenizer.name_of(token)) for token in absent[:3])
@@ -340,7 +340,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
 
 
 def _no_template(source: Source, tokenizer: Tokenizer, skip: bool) -> str:
-    """Return the error line about records that are read as conversations, if the tokenizer has no chat template."""
+    """Return the error line for records that are read as conversations although there is no chat template."""
     name, row = recognize(source.path, source.format, source.columns, skip=skip) or (source.format, {})
     fields = join([repr(field) for field in getattr(FORMATS[name], "fields", ()) if field in row], "and")
     return (

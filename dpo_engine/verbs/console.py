@@ -1,4 +1,4 @@
-"""Print the output of the verbs: lines on rank 0 only, and an error of all ranks only once, or only once per node."""
+"""Print the output of the verbs: lines on rank 0 only, and an error that all ranks raise once per job or per node."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ HELD_OUT = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins":
 def open_streams() -> None:
     """Make sure that this process can open files with any name, and write any text to the console.
 
-    In an ASCII locale, Python cannot open a file whose name contains other characters. Python's UTF-8 mode can, but it
-    must be chosen when Python starts, so this function starts the same command again in the same process. The console
-    keeps its encoding. Characters that this encoding lacks are written as escapes, and so are the bytes of a file name
-    that are not valid UTF-8.
+    In an ASCII locale, Python cannot open a file whose name contains other characters. Python's UTF-8 mode can open it,
+    but this mode must be selected when Python starts. This function therefore starts the same command again in the same
+    process. The console keeps its encoding. Characters that this encoding lacks are written as escapes, and so are the
+    bytes of a file name that are not valid UTF-8.
     """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and sys.orig_argv:
         if not os.environ.get("PYTHONIOENCODING"):

@@ -1,4 +1,4 @@
-"""Try what `train` does first, without Megatron: call the loss, compare the checkpoint, and open the trackers."""
+"""Try what `train` does first, without Megatron: call the loss, compare with a checkpoint, and open the trackers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNKNOWN = ("train_data", "reference")
 
 
 def dry_run(config: Config) -> list[tuple[str, str]]:
-    """Try the loss, the checkpoint, and the trackers of a run that has no other problems.
+    """Try the loss, the checkpoint, and the trackers of a run in which `check` has found no other problems.
 
     Returns  the lines to print, each with its subject
 
@@ -79,7 +79,7 @@ def try_resume(config: Config) -> list[str]:
 
 
 def _identity(config: Config, saved: dict[str, Any], position: Position) -> dict[str, Any]:
-    """Return the part of the run's identity that is known here. The data is assumed to be that of the checkpoint."""
+    """Return the known part of the run's identity. The training data is assumed to be the data of the checkpoint."""
     pairs = saved["train_data"]["pairs"]
     found = identity(
         config,
@@ -115,10 +115,10 @@ class _Sized:
 
 
 def try_trackers(config: Config) -> tuple[list[str], list[str]]:
-    """Open the run's trackers in a temporary directory, where they cannot reach a server, and close them.
+    """Open the run's trackers offline, in a temporary directory, and close them.
 
     Registered sinks (`logging.sinks`) are not opened, because the engine cannot keep them from creating a run on a
-    server; their names and options are checked with the rest of the configuration.
+    server. Their names and options are checked with the rest of the configuration.
 
     Returns  lines that say what was tried, and a line for each problem
     """
@@ -141,7 +141,7 @@ def try_trackers(config: Config) -> tuple[list[str], list[str]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let W&B print nothing, and MLflow use a folder, while the block runs."""
+    """Inside the block, keep W&B from printing, and let MLflow store its data in a folder."""
     wanted = {"WANDB_SILENT": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

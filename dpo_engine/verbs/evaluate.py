@@ -45,7 +45,7 @@ def evaluate(
              run's own held-out pairs
     to       Parquet file to write; None: a file in train.output_dir, named after the step and ``data``
     against  Parquet file of another evaluation to compare with
-    tokens   number of pairs whose token log-probabilities are written to a file next to the Parquet file; None: none
+    tokens   number of pairs whose token log-probabilities are written to a file next to the Parquet file; None: no file
     say      called with each line for the log
 
     Returns  on rank 0, the report, with the key ``against`` if a comparison was requested, and the key ``files`` with
@@ -124,7 +124,7 @@ def evaluate(
 
 
 def with_data(config: Config, data: str | Sequence[str | Mapping[str, Any]]) -> Config:
-    """Return a run whose held-out pairs come from other sources.
+    """Return the run's configuration with other sources of held-out pairs.
 
     data   as for :func:`evaluate`
 

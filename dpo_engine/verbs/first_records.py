@@ -1,4 +1,4 @@
-"""Encode the first records of a source, and find what the run would drop or train on twice."""
+"""Encode the first records of a source. Find records that the run would drop, and prompts that responses repeat."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ MOST_RECORDS = 1000
 
 
 def all_dropped(source: Source, tokenizer: Tokenizer, config: Config) -> Counter[str] | None:
-    """Return the number of pairs that are dropped, by reason, if these are all pairs of a source.
+    """Return the number of dropped pairs by reason, if all pairs of a source are dropped.
 
-    Return None if a pair is kept, or if none of the first `MOST_RECORDS` records has such a pair, but there are more.
+    Return None if a pair is kept. Also return None if all pairs of the first `MOST_RECORDS` records are dropped, but
+    the source has more records, which are not read.
 
     Raises :class:`~dpo_engine.errors.DataError` and :class:`~dpo_engine.errors.ConfigError` as :func:`read_pairs` and
     :func:`encode_pairs` do.
@@ -35,7 +36,10 @@ def all_dropped(source: Source, tokenizer: Tokenizer, config: Config) -> Counter
 
 
 def record_warnings(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Return a line for each source of a checked run whose first records are all dropped, or repeat their prompts."""
+    """Return a line for each source whose first records are all dropped, or all repeat the prompt in both responses.
+
+    Call this for a run that `check` has found valid.
+    """
     found = []
     for key, sources in (("train", config.data.train), ("validation", config.data.validation or ())):
         for source in sources:

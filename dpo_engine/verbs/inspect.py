@@ -94,7 +94,7 @@ def _all(config: Config, tokenizer: Tokenizer) -> Iterator[Inspected]:
 
 
 def _records(source: Source) -> Iterator[tuple[str, Pair | str]]:
-    """Yield each pair with its place, and for each unusable record, its place and the reason."""
+    """Yield the `file:line` of each record with each of its pairs or, for an unusable record, with the reason."""
     bad = _Reasons(skip=True)
     for line, found in read_pairs(source.path, source.format, bad, source.columns):
         yield from bad.take()
@@ -157,7 +157,7 @@ def _pieces(ids: np.ndarray, kinds: Sequence[str], tokenizer: Tokenizer) -> tupl
 
 
 def saved_line(config: Config) -> str | None:
-    """Return a line about the run's checkpoints and the best one by checkpoint.keep_best; None if there are none."""
+    """Return a line about the run's checkpoints and the best of them by checkpoint.keep_best; None: no checkpoints."""
     if not (there := steps(config.checkpoint_dir)):
         return None
     line = f"checkpoints: steps {', '.join(map(str, there))}"

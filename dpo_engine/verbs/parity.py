@@ -1,8 +1,8 @@
 """``dpo-engine parity``: compare a run in its own layout with the same run in a single process.
 
 Both runs take a few optimizer steps on pairs of the first global batches, and record the loss, the gradient norm, all
-metrics, and the log-probabilities of each pair before each step and after the last one
-(:mod:`~dpo_engine.training.short_run`). One run uses the configured layout. The other uses a single process, padded
+metrics, and the log-probabilities of each pair before each step and after the last step
+(:mod:`~dpo_engine.training.short_run`). One run uses the configured layout. The other run uses a single process, padded
 rows, and micro-batches of another size. Equal numbers show that the results depend on none of these. Equal numbers in
 fp64 show that differences in the configured dtype are rounding errors.
 """
@@ -89,7 +89,7 @@ def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, list[Dif
         rest = [name for name in b["metrics"] if name not in ("loss", "grad_norm")]
         rest = [name for name in rest if dtype != "bfloat16" or name.rpartition("/")[2] not in JUMPS]
         found[METRICS].append(_worst([(name, a["metrics"][name], b["metrics"][name]) for name in rest], allowed))
-    # The reference must not have changed in any step, so its numbers after all steps are compared with those before.
+    # The reference must not change in any step, so its numbers after all steps are compared with those before step 1.
     reference = [name for name in one["before"][0] if name.startswith("ref_")]
     if reference:
         found[REFERENCE] = [_worst_row(many["after"], one["before"], FIRST[dtype], reference)]
@@ -164,7 +164,7 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
         plain = config.model_copy(
             update={"parallel": alone, "batch": BatchConfig(layout="stacked"), "megatron": MegatronConfig()}
         )
-        # A loss that secretly depends on its micro-batch gives other numbers only if the micro-batches differ.
+        # A loss that wrongly depends on its micro-batch is noticed only if the two runs have different micro-batches.
         size = 1 if many["largest"] > 1 else 2
         plain = plain.model_copy(update={"train": plain.train.model_copy(update={"micro_batch_size": size})})
         one = _measure_in_processes(plain, 1, Path(folder) / "one", fp64=fp64)
@@ -220,7 +220,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def main(folder: str, *options: str) -> None:
-    """Measure the run in ``folder`` and write the results there. Run by :func:`_measure_in_processes`."""
+    """Measure the run in ``folder`` and write the results there. :func:`_measure_in_processes` starts this function."""
     config = Config.load(Path(folder) / "run.yaml")
     first = world_from_environment()[0] == 0
     try:

@@ -1,11 +1,11 @@
 """``dpo-engine plan``: rank the parallel layouts that fit a number of GPUs, by predicted memory and time.
 
-The prediction needs neither a GPU nor Megatron. Memory is that of :mod:`~dpo_engine.model.memory`. Time is the sum of
-three parts: the operations of the slowest stage at `EFFICIENCY` of the GPU's peak, the bytes of each kind of
+The prediction needs neither a GPU nor Megatron. Memory is computed by :mod:`~dpo_engine.model.memory`. Time is the sum
+of three parts: the operations of the slowest stage at `EFFICIENCY` of the GPU's peak, the bytes of each kind of
 communication at the speed of its link, and the pipeline bubble. Use the prediction to compare layouts; it is not the
-exact time of a step. All rows have ``data.max_length`` tokens, which is the worst case. In layers with a sliding
-window, operations grow with the window; for communication over context-parallel ranks, all layers count as layers
-without a window.
+exact time of a step. All rows are assumed to have ``data.max_length`` tokens, which is the worst case. In layers with a
+sliding window, operations grow with the window. For communication over context-parallel ranks, all layers count as
+layers without a window.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Layout:
     dims       sizes of the parallel dimensions
     recompute  ``model.recompute``
     tokens     number of tokens in the largest micro-batch
-    memory     memory of the rank that needs the most
+    memory     memory of the rank that needs the most memory
     seconds    predicted time of a step, by cause
     sent       bytes that a rank sends in a step, by parallel dimension, and the link that carries them
     flops      floating-point operations of a step, over all GPUs
@@ -92,15 +92,15 @@ class Layout:
 def plan(
     config: Config, gpus: int, *, gpu_memory: float = 80.0, gpu: str = "H100", nodes: int | None = None
 ) -> list[str]:
-    """Return the lines of a report: the layouts that fit, fastest first, and why others are not possible.
+    """Return the lines of a report: the layouts that fit, fastest first, and why other layouts are not possible.
 
     gpus        total number of GPUs
     gpu_memory  memory of each GPU, in GiB
     gpu         a key of `GPUS`
     nodes       number of nodes; None: the smallest number with at most eight GPUs per node
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for numbers that describe no machine, for a number of GPUs that
-    cannot be divided over the nodes, and for adapters that do not fit the model.
+    Raises :class:`~dpo_engine.errors.ConfigError` for numbers that are not positive, for a number of GPUs that is not a
+    multiple of the number of nodes, and for adapters that do not fit the model.
     """
     given = [("gpus", gpus, "GPUs"), ("nodes", nodes, "nodes")]
     problems = [
@@ -142,7 +142,7 @@ def plan(
 def _layouts(
     config: Config, arch: Architecture, gpus: int, per_node: int, size: int, gpu: GPU
 ) -> tuple[list[Layout], list[str]]:
-    """Return all layouts that the model allows, whether they fit or not, and the reasons against the others."""
+    """Return all layouts that the model allows, whether they fit or not, and why other layouts are not possible."""
     found, reasons = [], set()
     for sizes in _sizes(arch, gpus):
         uneven = config.parallel.layers == "auto" or arch.num_layers % (sizes.pp * sizes.chunks)
@@ -211,7 +211,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     keys = 2 * max(arch.num_kv_heads // dims.tp, 1) * arch.head_dim * micro_batch * number
     add("cp", steps * layers * (2 + scored) * keys * (dims.cp - 1) / dims.cp, (dims.cp - 1) * dims.tp)
     exchanges = steps * dims.chunks * (2 + scored) * (dims.pp > 1)
-    add("pp", exchanges * row / dims.tp, dims.world - 1)  # stages divide the ranks, so neighboring stages are far apart
+    add("pp", exchanges * row / dims.tp, dims.world - 1)  # a stage has consecutive ranks, so stages are far apart
     if arch.experts:
         # Each token's hidden states go to its experts and come back, in the forward and in the backward pass.
         mixed = len([layer for layer in dims.layers_of(0, arch.num_layers) if layer in arch.experts.layers])
@@ -286,14 +286,15 @@ def _yaml(layout: Layout) -> list[str]:
 def _way_out(
     config: Config, arch: Architecture, gpus: int, per_node: int, size: int, gpu: GPU, layouts: list[Layout]
 ) -> list[str]:
-    """Return lines that say what would make the run fit."""
+    """Return lines about the smallest layout, and about changes with which the run would fit."""
     lines = ["does not fit"]
     if layouts:
         lines[0] += f"; the smallest is {_title(min(layouts, key=lambda one: one.memory.needed))}"
     dims = ParallelDims(1, 1, None, 1, 1, gpus)
     tokens = largest_micro_batch(config, arch, dims, dtype="bf16", device_memory=size)
     lighter = lighter_runs(config, dims, dtype="bf16", tokens=tokens)
-    changes = [(one.name, one.config, gpus) for one in lighter if one.config.model == config.model]  # not recompute
+    # The layouts already include all values of model.recompute.
+    changes = [(one.name, one.config, gpus) for one in lighter if one.config.model == config.model]
     if config.batch.tokens_per_micro_batch != "auto":
         least = config.batch.model_copy(update={"tokens_per_micro_batch": "auto"})
         changes.append(("batch.tokens_per_micro_batch=auto", config.model_copy(update={"batch": least}), gpus))

@@ -1,9 +1,9 @@
 """``dpo-engine rehearse``: test with injected faults whether a user's own run resumes correctly.
 
 The test trains the first steps of the run, kills and stops it, resumes it, and compares its metrics with those of an
-uninterrupted run. The ranks are processes on this machine that get their rank and address from environment variables.
-Each case trains in its own directory under ``<train.output_dir>/rehearsal``. Outside this directory, the test changes
-only the cache of tokenized data and the reference store.
+uninterrupted run. Each rank is a process on this machine, and reads its rank and the address of rank 0 from environment
+variables. Each case trains in its own directory under ``<train.output_dir>/rehearsal``. Outside this directory, the
+test changes only the cache of tokenized data and the reference store.
 """
 
 import json
@@ -46,7 +46,8 @@ class Rehearsal(NamedTuple):
     name   description for the report
     fault  value of ``DPO_FAULT``
     told   whether the fault requests a clean stop; if so, every rank must save and exit with code 75
-    kept   steps after which the restarted run may resume; several, if a save may be running when the fault occurs
+    kept   accepted steps after which the restarted run resumes; there are several if a save can be running when the
+           fault occurs
     """
 
     name: str
@@ -67,7 +68,7 @@ def rehearsals(last_rank: int) -> list[Rehearsal]:
 
 
 def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], None] = console.say) -> bool:
-    """Train the first steps, kill and stop the run, resume it, and compare its metrics with an uninterrupted run's.
+    """Train the first steps, kill and stop the run, resume it, and compare it with an uninterrupted run.
 
     world   number of ranks to start on this machine; None: the smallest number that the layout allows
     say     called with each line of the report

@@ -17,7 +17,7 @@ def report(directories: Sequence[str | Path], *, to: str | Path | None = None) -
 
     Returns  the path of the page
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if a directory is not that of a run, or if plotly is missing.
+    Raises :class:`~dpo_engine.errors.ConfigError` if a directory does not contain a run, or if plotly is missing.
     """
     path = Path(to) if to is not None else Path(directories[0], PAGE) if len(directories) == 1 else Path(PAGE)
     if path.suffix not in (".html", ".htm"):
@@ -30,7 +30,7 @@ def report(directories: Sequence[str | Path], *, to: str | Path | None = None) -
 def report_as_text(directories: Sequence[str | Path]) -> None:
     """Print the verdict, tables and curves of runs on the terminal. Needs no plotly.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if a directory is not that of a run.
+    Raises :class:`~dpo_engine.errors.ConfigError` if a directory does not contain a run.
     """
     from dpo_engine.reporting.page.text import show_runs
 

@@ -144,7 +144,7 @@ def _format(source: Source, config: Config) -> str:
 def count(source: Source) -> int | None:
     """Count the records of a source, including bad ones.
 
-    Return None if the source has too many bytes of JSON to count quickly, or if it cannot be read.
+    Return None if the source has too much JSON to be counted quickly, or if the source cannot be read.
     """
     shards = find_shards(source.path)
     if shards.suffix.startswith(".json"):
@@ -178,7 +178,7 @@ def run_warnings(config: Config) -> list[str]:
 def most_pairs(config: Config) -> int | None:
     """Return the largest possible number of pairs in data.train, before data.validation_fraction of them are held out.
 
-    Return None if the records are not counted, or if a record may contain several pairs.
+    Return None if the records are not counted, or if a record can contain several pairs.
     """
     data = config.data
     counts = [count(source) for source in data.train]
@@ -194,7 +194,7 @@ def _training_pairs(config: Config) -> int | None:
 
 
 def _intervals(config: Config, pairs: int | None) -> list[str]:
-    """Return lines about the intervals that are given as parts of an epoch: their problems or, if none, their steps."""
+    """Return lines about the intervals that are given in epochs: problems or, without problems, lengths in steps."""
     if not pairs:
         return []
     epoch = -(-pairs // config.train.global_batch_size)
@@ -276,7 +276,7 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
 
 
 def _export(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Describe what the export cannot keep of the run's tokenizer."""
+    """Return a line for each property of the run's tokenizer that the export cannot keep."""
     source, own = model_directory(config.model.path), config.model.tokenizer
     if not config.checkpoint.export or (own is None and config.data.chat_template is None and tokenizer.note is None):
         return []  # the export has the model's own files, from which transformers reads the run's tokenizer

@@ -12,7 +12,7 @@ from dpo_engine.verbs import console
 def tokenize(config: Config, say: Callable[[str], None] = console.say) -> None:
     """Tokenize the training and validation pairs of a run into data.cache_dir, and report on them.
 
-    A later run with the same data settings reads the cache. Needs neither Megatron nor a GPU, and no other ranks.
+    A later run with the same data settings reads the cache. Tokenizing needs no Megatron, no GPU, and no other rank.
 
     say   called with each report
 

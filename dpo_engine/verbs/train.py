@@ -36,7 +36,7 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
 
     Returns  the summary: the last step, its metrics, the final evaluation, and the paths of the written files
 
-    Raises :class:`~dpo_engine.errors.EngineError` on all ranks.
+    Raises :class:`~dpo_engine.errors.EngineError` on all ranks if the run fails or is interrupted.
     """
     interruption = interruption or Interruption()
     interruption.limit(config.train.save_by)
@@ -52,7 +52,7 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
 
 
 def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm: Callable[[], None]) -> dict[str, Any]:
-    """Train the run of ``engine``, whose output directory no other run writes to. Return the summary."""
+    """Train the run of ``engine``. No other run may write to the output directory. Return the summary."""
     config, world = engine.config, engine.groups.world
     writer = world.rank() == 0
     if config.optim.gradients == "bf16" and engine.dtype_name != "bfloat16":

@@ -57,7 +57,7 @@ def test_the_run_ends_with_the_plan_and_what_to_change(files, tiny_hf, tmp_path)
     assert planned.startswith("planned for this rank: ") and terms in planned
     assert re.fullmatch(
         r"next: one of reference.mode=stored \(.*\), train.micro_batch_size=1 \(.*\), model.recompute=.*; in order "
-        "of increasing cost in speed, each with the plan of the rank that needs the most",
+        "of increasing cost in speed, each with the memory planned for the rank that needs most",
         change,
     )
     log = (tmp_path / "run" / "log.txt").read_text().splitlines()

@@ -4,16 +4,16 @@ Problem. A token's log-probability is a log-softmax over the whole vocabulary. F
 entries, fp32 logits take 4 GiB, and the gradient of the logits takes another 4 GiB. The vocabulary is sharded over TP,
 and the tokens are sharded over CP. The gradient of the logits depends on the loss, and the loss depends on sums over
 all tokens of a pair. An implementation that saves memory therefore normally computes all logits twice: once for the
-sums and once for the gradient.
+sums and once for the gradient of the loss.
 
 Solution. This module receives only the hidden states at scored sites, that is, at tokens that predict a response token.
 It processes them in chunks of whole pairs, with at most ``CHUNK_SITES`` sites per chunk. For each chunk,
 ``dpo_kernels`` computes statistics of this rank's vocabulary shard (maximum, sum of exponentials, target logit).
 `Vocabulary.together` combines the statistics into log-probabilities, with a MAX and a SUM over TP. `_pair_sums` sums
 the log-probabilities for each response, with a SUM over CP. A pair's loss depends on no other pair, and the reference's
-values are known beforehand. The chunk's loss and gradient are therefore computed while its logits still exist, so each
-logit is computed only once. The gradient of the hidden states is stored until autograd requests it. The gradient of the
-output layer's weight is added directly to Megatron's gradient buffer.
+values are known beforehand. The loss and the gradient of a chunk are therefore computed while its logits are still in
+memory, so each logit is computed only once. The gradient of the hidden states is stored until the backward pass. The
+gradient of the output layer's weight is added directly to Megatron's gradient buffer.
 
 Why this way. Apart from these gradients, the additional memory is one chunk of logits, whatever the lengths of the
 rows. Forward and backward need at least three matrix products. For chunks of whole pairs, this module computes exactly
@@ -176,7 +176,7 @@ def site_logps(hidden: Tensor, head: Tensor, batch: Batch, *, vocab_size: int, g
 Contribution = Callable[[PairLogps, slice], tuple[Tensor, Tensor]]
 """A function of the log-probabilities of a range of pairs.
 
-It returns what these pairs add to the scalar to differentiate, and the losses of these pairs."""
+It returns the scalar that these pairs add to the result to differentiate, and the losses of these pairs."""
 
 
 def pair_losses(
@@ -200,8 +200,9 @@ def pair_losses(
     soon as it is scored, and its logits are computed once. A pair with more sites than a chunk is scored in pieces, and
     its logits are computed a second time.
 
-    Returns  the sum of the scalars; its incoming gradient must be 1, because the gradient of ``head`` has already been
-             added to ``head.main_grad``; the losses [b] and :class:`PairLogps`, both without gradient
+    Returns  the sum of the scalars, the losses [b], and :class:`PairLogps`, the last two without gradient. The incoming
+             gradient of the sum must be 1, because the gradient of ``head`` has already been added to
+             ``head.main_grad``
 
     *Collectives*: for each chunk, those of :func:`pair_logps`; none in backward. Each cp and tp rank returns its own
     part of the gradients. The parts of cp ranks are summed with the parameters' gradients over ``dp_cp``. For
@@ -312,7 +313,7 @@ def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     Megatron's DDP accumulates gradients in its own buffer, ``main_grad``. If it reduces this buffer while backward is
     still running (``weight.counted``), DDP waits until autograd has returned a gradient for every weight. DDP then adds
     the returned gradient to the buffer, unless ``grad_added_to_main_grad`` is set. For a weight that may be tied to the
-    embedding (``zero_out_wgrad``), DDP always adds the returned gradient, so this function returns zeros for it.
+    embedding (``zero_out_wgrad``), DDP always adds the returned gradient, so this function then returns zeros.
     """
     buffer = getattr(weight, "main_grad", None)
     if buffer is None:

@@ -36,7 +36,7 @@ import numpy as np
 from dpo_engine.batching.balance import deal_evenly
 
 VERSION = 1
-"""Version of the planning rules. Increment this number whenever the same batch gets a different plan."""
+"""Version of the planning rules. Increment this number with every change after which a batch has a different plan."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Read the fields of a record other than prompt and responses, after renaming them by `data.columns`.
 
-A record is refused if it has a field whose meaning is known but that cannot be read. Three kinds of fields are ignored:
-empty fields, fields that do not change the record's meaning, such as a number of images, and fields without a known
-meaning.
+A record is refused if a field with a known meaning cannot be read. Three kinds of fields are ignored: empty fields,
+fields that do not change the record's meaning, such as a number of images, and fields without a known meaning.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
 
 
 def with_system(row: dict[str, Any], prompt: Any, *responses: Any) -> tuple[Any, ...]:
-    """Return the prompt and the responses, in which a `system` text of the record is the first turn of a conversation.
+    """Return the prompt and the responses. A `system` text of the record becomes the first turn of each conversation.
 
     Raises :class:`BadRecord` if `system` is not text, or if a conversation begins with a different system or developer
     turn.
@@ -164,7 +163,7 @@ def with_system(row: dict[str, Any], prompt: Any, *responses: Any) -> tuple[Any,
 
 
 def opens(part: Any) -> bool:
-    """Return whether a part is a list of messages from the start of a conversation, instead of a response alone."""
+    """Return whether a part is a list of messages that starts a conversation, and is not a response alone."""
     first = part[0] if isinstance(part, (list, tuple)) and part else None
     return isinstance(first, dict) and (first.get("role") or first.get("from")) not in (None, *ANSWERING)
 

@@ -29,8 +29,8 @@ ARRAY_OF_OBJECTS = re.compile(rb"\[\s*(?:\{|\Z)")
 NO_SPACE = re.compile(rb"\S")
 
 Records = Iterator[tuple[int, bytes | str]]
-"""Raw records, each after its place, which is its line number or item number, from 1. A record that cannot be used is
-given as a text with the reason, instead of bytes."""
+"""Raw records, each after its place, which is its line number or item number, from 1. If a record cannot be used, a
+string with the reason replaces its bytes."""
 
 
 @contextmanager

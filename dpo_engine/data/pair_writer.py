@@ -59,7 +59,7 @@ class PairWriter:
             self._flush()
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Complete the file and give it its final name. :attr:`PairDataset.facts` later returns `facts`."""
+        """Complete the file and give it its final name. `facts` can be read back as :attr:`PairDataset.facts`."""
         if self._rows:
             self._flush()
         # The facts are known only at the end. A final batch without rows holds them, so that a single file is enough.

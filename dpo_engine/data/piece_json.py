@@ -3,8 +3,8 @@
 If a directory has only a `*.model` file, transformers reads it with the settings of the model family's tokenizer class.
 The token ids therefore often differ from those of sentencepiece. A `tokenizer.json` contains its own settings.
 
-Limitation: a `tokenizer.json` cannot express everything that sentencepiece does. The caller must compare the ids that
-both give for a few texts.
+Limitation: a `tokenizer.json` cannot express everything that sentencepiece does. The caller must compare the ids of a
+few texts with those of sentencepiece.
 """
 
 from __future__ import annotations

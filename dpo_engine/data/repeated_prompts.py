@@ -1,4 +1,4 @@
-"""Find text records whose responses repeat the prompt, or the header at its end, and would thus be trained on it."""
+"""Find text records whose responses repeat the prompt or the header at its end. The repeated text would be scored."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def stop_clock(source: str, date: datetime.date) -> None:
 
 @contextmanager
 def _seconds(limit: float) -> Iterator[None]:
-    """Raise `TimeoutError` if the ``with`` block uses `limit` seconds of CPU time. Other threads have no limit."""
+    """Raise `TimeoutError` if the ``with`` block uses `limit` seconds of CPU time. Only the main thread has a limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

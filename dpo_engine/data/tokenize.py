@@ -148,9 +148,9 @@ def _tokenize(
 
 
 def _write(part: Part, writer: PairWriter, report: Report) -> None:
-    """Write the pairs of a part, and count them. Raises :class:`Full` when the limit on the number of pairs is reached.
+    """Write the pairs of a part, and count them. Raises :class:`Full` if there is no room for all of them.
 
-    If only some of the pairs fit, they are written first. Such a part has a single record.
+    The pairs that fit are written before the exception is raised.
     """
     room = len(part.kept) if writer.limit is None else writer.limit - writer.count
     if part.kept and not room:

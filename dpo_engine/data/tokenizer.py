@@ -61,7 +61,8 @@ class Tokenizer(ABC):
     def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
         """Tokenize each text without adding special tokens.
 
-        rendered  whether the texts are the output of a chat template, where names of control tokens mean these tokens
+        rendered  whether the texts are the output of a chat template, in which the name of a control token stands for
+                  this token
         """
 
     def encode(self, text: str) -> list[int]:

@@ -73,7 +73,7 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
 
 
 def different_reading(path: Path, inner: PreTrainedTokenizerBase) -> str | None:
-    """Describe a difference between a tokenizer and the tokenizer.json in its directory, for the first of `SAMPLES`.
+    """Describe the first difference, on `SAMPLES`, between a tokenizer and the tokenizer.json in its directory.
 
     Returns None if both give the same ids for all samples, or if the directory has no tokenizer.json that the
     tokenizers library can load.

@@ -31,7 +31,7 @@ def plain_name(name: str) -> str:
 
 
 def turn_weight(here: str, message: Mapping[str, Any]) -> int | None:
-    """Return 1 if the fields of a message mark its turn as scored, 0 if as not scored, and None without such fields.
+    """Return 1 if a field of a message marks its turn as scored, 0 if a field marks it as not scored, else None.
 
     here  location of the message, for errors
 

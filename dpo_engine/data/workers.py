@@ -33,7 +33,7 @@ QUEUED = 2
 MOST = 32
 """Maximum default number of workers. More workers would only wait for the process that writes the results."""
 WORTH_BYTES = 8 * 2**20
-"""Minimum size of files per worker. The imports of a worker take as long as tokenizing 4 MiB."""
+"""Minimum total size of the files per worker. The imports of a worker take as long as tokenizing 4 MiB."""
 QUOTA = "/sys/fs/cgroup/cpu.max"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -76,7 +76,7 @@ class Workers:
             raise
 
     def load(self, function: Callable[[Any], Any]) -> None:
-        """Send the function that :meth:`map` calls to all workers. Raises :class:`Unsuited` if one cannot load it."""
+        """Send the function for the next :meth:`map` to all workers. Raises :class:`Unsuited` if one cannot load it."""
         try:
             packed = pickle.dumps((True, function))
         except Exception as error:  # pickling an object can raise any exception

@@ -4,7 +4,7 @@ Problem. A token's log-probability is a log-softmax over the whole vocabulary. F
 entries, fp32 logits take 4 GiB, and the gradient of the logits takes another 4 GiB. The vocabulary is sharded over TP,
 and the tokens are sharded over CP. The gradient of the logits depends on the loss, and the loss depends on sums over
 all tokens of a pair. An implementation that saves memory therefore normally computes all logits twice: once for the
-sums and once for the gradient of the loss.
+sums and once for the gradient.
 
 Solution. This module receives only the hidden states at scored sites, that is, at tokens that predict a response token.
 It processes them in chunks of whole pairs, with at most ``CHUNK_SITES`` sites per chunk. For each chunk,
@@ -176,7 +176,7 @@ def site_logps(hidden: Tensor, head: Tensor, batch: Batch, *, vocab_size: int, g
 Contribution = Callable[[PairLogps, slice], tuple[Tensor, Tensor]]
 """A function of the log-probabilities of a range of pairs.
 
-It returns the scalar that these pairs add to the result to differentiate, and the losses of these pairs."""
+It returns the term that these pairs add to the scalar to differentiate, and the losses of these pairs."""
 
 
 def pair_losses(
@@ -193,16 +193,15 @@ def pair_losses(
     """Compute the losses of a micro-batch's pairs and, in the same pass, the gradients of the scalar to differentiate.
 
     hidden, head, vocab_size, softcap, entropies   as for :func:`pair_logps`
-    contribution   called as ``(logps, pairs)`` for each range of pairs in turn; returns the scalar that these pairs
-                   add, differentiable with respect to ``logps``, and the losses of these pairs
+    contribution   called as ``(logps, pairs)`` for each range of pairs in turn; returns the term that these pairs add
+                   to the scalar, differentiable with respect to ``logps``, and the losses of these pairs
 
     A pair's gradient depends only on its own log-probabilities. Each chunk of whole pairs therefore runs backward as
     soon as it is scored, and its logits are computed once. A pair with more sites than a chunk is scored in pieces, and
     its logits are computed a second time.
 
-    Returns  the sum of the scalars, the losses [b], and :class:`PairLogps`, the last two without gradient. The incoming
-             gradient of the sum must be 1, because the gradient of ``head`` has already been added to
-             ``head.main_grad``
+    Returns  the scalar, the losses [b], and :class:`PairLogps`, the last two without gradient. The incoming gradient of
+             the scalar must be 1, because the gradient of ``head`` has already been added to ``head.main_grad``
 
     *Collectives*: for each chunk, those of :func:`pair_logps`; none in backward. Each cp and tp rank returns its own
     part of the gradients. The parts of cp ranks are summed with the parameters' gradients over ``dp_cp``. For

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STALE_S = 3600
-"""Minimum age of the unfinished files that are removed from a directory that other processes may be writing to."""
+"""Minimum age, in seconds, of unfinished files to remove from a directory that other processes may be writing to."""
 _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
 """Matches the names of the temporary files that :func:`write_whole` creates."""
 
@@ -33,7 +33,7 @@ def make_directory(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file atomically: it gets its name only when it is complete. On return it is flushed to the disk."""
+    """Write a file atomically. The file gets its name only when it is complete and flushed to the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -68,7 +68,7 @@ class HashedFile:
         self.path = path
         self.size = 0
         self.digest = hashlib.sha256()
-        self._file = open(path, "xb")  # mode "x" fails if the name exists, so it cannot follow a planted link
+        self._file = open(path, "xb")  # mode "x" fails if the path exists, so a planted link is never followed
 
     def __enter__(self) -> "HashedFile":
         return self
@@ -98,7 +98,7 @@ class HashedFile:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Add the file's name to an ``OSError`` raised in the block. Errors from operations on open files lack the name."""
+    """Add the file's name to an ``OSError`` raised in the block. Python omits the name if the file is already open."""
     try:
         yield
     except OSError as error:

@@ -71,7 +71,7 @@ def _users(error: Exception) -> EngineError | None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, with overrides and options in any order. Exit with code 2 if it is invalid."""
+    """Parse the command line; overrides and options can have any order. Exit with code 2 if the line is invalid."""
     parser = build_parser(VERBS)
     asked, rest = parser.parse_known_args(arguments)
     for text in rest:
@@ -172,7 +172,7 @@ def _eval(asked: argparse.Namespace) -> int:
     config = None
     if asked.data is not None:
         config = draft(asked.run, asked.overrides).finished()
-        # Check these sources instead of the run's own held-out pairs, which the verb does not read.
+        # Check the sources of `--data` instead of the run's own held-out pairs, which are not read in this case.
         held_out = json.dumps(asked.data.split(","))
         asked.overrides = [*asked.overrides, f"data.validation={held_out}", "data.validation_fraction=0"]
     try:
@@ -276,7 +276,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
 CONNECTING = ("train", "reference", "export", "eval", "parity")
 """Verbs whose ranks connect to each other."""
 NOTE_SIGNALS = ("train", "reference")
-"""Verbs that finish the work in progress after a signal. The others stop immediately."""
+"""Verbs that finish the work in progress after a signal. All other verbs stop immediately."""
 
 
 def _checked(asked: argparse.Namespace) -> Config:

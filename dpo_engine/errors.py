@@ -38,8 +38,9 @@ def quoted(value: object, longest: int = 40) -> str:
 class EngineError(Exception):
     """A user-facing error.
 
-    problems  list of messages, one line per problem; may also be given as a single string. `str()` joins the lines
-    alone     whether only this rank knows of the error. If so, the other ranks treat this rank as lost, and stop
+    problems  list of messages, one line per problem. The constructor also accepts a single string. `str()` joins the
+              lines
+    alone     whether the error occurs only on this rank. If so, the other ranks treat this rank as lost, and stop
     """
 
     exit_code = 1

@@ -9,7 +9,7 @@ _progress = False
 
 
 def note_progress() -> None:
-    """Note that this start saved work that the next start need not repeat: a checkpoint, or values in a store."""
+    """Note that this start has saved a checkpoint or values in a store, which the next start need not compute again."""
     global _progress
     _progress = True
 
@@ -17,8 +17,9 @@ def note_progress() -> None:
 def forget_earlier_start() -> None:
     """On rank 0, empty the file of exit codes if torchrun may restart the ranks.
 
-    The first line of the file must be the exit code that ended the job, not one from before a restart. torchrun's own
-    count of restarts does not tell whether this is a restart, because it may differ between nodes.
+    The first line of the file must be the exit code that ended the job, not an exit code from before a restart. The
+    file is also emptied at the first start, because torchrun's restart count may differ between nodes and therefore
+    does not tell reliably whether this start is a restart.
     """
     again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if (path := os.environ.get("DPO_EXIT_CODES")) and again and os.environ.get("RANK") == "0":
@@ -33,7 +34,8 @@ def record(code: int) -> int:
     largest code of all ranks, which usually belongs to a rank that srun itself killed.
 
     After an interruption without progress (see :func:`note_progress`), a line ``no-progress`` follows the code. The
-    launch script counts such starts: a job that is interrupted again and again before its first step would never end.
+    launch script counts such starts, because a job that is interrupted again and again before its first step would
+    never end.
     """
     path = os.environ.get("DPO_EXIT_CODES")
     if path:

@@ -1,9 +1,9 @@
 """Fault injection: `DPO_FAULT=<phase>:<rank>:<nth>:<action>` makes a rank fail at a chosen point of the run.
 
 The rank (a number, or `*` for every rank) performs the action when it reaches the phase for the n-th time. Several
-faults are separated by commas. :func:`arm` reads the variable once. It ignores the variable in a job that Slurm or
-torchrun has restarted, so that the restarted job can finish. Without faults, reaching a phase costs one lookup in an
-empty dictionary.
+faults are separated by commas. :func:`arm` reads the variable once. In a job that Slurm or torchrun has restarted, no
+faults are set, so that the restarted job can finish. Without faults, reaching a phase costs one lookup in an empty
+dictionary.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ MOMENTS = (*SIGNALS, *FAILURES, "hang", "raise")
 
 @dataclass
 class Fault:
-    """A fault that is set on this rank, and how often this rank has reached the fault's phase."""
+    """A fault that is set on this rank, with the number of times that this rank has reached the fault's phase."""
 
     rank: int
     nth: int
@@ -119,7 +119,7 @@ def _due(phase: str) -> str | None:
 
 
 def reach(phase: str, path: str | os.PathLike[str] | None = None) -> None:
-    """Count that this rank has reached `phase`, a key of :data:`PHASES`, and perform the action that is due, if any.
+    """Count one more occurrence of `phase`, a key of :data:`PHASES`. If an action is due, perform it.
 
     path  the file that is being written; an injected storage error names it
 

@@ -1,4 +1,4 @@
-"""Before a verb starts, check that the engine and its kernels match, and prepare for a user without a name or home."""
+"""Before a verb starts, check that the engine and its kernels match, and set the variables that libraries need."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def check_installation() -> None:
-    """Check that the engine and its kernels (``dpo_kernels``) are from the same installation, and of the same version.
+    """Check that the engine and its kernels (``dpo_kernels``) are from the same installation and have the same version.
 
-    In a clone, ``python -m dpo_engine`` takes the engine from the current directory. Without ``kernels/`` on
-    ``PYTHONPATH``, Python would take the kernels of whichever version is installed. The check does not import the
-    kernels.
+    In a clone, ``python -m dpo_engine`` imports the engine from the current directory. Without ``kernels/`` on
+    ``PYTHONPATH``, Python would import the installed kernels, which may have another version. The check does not import
+    the kernels.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if the kernels are missing, from another installation, or of
+    Raises :class:`~dpo_engine.errors.ConfigError` if the kernels are missing, are from another installation, or have
     another version.
     """
     spec = find_spec("dpo_kernels")
@@ -42,7 +42,7 @@ def check_installation() -> None:
 
 
 def _version(file: Path) -> str:
-    """Return the version that ``version.py`` of the kernels contains, or ``unknown`` for kernels without this file."""
+    """Return the version in ``version.py`` of the kernels, or ``unknown`` if there is no such file or version."""
     try:
         words = file.read_text(encoding="utf-8").split()
         return words[words.index("__version__") + 2].strip("\"'")
@@ -54,8 +54,7 @@ def prepare_for_user() -> None:
     """Set environment variables that libraries need if the user ID has no name or no writable home directory.
 
     Containers often run with such a user ID. torch and Triton then fail when they compile, because their caches are in
-    directories named after the user, or in the home directory. Variables that are already set keep
-    their values.
+    directories named after the user, or in the home directory. Variables that are already set keep their values.
     """
     try:
         name = getpass.getuser()

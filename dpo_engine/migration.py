@@ -58,15 +58,16 @@ class System:
 
 
 def foreign_key(path: str) -> str | None:
-    """Return a phrase that explains a key of another system and completes an error message about an unknown key.
+    """Return the end of an error message about an unknown key, which explains the key if another system has it.
 
     path  dotted key that a user wrote; list indices are ignored
 
     The function looks for the whole key, then for a section of that name, and then for the last component alone, so
-    that it also finds ``train.beta``. It ignores last components that mean different things in different systems.
+    that a key such as ``train.beta`` is also found. It ignores last components that mean different things in different
+    systems.
 
     Returns  a phrase such as ``called train.micro_batch_size here (counted in pairs)``, or None if no system has the
-             key, or if it is one of our own keys
+             key, or if the key is one of our own
     """
     path = re.sub(r"\[\d+\]", "", path)
     if path in _own_keys():
@@ -124,7 +125,7 @@ def _entries(table: dict[str, list[str | None]]) -> Iterator[Entry]:
 
 @cache
 def _own_keys() -> frozenset[str]:
-    """Return those of our keys and sections that occur in the tables."""
+    """Return our own keys that occur in the tables, and the sections that contain these keys."""
     targets = {entry.target for system in _tables() for entry in system.entries if entry.target}
     parts = [target.split(".") for target in targets]
     return frozenset(".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1))
@@ -132,7 +133,7 @@ def _own_keys() -> frozenset[str]:
 
 @cache
 def _by_path() -> dict[str, Entry]:
-    """Return the entries by their whole key. If several systems have the same key, the first system's entry is used."""
+    """Map each whole key to its entry. If several systems have the same key, the first system's entry is used."""
     found: dict[str, Entry] = {}
     for system in _tables():
         for entry in system.entries:
@@ -143,7 +144,7 @@ def _by_path() -> dict[str, Entry]:
 
 @cache
 def _sections() -> dict[str, list[str]]:
-    """Return the sections in other systems' configurations, and for each section the names of the systems."""
+    """Map each section in other systems' configurations to the names of the systems that have the section."""
     found: dict[str, list[str]] = {}
     for system in systems():
         parts = [key.split(".") for entry in system.entries for key in entry.keys]
@@ -154,7 +155,7 @@ def _sections() -> dict[str, list[str]]:
 
 @cache
 def _by_last_component() -> dict[str, Entry]:
-    """Return the entries by the last component of their keys.
+    """Map the last component of keys to the entry of these keys.
 
     All keys without a section are included. A nested key is included only if all nested keys with the same last
     component correspond to the same key of ours, and if that component is not itself one of our names, such as

@@ -19,7 +19,7 @@ from dpo_engine.wording import describe, join, nearest, show
 
 
 def options_of(registry: Registry, name: str) -> dict[str, Parameter]:
-    """Return the options of a registered object by name: its parameters except those that the engine passes."""
+    """Map the names of a registered object's options to the parameters, without those that the engine passes."""
     return parameters_after(registry[name], registry.passes, registry.reserved)
 
 
@@ -57,7 +57,7 @@ def option_problems(
     """List the problems with the options ``given`` for the object that is registered under ``name``.
 
     above    key of the section that contains the options, such as ``callbacks.patience``
-    way_out  advice for an unknown option, if there is better advice than the nearest name
+    way_out  function that returns advice about an unknown option, or None to suggest the nearest name
     """
     entry, known = registry[name], options_of(registry, name)
     problems = []
@@ -115,7 +115,7 @@ def _default(parameter: Parameter) -> str:
 
 
 def _expected(entry: Any, parameter: Parameter) -> Any:
-    """Return the type of an option: its annotation, or else the type of its default."""
+    """Return the type of an option: its annotation or, without an annotation, the type of its default."""
     try:
         function = entry.__init__ if isinstance(entry, type) else entry
         hints = typing.get_type_hints(function, include_extras=True)

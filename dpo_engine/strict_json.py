@@ -1,4 +1,4 @@
-"""Strict parser for untrusted JSON: one UTF-8 object without duplicate keys, limited in size, depth and value count."""
+"""Strict parser for untrusted JSON: one UTF-8 object without duplicate keys, with limits on size, depth and values."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def read_object(path: str | Path) -> dict[str, Any]:
 def parse_object(content: bytes) -> dict[str, Any]:
     """Parse a JSON object.
 
-    Raises :class:`BadJson` for text that is not one JSON object in UTF-8, duplicate keys, NaN, Infinity, out-of-range
-    numbers, and too many values or levels.
+    Raises :class:`BadJson` for text that is not a single JSON object in UTF-8, and for duplicate keys, NaN, Infinity,
+    numbers that are out of range, too many values, or too many levels.
     """
     if content.startswith(codecs.BOM_UTF8):
         raise BadJson("starts with a byte-order mark; save the file as UTF-8 without one")

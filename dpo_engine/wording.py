@@ -29,7 +29,7 @@ def show(value: Any) -> str:
 
 
 def join(words: Sequence[Any], last: str = "or") -> str:
-    """Join words with commas, and `last` before the last one: `a, b or c`."""
+    """Join words with commas, but put `last` instead of a comma before the last word: `a, b or c`."""
     shown = [show(word) for word in words]
     return f" {last} ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 

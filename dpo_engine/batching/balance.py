@@ -15,18 +15,18 @@ def deal_evenly(
 ) -> np.ndarray | None:
     """Assign items to `count` bins so that the largest total cost of a bin is small.
 
-    1. Take the items in order of decreasing cost, and put each into the bin with the lowest total cost that has enough
-       room for it.
-    2. If step 1 found no room for an item, start again: take the items in order of decreasing size, and put each into
-       the fullest bin that still has enough room for it.
+    1. Take the items in order of decreasing cost. Of the bins with enough room for an item, put the item into the bin
+       with the lowest total cost.
+    2. If step 1 found no room for an item, start again: take the items in order of decreasing size, and put each item
+       into the fullest bin that still has enough room for it.
     3. Move an item out of the most expensive bin, or exchange it with an item from another bin. Repeat while this
        lowers the maximum cost, but at most n times. Stop earlier if the cost of the most expensive bin exceeds the mean
        by at most 1 / `CLOSE` of the mean.
 
-    If several choices are equally good, the one with the lowest index is taken, so the result is deterministic.
+    If several choices are equally good, the choice with the lowest index is taken, so the result is deterministic.
 
     costs     [n]  cost of each item, >= 0
-    sizes     [n]  size of each item, at most `capacity`; None: bins can contain any number of items
+    sizes     [n]  size of each item, at most `capacity`; None means that bins can contain any number of items
     capacity       size of each bin
 
     Returns  the bin of each item, [n] int64; None if neither step 1 nor step 2 finds room for all items
@@ -82,7 +82,7 @@ def _exchange(bins: np.ndarray, costs: np.ndarray, sizes: np.ndarray, count: int
         if loads[dearest] <= close:
             break
         own, others = np.flatnonzero(bins == dearest), np.flatnonzero(bins != dearest)
-        # An item in this bin can be exchanged for an item in another bin, or for nothing (a move to another bin).
+        # An item of the most expensive bin can be exchanged for an item of another bin, or only moved.
         from_bin = np.append(bins[others], np.arange(count))
         cost = costs[own][:, None] - np.append(costs[others], np.zeros(count, np.int64))
         size = sizes[own][:, None] - np.append(sizes[others], np.zeros(count, np.int64))

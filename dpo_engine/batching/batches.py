@@ -3,8 +3,8 @@
 - `stacked`: one row for each response, with the prompt before it, padded to the longest row.
 - `tree`: a single row with almost no padding, in which pairs can share a prompt (:mod:`~dpo_engine.batching.trees`).
 
-Both layouts give the same log-probabilities, up to rounding. In both, :class:`Scored` lists the tokens to score, so
-code that runs after the model does not depend on the layout.
+Both layouts give the same log-probabilities, up to rounding. In both layouts, :class:`Scored` lists the tokens to
+score, so code that runs after the model does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ NO_DIGEST = np.zeros(2, dtype=np.int64)
 class Scored(NamedTuple):
     """The tokens to score (sites), and the responses to which they belong (entries).
 
-    If several pairs share a response, its tokens are sites only once, but have an entry for each of these pairs.
+    If several pairs share a response, each scored token of the response has one site, and one entry per pair.
 
     sites    [m]  int64, index of the predicting token in the flattened hidden states `[s, r]`: column times r plus row
     targets  [m]  int64, the token to predict at each site
     take     [e]  int64, the site of each entry, as an index into `sites`
     owner    [e]  int64, the response of each entry: i for the chosen response of pair i, b + i for the rejected one
-    shared   [e]  bool, whether the other response of the pair has a scored token with the same number: the k-th scored
-                  token is shared if the other response has at least k scored tokens
-    chunks        divides the pairs into consecutive ranges that do not share sites with each other: for each range, the
-                  end offsets of its sites, its entries, and its pairs (one past the last)
+    shared   [e]  bool: the k-th scored token of a response is shared if the other response of the pair has at least k
+                  scored tokens
+    chunks        consecutive ranges of pairs; no two ranges have a site in common. For each range, the end offsets of
+                  its sites, its entries, and its pairs (one past the last)
     """
 
     sites: Tensor
@@ -77,8 +77,8 @@ class Scored(NamedTuple):
 class Batch:
     """A micro-batch of b pairs as r rows of s tokens, or one context-parallel rank's share of the columns.
 
-    A dummy is a placeholder for a pair, added so that all ranks have the same number of pairs. It adds nothing to
-    losses and metrics.
+    A dummy is a placeholder for a pair. Dummies are added so that all ranks have the same number of pairs. They do not
+    change losses or metrics.
 
     tokens     [r, s]   int64. Layout `stacked`: r = 2b; row i contains the prompt and the chosen response of pair i,
                         row b + i the prompt and the rejected response. Layout `tree`: r = 1
@@ -86,11 +86,12 @@ class Batch:
     segments   [2, k]   int64, in host memory: lengths and parents of the segments in a tree row. A context-parallel
                         share also has the segments of the whole row. None for plain sequences
     columns    [q]      int64, in host memory: the columns of a tree row that the last layer computes
-                        (:func:`~dpo_engine.batching.trees.needed_columns`); None: all columns
+                        (:func:`~dpo_engine.batching.trees.needed_columns`); None means all columns
     scored              the tokens to score
     weights    [b]      fp32, factors of the pairs' losses; 0 for a dummy
     margins    [b]      fp32; nan if the record has none; 0 for a dummy
-    chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  fp32, like margins
+    chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  fp32; nan if the record has none; 0 for
+                        a dummy
     chosen_tokens, rejected_tokens    [b]  fp32, number of scored tokens in each response; 0 for a dummy
     source     [b]      int64, index of the pair's source; 0 for a dummy
     digest     [b, 2]   int64, in host memory: hash of the pair's token ids, in two halves; 0 for a dummy
@@ -218,7 +219,7 @@ def collate(
     pairs     b pairs; None is a dummy, with two padding tokens, no scored tokens, and weight 0
     indices   [b]  indices of the pairs in the data set; -1 for a dummy
     pad_id    padding token; it is never scored, and causal attention hides it from all scored tokens
-    multiple  the number of columns is rounded up to a multiple of this
+    multiple  the number of columns is rounded up to a multiple of this number
     length    minimum number of columns
 
     Example: prompt 11 12 with the responses 21 22 2 and 31 2, and prompt 13 with the responses 23 2 and 33 34 35 2,

@@ -11,13 +11,15 @@ the same length, so all ranks get the same number of tokens.
 
 Why blocks. Whole segments are too coarse: a row may contain a single pair, which has only three segments. Single tokens
 would balance best, but the attention kernels process tiles of adjacent queries and skip a tile of keys only if none of
-these queries sees it. With scattered queries, they could skip very little. Blocks of `SMALLEST` to `BLOCK` tokens
-balance almost as well, and :func:`padded_length` adds the few padding tokens that a row needs for such blocks.
+these queries sees it. With scattered queries, the kernels could skip very few tiles. Blocks of `SMALLEST` to `BLOCK`
+tokens balance almost as well as single tokens. :func:`padded_length` adds the few padding tokens that a row needs for
+such blocks.
 
 Every rank computes the same split from the same positions, without communication.
 
 Not covered. In rows of at most `BLOCK` tokens per rank, every rank gets one block, so the attention cost may be uneven.
-Such rows are cheap. The cost counts only visible keys: it ignores tiles that are partly visible, and the output layer.
+Such rows are cheap. The cost counts only visible keys. It ignores the extra work for partly visible tiles, and the
+output layer.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tu
     prompt is counted twice per pair, once for each response. In ``tree``, each prompt is counted once per pair, or
     twice if responses do not share their prompts.
 
-    config      with the size of stacked micro-batches; see :func:`is_settled`
+    config      must give the size of micro-batches as a number, not as ``auto``
     slow_trees  whether the backend for attention in trees needs hundreds of small calls on this device, as ``sdpa``
                 does on a GPU; ``auto`` then chooses ``stacked``
     """
@@ -54,7 +54,7 @@ def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tu
 
 
 def is_settled(config: Config) -> bool:
-    """Whether the configuration says how pairs are divided into micro-batches, so that no ``auto`` is left."""
+    """Whether the configuration gives the layout and the size of micro-batches, so that no ``auto`` is left."""
     sized = config.train.micro_batch_size is not None or config.batch.tokens_per_micro_batch != "auto"
     return sized and config.batch.layout != "auto"
 
@@ -133,13 +133,15 @@ def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
 def _stacked_places(
     dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, dp_rank: int, multiple: int
 ) -> tuple[list[np.ndarray], int | None]:
-    """Return the pairs of a rank's micro-batches, and the length that all rows must have if it is the same for all.
+    """Return the pairs of a rank's micro-batches, and the minimum length of all rows, which may be None.
+
+    An interleaved pipeline schedule needs a minimum length, so that all rows have the same length.
 
     multiple  number that the length of a row must be divisible by
     """
     lengths = _row_lengths(dataset, indices)
     order = np.argsort(-lengths, kind="stable")
-    own = lengths[order[:: dims.dp]]  # of the first rank's pairs; no rank has a longer pair at the same place
+    own = lengths[order[:: dims.dp]]  # the first rank's pairs; no rank has a longer pair at the same place
     if dims.vpp:
         size = _pairs_that_fit(own[0], config, multiple)
         sizes = [size] * (-(-len(own) // (size * dims.pp)) * dims.pp)
@@ -151,7 +153,7 @@ def _stacked_places(
 def _group(lengths: np.ndarray, config: Config, multiple: int) -> list[int]:
     """Return the number of pairs in each stacked micro-batch of a rank.
 
-    lengths   [n]  length of the rows of each of the rank's pairs, the longest first
+    lengths   [n]  row length of each of the rank's pairs, in descending order
     multiple  number that the length of a row must be divisible by
     """
     sizes: list[int] = []
@@ -235,8 +237,8 @@ def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
 def token_budget(dataset: PairDataset, config: Config) -> int:
     """Return the maximum number of tokens in a micro-batch of trees.
 
-    This is ``batch.tokens_per_micro_batch`` or, with ``train.micro_batch_size``, the token count of that many of the
-    longest pairs.
+    This is ``batch.tokens_per_micro_batch``. If that is ``auto``, the maximum is the total number of tokens of the
+    ``train.micro_batch_size`` longest pairs.
     """
     if config.batch.tokens_per_micro_batch != "auto":
         return config.batch.tokens_per_micro_batch
@@ -249,10 +251,10 @@ def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:
 
 
 def _equal_places(ranks: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Add dummies (-1) so that all ranks have the same number of entries, and every micro-batch has at least one.
+    """Add dummies (-1) so that all ranks have the same number of entries, and every micro-batch has at least one entry.
 
-    An entry is a pair or a dummy; dummies have no tokens. With equal numbers of entries, each rank contributes the same
-    number of values when per-pair values are gathered.
+    An entry is a pair or a dummy; dummies have no tokens. When per-pair values are gathered, all ranks must contribute
+    the same number of values.
     """
     filled = [[place if len(place) else np.array([-1]) for place in rank] for rank in ranks]
     most = max(sum(map(len, rank)) for rank in filled)

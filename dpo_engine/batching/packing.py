@@ -1,9 +1,9 @@
 """Plan layout `tree`: assign the pairs of a global batch to trees, data-parallel ranks, and micro-batches.
 
 Problem. An optimizer step ends when its slowest rank has finished. In layout `tree`, the costs of pairs differ widely:
-pairs with the same prompt share its tokens, and the cost of attention grows with the square of the length. The memory
-for a micro-batch limits its tokens, not its pairs. In addition, all ranks must run the same number of micro-batches,
-because they follow the same pipeline schedule.
+pairs with the same prompt share its tokens, and the cost of attention grows with the square of the length. The
+available memory limits the number of tokens in a micro-batch, not the number of pairs. In addition, all ranks must run
+the same number of micro-batches, because they follow the same pipeline schedule.
 
 Solution. Group pairs with the same prompt into trees, and split trees that exceed the token budget. Assign the trees
 first to ranks and then to micro-batches, in both cases so that the estimated costs are even (:func:`deal_trees`). The
@@ -17,9 +17,9 @@ rank therefore computes the same plan without communication, and :func:`plan_dig
 when costs are even to 0.1%, when no further exchange helps, or after one exchange per item.
 
 Not covered. FLOP is not time: the plan ignores the efficiency of kernels, communication, the padding of interleaved
-schedules, and the uneven load of experts. If a tree is split, every piece computes its prompt again. A
-pair longer than the budget is never truncated; it becomes a micro-batch that exceeds the budget. Context-parallel ranks
-are balanced elsewhere (:mod:`~dpo_engine.batching.shares`).
+schedules, and the uneven load of experts. If a tree is split, every piece computes its prompt again. A pair that is
+longer than the budget is not truncated, but becomes a micro-batch that exceeds the budget. Context-parallel ranks are
+balanced elsewhere (:mod:`~dpo_engine.batching.shares`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import numpy as np
 from dpo_engine.batching.balance import deal_evenly
 
 VERSION = 1
-"""Version of the planning rules. Increment it with every change to these rules that changes the plan of a batch."""
+"""Version of the planning rules. Increment this number with every change after which a batch has a different plan."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CostModel:
     token    FLOP per token in a row: 2 x parameters of the layers' matrices that a token uses
     visible  FLOP per visible (query, key) pair: 4 x layers without a window x query heads x head size
     scored   FLOP per scored token, in the output layer: 2 x hidden size x vocabulary size
-    windows  sliding windows of the other layers, each with the FLOP per pair that is visible within it
+    windows  sliding windows of the other layers, each with the FLOP per (query, key) pair that is visible in the window
     """
 
     token: int
@@ -89,7 +89,7 @@ def visible_pairs(length: Any, window: int | None = None) -> Any:
     """Return the number of visible (query, key) pairs in a causal row.
 
     length   number of tokens; for an array, the result is an array too
-    window   maximum number of keys that a query sees, itself included; None: all
+    window   maximum number of keys that a query sees, including its own key; None means all earlier keys and its own
     """
     near = length if window is None else np.minimum(length, window)
     return near * (near + 1) // 2 + (0 if window is None else (length - near) * window)
@@ -104,7 +104,8 @@ class Tree:
     prompt     number of tokens in the prompt
     copies     number of copies of the prompt in the row: 1, or 2 for a pair without sharing
     pairs      indices of the pairs in the global batch
-    responses  number of tokens in each distinct response, by the response's hash; without sharing, by 0 and 1
+    responses  number of tokens in each distinct response, keyed by the response's hash; without sharing, keyed by 0 and
+               1
     """
 
     prompt: int
@@ -155,10 +156,10 @@ def make_trees(lengths: np.ndarray, parts: np.ndarray, *, share: bool = True) ->
 
 
 def _cut(tree: Tree, lengths: np.ndarray, parts: np.ndarray, budget: int) -> list[Tree]:
-    """Split a tree into pieces within the budget, with at least one pair each.
+    """Split a tree into pieces of one or more pairs that do not exceed the budget.
 
-    A piece that consists of a single pair may exceed the budget. The pairs are first sorted by their responses, so that
-    pairs with the same response are likely to be in the same piece.
+    Only a piece with a single pair may exceed the budget. The pairs are first sorted by their responses, so that pairs
+    with the same response are likely to be in the same piece.
     """
     if tree.tokens <= budget or len(tree.pairs) == 1:
         return [tree]
@@ -225,7 +226,7 @@ def deal_trees(
 def _micro_batches(
     costs: Sequence[int], sizes: np.ndarray, own: Sequence[np.ndarray], budget: int, multiple: int
 ) -> list[list[np.ndarray]]:
-    """Assign the trees of each rank to micro-batches, equally many on every rank, and order the micro-batches."""
+    """Assign the trees of each rank to ordered micro-batches. All ranks get the same number of micro-batches."""
     count = -(-max(-(-int(sizes[trees].sum()) // budget) for trees in own) // multiple) * multiple
     while True:
         dealt = []

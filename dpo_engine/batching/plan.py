@@ -1,4 +1,4 @@
-"""Plan which pairs each optimizer step uses and which data-parallel rank takes them, without communication."""
+"""Plan which pairs each optimizer step uses and which data-parallel rank processes each pair, without communication."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Pairs(Protocol):
-    """The facts about a data set that a plan needs: its size, and the source and the prompt's hash of each pair."""
+    """The facts about a data set that a plan needs: its size, and the source and the prompt hash of each pair."""
 
     source_ids: np.ndarray
     prompt_keys: np.ndarray
@@ -33,10 +33,10 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True, source: 
 
 
 def draws_per_source(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Return how many pairs each source contributes to an epoch: `sum(sizes)` in total, proportional to weight x size.
+    """Return the number of pairs of each source in an epoch: `sum(sizes)` in total, proportional to weight x size.
 
-    Numbers are rounded by the largest remainder method; in case of a tie, the earlier source gets the pair. Equal
-    weights give exactly `sizes`.
+    Numbers are rounded by the largest remainder method; in case of a tie, the earlier source gets the pair. If all
+    weights are equal, the result is `sizes`.
     """
     shares = [Fraction(weight) * size for weight, size in zip(weights, sizes, strict=True)]
     exact = [sum(sizes) * share / sum(shares) for share in shares]
@@ -72,7 +72,7 @@ def blended_order(
 
     source_ids  [n]  source of each pair
     weights          weight of each source, > 0
-    prompts     [n]  prompt hashes; step 2 then makes pairs with equal hashes adjacent. None: no grouping
+    prompts     [n]  prompt hashes. If given, step 2 makes pairs with equal hashes adjacent
 
     Returns  [n]  indices of pairs
     """
@@ -93,7 +93,7 @@ def blended_order(
 
 
 def _source_order(own: np.ndarray, prompts: np.ndarray | None, **order: Any) -> np.ndarray:
-    """Return a permutation of a source's pairs. With `prompts`, permute prompts and keep the pairs of each together."""
+    """Return a permutation of a source's pairs. With `prompts`, pairs with the same prompt stay together."""
     if prompts is None:
         return epoch_order(len(own), **order)
     _, first, prompt = np.unique(prompts[own], return_index=True, return_inverse=True)
@@ -160,7 +160,7 @@ class Plan:
         self._first = -(-(len(dataset) - start.pair) // global_batch_size)  # remaining steps of the first epoch
         every = start.step + self._first + (epochs - start.epoch - 1) * self.steps_per_epoch
         self.num_steps = every if max_steps is None else min(every, max_steps)
-        self._orders: dict[int, np.ndarray] = {}  # of at most two epochs: those of this step and of the next
+        self._orders: dict[int, np.ndarray] = {}  # of at most two epochs, because adjacent steps can be in two epochs
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Return the pairs of an epoch, in order, [n]."""
@@ -190,7 +190,7 @@ class Plan:
         return self.epoch(epoch)[pair : pair + self.global_batch_size]
 
     def position(self, step: int) -> Position:
-        """Return the position in the data after `step` steps. Pass it as `start` to a plan that continues there."""
+        """Return the position in the data after `step` steps. A plan with this position as `start` continues there."""
         done = step - self.start.step
         if done < self._first:
             return Position(step, self.start.epoch, self.start.pair + done * self.global_batch_size)
@@ -198,15 +198,15 @@ class Plan:
         return Position(step, self.start.epoch + 1 + epochs, place * self.global_batch_size)
 
     def epochs_done(self, step: int) -> Fraction:
-        """Return how often the training data has been used after `step` steps, such as 5/4."""
+        """Return the number of epochs that are done after `step` steps, such as 5/4."""
         _, epoch, pair = self.position(step)
         return epoch + Fraction(pair, len(self.source_ids))
 
     def due(self, step: int, interval: int | Fraction) -> bool:
-        """Whether something that recurs at an interval is due after `step` steps.
+        """Whether an event that recurs at an interval is due after `step` steps.
 
-        interval  number of steps, or 0 for never; a `Fraction` is a number of epochs: due after each step in which a
-                  multiple of it is reached
+        interval  number of steps, or 0 for never. A `Fraction` is a number of epochs; the event is due after each step
+                  that reaches or passes a multiple of this number
         """
         if isinstance(interval, int):
             return interval > 0 and step % interval == 0

@@ -1,8 +1,8 @@
 """Choose the columns of a row that each context-parallel rank processes.
 
-Problem. Context parallelism splits the tokens of a row over `cp_size` ranks, and these wait for each other in every
-attention layer. Each rank should therefore have the same number of tokens, so that the MLPs do equal work and
-collectives have equal shapes. Each rank should also have about the same number of visible (query, key) pairs, so that
+Problem. Context parallelism splits the tokens of a row over `cp_size` ranks, which wait for each other in every
+attention layer. All ranks should therefore have the same number of tokens, so that the MLPs do equal work and
+collectives have equal shapes. All ranks should also have about the same number of visible (query, key) pairs, so that
 attention does equal work. With a causal mask, a token at position i sees i + 1 keys. If each rank took contiguous
 tokens, the last of many ranks would do almost twice the mean work.
 
@@ -39,8 +39,8 @@ def share_columns(length: int, cp_size: int, positions: np.ndarray | None = None
     length     number of columns in the row
     positions  [length] position of each token, for a row of trees; None for plain causal sequences
 
-    Returns  for each rank, its columns [length / cp_size]; for trees in ascending order, for plain sequences chunk r
-             followed by chunk 2 cp_size - 1 - r
+    Returns  for each rank, its columns [length / cp_size]. For a row of trees, they are in ascending order. For plain
+             sequences, they are chunk r followed by chunk 2 cp_size - 1 - r
 
     Raises `ValueError` if the row cannot be split into equal parts.
 

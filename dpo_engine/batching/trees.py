@@ -12,13 +12,13 @@ len(prompt), wherever it is in the row. Each token therefore sees the same token
 row, and log-probabilities agree with layout `stacked` up to rounding.
 
 Scoring. The last token of a prompt predicts the first token of each response to the prompt, so several sites have the
-column of that token, each with a different target. If several pairs share a response, the response is in the row once
-and is scored once; `Scored.take` lets each of these pairs read the same log-probabilities. The last layer computes
+column of this token, each with a different target. If several pairs share a response, the response is in the row once
+and is scored once. All of these pairs read the same log-probabilities through `Scored.take`. The last layer computes
 outputs only for the columns that predict a scored token (:func:`needed_columns`). From the other columns, which include
-most of a long prompt, it needs only keys and values.
+most of a long prompt, the last layer needs only keys and values.
 
-Why one level. Adjacent pairs with equal prompts form one tree, in which equal responses are shared, too;
-:mod:`~dpo_engine.batching.packing` makes pairs with the same prompt adjacent. This covers the repetition that
+Why one level. Adjacent pairs with equal prompts form one tree, in which equal responses are also shared.
+:mod:`~dpo_engine.batching.packing` makes pairs with the same prompt adjacent. One level covers the repetition that
 preference pairs always have (several responses to one prompt), and needs no search for common prefixes. The attention
 kernels accept trees of any depth.
 
@@ -56,8 +56,8 @@ def plant(
               weight 0
     indices   [b]  indices of the pairs in the data set; -1 for a dummy
     pad_id    padding token at the end of the row
-    share     whether responses to the same prompt share one copy of it; if false, each response has its own copy (plain
-              packing)
+    share     whether responses to the same prompt share one copy of the prompt; if false, each response has its own
+              copy (plain packing)
     cp_size, multiple   arguments of :func:`~dpo_engine.batching.blocks.padded_length`, which returns the row's length
     length    minimum length of the row
 
@@ -110,7 +110,7 @@ def plant(
 def needed_columns(batch: Batch, multiple: int) -> torch.Tensor:
     """Return the columns of a rank's share that predict a scored token. The last layer computes only these columns.
 
-    multiple  the number of columns is rounded up to a multiple of this, by adding the first columns that are not needed
+    multiple  the number of columns is rounded up to a multiple of this number, by adding the first other columns
 
     Returns   [q] int64, ascending, q >= 1
     """
@@ -148,7 +148,7 @@ class _Row:
         self.length += len(ids)
 
     def goes_on(self, prompt: np.ndarray) -> bool:
-        """Return whether a pair with this prompt belongs to the tree that was added last."""
+        """Return whether a pair with this prompt belongs to the last tree of the row."""
         return self.share and np.asarray(prompt).tobytes() == self._prompt
 
     def first_site(self, prompt: np.ndarray, response: np.ndarray, mask: np.ndarray | None) -> int:

@@ -1,4 +1,4 @@
-"""Rules about the section `adapter` and other keys: combinations that cannot be exact, or have no effect."""
+"""Rules about the section `adapter` together with other keys: combinations that are not exact or have no effect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Rule = tuple[tuple[str, ...], str]
 
 
 def adapter_rules(config: Config) -> Iterator[Rule]:
-    """Yield each broken rule: the keys that it reads, and the text of the problem with the first key."""
+    """Yield, for each broken rule, the keys that the rule reads, and the text of the problem with the first key."""
     adapter, reference = config.adapter, config.reference
     if adapter is None:
         if reference.mode == "shared":

@@ -31,4 +31,5 @@ class AdapterConfig(Section):
     alpha_pattern: dict[Text, Alpha] = {}
     """mapping from regular expressions to the alpha of the projections whose names match, such as {q_proj: 128}"""
     path: Place | None = None
-    """directory or Hub id of a PEFT adapter that training continues from; it sets all other keys of this section"""
+    """directory or Hub id of a PEFT adapter that training starts from; the adapter sets all other keys of this
+    section"""

@@ -30,7 +30,7 @@ class Source(Section):
     format: Text = "auto"
     """name of a registered data format; auto: detected from the first record"""
     columns: Columns | None = None
-    """renaming of fields for this source, in place of data.columns; null: data.columns applies"""
+    """renaming of fields for this source, instead of data.columns; null: data.columns applies"""
 
     @field_validator("columns", mode="after")
     @classmethod
@@ -59,7 +59,8 @@ class DataConfig(Section):
     max_prompt_length: Count | None = None
     """maximum number of tokens in a prompt; null: limited by max_length only"""
     max_completion_length: Count | None = None
-    """maximum number of tokens in a response; pairs with a longer one are dropped; null: limited by max_length only"""
+    """maximum number of tokens in a response; a pair with a longer response is dropped; null: limited by max_length
+    only"""
     truncation: Literal["left", "drop"] = "left"
     """what to do with overlong pairs: cut the start of the prompt (left), or drop the pair (drop); responses are never
     cut, so a pair with an overlong response is always dropped"""
@@ -67,7 +68,7 @@ class DataConfig(Section):
     """path of a Jinja chat template; null: the tokenizer's own template"""
     add_eos: bool | Literal["auto", "always"] = "auto"
     """whether to end each response with the EOS token; auto (or true): yes, unless the chat template has already ended
-    the turn with another end token; always: even then"""
+    the turn with another end token; always: yes, also after such an end token"""
     score: Literal["response", "all"] = "response"
     """tokens to score: those of the assistant turns in the response (response), or all tokens of prompt and response
     except the first (all)"""

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from dpo_engine.migration import foreign_key
 from dpo_engine.wording import describe, join, nearest, show
 
-# The required keys of sections that every run has. An optional section may have other required keys.
+# The required keys of the sections that every run has. Optional sections may have required keys too.
 REQUIRED = ("model.path", "data.train", "train.output_dir")
 
 
@@ -84,8 +84,8 @@ def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
 def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str) -> str:
     """Return the way out for an unknown key.
 
-    It names the first of these that exists: the key with the same name in another section, the equivalent of another
-    system's key, or the most similar key. Otherwise, it lists the known keys.
+    It suggests the first of these that exists: the key with the same name in another section, our equivalent of another
+    system's key, or the most similar key. If none of these exists, it lists the known keys.
     """
     above = path[: -len(name)]
     elsewhere: dict[str, str] = {}

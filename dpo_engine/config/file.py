@@ -133,9 +133,9 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file. If the file names a `base` file, merge its mapping into that of the base file.
+    """Return the mapping in a YAML file. If the file has a key `base`, merge its mapping into that of the base file.
 
-    below  files that inherit from this one, used to detect a cycle
+    below  files that inherit from this file, used to detect a cycle
 
     Raises `ConfigError` if a file cannot be read or does not contain a mapping, or if the base files form a cycle.
     """
@@ -162,8 +162,8 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
 def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return `own` merged into `base`. Mappings are merged key by key; other values, such as lists, are replaced.
 
-    The section `loss` is special, because its options belong to one loss. If `own` names another loss, its section
-    replaces the whole `loss` section of `base`. An option that `own` sets to null returns to the loss's default.
+    The section `loss` is special, because its options belong to one loss. If `own` names another loss than `base`, the
+    `loss` section of `own` replaces the one of `base`. If `own` sets an option to null, the option has its default.
     """
     merged = {**base}
     for key, value in own.items():

@@ -38,8 +38,8 @@ class OptimConfig(Section):
     optimizer_options: dict[str, Any] = {}
     """options of a registered optimizer other than adamw, such as the momentum of sgd"""
     gradients: Literal["fp32", "bf16"] = "fp32"
-    """data type in which the gradients of all micro-batches are summed and reduced over ranks; bf16 halves their memory
-    and loses precision, and requires model.dtype=bf16"""
+    """data type in which the gradients of all micro-batches are summed and reduced over ranks; bf16 halves the memory
+    for gradients, but loses precision, and requires model.dtype=bf16"""
     freeze: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """regular expressions; weights whose whole name in the Hugging Face checkpoint matches any of them are not
     trained"""

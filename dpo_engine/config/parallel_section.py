@@ -11,14 +11,14 @@ from dpo_engine.config.section import Count, Section, Text
 
 class ParallelConfig(Section):
     tp: Count = 1
-    """tensor-parallel size: number of ranks that each hold a part of every weight matrix and of the vocabulary"""
+    """tensor-parallel size: number of ranks that the weight matrices and the vocabulary are split over"""
     pp: Count = 1
     """pipeline-parallel size: number of stages that the layers are split into"""
     vpp: Annotated[int, Field(ge=2)] | None = None
     """number of model chunks per pipeline stage in the interleaved schedule; null: one chunk, not interleaved"""
     layers: Annotated[tuple[Count, ...], Field(strict=False)] | Literal["auto"] | None = None
     """number of layers in each model chunk, in the order of the model (pp x vpp numbers); auto: numbers that balance
-    the work, including the output layer's; null: equal numbers"""
+    the work, including the work of the output layer; null: equal numbers"""
     cp: Count = 1
     """context-parallel size: number of ranks that each sequence is split over"""
     ep: Count = 1

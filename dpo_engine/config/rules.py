@@ -85,7 +85,7 @@ READ_BY = {
     "missing": ("stored",),
     "verify": ("stored", "dataset"),
 }
-"""The keys of ``reference`` that apply only to some modes, each with those modes."""
+"""The keys of ``reference`` that apply only to some modes, each with the modes that it applies to."""
 
 
 def _reference_rules(config: Config) -> Iterator[Rule]:
@@ -277,7 +277,10 @@ def _profile_rules(config: Config) -> Iterator[Rule]:
 
 
 def reads_reference(config: Config) -> bool:
-    """Whether the run uses a reference: `reference.mode` is not none, and the loss needs a reference or is invalid."""
+    """Whether the run uses a reference: `reference.mode` is not none, and the loss needs a reference.
+
+    An invalid loss is assumed to need a reference.
+    """
     facts = facts_of(config.loss)
     return config.reference_mode != "none" and (facts is None or facts.needs_reference)
 
@@ -297,7 +300,7 @@ def with_loss_options(config: Config) -> Config:
 
 
 def loss_problems(config: Config) -> list[str]:
-    """List all problems of `loss`: its name, the names and types of its options, and the loss's own checks."""
+    """List all problems of `loss`: those of its name, of its options' names and types, and of the loss's own checks."""
     name = config.loss.name
     if name not in LOSSES:
         return [name_problem(LOSSES, name, f"loss.name={show(name)}", plugins=bool(config.plugins))]

@@ -62,7 +62,7 @@ class Config(Section):
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether responses share their prompt in the tree layout. A prompt that is scored itself is not shared."""
+        """Whether responses share their prompt in the tree layout. A prompt whose tokens are scored is not shared."""
         return self.batch.share and self.data.score == "response"
 
     @property
@@ -125,7 +125,7 @@ class Config(Section):
 
 @dataclass(frozen=True)
 class Draft:
-    """A configuration that may have problems. Later checks can use its valid part and report all problems together.
+    """A configuration that may have problems. Later checks can use the valid keys and report all problems together.
 
     config    the configuration, in which defaults (or "?" for required text) replace the broken keys; None if no
               configuration could be built
@@ -175,7 +175,7 @@ def _draft(raw: Mapping[str, Any], problems: list[str]) -> Draft:
 
 
 def import_plugins(names: Sequence[str]) -> list[str]:
-    """Import the plugin modules. The current directory is searched too. Return the problems found."""
+    """Import the plugin modules, also from the current directory. Return the problems found."""
     if names and "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     problems = []

@@ -34,8 +34,8 @@ Interval = Annotated[int | str, BeforeValidator(_interval)]
 
 
 class Section(BaseModel):
-    """A section of the configuration. Types are strict ("2" is not accepted for 2), unknown keys are errors, and
-    the loaded section is read-only."""
+    """A section of the configuration. Types are strict ("2" is not accepted for 2), unknown keys are errors, and the
+    loaded section is read-only."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True

@@ -77,7 +77,7 @@ class LossConfig(Section):
     name: Text = "sigmoid"
     """name of a registered loss"""
     ld_alpha: Fraction | None = None
-    """weight of the tokens of the longer response that lie beyond the length of the shorter one (LD-DPO); null:
+    """weight of the tokens of the longer response that lie beyond the length of the shorter response (LD-DPO); null:
     all tokens count fully"""
     use_weighting: bool = False
     """whether to weight each pair's loss by the likelihood of its responses under the policy (WPO)"""
@@ -101,7 +101,7 @@ class LossConfig(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments set for the loss; all others keep the defaults in its signature."""
+        """The options that are set for the loss. All other options keep the defaults in the loss's signature."""
         return dict(self.model_extra or {})
 
 
@@ -113,7 +113,7 @@ class ReferenceConfig(Section):
     path: Place | None = None
     """directory or Hub id of the reference's Hugging Face checkpoint; null: the model that the policy starts from"""
     adapter: Literal["start", "none"] = "start"
-    """with adapter.path only: the adapter of the reference: the one that training starts from (start), or no adapter
+    """with adapter.path only: whether the reference has the adapter that training starts from (start), or no adapter
     (none)"""
     sync_every: Count | None = None
     """resident and shared modes only: number of steps between updates of the reference toward the policy (TR-DPO);
@@ -161,7 +161,7 @@ class TrainConfig(Section):
     deterministic: bool = True
     """whether to use torch's deterministic kernels; the same layout and seed then give bitwise identical results"""
     freeze_router: bool = False
-    """mixture-of-experts models only: whether to keep the weights of routers as they are"""
+    """mixture-of-experts models only: whether to exclude the weights of routers from training"""
     guard_interval: Natural = 100
     """number of steps between checks that all ranks agree on settings, code, data, and weights; a check also
     precedes each scheduled save; 0: only at the start"""
@@ -179,7 +179,7 @@ class TrainConfig(Section):
 
 
 class BadStepsConfig(Section):
-    """Handling of bad steps, such as steps with non-finite numbers. All ranks skip them, and the log names their
+    """Handling of bad steps, such as steps with non-finite numbers. All ranks skip a bad step, and the log names its
     pairs."""
 
     stop_after: Count = 3
@@ -193,7 +193,7 @@ class BadStepsConfig(Section):
 
 
 class KeepBest(Section):
-    """The metric by which checkpoints are compared, and the number of the best ones to keep."""
+    """The metric by which checkpoints are compared, and the number of the best checkpoints to keep."""
 
     metric: Text
     """a metric of the evaluations, such as eval/loss or eval/rewards/accuracies; the prefix eval/ may be omitted"""
@@ -249,8 +249,8 @@ class CheckpointConfig(Section):
     keep_last: Annotated[int, Field(ge=2)] = 2
     """number of the newest checkpoints to keep; at least 2"""
     keep_best: KeepBest | None = None
-    """evaluated steps that are saved, and kept in addition to the newest checkpoints, because a metric on held-out
-    pairs is best; null: none"""
+    """which evaluated steps to save, and to keep in addition to the newest checkpoints: those with the best values of a
+    metric on held-out pairs; null: none"""
     async_save: bool = True
     """whether to write checkpoints in the background from a copy in host memory; false: training waits for each save"""
     resume: bool = True
@@ -316,6 +316,7 @@ class LoggingConfig(Section):
     page: bool = True
     """whether to write report.html, a page that shows what the run has learned, at every evaluation and at the end"""
     token_samples: Natural = 64
-    """number of held-out pairs whose tokens' log-probabilities are written at every evaluation, for the page"""
+    """number of held-out pairs for which the log-probability of each token is written at every evaluation, for
+    report.html"""
     profile: ProfileConfig | None = None
     """steps to profile, such as {steps: [10, 12], tool: torch}; null: none"""

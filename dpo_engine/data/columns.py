@@ -1,7 +1,7 @@
 """Read the fields of a record other than prompt and responses, after renaming them by `data.columns`.
 
-A field with a known meaning is read, or the record is refused. Two kinds are ignored: empty fields, and fields that do
-not change the record's meaning, such as the number of images. A field without a known meaning is also ignored.
+A record is refused if a field with a known meaning cannot be read. Three kinds of fields are ignored: empty fields,
+fields that do not change the record's meaning, such as a number of images, and fields without a known meaning.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def target_problems(columns: Mapping[str, str | None], format_name: str) -> list
 def renamed(row: dict[str, Any], columns: Mapping[str, str | None] | None) -> dict[str, Any]:
     """Return the record with its fields renamed by `data.columns`.
 
-    columns  maps each new name to the field's name in the record; None leaves out the field with the new name
+    columns  maps each new name to the field's name in the record; None removes the record's own field of the new name
 
     Raises :class:`BadRecord` if a field is missing, or if the record already has another field with the new name.
     """
@@ -92,7 +92,8 @@ def renamed(row: dict[str, Any], columns: Mapping[str, str | None] | None) -> di
 def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
     """Return a record's weight, other numbers, tools and template options; null and empty fields are omitted.
 
-    conversation  whether a chat template renders the record; plain text cannot have tools, options or a system turn
+    conversation  whether a chat template renders the record; a record of plain text cannot have tools, template options
+                  or a system turn
 
     Raises :class:`BadRecord` if a field with a known meaning cannot be read, or if two fields contradict each other.
     """
@@ -109,7 +110,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
         drop = f"set data.columns={{{name}: null}} to leave it out"
         if meaning == "media":
             if isinstance(value, (int, float)):
-                continue  # a number of images, for example, or a flag that says whether there are any
+                continue  # for example a number of images, or a flag that says whether there are images
             raise BadRecord(f"{name}: only text is supported; {drop}")
         if meaning == "unread":
             if isinstance(value, (str, list, dict)):
@@ -162,7 +163,7 @@ def with_system(row: dict[str, Any], prompt: Any, *responses: Any) -> tuple[Any,
 
 
 def opens(part: Any) -> bool:
-    """Return whether a part is a list of messages that begins a conversation, and is not only a response."""
+    """Return whether a part is a list of messages that starts a conversation, and is not a response alone."""
     first = part[0] if isinstance(part, (list, tuple)) and part else None
     return isinstance(first, dict) and (first.get("role") or first.get("from")) not in (None, *ANSWERING)
 
@@ -170,7 +171,7 @@ def opens(part: Any) -> bool:
 def is_empty(value: Any) -> bool:
     """Return whether a value is empty: null, an empty text or list, or a list or object of such values.
 
-    In tables, the fields that a record lacks have such values.
+    In a table, a field that a record lacks has an empty value.
     """
     if isinstance(value, dict):
         return all(is_empty(part) for part in value.values())
@@ -206,7 +207,7 @@ def from_json(name: str, value: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def meanings(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return the fields with a known meaning, each with its meaning. Letter case and separators do not matter."""
+    """Return the fields with a known meaning, each with its meaning. Letter case and separators are ignored."""
     plain = {name: plain_name(name) for name in names}
     return tuple(
         (name, meaning) for name, key in plain.items() for meaning, form in MEANINGS.items() if re.fullmatch(form, key)

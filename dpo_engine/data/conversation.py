@@ -48,8 +48,8 @@ def split_conversations(
     responses  keyed by the name to use in errors; each is the text of a response, the messages of a response, or the
                messages of the whole conversation
 
-    The conversations are split at the first turn that differs between them, and at the latest before the last assistant
-    turn of any conversation. Turns differ if any field except the weight differs. No text is truncated to make turns
+    The prompt ends before the first turn that differs between the conversations, and never includes the last assistant
+    turn of a conversation. Turns differ if any field except the weight differs. No text is truncated to make turns
     match.
 
     Raises :class:`BadRecord` for malformed messages; for turns in an invalid order; for conversations without a
@@ -86,7 +86,7 @@ def _common_turns(names: Sequence[str], whole: Sequence[Sequence[Message]]) -> i
 
 
 def plain(turn: Message) -> Message:
-    """Return a turn without its weight, which affects the loss and not the text."""
+    """Return a turn without its weight, which affects only the loss, not the text."""
     return {key: value for key, value in turn.items() if key != "weight"}
 
 
@@ -127,7 +127,7 @@ def _turns(name: str, value: Any) -> list[Message]:
 def _turn(here: str, message: Any) -> Message:
     if not isinstance(message, dict):
         raise BadRecord(f"{here} must be a message with role and content, not {kind(message)}")
-    # Tables of messages, as Parquet stores them, fill the fields that a message lacks with nulls.
+    # In tables of messages, for example in Parquet files, the fields that a message lacks are null.
     given = {key: value for key, value in message.items() if value is not None and value != []}
     given = {key: value for key, value in given.items() if value != "" or key not in REASONING}
     for key in ("role",) if given.get("tool_calls") else ("role", "content"):
@@ -139,7 +139,8 @@ def _turn(here: str, message: Any) -> Message:
         raise BadRecord(f"{here} has the unknown role {role!r}; use one of {', '.join(ROLES)}")
     more = not given.keys() <= USUAL
     for key in _unread(tuple(given)) if more else ():
-        if given[key] and (key == "function_call" or not isinstance(given[key], (int, float))):  # no number of images
+        # A number, such as a number of images, is ignored.
+        if given[key] and (key == "function_call" or not isinstance(given[key], (int, float))):
             raise BadRecord(f"{here}.{key} is not supported")
     turn: Message = {"role": role}
     spoken = [key for key in REASONING if key in given] + (["tool_calls"] if "tool_calls" in given else [])
@@ -164,7 +165,7 @@ def _turn(here: str, message: Any) -> Message:
 
 @lru_cache(maxsize=256)
 def _unread(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the fields of a message that have a meaning, but cannot be read."""
+    """Return the fields of a message that have a known meaning, but are not supported."""
     return tuple(name for name in names if name == "function_call" or MEDIA.fullmatch(plain_name(name)))
 
 
@@ -193,7 +194,7 @@ def _content(here: str, content: Any) -> Any:
 def _check_order(name: str, turns: Sequence[Message]) -> None:
     """Check the order of turns: at most one system or developer turn, at the start; then user and assistant alternate.
 
-    Tool turns may stand between two assistant turns. Raises :class:`BadRecord`.
+    Tool turns are allowed between two assistant turns. Raises :class:`BadRecord`.
     """
     roles = [turn["role"] for turn in turns]
     for role in OPENING:

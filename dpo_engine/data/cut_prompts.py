@@ -1,4 +1,4 @@
-"""Find the tokens that were cut from the start of prompts. The files of token pairs contain only the other tokens."""
+"""Find the tokens that were cut from the start of prompts. The files of token pairs do not contain these tokens."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def cut_prompts(
 ) -> dict[int, list[int] | None]:
     """Return the ids that were cut from the prompts of held-out pairs.
 
-    Records of pairs that reach a limit are read and tokenized again. Sources without such records are not read.
+    If a pair reaches a limit, its record is read and tokenized again. Sources without such records are not read.
 
     pairs    held-out pairs
     indices  indices of pairs in ``pairs``
 
-    Returns  the cut ids of each pair; None if its record can no longer be found
+    Returns  the cut ids of each pair; None if the record of the pair can no longer be found
     """
     found: dict[int, list[int] | None] = {int(index): [] for index in indices}
     wanted: dict[int, dict[int, list[int]]] = {}
@@ -77,7 +77,7 @@ def _cut(whole: object, fitted: object, bos_id: int | None) -> tuple[str, list[i
     if not (isinstance(whole, Encoded) and isinstance(fitted, Encoded)) or whole.pair is None or fitted.pair is None:
         return None
     prompt, kept = whole.pair.prompt, fitted.pair
-    # With `data.score: all`, the response begins with the prompt, so the tokens of both are counted.
+    # With `data.score: all`, the stored response begins with the prompt, so the lengths of both are added.
     count = len(prompt) + len(whole.pair.chosen) - len(kept.prompt) - len(kept.chosen)
     first = int(prompt[0] == bos_id and kept.prompt[0] == bos_id)
     return kept.digest, np.asarray(prompt[first : first + count]).tolist()

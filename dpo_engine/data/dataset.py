@@ -22,7 +22,7 @@ ROWS = 1024
 DIGEST_BYTES = 16
 SCHEMA = pa.schema(
     [(part, pa.large_list(pa.int32())) for part in PARTS]
-    + [(mask, pa.large_list(pa.uint8())) for mask in MASKS]  # empty: all tokens are scored
+    + [(mask, pa.large_list(pa.uint8())) for mask in MASKS]  # an empty list means that all tokens are scored
     + [("weight", pa.float64()), ("source", pa.int32()), ("digest", pa.binary(DIGEST_BYTES))]
     + [("prompt_key", pa.int64()), ("prompt_text", pa.int64()), ("line", pa.int64())]
     + [(number, pa.float64()) for number in NUMBERS]
@@ -33,20 +33,20 @@ class TokenPair(NamedTuple):
     """A pair as token ids. A sequence to score is `prompt` followed by one of the responses.
 
     prompt    [p]  int32, p >= 1
-    chosen    [c]  int32, c >= 1, including its end token unless `data.add_eos` is false
-    rejected  [r]  int32, r >= 1, likewise
+    chosen    [c]  int32, c >= 1, including the end token unless `data.add_eos` is false
+    rejected  [r]  int32, r >= 1, also including the end token
     weight         factor of this pair's loss, > 0
     margin         how much better the chosen response is; nan if not given
     digest         hash of the three id lists and the masks, hexadecimal
-    source         index of its source in `data.train` or `data.validation`
+    source         index of the pair's source in `data.train` or `data.validation`
     chosen_reward, rejected_reward  score of each response; nan if not given
     ref_chosen_logps, ref_rejected_logps  log-probability of each response under a reference model, in nats, as given
                    in the data; nan if not given
-    line           place in its source, from :func:`~dpo_engine.data.records.read_rows`; 0 if unknown. In a source of
-                   one file this is the line, or the row of a table, from 1.
+    line           place of the pair's record in the source, from :func:`~dpo_engine.data.records.read_rows`; 0 if
+                   unknown. If the source is a single file, this is the number of the line or table row, from 1.
     prompt_text    hash of the prompt's text before tokenizing; 0 if unknown
-    chosen_mask    [c]  bool, whether each token is scored; at least one token is. None: all tokens are scored
-    rejected_mask  [r]  bool, likewise
+    chosen_mask    [c]  bool, whether each token is scored; at least one token is. None means that all tokens are scored
+    rejected_mask  [r]  bool, the same for the rejected response
     """
 
     prompt: np.ndarray
@@ -82,7 +82,7 @@ def pair_digest(
     chosen_mask: np.ndarray | None = None,
     rejected_mask: np.ndarray | None = None,
 ) -> bytes:
-    """Hash a pair's ids, the boundaries between its parts, and its masks. Source, weight and layout do not matter."""
+    """Hash a pair's ids, the boundaries between its parts, and its masks, but not its source, weight or layout."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for ids in (prompt, chosen, rejected):
         digest.update(len(ids).to_bytes(8, "little"))
@@ -99,7 +99,10 @@ def digest_halves(digest: str) -> np.ndarray:
 
 
 def part_digests(pairs: PairDataset, indices: np.ndarray) -> np.ndarray:
-    """Hash the parts of the pairs `indices`: [n, 3] int64, equal for prompts or responses with equal ids and masks."""
+    """Hash each part of the pairs `indices`: [n, 3] int64.
+
+    Prompts with equal ids have equal hashes, and so have responses with equal ids and masks.
+    """
 
     def keys(pair: TokenPair) -> list[int]:
         masks = (None, pair.chosen_mask, pair.rejected_mask)
@@ -114,7 +117,7 @@ def ids_key(ids: np.ndarray, mask: np.ndarray | None = None) -> int:
 
 
 def text_key(prompt: str | Sequence[Any]) -> int:
-    """Return a 64-bit hash of a prompt's text or turns. It does not depend on the chat template or the tokenizer."""
+    """Return a 64-bit hash of a prompt's text or turns. The chat template and the tokenizer do not affect the hash."""
     if not isinstance(prompt, str):
         prompt = json.dumps([plain(turn) for turn in prompt], sort_keys=True)
     return _key(prompt.encode())
@@ -142,7 +145,7 @@ class _Lists:
 class PairDataset:
     """The token pairs of a mapped Arrow file, or a subset of them.
 
-    Opening the file reads it once, to check its hash. After that, ids are read when a pair is accessed.
+    Opening the file reads all of it once, to check its hash. After that, ids are read when a pair is accessed.
 
     lengths     [n, 3]  int32, tokens of prompt, chosen, rejected
     weights     [n]     float64
@@ -229,7 +232,7 @@ class PairDataset:
         return locate(self.sources[self.source_ids[index]], int(self._lines[row]))
 
     def numbers(self, name: str) -> np.ndarray:
-        """Return one of the columns `NUMBERS` [n]; nan if not given."""
+        """Return one of the columns in `NUMBERS`, [n]; a value is nan if the data does not give it."""
         return self._numbers[name] if self._rows is None else self._numbers[name][self._rows]
 
     @property
@@ -275,7 +278,7 @@ def _gather(batches: Sequence[pa.RecordBatch], name: str, dtype: Any) -> np.ndar
 
 
 def shared_pairs(train: PairDataset, held_out: PairDataset) -> int:
-    """Return how many pairs of ``held_out`` are also in ``train``, with the same tokens and masks."""
+    """Return the number of pairs of ``held_out`` that are also in ``train``, with the same tokens and masks."""
     ours, theirs = train.digests, held_out.digests  # [n, 2], the halves of each digest
     candidates = set(map(tuple, ours[np.isin(ours[:, 0], theirs[:, 0])].tolist()))
     return sum(tuple(digest) in candidates for digest in theirs.tolist())

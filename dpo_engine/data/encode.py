@@ -31,12 +31,13 @@ class Limits:
     """Length limits in tokens, the treatment of pairs that exceed them, and the other settings of tokenizing.
 
     If the prompt exceeds `max_prompt_length`, or the prompt and the longer response together exceed `max_length`, the
-    prompt is truncated on the left (`truncation` "left") or the pair is dropped ("drop"). Both responses keep the same
-    prompt, so it is truncated to fit the longer one.
+    prompt is truncated on the left (`truncation` "left") or the pair is dropped ("drop"). Both responses have the same
+    prompt, so the prompt is truncated to fit the longer response.
 
     Responses are never truncated. A pair is dropped, even with "left", if its longer response exceeds
-    `max_completion_length` or leaves no room for one prompt token, from which the first token of the response is
-    predicted. If a prompt is truncated, a BOS at its start is kept if there is room for another prompt token too.
+    `max_completion_length` or leaves no room for a prompt token. One prompt token is needed to predict the first token
+    of the response. When a prompt is truncated, a BOS at its start is kept if there is room for the BOS and another
+    prompt token.
 
     add_eos       whether to end each response with the EOS: never (False), always ("always"), or unless the chat
                   template has already ended the turn with another token (True or "auto")
@@ -108,7 +109,7 @@ class Encoded:
 
 
 def dropped_text(dropped: Mapping[str, int]) -> str:
-    """Return the part of an error line about the numbers of dropped pairs by reason, with a way out; "" for none."""
+    """Return the part of an error that counts dropped pairs by reason, with a way out; "" if no pairs are dropped."""
     counts = "".join(f"; {count} dropped: {reason}" for reason, count in dropped.items())
     return counts and f"{counts}; raise this limit, or shorten the records"
 
@@ -118,13 +119,13 @@ def encode_pairs(
 ) -> list[Encoded | BadRecord]:
     """Tokenize checked pairs.
 
-    Three texts are tokenized: the prompt alone, and the prompt with each response. The tokens that all three have in
-    common at the start are the prompt. A token that spans the end of the prompt therefore belongs to the response, and
-    the tokens of prompt and response together are those of the whole text. Source: the data preparation of TRL 1.16's
-    `DPOTrainer`.
+    Three texts are tokenized: the prompt alone, and the prompt with each response. The prompt of the token pair is the
+    longest common prefix of the three token sequences. A token that spans the end of the prompt therefore belongs to
+    the response, and prompt and response together have the tokens of the whole text. Source: the data preparation of
+    TRL 1.16's `DPOTrainer`.
 
-    Text pairs: the whole text is prompt and response without a separator. The tokenizer's prefix (its BOS) is prepended
-    to a text that does not start with it.
+    Text pairs: the response follows the prompt without a separator. The tokenizer's prefix (its BOS) is prepended to a
+    text that does not start with this prefix.
 
     Conversations: the chat template renders the prompt, with the generation prompt, and both whole conversations. In a
     response of several turns, only assistant turns whose weight is not 0 are scored.
@@ -132,7 +133,7 @@ def encode_pairs(
     With `limits.add_eos`, a response ends at the EOS or other end-of-turn token that the text already has. Whitespace
     after this token is dropped. If there is no such token, the EOS is appended.
 
-    Returns  one result per pair; a :class:`BadRecord` if the pair cannot be used
+    Returns  one result per pair, which is a :class:`BadRecord` if the pair cannot be used
 
     Raises :class:`ConfigError` from :meth:`Tokenizer.chat`.
     """
@@ -218,9 +219,9 @@ def _common(first: list[int], second: list[int]) -> int:
 
 
 def _mask(text: str, ids: list[int], spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> np.ndarray:
-    """Return which tokens of a rendered conversation are in the given spans of its text.
+    """Return a mask of the tokens of a rendered conversation that are in the given spans of its text.
 
-    A token that spans a boundary belongs to what follows the boundary, as at the end of a prompt."""
+    A token that crosses the boundary of a span belongs to the text after the boundary, as at the end of a prompt."""
     cuts = tokenizer.encode_all([text[:at] for span in spans for at in span], rendered=True)
     places = [_common(cut, ids) for cut in cuts]
     mask = np.zeros(len(ids), dtype=bool)
@@ -236,9 +237,9 @@ def _fitted(mask: np.ndarray, length: int) -> np.ndarray:
 
 
 def _ended(response: list[int], tokenizer: Tokenizer, tail: str) -> list[int]:
-    """Cut the response after its last end token if only whitespace follows; otherwise append the EOS.
+    """Cut the response after its last end token if only whitespace follows that token; otherwise, append the EOS.
 
-    tail   the control tokens that the chat template wrote after the text of the response; they end the turn
+    tail   the control tokens that the chat template wrote after the text of the response; they count as end tokens
     """
     eos = tokenizer.eos_id
     ends = {eos} | ({token for name, token in tokenizer.end_names.items() if name in tail} if tail else set())
@@ -281,7 +282,7 @@ def _fit(
         return Encoded(None, dropped=prompt)
     cut = len(prompt) < len(whole)
     if limits.score == "all":
-        # Each token is predicted from the one before it, so the first token cannot be scored and remains as the prompt.
+        # Tokens are predicted from the tokens before them, so the first token cannot be scored and becomes the prompt.
         prompt, chosen, rejected = prompt[:1], prompt[1:] + chosen, prompt[1:] + rejected
         masks = [None, None]
     arrays = [np.array(part, dtype=np.int32) for part in (prompt, chosen, rejected)]

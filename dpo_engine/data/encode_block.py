@@ -34,14 +34,14 @@ class Part:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def limit(self, most: int) -> None:
-        """Keep at most `most` pairs of a part with one record. They share the weight of the record."""
+        """Keep at most `most` pairs of a part that has one record. The kept pairs share the weight of the record."""
         kept = self.kept[:most]
         factor = len(self.kept) / len(kept)
         self.kept = [replace(one, pair=one.pair._replace(weight=one.pair.weight * factor)) for one in kept]
 
 
 class _Unusable(BadLines):
-    """Collection of unusable records, which are not counted, because other processes read other parts of the source."""
+    """List of unusable records. The process that reads the source counts them, because workers see only parts of it."""
 
     def __init__(self) -> None:
         super().__init__(skip=True)
@@ -51,14 +51,14 @@ class _Unusable(BadLines):
         self._found.append((path, line, what if isinstance(what, BadRecord) else BadRecord(str(what))))
 
     def take(self) -> list[tuple[str | Path, int, BadRecord]]:
-        """Remove and return the records found, in the order of their lines."""
+        """Return the collected records, in the order of their lines, and empty the list."""
         found, self._found = sorted(self._found, key=lambda one: one[1]), []
         return found
 
 
 @dataclass
 class EncodeBlock:
-    """Conversion of blocks of raw records of one source to token pairs, in this process or in a worker.
+    """Converter of blocks of raw records of one source to token pairs, in this process or in a worker.
 
     number  index of the source
     chunk   number of pairs to tokenize together

@@ -1,4 +1,4 @@
-"""Read the fields of a record that a format requires, and explain what is missing or of the wrong type."""
+"""Read the fields that a format requires, and explain which field of a record is missing or has the wrong type."""
 
 from __future__ import annotations
 

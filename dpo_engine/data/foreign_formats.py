@@ -1,7 +1,7 @@
 """Read the data formats of other systems as those systems do.
 
-Each docstring describes a record; ``docs/data.md`` shows an example. The sources are the data loaders of these systems,
-at the revisions named in ``tests/data/test_foreign_formats.py``.
+Each docstring describes a record of a format; ``docs/data.md`` shows an example. The sources are the data loaders of
+these systems, at the revisions named in ``tests/data/test_foreign_formats.py``.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def orca(row: dict[str, Any]) -> Pair:
 def sharegpt(row: dict[str, Any]) -> Pair:
     """LLaMA-Factory, EasyDeL: `conversations` of {from, value} as the prompt, and one such object for each response.
 
-    `messages` of {role, content} may take the place of `conversations`. Without either of them, `chosen` and `rejected`
-    are whole conversations. `function_call` turns are tool calls, and `observation` turns are tool results.
+    A record may have `messages` of {role, content} instead of `conversations`. If it has neither field, `chosen` and
+    `rejected` are whole conversations. `function_call` turns are tool calls, and `observation` turns are tool results.
     """
     chosen, rejected = (_response(name, part) for name, part in _parts(row, RESPONSES, PARTS).items())
     name = next((name for name in ("conversations", "messages") if not is_empty(row.get(name))), None)
@@ -97,8 +97,8 @@ def sharegpt(row: dict[str, Any]) -> Pair:
 def swift(row: dict[str, Any]) -> Pair:
     """Megatron-SWIFT: `messages` that end with the chosen response, and `rejected_response` or `rejected_messages`.
 
-    A rejected response takes the place of everything after the last user turn. It is a text or a list of messages.
-    Rejected messages are a whole conversation. Instead of `messages`, a record may have `query` and `response`, or
+    `rejected_response` is a text or a list of messages, and replaces everything after the last user turn.
+    `rejected_messages` is a whole conversation. Instead of `messages`, a record may have `query` and `response`, or
     `instruction`, `input` and `output`; `history` lists earlier pairs of turns. `tool_call` turns are tool calls, and
     `tool_response` turns are tool results.
     """
@@ -125,7 +125,7 @@ def swift(row: dict[str, Any]) -> Pair:
 
 @FORMATS.register("nemo_rl", fields=("context", "completions"))
 def nemo_rl(row: dict[str, Any]) -> Pair | None:
-    """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}; that with the lower rank is chosen.
+    """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}. The lower rank is the chosen one.
 
     A record with equal ranks is left out; NeMo-RL would end the run.
     """
@@ -149,8 +149,9 @@ def nemo_rl(row: dict[str, Any]) -> Pair | None:
 def helpsteer3(row: dict[str, Any]) -> Pair | None:
     """HelpSteer3's preferences: `context`, `response1`, `response2`, and `overall_preference` from -3 to 3.
 
-    A negative preference chooses `response1`, and a positive one `response2`. Its absolute value is the margin. A
-    record with preference 0 is left out; NeMo-RL would turn it into a pair of two equal responses.
+    If the preference is negative, `response1` is chosen; if it is positive, `response2` is. The absolute value of the
+    preference is the margin. A record with preference 0 is left out; NeMo-RL would turn it into a pair of two equal
+    responses.
     """
     first, second = required(row, ("response1", "response2"), str)
     context, given = required(row, ("context", "overall_preference"), object)
@@ -163,7 +164,7 @@ def helpsteer3(row: dict[str, Any]) -> Pair | None:
 
 
 def recognized(row: dict[str, Any]) -> str | None:
-    """Return the name of the first format in `FORMS` that the record fits, or None."""
+    """Return the name of the first format in `FORMS` whose test accepts the record, or None."""
     return next((name for name, fits in FORMS.items() if fits(row)), None)
 
 
@@ -201,7 +202,7 @@ def _is_colossalchat(row: dict[str, Any]) -> bool:
 
 
 def _is_answered(name: str, *others: str) -> Callable[[dict[str, Any]], bool]:
-    """Return a test for records with a question or instruction, and two text responses that do not repeat it."""
+    """Return a test for records with a question or instruction `name`, and two text responses that do not repeat it."""
 
     def fits(row: dict[str, Any]) -> bool:
         asked, responses = row.get(name), [row.get(part) for part in RESPONSES]

@@ -24,15 +24,15 @@ CALLS = ("function_call", "tool_call")
 
 
 def role_of(turn: dict[str, Any]) -> Any:
-    """Return the role of a message exactly as the record gives it."""
+    """Return the role of a message as it is written in the record."""
     return turn.get("role") or turn.get("from")
 
 
 def turns_of(name: str, value: Any, first: int = 0) -> Turns:
     """Convert messages in any supported system's format to messages with `role` and `content`.
 
-    Tool calls that are separate turns become `tool_calls` of the assistant's turn; consecutive calls are merged into
-    one turn.
+    If tool calls are separate turns, they become `tool_calls` of the assistant's turn. Consecutive calls are merged
+    into one turn.
 
     first  index of the first message, for error messages
 
@@ -57,7 +57,7 @@ def turns_of(name: str, value: Any, first: int = 0) -> Turns:
 
 
 def _add_calls(turns: Turns, here: str, turn: dict[str, Any]) -> None:
-    """Add a turn's tool calls to the preceding assistant turn or, if there is none, as a new assistant turn."""
+    """Add a turn's tool calls to the assistant turn directly before it, or append a new assistant turn."""
     given = from_json(here, turn.get("content"))
     calls = []
     for call in given if isinstance(given, list) else [given]:

@@ -35,9 +35,9 @@ def text(row: dict[str, Any]) -> Pair:
 def messages(row: dict[str, Any]) -> Pair:
     """`chosen` and `rejected` as messages: the response alone, or the whole conversation including the prompt.
 
-    `prompt` is a list of messages or the text of a user turn. It may be absent if chosen and rejected are whole
-    conversations; then their common first turns are the prompt. A response may also be one message
-    or the text of an assistant turn. `system` is the text of a system turn at the start.
+    `prompt` is a list of messages or the text of a user turn. If chosen and rejected are whole conversations, `prompt`
+    may be absent, and the first turns that both have in common are the prompt. A response may also be one message or
+    the text of an assistant turn. `system` is the text of a system turn at the start.
     """
     chosen, rejected = required(row, FIELDS[1:], (str, list, dict))
     prompt = required(row, FIELDS[:1], (str, list))[0] if row.get("prompt") is not None else None
@@ -52,7 +52,7 @@ def messages(row: dict[str, Any]) -> Pair:
 def hh(row: dict[str, Any]) -> Pair:
     r"""`chosen` and `rejected` as whole dialogues, `\n\nHuman: ... \n\nAssistant: ...`, that differ in the last turn.
 
-    The prompt is the text up to and including the last `\n\nAssistant:`. It must be the same in both.
+    The prompt is the text up to and including the last `\n\nAssistant:`. Both dialogues must have the same prompt.
     """
     _refuse_prompt(row)
     chosen, rejected = required(row, FIELDS[1:], str)
@@ -84,12 +84,12 @@ def implicit(row: dict[str, Any]) -> Pair:
 def detect(row: dict[str, Any]) -> Format:
     """Choose the format of a record from its fields.
 
-    The first rule that applies: "ranked" if the record has responses and scores, but neither chosen nor rejected; the
-    format of another system, if :func:`foreign_formats.recognized` returns one; "messages" if any of prompt, chosen and
-    rejected is a list or an object; "text" if there is a prompt; "hh" if chosen and rejected contain Human or Assistant
-    turns; otherwise "implicit".
+    The first of these rules that applies is used: "ranked" if the record has responses and scores, but neither chosen
+    nor rejected; the format of another system, if :func:`foreign_formats.recognized` returns one; "messages" if any of
+    prompt, chosen and rejected is a list or an object; "text" if there is a prompt; "hh" if chosen and rejected contain
+    Human or Assistant turns; otherwise "implicit".
 
-    Raises :class:`BadRecord` if `chosen` or `rejected` is missing, or if a field that the format would not read may be
+    Raises :class:`BadRecord` if `chosen` or `rejected` is missing, or if the format would ignore a field that may be
     the prompt.
     """
     read = _detected(row)
@@ -125,9 +125,11 @@ def auto(row: dict[str, Any]) -> Pair | Sequence[Pair] | None:
 def read_pairs(
     path: str | Path, name: str = AUTO, bad: BadLines | None = None, columns: Mapping[str, str | None] | None = None
 ) -> Iterator[tuple[int, list[Pair]]]:
-    """Yield the place and the pairs of every usable record of a source; no pairs if the format leaves the record out.
+    """Yield the place and the list of pairs of every usable record of a source.
 
-    name     a registered format; "auto" settles on the format of the first usable record
+    The list is empty if the format leaves the record out.
+
+    name     a registered format; "auto" uses the format of the first usable record for the whole source
     bad      collects unusable records; by default, the first one raises :class:`DataError`
     columns  `data.columns`, which maps the names that the format reads to the names in the records
 
@@ -141,9 +143,9 @@ def read_pairs(
 def recognize(
     path: str | Path, name: str, columns: Mapping[str, str | None] | None, *, skip: bool
 ) -> tuple[str, dict[str, Any]] | None:
-    """Return the name of the format that reads a source, and the first usable record as the format sees it.
+    """Return the name of the format that reads a source, and the first usable record, renamed by `columns`.
 
-    skip  whether bad records are skipped; otherwise, they raise :class:`DataError`
+    skip  whether bad records are skipped; otherwise, a bad record raises :class:`DataError`
 
     Returns None if there is no usable record. Raises :class:`DataError` as :func:`read_pairs` does.
     """
@@ -177,7 +179,7 @@ class RecordReader:
     def read(
         self, rows: Iterable[tuple[int, dict[str, Any]]], bad: BadLines
     ) -> Iterator[tuple[int, dict[str, Any], list[Pair]]]:
-        """Yield the place of every usable record of `rows`, the record as the format sees it, and its pairs."""
+        """Yield the place of every usable record of `rows`, the record renamed by `columns`, and its pairs."""
         for line, row in rows:
             try:
                 row = renamed(row, self.columns)
@@ -204,7 +206,7 @@ class RecordReader:
 def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
     """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or text or turns before it.
 
-    The same holds for chosen and rejected that are not the responses themselves, or that repeat the prompt.
+    Also raise it if chosen and rejected are not the responses themselves, or if they repeat the prompt.
     """
     refuse_labels(row)
     if read_as != "text":

@@ -1,7 +1,7 @@
-"""Find a field that may be the prompt of a record that has no field `prompt`, or a part of it beside that field.
+"""Find a field of another name that may be the prompt, or a part of the prompt in addition to the field `prompt`.
 
-Such a record must not be read as two responses whose common prefix is the prompt: the first words that both answers
-share would become the prompt, and the question would be left out.
+Without this check, a record without a field `prompt` would be read as two responses whose common prefix is the prompt.
+The first words that both answers share would become the prompt, and the question would be left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROMPT = frozenset(
     "problem problems request requests message messages conversation conversations dialog dialogs dialogue dialogues "
     "history turn turns utterance utterances ask inquiry human q".split()
 )
-"""Words in the names of prompts. A field whose name has one of them counts as a prompt, whatever text it contains,
+"""Words in the names of prompts. A field with one of these words in its name counts as a prompt, whatever it contains,
 unless the last word of the name is in `OTHER` or `VAGUE`, as in prompt_id or question_type."""
 TEXT = frozenset("text texts content document article passage paragraph sentence post email story title body".split())
 """Words in the names of fields with text, which may or may not be a prompt."""
@@ -43,9 +43,9 @@ OTHER = frozenset(
 )
 """Words in the names of fields that are not prompts."""
 OF_PROMPTS = frozenset("user chat previous past prior earlier".split())
-"""Words that are part of the names of prompts, such as user_input and chat_history."""
+"""Other words that occur in the names of prompts, as in user_input and chat_history."""
 SOURCES = frozenset("document passage article post background knowledge".split())
-"""Names of fields with a text to which a prompt refers. Beside a prompt without this text, they are an error."""
+"""Names of fields with a text to which a prompt refers. A record is refused if only such a field contains this text."""
 MOST_LABEL = 40
 DEPTH = 3
 ITEMS = 4
@@ -63,7 +63,7 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     if (name := hidden_prompt(row)) is None:
         return
     several = prompt_fields(row)
-    several = [field for field in several if _is_whole(field)] or several  # input, but not labelling_prompt
+    several = [field for field in several if _is_whole(field)] or several  # keeps input, but not labelling_prompt
     if len(several) == 1:
         name = several[0]
     elif several:
@@ -79,10 +79,10 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
 def hidden_prompt(row: Mapping[str, Any]) -> str | None:
     """Return the dotted name of a field that may be the prompt, or None.
 
-    A field may be the prompt if its name is that of a prompt (see `PROMPT`); if its name ends with a word of `TEXT` or
-    is unknown, and it contains a sentence or a question; or if its name has a word of `VAGUE`, and it contains a
-    sentence that is longer than the common prefix of chosen and rejected. Fields inside another field are judged only
-    by their names.
+    A field may be the prompt in three cases. First, it has the name of a prompt (see `PROMPT`). Second, its name ends
+    with a word of `TEXT` or has only unknown words, and it contains a sentence or a question. Third, its name has a
+    word of `VAGUE`, and it contains a sentence that is longer than the common prefix of chosen and rejected. Fields
+    inside another field are judged only by their names.
     """
     if found := prompt_fields(row):
         return found[0]
@@ -98,7 +98,7 @@ def hidden_prompt(row: Mapping[str, Any]) -> str | None:
 
 
 def prompt_fields(row: Mapping[str, Any]) -> list[str]:
-    """Return the fields that are prompts by their names and contain a nonempty text, list or object."""
+    """Return the fields that have the name of a prompt and contain a nonempty text, list or object."""
     named = [name for name, kind in _kinds(tuple(row)) if kind == "prompt"]
     return [name for name in named if isinstance(row[name], (str, list, dict)) and not is_empty(row[name])]
 
@@ -108,9 +108,9 @@ def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
 
     read  names of the fields that the format reads
 
-    Only names made of the words of `PROMPT` and `OF_PROMPTS` count, such as `input` and `userQuery`, but not
-    `judge_prompt`, and those of `SOURCES`. A field does no harm if its text, or the text of its user turns, is in the
-    fields that are read.
+    Two kinds of names are considered: those in `SOURCES`, and those that have only words of `PROMPT` and `OF_PROMPTS`,
+    such as `input` and `userQuery`, but not `judge_prompt`. A field is accepted if the fields that are read contain its
+    text or, if it is a conversation, the text of its user turns.
     """
     for name in _more_prompts(tuple(row)):
         if name in read or not isinstance(row[name], (str, list, dict)) or is_empty(row[name]):
@@ -136,7 +136,7 @@ def _plain(text: str) -> str:
 
 
 def _texts(value: Any, *, asked: bool = False, depth: int = DEPTH) -> Iterator[str]:
-    """Yield the texts in a value. With `asked`, leave out turns that are not from the user, and their answers."""
+    """Yield the texts in a value. With `asked`, skip turns of assistants and tools, and fields that are not prompts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, tuple)) and depth:
@@ -159,7 +159,7 @@ def _kinds(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def _inside(above: str, value: Any, depth: int) -> Iterator[str]:
-    """Yield the dotted names of fields inside a value that are prompts by their names."""
+    """Yield the dotted names of the fields inside a value that have the name of a prompt."""
     if isinstance(value, (list, tuple)) and depth:
         for part in islice(value, ITEMS):
             yield from _inside(above, part, depth - 1)
@@ -197,7 +197,7 @@ def _kind(name: str) -> Literal["prompt", "text", "vague", "other", "unknown"]:
 def refuse_labels(row: Mapping[str, Any]) -> None:
     """Raise :class:`BadRecord` if chosen and rejected are not responses, but name the fields that contain them.
 
-    Examples: "response_a" for the field of this name, "B" or "2" for the field `answer_b` or `output_2`.
+    Examples: "response_a" for the field of this name, "B" for the field `answer_b`, "2" for the field `output_2`.
     """
     labels = [row[name].strip() if isinstance(row.get(name), str) else "" for name in RESPONSES]
     if not all(0 < len(label) <= MOST_LABEL for label in labels):
@@ -214,7 +214,7 @@ def refuse_labels(row: Mapping[str, Any]) -> None:
 
 
 def _is_whole(name: str) -> bool:
-    """Return whether a name has only words of a prompt, and of whose or which part it is."""
+    """Return whether a name has only words of `PROMPT` and `OF_PROMPTS`."""
     return (PROMPT | OF_PROMPTS).issuperset(_words(name))
 
 

@@ -20,7 +20,7 @@ _DATA = re.compile(
     _MODEL.pattern.replace("(?:@", rf"(?:/(?P<config>{NAME}))?(?:@", 1) + r"(?::(?P<split>[\w.-]+))?", re.ASCII
 )
 FILE = re.compile(r"\.(model|jinja|json|jsonl|parquet|arrow|csv|tsv|txt|gz|zst|zip|tar|ya?ml|npy|bin|pt)$")
-"""Suffixes of file names. A name with one of these suffixes is a path, not a Hub id."""
+"""Suffixes of file names. Text that ends with one of these suffixes is a path, not a Hub id."""
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 DATA_FILES = ("*.md", "*.yaml", *(f"*.{kind}" for kind in ("json", "jsonl", "parquet", "arrow", "csv", "gz", "zst")))
 NEVER = ("*.bin", "*.py", "*.pt", "*.pth", "*.pkl")
@@ -30,10 +30,10 @@ COPIES = ("consolidated*", "*/*.safetensors", "*/*.json")
 CONVERTED = (".json", ".json.gz", ".csv", ".csv.gz")
 """Suffixes of data files that the `datasets` library converts to Arrow before they are read."""
 COURTESY_S = 1.0
-"""Seconds that the other ranks of a node wait, so that the first rank downloads and shows its progress bar."""
+"""Seconds that all ranks of a node except the first wait, so that the first rank downloads and shows its progress."""
 
 found: dict[Repo, Path] = {}
-"""Snapshots that this process has used. It keeps using them even if a branch changes on the Hub."""
+"""Snapshots that this process has used. The process keeps using them even if a branch changes on the Hub."""
 failed: dict[Repo, str] = {}
 """Reasons why repositories could not be used. Recording them prevents repeated attempts to reach the Hub."""
 
@@ -44,8 +44,8 @@ class Repo:
 
     kind      type of the repository
     name      `org/name`
-    revision  branch, tag or commit; None: the main branch
-    weights   whether the weights are needed, and not only the tokenizer
+    revision  branch, tag or commit; None means the main branch
+    weights   whether the weights of a model are needed too; if not, only its configuration and tokenizer are downloaded
     """
 
     kind: Literal["model", "dataset"]
@@ -58,7 +58,7 @@ class Repo:
 
 
 def model_repo(path: str | Path, key: str = "model.path") -> Repo | None:
-    """Read `org/name` or `org/name@revision`. Returns None if `path` exists or cannot be a Hub id.
+    """Parse `org/name` or `org/name@revision`. Returns None if `path` exists or cannot be a Hub id.
 
     key  the configuration key that holds the path; for `model.tokenizer`, no weights are downloaded
     """
@@ -86,7 +86,7 @@ def model_directory(path: str | Path, key: str = "model.path") -> Path:
 
 
 def data_repo(source: str) -> tuple[Repo, str | None, str | None] | None:
-    """Read `org/name[/config][@revision][:split]` as repository, config and split. Returns None for other text.
+    """Parse `org/name[/config][@revision][:split]` into repository, config and split. Returns None for other text.
 
     The caller must check first that there is no local file or directory with this name.
     """
@@ -99,8 +99,8 @@ def data_repo(source: str) -> tuple[Repo, str | None, str | None] | None:
 def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     """Return the local files of a data set of the Hub; None if `base` is not a Hub id.
 
-    source  the source as written in the run, for messages
-    base    the source without a slice
+    source  the source as written in the run file, for messages
+    base    the source without its slice
 
     Downloads a snapshot that is not in the Hub's cache, unless HF_HUB_OFFLINE is set. The `datasets` library decides
     which files belong to a config and split. The code of a data set never runs: `datasets` 4 and later cannot run it.
@@ -120,7 +120,7 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
 def snapshot(repo: Repo, *, again: bool = False) -> Path:
     """Return the directory of a repository's snapshot; download what the Hub's cache lacks.
 
-    again  ask the Hub even if this process has used the repository before
+    again  whether to contact the Hub even if this process has used the repository before
 
     Ranks of one node take turns: the first one downloads, and the others find the files in the cache.
 
@@ -174,7 +174,10 @@ def commits() -> list[str]:
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Hold the cache's download lock during the ``with`` block, unless HF_HUB_OFFLINE is set. The wait has no limit."""
+    """Hold the cache's download lock during the ``with`` block, unless HF_HUB_OFFLINE is set.
+
+    There is no time limit on the wait for the lock.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock, disable_progress_bars
 

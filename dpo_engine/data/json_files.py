@@ -22,19 +22,20 @@ ARRAYS = ".json"
 """Suffix of files that may be one array. Files with other suffixes contain lines."""
 MARKS = re.compile(rb'["\[\]{},]')
 STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,200}("?)', re.DOTALL)
-"""The rest of a string, up to 200 escapes; group 1 is its end. The bound limits the memory that a match takes."""
+"""The rest of a string. Group 1 is the closing quote, or empty if the match ends after 200 escapes. This bound limits
+the memory that a match takes."""
 ARRAY_OF_OBJECTS = re.compile(rb"\[\s*(?:\{|\Z)")
-"""The first line of an array of objects."""
+"""The start of an array of objects, or a line that has only its opening bracket."""
 NO_SPACE = re.compile(rb"\S")
 
 Records = Iterator[tuple[int, bytes | str]]
-"""Raw records with their places, which are line numbers or numbers of items, from 1. For a record that cannot be used,
-the reason takes the place of its bytes."""
+"""Raw records, each after its place, which is its line number or item number, from 1. If a record cannot be used, a
+string with the reason replaces its bytes."""
 
 
 @contextmanager
 def open_records(path: Path) -> Iterator[tuple[Records, Callable[[], int]]]:
-    """Open a file, and return its raw records and a function that tells how many of its bytes have been read.
+    """Open a file, and return its raw records and a function that returns the number of bytes read so far.
 
     Lines with only whitespace are skipped. An array is mapped into memory, so it is never copied as a whole.
 
@@ -66,7 +67,7 @@ def count_records_of(path: Path, limit: float) -> tuple[int, int] | None:
     with _open_lines(path) as (stream, _):
         filled = False
         try:
-            # Read in parts, so that memory and time stay bounded even if a line is very long.
+            # Read long lines in parts of 1 MiB, so that memory and time stay bounded.
             while part := stream.readline(2**20):
                 seen, filled = seen + len(part), filled or not part.isspace()
                 if part.endswith(b"\n"):
@@ -123,7 +124,7 @@ def _lines(path: Path, stream: BinaryIO) -> Records:
 
 
 def _start_of_array(path: Path) -> int | None:
-    """Return the place of the first bracket if the file is an array, and None otherwise."""
+    """Return the byte offset of the first bracket if the file is an array, and None otherwise."""
     with path.open("rb") as stream:
         before = 0
         while part := stream.read(4096):
@@ -138,7 +139,7 @@ def _start_of_array(path: Path) -> int | None:
 class _Array:
     """The items of a JSON array as raw bytes. Only the structure is parsed here; each item is parsed like a line.
 
-    at  place after the last byte that was read
+    at  byte offset after the last byte that was read
     """
 
     def __init__(self, path: Path, content: mmap.mmap, start: int):

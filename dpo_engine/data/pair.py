@@ -28,16 +28,16 @@ class Pair:
 
     prompt    text, which each response continues without a separator; or the turns of a conversation, which the chat
               template renders
-    chosen    text of the preferred response. A format may also return message lists here and in `rejected`, with the
-              response or the whole conversation. :func:`checked` splits them into the prompt and the turns of each
-              response; a response that is a single assistant turn with nothing but text becomes that text
+    chosen    text of the preferred response. A format may also return lists of messages here and in `rejected`, with
+              the response or the whole conversation. :func:`checked` splits such lists into the prompt and the turns of
+              each response. If a response is a single assistant turn with only text, it becomes this text
     rejected  text or turns of the dispreferred response
     tools     JSON schemas of the functions that the assistant can call; the chat template renders them
     template_options  further variables for the chat template (`chat_template_kwargs`)
     weight    factor of this pair's loss, > 0
     divided   number of pairs among which the weight of the record was divided. If some of these pairs are dropped, the
-              others share the whole weight
-    margin    how much better the chosen response is, in the annotator's or reward model's unit; None if not given
+              remaining pairs share the whole weight
+    margin    by how much the chosen response is better, in the annotator's or reward model's unit; None if not given
     chosen_reward, rejected_reward  score of each response, in the annotator's or reward model's unit; None if not given
     ref_chosen_logps, ref_rejected_logps  summed log-probabilities under a reference model, given in the data; None
               if not given
@@ -61,12 +61,12 @@ Format = Callable[[dict[str, Any]], Pair | Sequence[Pair] | None]
 FORMATS = Registry("data format")
 """Functions that turn a raw record into a `Pair` or a sequence of pairs.
 
-A format that returns None or no pairs leaves the record out of training; such records are counted and reported. A
+If a format returns None or no pairs, the record is left out of training; such records are counted and reported. A
 format that may return several pairs must be registered with ``several=True``; otherwise `check` counts each record as
 one pair. ``fields=(...)`` lists the fields that a format reads; the keys of `data.columns` must be in this list.
 
-A format raises :class:`BadRecord` for a record it cannot use. It need not check texts, turns, weight or margin;
-:func:`checked` does that for every format.
+A format raises :class:`BadRecord` for a record that it cannot use. A format need not check texts, turns, weight or
+margin, because :func:`checked` checks them for every format.
 """
 
 
@@ -74,8 +74,8 @@ def checked(pair: Pair) -> Pair:
     """Check a pair, and split conversations into the prompt and the responses.
 
     Raises :class:`BadRecord` for a text that :func:`check_text` rejects; for conversations that
-    :func:`split_conversations` rejects; for equal responses; for tools or template options of a pair of plain texts,
-    which no chat template renders; for an invalid weight or other number.
+    :func:`split_conversations` rejects; for equal responses; for tools or template options with plain text, because no
+    chat template renders plain text; for an invalid weight or other number.
     """
     prompt, chosen, rejected = parts = (pair.prompt, pair.chosen, pair.rejected)
     if all(isinstance(part, str) for part in parts):

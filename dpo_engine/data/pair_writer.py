@@ -1,4 +1,4 @@
-"""Write token pairs to an Arrow file, which gets its final name only when it is complete."""
+"""Write token pairs to an Arrow file. The file gets its final name only when it is complete."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Full(Exception):
 class PairWriter:
     """Write pairs to an Arrow file, atomically: the file gets its final name only when it is complete and on disk.
 
-    limit  maximum number of pairs; None: any number
+    limit  maximum number of pairs; None means no limit
 
-    Use as a context manager; if the block raises an error, no file remains. At most `ROWS` pairs are held in memory.
+    Use as a context manager. If the block raises an error, no file remains. At most `ROWS` pairs are held in memory.
     """
 
     def __init__(self, path: Path, limit: int | None = None):
@@ -59,7 +59,7 @@ class PairWriter:
             self._flush()
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Complete the file and rename it into place. `facts` are read back as :attr:`PairDataset.facts`."""
+        """Complete the file and give it its final name. `facts` can be read back as :attr:`PairDataset.facts`."""
         if self._rows:
             self._flush()
         # The facts are known only at the end. A final batch without rows holds them, so that a single file is enough.
@@ -103,7 +103,7 @@ class PairWriter:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove temporary files of killed writers. A running writer modifies its file at least every `STALE_S` seconds."""
+    """Remove files of killed writers, older than `STALE_S` seconds. Running writers modify their files more often."""
     for left in path.parent.glob(f"{path.name}.*.tmp"):
         try:
             if time.time() - left.stat().st_mtime > STALE_S:

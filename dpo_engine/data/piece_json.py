@@ -1,10 +1,10 @@
 """Convert a bare sentencepiece model to a `tokenizer.json` file of the tokenizers library.
 
-transformers reads a lone `*.model` file with the settings of the tokenizer class of the model's family. The token ids
-therefore often differ from those of sentencepiece. A `tokenizer.json` contains its own settings.
+If a directory has only a `*.model` file, transformers reads it with the settings of the model family's tokenizer class.
+The token ids therefore often differ from those of sentencepiece. A `tokenizer.json` contains its own settings.
 
 Limitation: a `tokenizer.json` cannot express everything that sentencepiece does. The caller must compare the ids of a
-few texts.
+few texts with those of sentencepiece.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Converted(NamedTuple):
     """A candidate conversion.
 
     tokenizer  the tokenizer, with all control pieces as special tokens
-    names      names of its bos, eos, unk and pad tokens, by their keys in `tokenizer_config.json`
+    names      texts of the bos, eos, unk and pad tokens, by their keys in `tokenizer_config.json`
     """
 
     tokenizer: Tokenizer
@@ -35,9 +35,9 @@ class Converted(NamedTuple):
 
 
 def conversions(path: str | Path) -> Iterator[Converted]:
-    """Yield conversions of the sentencepiece model at `path`; they differ in their handling of a leading space.
+    """Yield conversions of the sentencepiece model at `path`, which differ in their handling of a leading space.
 
-    Yields nothing for a model type other than BPE and unigram.
+    If the model type is neither BPE nor unigram, there are no conversions.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -53,7 +53,7 @@ def conversions(path: str | Path) -> Iterator[Converted]:
     for variant in [[normalizers.Replace(Regex(r"\A "), ""), prepend], [prepend]] if prefix else [[]]:
         made = Tokenizer(_model(proto, keeps_whole=bool(whole)))
         made.normalizer = normalizers.Sequence([*_cleaning(proto), *variant, normalizers.Replace(" ", SPACE)])
-        if whole:  # these must not be added tokens, because the text after an added token would get its own prefix
+        if whole:  # not as added tokens, because the text after an added token would get its own space prefix
             made.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, whole))), "isolated")
         strip = [decoders.Strip(" ", 1, 0)] if prefix else []
         made.decoder = decoders.Sequence(
@@ -78,7 +78,7 @@ def _cleaning(proto: Any) -> list[Normalizer]:
 
 
 def _model(proto: Any, *, keeps_whole: bool) -> models.Model:
-    """Return the model with its pieces. With ``keeps_whole``, text that equals a piece becomes one token."""
+    """Return the model with its pieces. With ``keeps_whole``, a text that is equal to a piece becomes one token."""
     pieces, trainer = proto.pieces, proto.trainer_spec
     if trainer.model_type == UNIGRAM:
         scored = [(piece.piece, piece.score) for piece in pieces]

@@ -13,10 +13,10 @@ MOST_PREFIXES = 2048
 
 
 def text_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """Return the text of each token. Joined, the pieces are the text of all tokens.
+    """Return the text of each token. The concatenation of these pieces is the text of all tokens.
 
-    A token that ends within a character has an empty piece. The token that completes the character has the whole
-    character.
+    If a token ends within a character, its piece is empty. The piece of the token that completes the character has the
+    whole character.
     """
     ids = [int(i) for i in ids]
     whole = tokenizer.decode(ids)
@@ -39,7 +39,7 @@ def _by_window(ids: list[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def _by_prefix(ids: list[int], whole: str, tokenizer: Tokenizer) -> list[str]:
-    """Decode prefixes of the tokens. Each token gets the text that its prefix adds to the previous prefix."""
+    """Decode prefixes of the tokens. The piece of a token is the text that the token adds to the previous prefix."""
     pieces = [""] * len(ids)
     step, found = -(-len(ids) // MOST_PREFIXES), 0
     for end in [*range(step, len(ids), step), len(ids)] if ids else []:

@@ -14,7 +14,7 @@ from dpo_engine.strict_json import kind
 
 FIELDS = ("prompt", "responses", "scores")
 MAX_RESPONSES = 512
-"""Maximum number of responses to one prompt. The number of pairs can grow with its square."""
+"""Maximum number of responses to one prompt. The number of pairs can grow with the square of this number."""
 
 
 class Scored(NamedTuple):
@@ -29,8 +29,9 @@ Rule = Callable[[Sequence[Scored]], Iterable[tuple[Scored, Scored]]]
 
 @FORMATS.register("ranked", fields=FIELDS)
 def ranked(row: dict[str, Any]) -> list[Pair]:
-    """`responses` with `scores`: one pair, the best response against the worst. Ties go to the earlier response.
+    """`responses` with `scores`: one pair, of the best and the worst response.
 
+    If several responses have the best or the worst score, the earliest of them is used.
     `prompt` and the responses are as in "text", or as in "messages" if any of them is a list.
     """
     return _pairs(row, _extremes)
@@ -38,24 +39,25 @@ def ranked(row: dict[str, Any]) -> list[Pair]:
 
 @FORMATS.register("ranked_adjacent", several=True, fields=FIELDS)
 def ranked_adjacent(row: dict[str, Any]) -> list[Pair]:
-    """Records as in "ranked": pair each response with those of the next lower score."""
+    """Records as in "ranked": pair each response with all responses of the next lower score."""
     return _pairs(row, _adjacent)
 
 
 @FORMATS.register("ranked_all", several=True, fields=FIELDS)
 def ranked_all(row: dict[str, Any]) -> list[Pair]:
-    """Records as in "ranked": pair each response with those of every lower score."""
+    """Records as in "ranked": pair each response with all responses of a lower score."""
     return _pairs(row, lambda best_first: itertools.combinations(best_first, 2))
 
 
 def _pairs(row: dict[str, Any], rule: Rule) -> list[Pair]:
-    """Form the pairs of a record according to ``rule``, best first; none if all scores are equal.
+    """Form the pairs of a record according to ``rule``, best first. If all scores are equal, there are no pairs.
 
     The record's weight is divided evenly among its pairs, because comparisons of the same responses are not
-    independent, and a prompt with more responses should not have more influence. Pairs that are dropped later, because
-    they are too long, get no share (:attr:`Pair.divided`).
+    independent, and a prompt with more responses should not have more influence. If pairs are dropped later because
+    they are too long, the remaining pairs share the whole weight (:attr:`Pair.divided`).
 
-    Source: InstructGPT (https://arxiv.org/abs/2203.02155), section 3.5, which weights a prompt's comparisons this way.
+    Source: InstructGPT (https://arxiv.org/abs/2203.02155), section 3.5, which weights the comparisons of a prompt in
+    the same way.
     Raises :class:`BadRecord`.
     """
     given = facts(row, conversation=_is_conversation(row))
@@ -94,7 +96,7 @@ def _adjacent(best_first: Sequence[Scored]) -> Iterable[tuple[Scored, Scored]]:
 
 
 def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
-    """Return the prompt (text or turns) and the scored responses. A :class:`BadRecord` names the bad response."""
+    """Return the prompt (text or turns) and the scored responses. A :class:`BadRecord` names the invalid response."""
     for name in ("responses", "scores"):
         _require(row, name)
         if not isinstance(row[name], list):

@@ -23,17 +23,17 @@ BLOCK_BYTES = 2**20
 CONVERTED_ROWS = 16
 """Maximum number of a table's rows that are held as Python objects at once."""
 LONGEST = 110
-"""Maximum length of the reason in an error about a record. With file, line and advice, the error has about
-200 characters."""
+"""Maximum number of characters of the reason in an error about a record. With file, line and advice, the error has
+about 200 characters."""
 
 
 class BadRecord(Exception):
-    """A record that cannot be used. The message is the reason only; the code that reads the file adds file and line."""
+    """A record that cannot be used. The message is only the reason; the code that reads the file adds file and line."""
 
 
 class TemplateFault(BadRecord):
     """A record whose text the chat template changes. This error ends the run even if bad records are skipped, because
-    the template is at fault, not the record."""
+    the problem is the template, not the record."""
 
 
 @dataclass
@@ -50,9 +50,9 @@ class BadLines:
     first: list[str] = field(default_factory=list)
 
     def add(self, source: str | Path, place: int, what: object) -> None:
-        """Count a bad record. Raises :class:`DataError` unless bad lines are skipped, and for a template fault.
+        """Count a bad record. Raises :class:`DataError` if bad records are not skipped, or for a template fault.
 
-        place  the record's place in its source, from :func:`read_rows`
+        place  the record's place in its source, as :func:`read_rows` yields it
         """
         if isinstance(what, TemplateFault):
             raise DataError(f"{printable(locate(source, place))}: {printable(str(what))}")
@@ -68,7 +68,7 @@ class BadLines:
 class Row(dict[str, Any]):
     """A table record with values that cannot be converted to Python objects.
 
-    Raises :class:`BadRecord` when such a value is read. Such a value does no harm if no format reads it.
+    Reading such a value raises :class:`BadRecord`. If no format reads the value, the record can be used.
     """
 
     def __getitem__(self, name: str) -> Any:
@@ -87,12 +87,12 @@ class Block:
 
     path      the source
     first     place of the first record; see :func:`read_rows`
-    lines     JSON records that are not parsed yet, or parsed rows, with their places; an unusable one is replaced by a
-              :class:`BadRecord`
+    lines     JSON records that are not parsed yet, or parsed rows, with their places; an unusable record is replaced by
+              a :class:`BadRecord`
     rows      rows of a table; None for JSON
     passed    number of bytes of the source that have been read, including this block
-    validate  whether the rows come from a damaged Arrow file. Their offsets may point beyond the file, so each value is
-              checked before it is converted, and the block must not be copied to another process
+    validate  whether the rows come from a damaged Arrow file. Offsets in such rows may point beyond the file, so each
+              value is checked before it is converted, and the block must not be copied to another process
     """
 
     path: str | Path
@@ -103,7 +103,7 @@ class Block:
     validate: bool = False
 
     def to_send(self) -> Block:
-        """Return the block in a form that can be copied to another process: rows that need checks are parsed here."""
+        """Return a block that can be copied to another process. Rows that need checks are parsed in this process."""
         if not self.validate:
             return self
         bad = _Lines(skip=True)
@@ -111,7 +111,7 @@ class Block:
         return replace(self, lines=tuple(sorted(lines, key=lambda line: line[0])), rows=None, validate=False)
 
     def records(self, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Parse the block and yield its records with their places. `bad` collects the unusable ones."""
+        """Parse the block and yield its records with their places. `bad` collects the unusable records."""
         for place, line in self.lines:
             try:
                 if isinstance(line, BadRecord):
@@ -139,28 +139,28 @@ class _Lines(BadLines):
 
 
 def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the records of a source with their places: the line of a JSON file, or the number of the item of an array
-    or of the row of a table, from 1.
+    """Yield the records of a source, each after its place, which is the number of the JSON line, array item or table
+    row, from 1.
 
-    source  a file, directory, glob or saved data set, with or without a slice; see :func:`find_shards`. In shard
-            number n, from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and line.
+    source  a file, directory, glob or saved data set, with or without a slice; see :func:`find_shards`. In file number
+            n of a source, from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and line.
     bad     collects lines that are not records; by default, the first one raises :class:`DataError`
 
     For memory use and other errors, see :func:`read_blocks`.
     """
     bad = BadLines() if bad is None else bad
-    for block in read_blocks(source, most=1):  # a caller that stops early then reads no unneeded line
+    for block in read_blocks(source, most=1):  # so that no unneeded line is read if the caller stops early
         yield from block.records(bad)
 
 
 def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
-    """Yield the records of a source, not parsed, in blocks of at most `most` JSON records or `PARQUET_ROWS` rows.
+    """Yield the unparsed records of a source, in blocks of at most `most` JSON records or `PARQUET_ROWS` rows.
 
-    A block takes at most `BLOCK_BYTES` plus one line of `MAX_RECORD_BYTES`, or one batch of a table. Lines with only
-    whitespace are skipped, and a carriage return before the line feed is ignored.
+    A block takes at most the memory of `BLOCK_BYTES` plus one line of `MAX_RECORD_BYTES`, or of one batch of a table.
+    Lines with only whitespace are skipped, and a carriage return before the line feed is ignored.
 
     Raises :class:`DataError` if a file is missing, has an unsupported type, or is damaged, or if a slice is empty. For
-    a damaged file, the error comes after the last block that can be read.
+    a damaged file, the error is raised after the last readable block is yielded.
     """
     shards = find_shards(source)
     start, stop = 0, float("inf")

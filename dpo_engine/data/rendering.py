@@ -15,7 +15,7 @@ from dpo_engine.data.records import BadRecord, TemplateFault
 from dpo_engine.data.tokenizer import Tokenizer
 
 SPOKEN = frozenset("thought thoughts reasoning_details tool_call function_calls functions tools".split())
-"""Fields of a message with text that only some templates read, beside its content, reasoning and tool calls."""
+"""Fields of a message, other than its content, reasoning and tool calls, with text that only some templates read."""
 WAY_OUT = "use another data.chat_template, or set data.on_template_fault=allow"
 DROPS_RESPONSE = "drops text of a response"
 DROPS_PROMPT = "drops text of the prompt"
@@ -24,7 +24,7 @@ DROPS_TOOLS = "drops tools"
 NO_HEADER = "has no generation prompt, so that the response begins with its role"
 NEXT_HEADER = "writes the header of another turn after each response"
 HARMLESS = (DROPS_EARLIER,)
-"""Faults that are only counted, because templates of reasoning models cause them on purpose, also in inference."""
+"""Faults that are only counted. Templates of reasoning models cause them on purpose, in inference as well."""
 
 ROLE_AT_END = re.compile(r"\S*\bassistant\b\W*$")
 
@@ -37,7 +37,8 @@ class Rendered:
 
     prompt   the prompt, followed by the generation prompt if both responses begin with an assistant turn
     whole    both whole conversations: prompt and chosen response, prompt and rejected response
-    scored   for each conversation, the start and end of every scored turn in the text; None: the whole response
+    scored   for each conversation, the start and end of every scored turn in the text; None if the whole response is
+             scored
     tails    for each conversation, the control tokens that the template wrote after the text of the last turn
     faults   the ways in which the template changes the record's text
     """
@@ -75,7 +76,7 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
             faults[NO_HEADER] = f"has no generation prompt, so {role!r} would be scored as part of each response"
         elif role := _next_header(prompt, turns[-1], whole[name]):
             faults[NEXT_HEADER] = f"writes {role!r} after each response, where it would be scored too"
-    # Some templates render the prompt differently once a response follows. Only the common start becomes the prompt.
+    # Some templates render the prompt differently if a response follows. Only the common prefix becomes the prompt.
     kept = _common_start(prompt, *whole.values())
     asked = [turn for turn in pair.prompt if turn["role"] != "assistant"]
     calls = [{"tool_calls": turn["tool_calls"]} for turn in pair.prompt if "tool_calls" in turn]
@@ -95,7 +96,7 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
 
 
 def _common_start(first: str, *others: str) -> str:
-    """Return the common prefix. This is fast if the prefix is the whole first text, as with most templates."""
+    """Return the common prefix. This is fast if the whole first text is the prefix, as with most templates."""
     return first if all(text.startswith(first) for text in others) else os.path.commonprefix([first, *others])
 
 
@@ -124,7 +125,7 @@ def _lost(turns: Iterable[Message], text: str) -> str:
 
 
 def _spoken(value: Any) -> Iterator[str]:
-    """Yield the text of a field of a message: a text, texts, parts of text, or a tool call."""
+    """Yield the texts in a field of a message, which may be a text, a text part, a tool call, or a list of these."""
     for part in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(part, str):
             yield part
@@ -133,7 +134,7 @@ def _spoken(value: Any) -> Iterator[str]:
 
 
 def _escaped(text: str) -> Iterator[str]:
-    """Yield the forms, without whitespace, that a text has if a template writes it as a JSON or Python literal."""
+    """Yield the forms that a text can have in a JSON or Python literal, without whitespace."""
     for literal in (json.dumps(text), json.dumps(text, ensure_ascii=False), repr(text)):
         yield _squeeze(literal[1:-1])
 
@@ -170,10 +171,10 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool) -> str:
-    """Return the header of a turn that the template writes into the response, or "".
+    """Return the header of the assistant's turn if the template makes it a part of the response, else "".
 
     If the template has a generation prompt, only the word `assistant` counts as a header, because the model itself
-    generates other text, such as reasoning tags.
+    generates any other text there, such as reasoning tags.
     """
     start = turn["content"].strip()
     if not start:
@@ -187,7 +188,7 @@ def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool)
 def _next_header(prompt: str, turn: Message, whole: str) -> str:
     """Return the header of another assistant turn that the template writes after the last turn, or "".
 
-    Text counts as a header only if the prompt also ends with it. Other text with the name of the role, such as
+    Text counts as a header only if the prompt ends with the same text. Other text with the name of the role, such as
     `</assistant>`, may be the end of the turn.
     """
     text = turn["content"].strip()
@@ -198,7 +199,7 @@ def _next_header(prompt: str, turn: Message, whole: str) -> str:
 def _scored(
     name: str, prompt: Sequence[Message], turns: Sequence[Message], whole: str, chat: Chat, tokenizer: Tokenizer
 ) -> list[tuple[int, int]] | None:
-    """Return where each scored turn starts and ends in the rendered conversation; None for a response of one turn."""
+    """Return the start and end of each scored turn in the rendered conversation; None if the response has one turn."""
     if len(turns) == 1:
         return None
     found, ends = [], [tokenizer.name_of(token) for token in sorted(tokenizer.end_ids)]
@@ -212,7 +213,7 @@ def _scored(
         content = whole.find(turn["content"].strip(), len(before)) if turn["content"].strip() else -1
         start = min(start, content) if content >= 0 else start
         if not whole.startswith(upto):
-            # Templates of reasoning models render the last turn differently. The end-of-turn token is the same.
+            # Templates of reasoning models render the last turn differently, but with the same end-of-turn token.
             marker = next((token for token in ends if upto.endswith(token)), None)
             end = whole.find(marker, start) + len(marker) if marker and marker in whole[start:] else 0
         if not whole.startswith(before) or _lost([turn], whole[start:end]):

@@ -1,4 +1,4 @@
-"""Find text records whose responses repeat the prompt, or the header that ends it, so that it would be trained on."""
+"""Find text records whose responses repeat the prompt or the header at its end. The repeated text would be scored."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ HEADER = re.compile(
 def refuse_repeated_prompt(row: Mapping[str, Any]) -> None:
     """Raise :class:`BadRecord` if both responses of a text record certainly repeat its prompt or the header at its end.
 
-    Responses that repeat a plain text are not an error, because they may be meant, for example for code. They are
-    counted (:attr:`~dpo_engine.data.encode.Encoded.repeated`).
+    It is not an error if responses repeat a prompt of plain text, because this may be intended, for example for code.
+    Such pairs are counted (:attr:`~dpo_engine.data.encode.Encoded.repeated`).
     """
     parts = [row.get(name) for name in ("prompt", "chosen", "rejected")]
     if not all(isinstance(part, str) for part in parts):
         return
     prompt, *responses = (part.strip() for part in parts)
     if all(map(TEMPLATE.match, responses)) or _is_dialogue(prompt, responses):
-        way = "set data.columns={prompt: null}"  # the prompt is then taken from them
+        way = "set data.columns={prompt: null}"  # the prompt is then taken from chosen and rejected
         raise BadRecord(f"chosen and rejected are whole dialogues that repeat the prompt; {way}")
     header = HEADER.match(responses[0])
     if header and responses[1].startswith(header[0]) and prompt.endswith(header[0]):
@@ -40,7 +40,7 @@ def refuse_repeated_prompt(row: Mapping[str, Any]) -> None:
 
 
 def _is_dialogue(prompt: str, responses: list[str]) -> bool:
-    """Return whether both responses begin with the same Human turn, and the text of the prompt is in it."""
+    """Return whether both responses begin with the same Human turn, and their common prefix contains the prompt."""
     same = os.path.commonprefix(responses)
     if not re.match(r"(?:### ?)?Human:", same) or "Assistant:" not in same:
         return False

@@ -1,4 +1,4 @@
-"""Count what happened to the records of a data set, and describe it for the log."""
+"""Count the records and pairs of a data set that were kept, dropped or changed, and describe them for the log."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class Report:
     masked    number of pairs with tokens in a response that are not scored
     repeated  number of text pairs whose two responses begin with the whole prompt
     bad       number of records that cannot be used; `bad_lines` holds the first few errors
-    copies    number of pairs with the same tokens as an earlier one
+    copies    number of pairs with the same tokens as an earlier pair
     lengths   median, 95th percentile and maximum of the number of tokens in the prompt, in each response, and in the
               prompt with the longer response
     sources   name and number of pairs of each source
     stopped   whether later records were not read because the limit on the number of pairs was reached
-    shared    number of pairs that were kept of the last record, and number of its pairs, if the limit was within it
+    shared    number of kept pairs and number of all pairs of the last record, if the limit was reached within this
+              record; otherwise None
     cached    whether the pairs were read from the cache
     """
 
@@ -52,7 +53,7 @@ class Report:
     cached: bool = False
 
     def count(self, encoded: Encoded) -> None:
-        """Count a pair that was kept. The caller counts the pairs themselves."""
+        """Count the properties of a kept pair. The caller counts the number of kept pairs."""
         for name in COUNTED:
             setattr(self, name, getattr(self, name) + getattr(encoded, name))
         end = " and ".join(sorted(encoded.ends)) or "no end token"
@@ -97,5 +98,5 @@ class Report:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural if it is not 1."""
+    """Return a number with its noun, in the plural if the number is not 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -15,7 +15,7 @@ from dpo_engine.wording import join
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".arrow")
 SHARD = 1 << 40
-"""Factor that encodes the place of a record as one integer: ``SHARD * shard + line``."""
+"""Factor that encodes the place of a record as one integer: ``SHARD * shard + line``, where shards count from 0."""
 STATE, SPLITS = "state.json", "dataset_dict.json"
 SPLIT_NAMES = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
 IGNORED = re.compile(r"[._].*|.*\.md|LICENSE.*|dataset_infos?\.json")
@@ -28,7 +28,7 @@ _BOUND = re.compile(r"(?P<number>-?\d[\d_]*)(?P<percent>%?)|")
 class Slice:
     """A range of a source's records, as in ``[10%:20%]`` or ``[:-1000]``.
 
-    start, stop  bounds in records or in percent, from the end if negative; None if not given
+    start, stop  bounds in records or in percent; negative bounds count from the end; None if not given
     percent      whether the bounds are percentages
     """
 
@@ -42,9 +42,9 @@ class Slice:
         return self.percent or min(self.start or 0, self.stop or 0) < 0
 
     def bounds(self, total: int | None) -> tuple[int, float]:
-        """Return the first record, from 0, and the record to stop before, which may be infinite.
+        """Return the index of the first record, from 0, and the index after the last record, which may be infinite.
 
-        total  number of records; it may be None unless `needs_total`
+        total  number of records; may be None if `needs_total` is false
 
         Percentages are rounded to the closest record, and bounds beyond the end are moved to the end.
         Source: `datasets.ReadInstruction`, rounding "closest". One difference: a negative percentage that is rounded
@@ -64,10 +64,10 @@ class Slice:
 class Shards:
     """The files of one source, in the order in which they are read.
 
-    source  the source, as written in the run
+    source  the source, as written in the run file
     files   paths of the files
     suffix  common suffix of the files, one of `SUFFIXES`
-    part    the slice of the records to read; None: all
+    part    the slice of the records to read; None means all records
     """
 
     source: str
@@ -86,9 +86,9 @@ def find_shards(source: str | Path) -> Shards:
 
     source  the path of a file, of a directory with files of one type, or of a data set saved by
             `datasets.save_to_disk`; or a glob; or a Hub id `org/name[/config][@revision][:split]`. A slice
-            `[start:stop]` may follow. If a file or directory with exactly this name exists, it is used.
+            `[start:stop]` may follow. A file or directory that has exactly this name takes precedence.
 
-    May download a data set from the Hub; see :func:`~dpo_engine.data.hub.data_files`.
+    The function can download a data set from the Hub; see :func:`~dpo_engine.data.hub.data_files`.
 
     Raises :class:`DataError` if there are no files, if it is unclear which files or which split is meant, if the types
     of the files differ or are not supported, or if the slice is invalid.
@@ -124,7 +124,7 @@ def find_shards(source: str | Path) -> Shards:
 
 
 def split_slice(source: str) -> tuple[str, Slice | None]:
-    """Split a slice off the end of a source. If a file or directory has the whole name, there is no slice.
+    """Split a slice off the end of a source. If a file or directory has this whole name, the source has no slice.
 
     Raises :class:`DataError` if the slice is invalid.
     """
@@ -150,7 +150,7 @@ def split_slice(source: str) -> tuple[str, Slice | None]:
 def locate(source: str | Path, place: int) -> str:
     """Return the location of a record as `file:line`, where `file` is the shard that contains the record.
 
-    place  the record's place in its source, from `read_rows`
+    place  the record's place in its source, as `read_rows` yields it
     """
     shard, line = divmod(place, SHARD)
     try:

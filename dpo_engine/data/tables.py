@@ -15,8 +15,8 @@ from dpo_engine.errors import DataError, shorten
 
 PARQUET_ROWS = 256
 UNREADABLE = (ArithmeticError, LookupError, TypeError, ValueError, pa.ArrowException)
-"""Errors that occur when values are converted to Python objects, for example for a date after the year 9999, invalid
-UTF-8 or an unknown time zone."""
+"""Errors that occur when values are converted to Python objects, for example a date after the year 9999, invalid UTF-8
+or an unknown time zone."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Table(NamedTuple):
 
 @contextmanager
 def open_table(path: Path) -> Iterator[Table]:
-    """Open a .parquet file, or an .arrow file in the file or the stream format.
+    """Open a .parquet file, or an .arrow file in Arrow's file format or stream format.
 
     Raises :class:`DataError` if the file cannot be read or is damaged, when it is opened or while its rows are read.
     """
@@ -90,7 +90,7 @@ def is_valid(batch: pa.RecordBatch) -> bool:
 def to_python(batch: pa.RecordBatch, *, validate: bool) -> list[dict[str, Any]]:
     """Convert rows to dictionaries; values that cannot be converted become :class:`Unreadable`.
 
-    validate  check the offsets first, because in a damaged Arrow file they may point beyond the end of the file
+    validate  whether to check the offsets first, because those of a damaged Arrow file may point beyond its end
     """
     if not batch.num_columns:
         return [{} for _ in range(len(batch))]

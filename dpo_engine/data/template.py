@@ -1,4 +1,4 @@
-"""Render chat templates with limits on time and output, because a template is code that came with the weights."""
+"""Render chat templates with limits on time and output, because a template is code from the model's checkpoint."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ TEMPLATE_S = 2
 """Limit on the CPU time for rendering one conversation, in seconds."""
 TEMPLATE_CHARACTERS = 2**26
 CLOCK = "strftime_now"
-"""The function that transformers provides to templates for reading the date."""
+"""Name of the function that transformers provides to templates to read the date."""
 
 
 def render_within_limits(render: Callable[[], str], key: str) -> str:
-    """Return the result of ``render``.
+    """Call ``render``, which renders a template, and return its result.
 
-    key   start of the error messages, for example ``data.chat_template=null: the template of PATH``, and a space
+    key   start of the error messages, with a space at the end, for example ``data.chat_template=null: the template of
+          PATH``
 
-    Raises :class:`ConfigError` if the template violates its sandbox, runs for too long or produces too much text;
-    `jinja2.TemplateError` if the template rejects the conversation or fails.
+    Raises :class:`ConfigError` if the template violates its sandbox, runs for too long or produces too much text.
+    Raises `jinja2.TemplateError` if the template rejects the conversation or fails.
     """
 
     def unfit(what: str) -> ConfigError:
@@ -67,7 +68,7 @@ def read_template(file: str | Path) -> str:
 
 
 def reads_clock(tokenizer: str | Path, chat_template: str | Path | None) -> bool:
-    """Return whether the text of a run's chat template files mentions the function that reads the date."""
+    """Return whether the chat template files of a run contain the name of the function that reads the date."""
     folder = Path(tokenizer)
     names = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
     own = [*(folder / name for name in names), *folder.glob("additional_chat_templates/*.jinja")]
@@ -76,10 +77,10 @@ def reads_clock(tokenizer: str | Path, chat_template: str | Path | None) -> bool
 
 
 def stop_clock(source: str, date: datetime.date) -> None:
-    """In this process, make the clock of templates with this source show noon of ``date``.
+    """In this process, make templates with this source read noon of ``date`` as the current time.
 
-    transformers passes templates only plain data, so the function must be replaced in the compiled template, which
-    transformers caches by source.
+    transformers passes only plain data to templates. Therefore, the function must be replaced in the compiled template,
+    which transformers caches by source.
     """
 
     def strftime_now(form: str) -> str:
@@ -90,7 +91,7 @@ def stop_clock(source: str, date: datetime.date) -> None:
 
 @contextmanager
 def _seconds(limit: float) -> Iterator[None]:
-    """Raise `TimeoutError` if the ``with`` block uses `limit` seconds of CPU time, but only in the main thread."""
+    """Raise `TimeoutError` if the ``with`` block uses `limit` seconds of CPU time. Only the main thread has a limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -32,7 +32,7 @@ from dpo_engine.wording import show
 
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
-# Part of the cache key. Increment it with every change that makes the same records produce other pairs.
+# Part of the cache key. Increment this number with every change after which the same records produce other pairs.
 VERSION = 9
 
 
@@ -47,20 +47,20 @@ def build_dataset(
 ) -> tuple[PairDataset, Report]:
     """Open the token pairs of `sources` from the cache. If the cache lacks them, tokenize the sources first.
 
-    The cache file is named by a hash of the files' content, the tokenizer, the formats and every setting that affects
-    the ids. It is written atomically, so a process that is killed at any time leaves a usable cache. Several processes
-    may build the same file at once: they write the same bytes, and the last rename wins. `config.workers` processes
-    parse and tokenize; the bytes do not depend on their number.
+    The name of the cache file contains a hash of the files' content, the tokenizer, the formats and every setting that
+    affects the ids. The file is written atomically, so the cache stays usable if the process is killed. Several
+    processes may build the same file at once: they write the same bytes, and the last rename wins. `config.workers`
+    processes parse and tokenize; the bytes do not depend on the number of processes.
 
-    max_pairs  stop after this number of usable pairs; None: use all
+    max_pairs  stop after this number of usable pairs; None means all pairs
     progress   receives the number of bytes tokenized so far, after each block; it may raise an exception to stop the
                work
 
-    *Collectives*: none. Among ranks that share a disk, one should call this before the others.
+    *Collectives*: none. If ranks share a disk, one of them should call this function before the others.
 
-    Raises :class:`DataError` that names file and line, or a source that has no usable pair or changes meanwhile;
-    :class:`ConfigError` if the tokenizer lacks an EOS or a chat template that is needed, or if the cache directory
-    cannot be written to.
+    Raises :class:`DataError` with file and line for a bad record, or with the source if it has no usable pair or
+    changes while it is read. Raises :class:`ConfigError` if the tokenizer lacks an EOS or a chat template that is
+    needed, or if the cache directory is not writable.
     """
     if config.add_eos and tokenizer.eos_id is None:
         raise ConfigError(
@@ -97,7 +97,7 @@ def build_dataset(
 
 
 def _open(path: Path, names: Sequence[str]) -> tuple[PairDataset, Report] | None:
-    """Open the cached pairs. Returns None if they are missing or damaged, so that they are built again."""
+    """Open the cached pairs. Returns None if the cache file is missing or damaged, so that it is built again."""
     try:
         dataset = PairDataset(path, names)
         return dataset, Report(**dataset.facts)
@@ -113,7 +113,7 @@ def _tokenize(
     report = Report()
     sizes = [find_shards(source.path).size for source in sources]
     count = config.workers or default_count(sum(sizes))
-    chunk = CHUNK_PAIRS if writer.limit is None else 1  # one record in each part
+    chunk = CHUNK_PAIRS if writer.limit is None else 1  # with a limit, each part has one record
     with ExitStack() as stack:
         workers = None
         try:
@@ -148,7 +148,10 @@ def _tokenize(
 
 
 def _write(part: Part, writer: PairWriter, report: Report) -> None:
-    """Write the pairs of a part, and count them. Raises :class:`Full` if there is no room for the first of them."""
+    """Write the pairs of a part, and count them. Raises :class:`Full` if there is no room for all of them.
+
+    The pairs that fit are written before the exception is raised.
+    """
     room = len(part.kept) if writer.limit is None else writer.limit - writer.count
     if part.kept and not room:
         raise Full
@@ -169,7 +172,7 @@ def _encode_source(
 ) -> Iterator[tuple[int, Iterable[Part]]]:
     """Yield the number of bytes read and the tokenized records of a source, block by block.
 
-    The first blocks are tokenized in this process, until the format is known; meanwhile the workers start.
+    The first blocks are tokenized in this process, until the format is known. Meanwhile, the workers start.
     """
     blocks = read_blocks(source.path)
     for block in blocks:
@@ -184,7 +187,7 @@ def _encode_source(
 
 
 def _without_workers(config: DataConfig, why: str) -> None:
-    """Return None, to continue without workers. Raises :class:`ConfigError` if the number of workers was set."""
+    """Return None to continue without workers. Raises :class:`ConfigError` if the run file sets `data.workers`."""
     if config.workers:
         raise ConfigError(
             f"data.workers={config.workers}: {why}; set data.workers=1, or move your own data format to a module that "
@@ -195,7 +198,7 @@ def _without_workers(config: DataConfig, why: str) -> None:
 def cache_file(
     cache_dir: str | Path, sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, max_pairs: int | None
 ) -> Path:
-    """Return the path of the cache file for :func:`build_dataset` with these arguments. Reads the sources' files."""
+    """Return the path of the cache file for :func:`build_dataset` with these arguments. Reads all source files."""
     return Path(cache_dir) / f"pairs-{_cache_key(sources, tokenizer, config, max_pairs)}.arrow"
 
 
@@ -265,8 +268,8 @@ def _length_statistics(dataset: PairDataset) -> dict[str, tuple[int, int, int]]:
 def split_validation(dataset: PairDataset, fraction: float) -> tuple[PairDataset, PairDataset]:
     """Hold out the pairs of about `fraction` of the prompts for validation. Return views for training and validation.
 
-    A hash of the prompt's text decides. Pairs that share a prompt therefore go to the same view. The decision does not
-    depend on the chat template, the tokenizer, or the other pairs.
+    A hash of the prompt's text decides whether a pair is held out. Pairs with the same prompt are therefore in the same
+    view. The chat template, the tokenizer and the other pairs do not affect the decision.
 
     Raises :class:`ConfigError` if one of the views would be empty.
     """

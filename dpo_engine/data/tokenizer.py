@@ -29,17 +29,17 @@ class Tokenizer(ABC):
     path           file or directory from which the tokenizer was loaded
     bos_id         first token of a text; None if the tokenizer has no such token
     eos_id         last token of a response; None if the tokenizer has no such token
-    pad_id         padding after the end of a row; its value has no effect on results
+    pad_id         token that pads the end of a row; its value has no effect on results
     vocab_size     upper bound of the ids, exclusive
-    prefix         ids that the tokenizer itself prepends to a text (its BOS, or none)
-    end_ids        control tokens and added tokens, one of which ends a turn in most chat templates
+    prefix         ids that the tokenizer itself prepends to a text (its BOS, or no ids)
+    end_ids        control tokens and added tokens. In most chat templates, one of them ends a turn
     chat_template  Jinja source, or a mapping from names to sources; None if there is no template
     template_file  file of the chat template; None if the template is the tokenizer's own
-    date           the date that chat templates read; None: the current date
-    rows           number of embedding rows of the model; ids from this number on cannot be used. None: unknown
+    date           the date that chat templates read; None means the current date
+    rows           number of embedding rows of the model, or None if unknown; ids must be smaller than this number
     note           a line for the log about how the tokenizer was read, or None
-    content        digest of the tokenizer's files, the chat template that replaces its own, and the date
-    digest         digest of everything that affects the ids, including the library's version
+    content        digest of the tokenizer's files, of a chat template that replaces its own, and of the date
+    digest         digest of everything that affects the ids, including the version of the tokenizer library
     """
 
     path: str
@@ -61,7 +61,8 @@ class Tokenizer(ABC):
     def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
         """Tokenize each text without adding special tokens.
 
-        rendered  the texts are the output of a chat template, so the names of control tokens stand for those tokens
+        rendered  whether the texts are the output of a chat template, in which the name of a control token stands for
+                  this token
         """
 
     def encode(self, text: str) -> list[int]:
@@ -70,10 +71,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn ids into text. A transformers tokenizer keeps the names of control tokens; sentencepiece drops them."""
+        """Convert ids to text. A transformers tokenizer keeps the names of control tokens; sentencepiece drops them."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a tokenizer that was sent to another process, in which the template must read the same date."""
+        """Restore a tokenizer that was sent to this process. Its template must read the same date in both processes."""
         self.__dict__.update(state)
         self._stop_clock()
 
@@ -89,9 +90,9 @@ class Tokenizer(ABC):
 
     @cached_property
     def has_generation_prompt(self) -> bool:
-        """Whether the chat template has a generation prompt, which is the header of a response after the prompt.
+        """Whether the chat template has a generation prompt: the header of the response, written after the prompt.
 
-        If the template rejects the test conversation, the answer is True.
+        If the template rejects the test conversation, the value is True.
         """
         asked = [{"role": "user", "content": "a"}]
         try:
@@ -122,7 +123,7 @@ class Tokenizer(ABC):
         options  further variables for the template
 
         Raises :class:`ConfigError` if there is no template, or if the template violates its sandbox, runs for too long
-        or produces too much text; `jinja2.TemplateError` if it rejects the conversation or fails.
+        or produces too much text. Raises `jinja2.TemplateError` if it rejects the conversation or fails.
         """
         if self.chat_template is None:
             raise ConfigError(
@@ -184,7 +185,7 @@ class TransformersTokenizer(Tokenizer):
 
 
 def _backend(inner: Any) -> tokenizers.Tokenizer | None:
-    """Return the Rust tokenizer, which encodes faster without offsets; None if the class of ``inner`` changes ids."""
+    """Return the Rust tokenizer, which encodes faster; None if the class of ``inner`` overrides the encoding."""
     plain = transformers.PreTrainedTokenizerFast
     if not isinstance(inner, plain) or any(
         getattr(type(inner), name) is not getattr(plain, name) for name in ("__call__", "_encode_plus")
@@ -271,7 +272,7 @@ def load_tokenizer(
 
     path           a file, a directory, or a Hub id `org/name[@revision]`
     chat_template  file with a Jinja chat template that replaces the tokenizer's own
-    date           the date that the chat template reads, if it reads one; None: the current date
+    date           the date for a chat template that reads the date; None means the current date
 
     Raises :class:`ConfigError` if the tokenizer cannot be loaded, or if the template cannot be read, has a syntax error
     or exceeds the limits of :mod:`dpo_engine.data.template`.
@@ -306,4 +307,4 @@ def _try_template(tokenizer: Tokenizer, file: str | Path | None) -> None:
             f"data.chat_template={file or 'null'}: line {error.lineno} is not valid Jinja ({error.message}); fix it"
         ) from error
     except TemplateError:
-        pass  # a template may reject this conversation and still render those of the records
+        pass  # a template may reject this conversation and still render the conversations of the records

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_engine.errors import ConfigError, shorten
 from dpo_engine.strict_json import BadJson, read_object
 
-# Files that affect the ids, in addition to the vocabulary files that the tokenizer class names.
+# Files that affect the ids, in addition to the vocabulary files of the tokenizer class.
 SETTINGS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,14 +34,14 @@ SAMPLES = (
 def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str | None]:
     """Load a tokenizer directory. Code in the directory is never run.
 
-    `AutoTokenizer` may build a tokenizer of the model's class and ignore parts of tokenizer.json. If this tokenizer and
-    tokenizer.json tokenize `SAMPLES` differently, tokenizer.json is used as it is, as inference servers use it.
+    `AutoTokenizer` may build a tokenizer of the model's own class, which ignores parts of tokenizer.json. If the result
+    and tokenizer.json tokenize `SAMPLES` differently, tokenizer.json is used unchanged, as inference servers use it.
 
     Returns  the tokenizer, the names of its vocabulary files, and a line for the log if `AutoTokenizer` disagrees with
              tokenizer.json
 
-    Raises :class:`ConfigError` if transformers cannot load the directory, if it contains no tokenizer, or if
-    transformers cannot use tokenizer.json as it is.
+    Raises :class:`ConfigError` if transformers cannot load the directory, if the directory contains no tokenizer, or if
+    transformers cannot use tokenizer.json unchanged.
     """
     own_code = _check_settings(path)
     try:
@@ -73,9 +73,10 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
 
 
 def different_reading(path: Path, inner: PreTrainedTokenizerBase) -> str | None:
-    """Describe how a tokenizer reads one of `SAMPLES` differently from the tokenizer.json in its directory.
+    """Describe the first difference, on `SAMPLES`, between a tokenizer and the tokenizer.json in its directory.
 
-    Returns None if it reads all samples the same, or if there is no such file that the tokenizers library can load.
+    Returns None if both give the same ids for all samples, or if the directory has no tokenizer.json that the
+    tokenizers library can load.
     """
     file = path / "tokenizer.json"
     if not file.is_file():
@@ -99,9 +100,9 @@ def different_reading(path: Path, inner: PreTrainedTokenizerBase) -> str | None:
 
 
 def _check_settings(directory: Path) -> bool:
-    """Parse a tokenizer's settings strictly before a library reads them. Returns whether they name custom code.
+    """Parse a tokenizer's settings strictly before a library reads them. Returns whether they refer to custom code.
 
-    Raises :class:`ConfigError` for a file that is not a JSON object.
+    Raises :class:`ConfigError` if a file is not a JSON object.
     """
     own_code = False
     for name in ("config.json", *SETTINGS):

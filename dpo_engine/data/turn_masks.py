@@ -22,7 +22,7 @@ WORDS = frozenset(
     "mask masks masked masking loss losses weight weights train training trainable trained ignore ignored supervise "
     "supervised learn".split()
 )
-"""Words in the names of masks. `mask` alone is 1 for scored tokens in some systems, and for the others elsewhere."""
+"""Words in the names of masks. In some systems, a field `mask` is 1 for scored tokens; in others, 0."""
 
 
 def plain_name(name: str) -> str:
@@ -31,9 +31,9 @@ def plain_name(name: str) -> str:
 
 
 def turn_weight(here: str, message: Mapping[str, Any]) -> int | None:
-    """Return 1 if a message says that its turn is scored, 0 if it says that it is not, and None if it does not say.
+    """Return 1 if a field of a message marks its turn as scored, 0 if a field marks it as not scored, else None.
 
-    here  the message, for errors
+    here  location of the message, for errors
 
     Raises :class:`BadRecord` for a field that may be a mask but has no clear meaning, for a value other than 0 and 1,
     and for fields that contradict each other.

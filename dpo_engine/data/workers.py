@@ -1,12 +1,12 @@
 """Apply a function to many tasks in worker processes, and return the results in the order of the tasks.
 
-The processes are started as new Python interpreters, not forked: forking a process that has threads (those of gloo,
-NCCL or the tokenizer) can deadlock. The new interpreters do not import the main script, so scripts need no
+The processes are started as new Python interpreters instead of forks, because forking a process that has threads (of
+gloo, NCCL or the tokenizer) can deadlock. The new interpreters do not import the main script, so scripts need no
 `if __name__ == "__main__"`.
 
-Every worker has a socket to this process, and no third process has a copy of it. When this process ends, even by
-SIGKILL, the operating system closes the socket, and a thread in the worker then ends the worker at once. Workers ignore
-the signals that a terminal or a scheduler sends to all processes of a job. Only this process responds to them.
+Every worker has a socket to this process, and no third process has a copy of the socket. When this process ends, even
+by SIGKILL, the operating system closes the socket, and a thread in the worker then ends the worker at once. Workers
+ignore the signals that a terminal or a scheduler sends to all processes of a job. Only this process responds to them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from typing import Any
 from dpo_engine.errors import ConfigError, printable, shorten
 
 AHEAD = 4
-"""Maximum number of tasks per worker that have been read, but whose results have not been returned yet."""
+"""Maximum number of tasks per worker that have been sent, but whose results have not been returned yet."""
 QUEUED = 2
 """Maximum number of tasks that a worker has received but not finished."""
 MOST = 32
 """Maximum default number of workers. More workers would only wait for the process that writes the results."""
 WORTH_BYTES = 8 * 2**20
-"""File size per worker from which a worker is worth starting. Its imports take as long as tokenizing 4 MiB."""
+"""Minimum total size of the files per worker. The imports of a worker take as long as tokenizing 4 MiB."""
 QUOTA = "/sys/fs/cgroup/cpu.max"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -50,7 +50,7 @@ def default_count(size: int) -> int:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use, by its CPU affinity and the CPU quota of its container."""
+    """Return the number of cores that the CPU affinity and the CPU quota of the container allow this process to use."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open(QUOTA) as file:
@@ -63,7 +63,7 @@ def cores() -> int:
 class Workers:
     """`count` processes that call a function. Use as a context manager; the processes end with the ``with`` block.
 
-    Raises :class:`Unsuited` if a process cannot be started, and :class:`ConfigError` from any method if a process dies.
+    Raises :class:`Unsuited` if a process cannot be started. Every method raises :class:`ConfigError` if a process dies.
     """
 
     def __init__(self, count: int):
@@ -76,7 +76,7 @@ class Workers:
             raise
 
     def load(self, function: Callable[[Any], Any]) -> None:
-        """Send the function for the next :meth:`map`. Raises :class:`Unsuited` if a worker cannot load it."""
+        """Send the function for the next :meth:`map` to all workers. Raises :class:`Unsuited` if one cannot load it."""
         try:
             packed = pickle.dumps((True, function))
         except Exception as error:  # pickling an object can raise any exception
@@ -152,7 +152,7 @@ class _Worker:
     def __init__(self, count: int):
         ours, theirs = socket.socketpair()
         with theirs:
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # the new process inherits this
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # the new process inherits the mask
             try:
                 self.process = subprocess.Popen(
                     [sys.executable, "-c", COMMAND, str(theirs.fileno()), *sys.path],
@@ -170,7 +170,7 @@ class _Worker:
         self._count = count
 
     def send(self, packed: bytes) -> None:
-        """Send a pickled object. This does not block for long, because a thread in the worker reads continuously."""
+        """Send a pickled object. The call never blocks for long, because a thread in the worker reads continuously."""
         try:
             self.connection.send_bytes(packed)
         except OSError as error:
@@ -214,11 +214,11 @@ def serve(handle: int) -> None:
         try:
             connection.send(answer)
         except OSError:
-            os._exit(0)  # the other process has ended
+            os._exit(0)  # the process that started this worker has ended
 
 
 def _receive(connection: Connection, received: queue.SimpleQueue[bytes]) -> None:
-    """Receive tasks, and end this process when the other process has ended."""
+    """Receive functions and tasks, and end this process when the process that started it has ended."""
     try:
         while True:
             received.put(connection.recv_bytes())

@@ -11,9 +11,9 @@ It processes them in chunks of whole pairs, with at most ``CHUNK_SITES`` sites p
 ``dpo_kernels`` computes statistics of this rank's vocabulary shard (maximum, sum of exponentials, target logit).
 `Vocabulary.together` combines the statistics into log-probabilities, with a MAX and a SUM over TP. `_pair_sums` sums
 the log-probabilities for each response, with a SUM over CP. A pair's loss depends on no other pair, and the reference's
-values are known beforehand. The chunk's loss and gradient are therefore computed while its logits still exist, so each
-logit is computed only once. The gradient of the hidden states is stored until autograd requests it. The gradient of the
-output layer's weight is added directly to Megatron's gradient buffer.
+values are known beforehand. The loss and the gradient of a chunk are therefore computed while its logits are still in
+memory, so each logit is computed only once. The gradient of the hidden states is stored until the backward pass. The
+gradient of the output layer's weight is added directly to Megatron's gradient buffer.
 
 Why this way. Apart from these gradients, the additional memory is one chunk of logits, whatever the lengths of the
 rows. Forward and backward need at least three matrix products. For chunks of whole pairs, this module computes exactly
@@ -176,7 +176,7 @@ def site_logps(hidden: Tensor, head: Tensor, batch: Batch, *, vocab_size: int, g
 Contribution = Callable[[PairLogps, slice], tuple[Tensor, Tensor]]
 """A function of the log-probabilities of a range of pairs.
 
-It returns what these pairs add to the scalar to differentiate, and the losses of these pairs."""
+It returns the term that these pairs add to the scalar to differentiate, and the losses of these pairs."""
 
 
 def pair_losses(
@@ -193,15 +193,15 @@ def pair_losses(
     """Compute the losses of a micro-batch's pairs and, in the same pass, the gradients of the scalar to differentiate.
 
     hidden, head, vocab_size, softcap, entropies   as for :func:`pair_logps`
-    contribution   called as ``(logps, pairs)`` for each range of pairs in turn; returns the scalar that these pairs
-                   add, differentiable with respect to ``logps``, and the losses of these pairs
+    contribution   called as ``(logps, pairs)`` for each range of pairs in turn; returns the term that these pairs add
+                   to the scalar, differentiable with respect to ``logps``, and the losses of these pairs
 
     A pair's gradient depends only on its own log-probabilities. Each chunk of whole pairs therefore runs backward as
     soon as it is scored, and its logits are computed once. A pair with more sites than a chunk is scored in pieces, and
     its logits are computed a second time.
 
-    Returns  the sum of the scalars; its incoming gradient must be 1, because the gradient of ``head`` has already been
-             added to ``head.main_grad``; the losses [b] and :class:`PairLogps`, both without gradient
+    Returns  the scalar, the losses [b], and :class:`PairLogps`, the last two without gradient. The incoming gradient of
+             the scalar must be 1, because the gradient of ``head`` has already been added to ``head.main_grad``
 
     *Collectives*: for each chunk, those of :func:`pair_logps`; none in backward. Each cp and tp rank returns its own
     part of the gradients. The parts of cp ranks are summed with the parameters' gradients over ``dp_cp``. For
@@ -312,7 +312,7 @@ def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     Megatron's DDP accumulates gradients in its own buffer, ``main_grad``. If it reduces this buffer while backward is
     still running (``weight.counted``), DDP waits until autograd has returned a gradient for every weight. DDP then adds
     the returned gradient to the buffer, unless ``grad_added_to_main_grad`` is set. For a weight that may be tied to the
-    embedding (``zero_out_wgrad``), DDP always adds the returned gradient, so this function returns zeros for it.
+    embedding (``zero_out_wgrad``), DDP always adds the returned gradient, so this function then returns zeros.
     """
     buffer = getattr(weight, "main_grad", None)
     if buffer is None:

@@ -26,7 +26,7 @@ Chunks = Sequence[torch.nn.Module]
 class Reference(Protocol):
     """A source of the reference's log-probabilities, called before the policy runs on the same micro-batches.
 
-    age     number of times the reference's weights have changed; log-probabilities computed at another age are stale
+    age     number of times that the reference's weights have changed; log-probabilities from another age are stale
     passes  number of forward passes of the reference model over the pairs of a step
     """
 
@@ -113,8 +113,8 @@ def exact(parameter: Tensor) -> Tensor:
 def set_exact(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter of a periodically updated reference to an fp32 value of the same shape.
 
-    If the parameter's dtype is not fp32, its attribute ``exact`` also holds the fp32 value. Without it, small updates
-    would be lost to rounding: half a unit in the last place of bf16 is 0.2 to 0.4 percent of the value.
+    If the parameter's dtype is not fp32, its attribute ``exact`` also holds the fp32 value. Without this attribute,
+    small updates would be lost to rounding: half a unit in the last place of bf16 is 0.2 to 0.4 percent of the value.
     """
     if parameter.dtype is not torch.float32:
         parameter.exact = value
@@ -125,7 +125,7 @@ class SharedReference:
     """The policy's own model, without adapters or with the adapter that the run started from.
 
     chunks   the policy's chunks
-    start    values of the adapter that the run started from, one item for each chunk; None: without adapters
+    start    values of the adapter that the run started from, one item for each chunk; None means without adapters
     """
 
     passes = 1
@@ -207,7 +207,7 @@ class HostWeights:
 
 
 class OffloadedReference:
-    """A reference in host memory, whose weights temporarily replace the policy's to score the batches of many steps.
+    """A reference in host memory. Its weights temporarily replace those of the policy to score many steps in advance.
 
     weights    the reference's weights
     upcoming   returns this rank's micro-batches of the next optimizer steps, one item per step, in order
@@ -233,10 +233,10 @@ class OffloadedReference:
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
         """Return the log-probabilities that were scored in advance.
 
-        If there are none, swap the weights and score these and all upcoming batches.
+        If ``batches`` have not been scored yet, swap the weights, and score ``batches`` and all upcoming batches.
 
-        *Collectives*: those of scoring; if ranks with different batches share experts, one MIN of a number over world
-        for ``batches``, and one for each item of ``upcoming``.
+        *Collectives*: those of scoring. If ranks with different batches share experts, also one MIN of a number over
+        world whenever ``batches`` or an item of ``upcoming`` is looked up.
         """
         wanted = _name(batches)
         if not self._is_ready(wanted):
@@ -257,7 +257,7 @@ class OffloadedReference:
             self._ready[name] = score(chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     def _is_ready(self, name: bytes) -> bool:
-        """Whether the batches of this ``name`` were scored, on this rank and on all ranks that share experts with it.
+        """Whether the batches of this ``name`` have been scored on all ranks that share experts with this rank.
 
         These ranks must run every forward pass together. A rank's batches of two steps have the same name if they
         contain only dummies, even if the batches of the other ranks differ.
@@ -331,7 +331,7 @@ class DatasetReference:
 
 
 class NoReference:
-    """An empty reference, for losses that do not read one."""
+    """A placeholder for losses that do not use a reference."""
 
     age = 0
     passes = 0

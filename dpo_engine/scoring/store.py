@@ -1,4 +1,4 @@
-"""Store reference log-probabilities on disk, so that pairs scored once, in any layout, are reused in any other layout.
+"""Store reference log-probabilities on disk, so that values computed in one layout can be used in every other layout.
 
 A store is a directory with one folder for each reference. The folder's name consists of the digest of the weights, the
 dtype, and the layer implementation. A folder contains segments, which are Arrow files that never change. The name of a
@@ -30,7 +30,7 @@ KEY = np.dtype("S16")
 
 
 class Numerics(NamedTuple):
-    """The properties that identify a reference. If all are equal, stored log-probabilities can be reused.
+    """The properties that identify a reference. If all of them are equal, stored log-probabilities can be reused.
 
     weights   digest of the reference's tensors and architecture, independent of their path
     dtype     dtype of the reference's weights and activations
@@ -53,7 +53,7 @@ def keys(digests: np.ndarray) -> np.ndarray:
 
 
 def find(sorted_keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the index of each key in ``sorted_keys`` [n]; -1 for a key that is absent."""
+    """Return the index of each wanted key in ``sorted_keys`` [n]; -1 for a key that is absent."""
     if not len(sorted_keys):
         return np.full(len(wanted), -1)
     place = np.searchsorted(sorted_keys, wanted).clip(max=len(sorted_keys) - 1)
@@ -80,7 +80,7 @@ class Rows(NamedTuple):
         return find(self.keys, wanted)
 
     def with_more(self, added_keys: np.ndarray, values: np.ndarray) -> "Rows":
-        """Return these rows plus the rows for those of ``added_keys`` that are new."""
+        """Return these rows and the added rows. For a key that already has a row, the added row is ignored."""
         unique, first = np.unique(added_keys, return_index=True)  # `first`: the first occurrence of each key
         new = self.find(unique) < 0
         # Insert instead of sorting again: a store may have thousands of segments, and a sort for each takes minutes.
@@ -93,7 +93,7 @@ class Rows(NamedTuple):
 class ReferenceStore:
     """The segments for one reference. An instance must be used by only one thread.
 
-    rows      the rows that :meth:`read` has found so far
+    rows      the rows that :meth:`read` has returned so far
     refused   names of segments that are not used, with the reason for each
     """
 
@@ -111,7 +111,7 @@ class ReferenceStore:
         A segment that cannot be read, is damaged, or belongs to another reference is added to :attr:`refused` and
         otherwise ignored.
 
-        wanted   sorted keys of pairs [n]; the same in every call
+        wanted   sorted keys of pairs [n]; must be the same in every call
 
         Raises :class:`~dpo_engine.errors.DataError` if the store's folder cannot be read.
         """

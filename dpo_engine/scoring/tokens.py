@@ -42,16 +42,16 @@ def token_logps(
 
     sites    the log-probabilities of this rank's sites, from :func:`score_sites`
     batches  the micro-batches of the pairs ``indices``
-    indices  [n]  indices of pairs in ``pairs``, ascending, each once
+    indices  [n]  indices of pairs in ``pairs``, ascending, without duplicates
 
     In every layout, ``Batch.positions`` has the position of each column in its sequence. A site predicts the token at
-    the next position, whose index in the response is ``position + 1 - len(prompt)``.
+    the next position. The index of this token in the response is ``position + 1 - len(prompt)``.
 
-    Returns  on every rank, one value per response token, in nats: for each pair in turn, the tokens of the chosen
-             response and then those of the rejected one; 0 for a token that is not scored
+    Returns  on every rank, one value per response token, in nats: for each pair in turn, first the tokens of the chosen
+             response and then the tokens of the rejected response; 0 for a token that is not scored
 
-    *Collectives*: on the last stage, a SUM over cp and one over dp of one fp64 number per token; and a broadcast over
-    pp from the last stage.
+    *Collectives*: on the last stage, a SUM over cp and a SUM over dp, each of one fp64 number per token. Then a
+    broadcast of these numbers over pp from the last stage.
     """
     lengths = pairs.lengths[indices].astype(np.int64)
     ends = lengths[:, 1:].reshape(-1).cumsum()

@@ -1,4 +1,4 @@
-"""Estimate weighted means with confidence intervals, from a bootstrap of prompts and, for fractions, exact intervals."""
+"""Estimate weighted means with confidence intervals, from a bootstrap of prompts and exact intervals of fractions."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def check_steps(
     for step, (found, norm) in enumerate(zip(results[0]["steps"], norms, strict=True)):
         close = math.isclose(found["grad_norm"], norm, rel_tol=1e-10)
         assert close, f"{case}: the gradient norm of step {step} is {found['grad_norm']} instead of {norm}"
-    assert got.keys() == want.keys(), f"{case}: other tensors: {sorted(got.keys() ^ want.keys())}"
+    assert got.keys() == want.keys(), f"{case}: tensors in only one checkpoint: {sorted(got.keys() ^ want.keys())}"
     for name, value in want.items():
         moved, error = (value - start[name]).norm(), (got[name] - value).norm()
         close = error <= 1e-8 * moved + 1e-13 * value.norm()

@@ -59,7 +59,7 @@ SPEED = (
         "step_time",
         "Time of a step",
         "s",
-        "Outside: from the end of one logged step to the start of the next, such as evaluations and saves.",
+        "Outside: time from the end of one logged step to the start of the next, such as for evaluations and saves.",
         ("step_time_s", "outside"),
     ),
     ("mfu", "Model FLOPs utilization", "", "Share of the GPUs' peak FLOP/s.", ("mfu",)),
@@ -166,7 +166,7 @@ def _restarted(run: RunFiles, steps: np.ndarray) -> np.ndarray:
 
 
 def training_time(run: RunFiles) -> float | None:
-    """Return the seconds from the start of the first step to the end of the last one, without time between starts."""
+    """Return the seconds from the start of the first step to the end of the last one, excluding time between starts."""
     ends, took = run.series.get("time"), run.series.get("step_time_s")
     if ends is None or took is None or not np.array_equal(ends.steps, took.steps):
         return None

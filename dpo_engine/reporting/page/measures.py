@@ -111,7 +111,7 @@ class Measures:
 
     @property
     def compares_tokens(self) -> bool:
-        """Whether accuracies compare log-probabilities per token, because the loss does, and there is no reference.
+        """Whether accuracies compare log-probabilities per token. They do for a per-token loss without a reference.
 
         The rewards of such a loss are sums over tokens, so the longer response usually has the lower reward.
         """
@@ -214,7 +214,7 @@ class Measures:
         return int(((self.reference_margin > 0) & (self.policy_margin < 0)).sum())
 
     def loss_rise(self, step: int) -> Estimate | None:
-        """Return the change of the loss since an earlier step, paired; None if the pairs are unknown or different."""
+        """Return the paired change of the loss since an earlier step; None if the pairs are unknown or different."""
         before = self.earlier(step)
         if before is None or before.columns["id"].tolist() != self.column("id").tolist():
             return None

@@ -1,4 +1,4 @@
-"""Time causal attention in stacked rows: flash attention, deterministic or not, and cuDNN with the cost of plans."""
+"""Time causal attention in stacked rows, with flash attention (deterministic and not) and with cuDNN and its plans."""
 
 import argparse
 import sys
@@ -34,7 +34,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Case:
-    """Forward and backward pass over rows of one length, which attend to all earlier tokens."""
+    """Forward and backward pass over rows of equal length, in which each token attends to itself and earlier tokens."""
 
     def __init__(self, asked: argparse.Namespace, length: int):
         gpu = torch.cuda.is_available()
@@ -70,7 +70,7 @@ def measure(asked: argparse.Namespace, name: str) -> list[str]:
             case.run()
             time = clock(case.run)
             cells += [f"{1e3 * time:.2f}", f"{case.flops / time / 1e12:.1f}"]
-        # The first call with a length of its own needs a forward and a backward plan.
+        # The first call with a new length must create a forward plan and a backward plan.
         news = [Case(asked, asked.lengths[0] + 8 * (1 + number)) for number in range(asked.new_lengths)]
         first = [case.seconds() for case in news]
         again = [case.seconds() for case in news]

@@ -43,7 +43,7 @@ VOCABULARY = {"smoke": 512, "tiny": 4096, "1b": 128256, "7b-width": 32000}
 
 
 NO_OPTIONS = "no options"
-"""The setting of TRL with its default micro-batches, and the name of the engine's setting without overrides."""
+"""Name of TRL's setting with its default micro-batch size, and of the engine's setting without overrides."""
 TRL_DEFAULT = 8
 """TRL's default number of pairs per micro-batch."""
 
@@ -134,7 +134,7 @@ class Contest:
         )
 
     def theirs(self, text: str) -> Setting:
-        """Return the setting of TRL that the command line describes by this text."""
+        """Return the TRL setting that this text from the command line describes."""
         stored = "+precomputed" in text
         job = replace(self.job("trl"), micro_batch_size=micro_batch_size(text), precomputed=stored)
         job = replace(job, grouped="+grouped" in text, onednn="+onednn" in text)
@@ -190,7 +190,7 @@ class Contest:
         return "\n\n".join([self.heading(apart), *self.headline(), self.table(best)])
 
     def headline(self) -> list[str]:
-        """Compare the settings without options, and the fastest settings of both sides, if there are any."""
+        """Compare both sides without options, and then their fastest settings. Omit a comparison that lacks a side."""
         sides = [[one for one in self.settings if (one.job.side == "trl") == trl] for trl in (False, True)]
         plain = [[one for one in side if one.name.endswith(NO_OPTIONS)][:1] for side in sides]
         best = [sorted(side, key=self.median_rate)[-1:] for side in sides]
@@ -205,7 +205,7 @@ class Contest:
         ] + used
 
     def tflops(self, setting: Setting) -> float:
-        """Return the operations of the bound per second, in 10^12. Executed operations are a few percent more."""
+        """Return the rate of the operations that the bound counts, in TFLOP/s. A few percent more are executed."""
         return self.median_rate(setting) * setting.bound / self.timed_pairs / 1e12
 
     def median_rate(self, setting: Setting) -> float:
@@ -262,7 +262,7 @@ class Contest:
 
 
 def run_job(job: Job, *, threads: int | None) -> Measured:
-    """Run a job in its own process and return its measurements. If it fails, `SystemExit` has the end of stderr."""
+    """Run a job in its own process and return its measurements. Raises `SystemExit` with the end of its stderr."""
     environment = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)

@@ -159,10 +159,10 @@ def _added_product(total: Any, left: Sequence[int], right: Sequence[int], **_: A
 def executed_flops() -> FlopCounterMode:
     """Return a context manager that counts the operations of matrix products and attention that torch executes.
 
-    Its method `get_total_flops()` returns the count. It extends torch's counter, which omits in-place products,
-    and attention on a CPU. For causal attention, only visible keys are counted. For attention with a mask, all keys are
-    counted, because the kernel computes every score. Kernels that torch does not dispatch, such as Triton kernels, are
-    not counted.
+    The context manager's method `get_total_flops()` returns the count. The counter extends torch's counter, which omits
+    in-place products, and attention on a CPU. For causal attention, only visible keys are counted. For attention with a
+    mask, all keys are counted, because the kernel computes every score. Kernels that torch does not dispatch, such as
+    Triton kernels, are not counted.
     """
     added = {
         aten.addmm_: _added_product,

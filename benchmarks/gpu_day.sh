@@ -17,7 +17,7 @@ export PYTHONPATH=$PWD:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} PYTHON
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/gpu-day/triton}
 mkdir -p "$logs"
 
-# part NAME LIMIT_S COMMAND...: run a command, and note its result and its last lines in the summary.
+# part NAME LIMIT_S COMMAND...: run a command, and write its result and its last lines to the summary.
 part() {
   local part=$1 limit=$(($2 * ${SCALE:-1})) began=$SECONDS code
   shift 2
@@ -25,7 +25,7 @@ part() {
   timeout --kill-after=5 "$limit" "$@" >"$logs/$part.log" 2>&1 </dev/null &
   wait $!
   code=$?
-  kill -KILL -- "-$!" 2>/dev/null # end processes that the part left running, which would disturb the next part
+  kill -KILL -- "-$!" 2>/dev/null # end processes that the part left running, because they would disturb the next part
   local result="exit code $code"
   ((code == 0)) && result=passed
   ((code == 124 || code == 137)) && result="stopped after its limit of $limit s"
@@ -40,7 +40,7 @@ part() {
 
 printf '# %s\n\n%s, commit %s\n\n' "$name" "$(date -u +%Y-%m-%d)" "$(git describe --always --dirty 2>/dev/null)" >"$summary"
 part stack 60 "$python" benchmarks/stack.py
-ours=() # without overrides, layers are Transformer Engine's where it is installed
+ours=() # without overrides, the engine uses Transformer Engine's layers if it is installed
 grep -q '^transformer_engine: installed, but fails' "$logs/stack.log" 2>/dev/null && ours=(model.spec=native)
 compare=("$python" benchmarks/compare_trl.py)
 day=(--global-batch-size 64 --repeats 1 --model "$logs/model")

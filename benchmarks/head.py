@@ -1,4 +1,4 @@
-"""Time the log-probabilities of the output layer and their gradients for each backend, against bare matrix products."""
+"""Time the output layer's log-probabilities and their gradients with each backend, against bare matrix products."""
 
 import argparse
 import sys

@@ -23,8 +23,8 @@ class Job:
     dtype      "fp32" or "bf16"
     scratch    an empty directory
     count      whether to count operations; the times are then not meaningful
-    adapter    directory of a PEFT adapter that is trained instead of the weights, and that the reference has too;
-               empty: all weights are trained
+    adapter    directory of a PEFT adapter that is trained instead of the weights; the reference is the model with the
+               initial adapter; empty: all weights are trained
     overrides  engine: config overrides, `a.b=c`
     digest     engine: whether to hash the weights after the last step
     micro_batch_size  TRL: number of pairs per micro-batch
@@ -65,9 +65,10 @@ class Measured:
 
     filling_s       (processor seconds, wall seconds) to score the reference in advance; zeros if each step scores it
     steps_s         (processor seconds, wall seconds) of every step
-    peak_bytes      peak resident memory minus that after the imports; on a GPU, peak memory allocated by torch
+    peak_bytes      peak resident memory minus the resident memory after the imports; on a GPU, peak memory allocated
+                    by torch
     reserved_bytes  on a GPU: peak memory reserved by torch
-    outside_bytes   on a GPU: memory in use on the device after the last step, minus that reserved by torch
+    outside_bytes   on a GPU: memory in use on the device after the last step, minus the memory reserved by torch
     flops           number of executed operations, if `Job.count` is set
     largest_tokens  number of tokens in the largest micro-batch, including padding
     metrics         metrics of every step: loss, and mean log-probabilities of chosen and rejected responses

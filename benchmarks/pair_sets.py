@@ -24,7 +24,7 @@ class Lengths(NamedTuple):
 
     prompt, response                medians
     prompt_spread, response_spread  standard deviations of the logarithms
-    correlation                     correlation of the logarithms of a prompt's responses
+    correlation                     correlation of the logarithms of the lengths of two responses to one prompt
     responses                       number of responses per prompt; any two of them form a pair
     """
 
@@ -43,7 +43,7 @@ LENGTHS = {
     "tldr-like": Lengths(382, 34, 0.35, 0.35, 0.3, responses=3),
 }
 """The medians are computed from two values in Wang & Hegde, "Accelerating Direct Preference Optimization with Prefix
-Sharing" (2024): the median length of prompt plus response, and the median ratio. The spreads and
+Sharing" (2024): the median length of prompt plus response, and the median ratio of the two lengths. The spreads and
 correlations are assumptions, because the paper does not give them."""
 
 

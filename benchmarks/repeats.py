@@ -1,6 +1,7 @@
-"""Train the same steps several times: whether the bits are equal, and how much memory torch reserves but does not use.
+"""Train the same steps several times, and compare the bits of the results and the memory that torch reserves.
 
-The first two runs are equal. The third uses segments of fixed size in torch's allocator, instead of expandable ones.
+The first two runs have equal settings. In the third run, torch's allocator uses segments of fixed size instead of
+expandable segments.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from measure import Job, Measured
 from report import publish
 
 RUNS = {"first": "", "second": "", "fixed segments": "expandable_segments:False"}
-"""Runs, and torch's allocator settings; with an empty text, the engine chooses them."""
+"""The settings of torch's allocator in each run. If the text is empty, the engine chooses the settings."""
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 
 
@@ -49,7 +50,7 @@ def run(job: Job, allocator: str) -> Measured:
 
 
 def first_difference(one: Measured, other: Measured) -> str:
-    """Say in which step two runs differ for the first time, or that they are equal."""
+    """Describe in which step two runs differ for the first time, or that they are equal."""
     for step, (ours, theirs) in enumerate(zip(one.metrics, other.metrics, strict=True), 1):
         if ours != theirs:
             return f"differs from step {step}"
@@ -57,7 +58,7 @@ def first_difference(one: Measured, other: Measured) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, and save it if ``--save`` is given. Differing bits are reported, and are no error."""
+    """Print the table, and save it if ``--save`` is given. Differing bits are reported, but are not an error."""
     asked = arguments(argv)
     count = asked.steps * asked.global_batch_size
     steps = np.arange(count).reshape(asked.steps, -1).tolist()

@@ -52,7 +52,7 @@ def rate(run: Measured, *, pairs: int, warmup: int, gpu: bool) -> float:
 
 
 def ratio(setting: Setting, other: Setting, *, pairs: int, warmup: int, gpu: bool) -> float:
-    """Return the median, over the rounds that have both, of the ratios of the rates of two settings."""
+    """Return the median ratio of the rates of two settings, over the rounds in which both settings were run."""
     rates = [[rate(run, pairs=pairs, warmup=warmup, gpu=gpu) for run in one.runs] for one in (setting, other)]
     return median(own / theirs for own, theirs in zip(*rates, strict=False))
 

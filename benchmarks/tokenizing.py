@@ -1,7 +1,8 @@
 """Compare the speed of tokenizing a file of pairs: the engine with several numbers of workers, and TRL's preparation.
 
-Every measurement runs in its own process and starts without caches. It covers reading, formats, templates, tokenizing
-and writing, after imports and the loading of the tokenizer. Rates are per processor second of all processes together.
+Every measurement runs in its own process and starts without caches. It includes reading, parsing the format, applying
+the template, tokenizing and writing. It does not include imports and loading the tokenizer. A rate is a number of pairs
+divided by the processor seconds of all processes.
 """
 
 import argparse
@@ -103,7 +104,7 @@ def trl(file: str, tokenizer: str, workers: int, folder: str) -> dict[str, Any]:
 
 
 def spent() -> tuple[float, float, float]:
-    """Return the processor seconds of this process, those of its ended children, and the wall time."""
+    """Return the processor seconds of this process, those of its children that have ended, and the wall time."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     own, children = (one.ru_utime + one.ru_stime for one in used)
     return own, children, time.perf_counter()
@@ -131,7 +132,7 @@ def rate(run: dict[str, Any]) -> float:
 
 
 def compare(file: str, name: str, tokenizer: str, asked: argparse.Namespace) -> list[str]:
-    """Measure all settings on one file, side by side in each round; return rows of the table."""
+    """Measure all settings on one file, one after another in each round; return rows of the table."""
     settings = [*(("engine", workers) for workers in asked.workers), ("trl", 1)]
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {setting: [] for setting in settings}
     ids: dict[str, list[Any]] = {}

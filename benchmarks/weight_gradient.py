@@ -1,4 +1,4 @@
-"""Time the gradient of a weight, added to an fp32 buffer: a product and an addition, against one fused operation.
+"""Time adding a weight's gradient to an fp32 buffer: a product and then an addition, against one fused operation.
 
 Without Apex, Megatron-Core computes the product in bf16 and then adds it. torch.addmm with out_dtype would do both in
 one operation, without the rounding to bf16.
@@ -21,7 +21,7 @@ def separately(inputs: torch.Tensor, grad: torch.Tensor, buffer: torch.Tensor) -
 
 
 def together(inputs: torch.Tensor, grad: torch.Tensor, buffer: torch.Tensor) -> None:
-    """Add ``grad.T @ inputs`` to the fp32 buffer in the product. On a CPU, torch can do so only in fp32."""
+    """Add ``grad.T @ inputs`` to the fp32 buffer in one operation. On a CPU, torch supports this only in fp32."""
     if inputs.dtype is torch.float32:
         buffer.addmm_(grad.t(), inputs)
     else:

@@ -8,10 +8,11 @@ The problem: NVIDIA's images contain packages that must not change, because torc
 compiled against them. The images also set PIP_CONSTRAINT to a list of all their versions. pip stops if two constraints
 for one package differ, and a build without constraints may install other versions every day.
 
-The solution is one list with one line per package: the base image's version if there is one, or else the tested one.
-A version of the base image that pyproject.toml does not allow is replaced by the tested one, except for torch. If
-pip finds the list contradictory, it tries a second list, which keeps only what is compiled against torch. The build
-prints what it replaced, and image.txt says which of the two lists was used.
+The solution is one list of constraints with one line per package: the base image's version if the image has the
+package, otherwise the tested version. If pyproject.toml does not allow the base image's version, the tested version
+replaces it, except for torch. If pip finds the list contradictory, this script tries a second list, which keeps the
+base image's version only for packages that are compiled against torch or have no tested version. The build prints the
+replaced versions, and image.txt names the list that was used.
 """
 
 import os
@@ -93,9 +94,9 @@ def combine(
 
 
 def choose(folder: Path, torch: str) -> Path:
-    """Return the file of versions that were tested with this Python and, if there is one, with this version of torch.
+    """Return a file of versions that were tested with this Python, if possible the file with this version of torch.
 
-    Only the release is compared: NVIDIA's images have versions such as 2.11.0a0+HASH.
+    Only major and minor versions of torch are compared: NVIDIA's images have versions such as 2.11.0a0+HASH.
     """
     fitting = []
     for file in sorted(folder.glob("*.txt")):

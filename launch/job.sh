@@ -4,7 +4,7 @@
 #
 # Expects $launch, the directory of this file, and the arguments [VERB] RUN.yaml [a.b=c ...]. Never returns.
 
-# launch/task.sh uses the same rule.
+# Find out whether the first argument is the verb; launch/task.sh explains the rule.
 verb=train
 if [[ ${1:-} =~ ^[a-z]+$ ]] && ! [[ -f $1 && ! -f ${2:-} ]]; then
   verb=$1
@@ -14,7 +14,7 @@ arguments=("$@")
 # Each rank appends its exit code to this file. The launchers' own exit codes do not show whether the run was saved:
 # srun returns the largest code, including those of ranks that it terminated itself (143); torchrun always returns 1.
 export DPO_EXIT_CODES=$PWD/.dpo-engine-$SLURM_JOB_ID.exit
-# One line for each consecutive start that was interrupted before it made progress. The file survives a requeue.
+# This file has one line for each consecutive start that was interrupted before it made progress. It survives a requeue.
 idle_starts=$PWD/.dpo-engine-$SLURM_JOB_ID.idle
 
 source "$launch/slurm.sh"
@@ -108,8 +108,8 @@ if ((code == 0)); then
   exit 0
 fi
 
-# The first exit code in the file shows the cause; other ranks exited as a consequence. If the file is empty, or the
-# code is 6 (another rank was lost or hangs), a rank may have been killed, or its node may be gone.
+# The first exit code in the file shows the cause; later codes are consequences. If the file is empty, or the first code
+# is 6 (another rank was lost or hangs), a rank may have been killed, or its node may have been lost.
 first='' progress=''
 { read -r first && read -r progress; } <"$DPO_EXIT_CODES" || true
 if [[ -n $first && $first != 0 ]]; then code=$first; fi

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2154  # job.sh sets the variables that are not set here
-# Functions of launch/job.sh that prepare and check the environment before the ranks start. Problems are reported once,
-# in one line, instead of once by every rank.
+# Functions of launch/job.sh that prepare and check the environment before the ranks start. A problem is thus reported
+# once, in one line, and not once by every rank.
 
 # Run a command of the site (a module or SITE_HOOK). Its code may use unset variables, and may continue after errors.
 relaxed() {
@@ -78,8 +78,7 @@ preflight() {
   fi
 }
 
-# Ask every node for the state of its GPUs. Ends the script if a node does not answer, or has a GPU that must not be
-# used.
+# Check the GPUs of every node. End the script if a node does not answer, or has a GPU that must not be used.
 check_gpus() {
   local said node line bad=()
   said=$(timeout --kill-after=10 "${GPU_CHECK_S:-120}" srun --overlap --kill-on-bad-exit=0 --ntasks-per-node=1 \

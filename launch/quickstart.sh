@@ -17,7 +17,7 @@ run=examples/quickstart/run.yaml
 # Each rank is a process. One thread per process avoids oversubscribing the cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-# This refuses wrong overrides, so it comes before the minutes that the task takes.
+# This command refuses wrong overrides, so it runs before the slower commands.
 started=$("$python" examples/quickstart/ranks.py "$run" "$@")
 "$python" examples/quickstart/make_task.py --out runs/quickstart/task
 read -r ranks output <<<"$started"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2154  # job.sh sets the variables that are not set here
 # Functions of launch/job.sh about Slurm: the time limit and its warning, requeues, and lost nodes. A busy controller
-# answers a command with an error, or not at all, so every command that must succeed is tried again.
+# answers a command with an error, or does not answer, so every command that must succeed is tried again.
 
 child='' warned='' alarm='' began='' limit='' record='' excluded='' guessed=''
 printf -v began '%(%s)T' -1
@@ -96,8 +96,7 @@ too_early() { # sets $left
 
 saves() { [[ $verb == train || $verb == reference ]]; }
 
-# Only the batch shell receives the signal that Slurm sends before the time limit, or before preemption if so
-# configured.
+# Slurm sends a signal before the time limit and, if so configured, before preemption. Only the batch shell receives it.
 on_warning() {
   local left wait_s
   if ! saves; then
@@ -109,7 +108,7 @@ on_warning() {
       warned=deferred
       wait_s=$((left - $(reserve_s)))
       say "warned by Slurm $left s before the time limit: the ranks will be warned in $wait_s s"
-      # This shell signals itself. `read` waits without a process that would outlive the job.
+      # This shell signals itself. `read` waits without a process such as sleep, which would outlive the job.
       { read -rt "$wait_s" <> <(:) || kill -USR1 $$; } &>/dev/null &
       alarm=$!
       return 0
@@ -145,7 +144,7 @@ submit_again() {
     "--ntasks-per-node=$RANKS_PER_NODE ... ${words% }"
 }
 
-# Ends the script after an interruption: requeues the job, or says why not.
+# Ends the script after an interruption: requeues the job, or logs why the job is not requeued.
 interrupted() { # "no-progress" if nothing was saved since this start
   local what="interrupted and saved" how="it continues from its newest checkpoint" starts
   if [[ $verb != train ]]; then how="it continues where it stopped"; fi
@@ -187,7 +186,7 @@ requeue() { # what happened, how the job continues, nodes to exclude from the ne
     state=$(fact JobState)
     if was_requeued; then state=PENDING; fi
     case $state in
-      PENDING | REQUEUED | REQUEUE_HOLD) # by Slurm (preemption), or by a try that did not get an answer
+      PENDING | REQUEUED | REQUEUE_HOLD) # requeued by Slurm (preemption), or by an earlier try that got no answer
         say "requeued: $1; $2"
         exclude "${@:3}"
         exit 0
@@ -219,7 +218,7 @@ requeue() { # what happened, how the job continues, nodes to exclude from the ne
   done
 }
 
-# Adds nodes to those that Slurm must not choose for this job. Slurm allows this only while the job is pending.
+# Adds nodes to the list of nodes that Slurm must not choose for this job. Slurm allows this only for a pending job.
 exclude() { # nodes
   local said nodes try
   if (($# == 0)) || [[ $excluded == "$*" ]]; then return 0; fi
@@ -239,7 +238,7 @@ exclude() { # nodes
 
 restartable() { ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-50})); }
 
-# Slurm terminates this script when it requeues the job itself, and kills it KillWait seconds later.
+# If Slurm itself requeues the job, it sends SIGTERM to this script, and SIGKILL after KillWait seconds.
 on_termination() {
   local lost
   read_record
@@ -281,7 +280,7 @@ answers() { # node
   timeout --signal=KILL 60 srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$1" true &>/dev/null
 }
 
-silent_nodes() { # asks each node
+silent_nodes() { # prints the nodes that do not answer a job step
   local node started=0
   for node in "${hosts[@]}"; do
     { answers "$node" || echo "$node"; } &

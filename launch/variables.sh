@@ -16,7 +16,7 @@ passed_variables+='^(http|https|ftp|all|no)_proxy$|^(HTTP|HTTPS|FTP|ALL|NO)_PROX
 kept_variables='^(CUDA|CUDNN|NCCL|UCX|UCC|FI|EFA|MKL|NVIDIA|PYTORCH)_(HOME|PATH|DIR|ROOT|ROOT_DIR|VERSION)$|'
 kept_variables+='^CUDA_(TOOLKIT|INC|LIB|BIN)|^NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES|REQUIRE_)'
 
-# Print the names of the variables to pass, one per line. CONTAINER_ENV may name more, separated by spaces or commas.
+# Print the names of the variables to pass, one per line. CONTAINER_ENV can add names, separated by spaces or commas.
 container_variables() {
   local name more=${CONTAINER_ENV:-}
   more=" ${more//,/ } "

@@ -1,8 +1,8 @@
 """The interface of a loss: its inputs, its options and facts, and the metrics that are computed for every loss.
 
 A loss is registered under one or more names. Its keyword-only parameters are its options: their annotations and
-defaults define which keys the section ``loss`` of a run's file accepts. The parameter ``data`` is not an option: a loss
-that has it receives the columns of :class:`PairData`.
+defaults define the keys that the section ``loss`` of a run's file accepts. The parameter ``data`` is not an option: a
+loss with this parameter receives the columns of :class:`PairData`.
 
 The registration also states facts about the loss that the engine needs. Each fact is a constant or a function of the
 loss's options:
@@ -11,13 +11,14 @@ needs_reference    whether the loss uses a reference; the default is true
 couples_pairs      whether a pair's loss depends on other pairs; such a loss receives the whole global batch at once
 needs_data         names of the :class:`PairData` columns that the loss reads, other than ``weights``
 at_init            value of the loss if policy and reference are equal; ``None`` if it depends on the data
-averages           whether the loss compares log-probabilities per token; the default is the option ``average``, or
-                   false
-reward_scale       factor of log-ratios in the rewards; the default is the option ``beta``, or 1
+averages           whether the loss compares log-probabilities per token; the default is the value of the option
+                   ``average``, or false if the loss has no such option
+reward_scale       factor of log-ratios in the rewards; the default is the value of the option ``beta``, or 1 if the
+                   loss has no such option
 likelihood_term    whether the loss contains a likelihood of whole responses, in which all tokens must count equally
 problems           function that checks the combination of options; returns lines ``option=value: rule; way out``
-parts              function of the options that returns the terms of a loss that is a sum of terms: a name and a
-                   function ``(policy, reference, data) -> [b]`` for each; the default is no terms
+parts              for a loss that is a sum of terms: function of the options that returns a mapping from the names of
+                   the terms to functions ``(policy, reference, data) -> [b]``; the default is an empty mapping
 complete           function that fills in the defaults of each nested loss and returns the options; only ``mix`` has it
 trl                name in TRL, if TRL has a loss with the same values
 """
@@ -111,7 +112,7 @@ class LossFacts(NamedTuple):
 
 
 def judged_fields(columns: Iterable[str]) -> list[str]:
-    """Return the names of the record fields that provide ``columns`` of :class:`PairData`; some columns have none."""
+    """Return the names of the record fields for ``columns`` of :class:`PairData`; not every column has such a field."""
     return [column.removesuffix("s") for column in columns if column in JUDGED_COLUMNS]
 
 

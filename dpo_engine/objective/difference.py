@@ -29,7 +29,7 @@ from dpo_engine.objective.scores import (
     with_reference,
 )
 
-# ColossalChat adds this number to response lengths; `simpo_reference` does the same, to compute the same losses.
+# ColossalChat adds this number to response lengths. `simpo_reference` adds it too, to compute the same losses.
 LENGTH_OFFSET = 0.01
 
 

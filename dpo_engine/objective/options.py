@@ -30,10 +30,10 @@ def option_problems(name: str, given: Mapping[str, Any], above: str) -> list[str
 
 
 def all_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the registered loss ``name``, with its defaults for those that are not ``given``.
+    """Return the ``given`` options of the registered loss ``name``, and the defaults of all its other options.
 
-    Options of losses inside a loss (the entries of ``mix``) are completed too. A default that YAML cannot hold is left
-    out.
+    The options of nested losses (the entries of ``mix``) are completed, too. A default that YAML cannot represent is
+    omitted.
     """
     loss = LOSSES[name]
     filled = {key: value for key, value in with_defaults(loss, given).items() if key in given or _is_plain(value)}

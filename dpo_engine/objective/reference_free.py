@@ -1,6 +1,6 @@
 """Losses that use the policy alone, without a reference.
 
-Their option ``nll`` says how the negative log-probability of the chosen response is averaged:
+Their option ``nll`` selects how the negative log-probability of the chosen response is averaged:
 
 batch_mean     mean over all tokens of chosen responses in the global batch
 response_mean  mean over the tokens of the response
@@ -66,7 +66,7 @@ def simpo(
 ) -> Tensor:
     """SimPO: ``-log sigmoid(beta (r_c - r_r) - gamma)``, where a reward ``r`` is the mean log-probability per token.
 
-    gamma  target margin between the rewards of chosen and rejected, after the factor beta
+    gamma  target margin for ``beta (r_c - r_r)``
     alpha  AlphaPO's change of the reward: for a mean log-probability ``p``, the reward is ``p`` if alpha is 0, and
            ``(1 - exp(-alpha p)) / alpha`` otherwise
 
@@ -147,7 +147,7 @@ def cpo(
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for ``x < 0``, elementwise. Of two equivalent forms, the one without cancellation is used."""
+    """Compute ``log(1 - exp(x))`` for ``x < 0``, elementwise, with the one of two forms that avoids cancellation."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = torch.log(-torch.expm1(x))
     return torch.where(x > -0.6931471805599453, near, torch.log1p(-torch.exp(x)))

@@ -1,9 +1,10 @@
 """Let ranks that are ready to connect wait for ranks that still read files or download a model.
 
 Before any process group exists, each rank checks its run: it downloads and reads the model, the tokenizer and the first
-records. This may take longer on one node than `parallel.timeout_s`. Such a rank connects to the store in a thread and
-increments a counter there. The ranks that wait for it count their time limit from the last increment. A rank that
-never started, or died, does not increment the counter, so the time limit applies once no other rank does either.
+records. On some nodes, this can take longer than `parallel.timeout_s`. A rank that is still preparing therefore
+connects to the store in a thread, and increments a counter there. Ranks that wait restart their time limit at each
+increment. A rank that never started or has died does not increment the counter. The ranks that wait for such a rank
+reach their time limit after all other ranks are ready.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BEAT_S = 5.0
 POLL_S = (0.005, 0.5)
 """Initial and maximum number of seconds between two reads of the store."""
 PREPARING = "preparing"
-"""Key of the counter that all ranks that are not ready increment."""
+"""Key of the counter that each rank increments until it is ready."""
 
 _served: dist.Store | None = None
 """The connection of rank 0, which may serve the store. It stays open until rank 0 has opened another connection."""
@@ -35,11 +36,11 @@ _served: dist.Store | None = None
 
 @contextmanager
 def preparing(timeout_s: float) -> Iterator[None]:
-    """In this block, tell the ranks that wait for this rank that it is alive. In a single process, do nothing.
+    """While this block runs, increment the counter to show that this rank is alive. In a single process, do nothing.
 
     timeout_s   time limit for connecting to the store, in seconds
 
-    If the store cannot be reached, :func:`~dpo_engine.platform.parallel.open_groups` reports it later.
+    If the store cannot be reached, :func:`~dpo_engine.platform.parallel.open_groups` reports the error later.
     """
     rank, world = world_from_environment()
     if world == 1 or dist.is_initialized() or not os.environ.get("MASTER_ADDR"):
@@ -60,7 +61,7 @@ def _beat(rank: int, timeout_s: float, ended: threading.Event) -> None:
     """Increment the counter until the event is set. Short preparations do not even connect to the store."""
     global _served
     pause = min(BEAT_S, timeout_s / 4)
-    with suppress(EngineError, RuntimeError, ValueError):  # open_groups() gets the same errors, and reports them
+    with suppress(EngineError, RuntimeError, ValueError):  # open_groups() raises the same errors later
         if ended.wait(pause):
             return
         store = meet(rank, datetime.timedelta(seconds=timeout_s))
@@ -79,8 +80,8 @@ def release() -> None:
 def await_key(store: dist.Store, key: str, timeout_s: float, progress: Callable[[], None] = lambda: None) -> bytes:
     """Return the value of ``key`` as soon as another rank has set it.
 
-    timeout_s   time limit in seconds, counted from the latest heartbeat of a rank that is :func:`preparing`
-    progress    called after each heartbeat
+    timeout_s   time limit in seconds, counted from the latest increment by a rank that is :func:`preparing`
+    progress    function that is called after each increment
 
     Raises :class:`~dpo_engine.errors.PeerError` after the time limit.
     """

@@ -1,4 +1,4 @@
-"""Find out what a rank runs on: the device, communication backend, default dtype and optional libraries."""
+"""Determine the device, communication backend, default dtype and optional libraries of a rank."""
 
 import importlib
 import importlib.metadata
@@ -53,8 +53,8 @@ def open_platform(*, deterministic: bool) -> Platform:
 
     deterministic   use torch's deterministic kernels, so that the same layout and seed give bitwise the same losses
 
-    On a GPU nothing is patched. Without one, this function calls :func:`dpo_engine.platform.host.install`; no other
-    function does.
+    On a GPU, nothing is patched. Without a GPU, this function calls :func:`dpo_engine.platform.host.install`, which no
+    other function calls.
     """
     # Megatron logs deprecations and defaults on every rank. It reports errors as exceptions, so nothing important is
     # lost.
@@ -71,8 +71,8 @@ def open_platform(*, deterministic: bool) -> Platform:
         for name, value in GPU_SETTINGS.items():
             os.environ.setdefault(name, value)
         if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-            # A step has a few small compiled kernels. A pool of processes on each rank would take longer to start than
-            # to compile them, and a run must not wait for these processes when it ends.
+            # A step has a few small compiled kernels. Starting a pool of processes on each rank would take longer than
+            # compiling these kernels, and a run must not wait for such processes when it ends.
             importlib.import_module("torch._inductor.config").compile_threads = 1
         index = local_rank() % torch.cuda.device_count()
         torch.cuda.set_device(index)
@@ -108,7 +108,7 @@ def has_transformer_engine() -> bool:
 
 
 def apex_state() -> str:
-    """Return which package named apex is installed: ``nvidia``, ``absent``, or ``foreign`` for PyPI's unrelated one.
+    """Return which package named apex is installed: ``nvidia``, ``absent``, or ``foreign`` (unrelated, from PyPI).
 
     If importing the package fails, the result is ``foreign`` with the type of the exception.
     """

@@ -1,4 +1,4 @@
-"""The sizes of a run's parallel dimensions, and checks that they can divide a model. Needs no process groups."""
+"""The sizes of a run's parallel dimensions, and checks that a model can be split this way. Needs no process groups."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ def choices(values: list[int]) -> str:
 
 
 def default_etp(tp: int, ep: int) -> int:
-    """Return the default of ``parallel.etp``: experts are split over tp only if they are not distributed over ranks."""
+    """Return the default of ``parallel.etp``: tp if experts are not distributed over ranks (ep is 1), otherwise 1."""
     return tp if ep == 1 else 1
 
 
@@ -34,7 +34,7 @@ class ParallelDims:
     etp  number of ranks that each expert's matrices are split over; None means tp if ep is 1, otherwise 1
     layers  number of layers in each of the pp x vpp model chunks, in the order of the model; None: equal numbers
 
-    The ranks of a stage are divided twice: into tp x cp x dp, and, for experts, into etp x ep x copies of the experts.
+    The ranks of a stage form two grids: tp x cp x dp and, for experts, etp x ep x copies of each expert.
 
     Raises :class:`ConfigError` if ``world`` is not a multiple of ``tp x pp x cp`` and of ``etp x ep x pp``.
     """
@@ -55,7 +55,7 @@ class ParallelDims:
 
     @classmethod
     def fewest(cls, parallel: Any) -> int:
-        """Return the smallest number of ranks for the section ``parallel``; other numbers must be multiples of it."""
+        """Return the smallest number of ranks for the section ``parallel``. Every valid number is a multiple of it."""
         etp = parallel.etp or default_etp(parallel.tp, parallel.ep)
         return parallel.pp * math.lcm(parallel.tp * parallel.cp, etp * parallel.ep)
 
@@ -96,7 +96,7 @@ class ParallelDims:
 
     @property
     def division(self) -> str:
-        """The numbers of layers in the model chunks as text, if they are set."""
+        """The numbers of layers in the model chunks as text; empty if ``layers`` is None."""
         return " + ".join(map(str, self.layers or ()))
 
     def describe(self, *, experts: bool) -> str:

@@ -2,8 +2,8 @@
 
 Megatron-Core refers to CUDA in a few dozen places, even where it computes nothing on a GPU. Each row of
 :func:`replacements` has one name to patch, its replacement, and the reason. :mod:`dpo_engine.platform.device` calls
-:func:`install` if there is no GPU. Importing this file changes nothing. The only other patches of torch are those of
-torchrun's signal handling, in :mod:`dpo_engine.platform.torchrun`.
+:func:`install` if there is no GPU. Importing this file changes nothing. The only other code that patches torch for a
+run is :mod:`dpo_engine.platform.torchrun`, which changes how torchrun handles signals.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from dpo_engine.platform.host_operations import (
 
 CPU = torch.device("cpu")
 KERNELS = torch.library.Library("aten", "IMPL", "CPU")
-"""Holds the CPU kernels that :func:`install` registers for torch operators; they last as long as this object."""
+"""The CPU kernels that :func:`install` registers for torch operators. They stay registered while this object exists."""
 
 GATHER = "megatron.core.tensor_parallel.mappings._gather_along_first_dim"
 FACTORIES = "empty zeros ones full tensor as_tensor arange rand randn randint empty_like zeros_like ones_like full_like"
@@ -100,7 +100,7 @@ def _type(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def answers(value: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a new function that calls ``value``, because torch's compiler rejects one function under two names."""
+    """Return a new function that calls ``value``, because torch's compiler rejects a function that has two names."""
     return lambda *args, **kwargs: value(*args, **kwargs)
 
 
@@ -175,13 +175,13 @@ def replacements() -> list[Replacement]:
         Replacement(
             "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
             counts_on_host,
-            "Megatron converts numbers of tokens for all_to_all_single only if they are on a GPU, but gloo rejects "
-            "tensors, too",
+            "all_to_all_single rejects token counts that are tensors, but Megatron converts such counts only if they "
+            "are on a GPU",
         ),
         Replacement(
             GATHER,
             gather_rows(_current(GATHER)),
-            "gloo gathers equal parts only; ranks that share an expert's matrices have different numbers of tokens",
+            "gloo gathers only parts of equal size, but ranks that share an expert have different numbers of tokens",
         ),
         Replacement(
             "megatron.core.transformer.moe.moe_utils.te_general_gemm",

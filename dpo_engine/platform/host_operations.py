@@ -23,7 +23,7 @@ class WeightGradients:
         main_grad.add_(grad.T @ inputs)
 
     wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
-    """Apex's name of the same operation for a ``main_grad`` in 16 bits."""
+    """The same operation under Apex's name for a 16-bit ``main_grad``."""
 
 
 def mkl_is_slow() -> bool:
@@ -59,17 +59,17 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def counts_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Return a tensor as a NumPy array if ``as_numpy`` is set, and unchanged otherwise; it is in host memory anyway.
+    """Return a tensor, which is in host memory, as a NumPy array if ``as_numpy`` is set, and unchanged otherwise.
 
-    This function replaces Megatron's function for tensors on a GPU.
+    This function replaces Megatron's function, which copies tensors from a GPU.
     """
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def gather_rows(gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Extend Megatron's ``gather`` along the first axis to parts of different sizes, which are padded and later cut.
+    """Extend Megatron's ``gather`` along the first axis to parts of different sizes: pad them, gather, and cut them.
 
-    *Collectives* of the returned function: the all-gather of ``gather``, of parts as large as the largest one.
+    *Collectives* of the returned function: the all-gather of ``gather``, with each part padded to the largest size.
     """
 
     def gather_any(part: Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:

@@ -57,7 +57,7 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, i
 
 
 def local_rank(env: Mapping[str, str] | None = None) -> int:
-    """Return this process's index on its node, as set by torchrun, srun or mpirun, or else 0.
+    """Return this process's index on its node, as set by torchrun, srun or mpirun; 0 if none of them has set it.
 
     Raises :class:`ConfigError` if the variable is not a valid number.
     """

@@ -1,11 +1,11 @@
 """Run work on files, which may take longer than the time limit of collectives, while the other ranks wait.
 
 `parallel.timeout_s` limits collectives, so that a rank that hangs is noticed. It must not limit work on files, whose
-duration depends on the size of the files and on the storage. Ranks therefore wait for such work in a loop that reads
-the store that all ranks share, and not in a collective. If another rank dies, a waiting rank still notices at once,
-because the lifeline reports it. In addition, a thread of each rank increments a counter in the store, and each rank
-watches the counter of the rank before it. This detects a rank whose process is stopped and, if there is no lifeline, a
-machine that was lost. It does not detect a rank whose work never ends.
+duration depends on the size of the files and on the storage. Ranks therefore do not wait for such work in a collective,
+but in a loop that reads the store that all ranks share. If another rank dies, a waiting rank still notices the death at
+once, because the lifeline reports it. In addition, a thread of each rank increments a counter in the store, and each
+rank watches the counter of the previous rank. This detects a rank whose process is stopped and, if there is no
+lifeline, a machine that was lost. It does not detect a rank whose work never ends.
 
 All ranks must arrive at the work within the time limit. Therefore every access to files that may be slow belongs inside
 one of these functions.
@@ -47,10 +47,10 @@ class Meter:
 
     what   name of the task, such as "saving the checkpoint for step 8"; without a name, no line is printed
     total  size of this rank's part in bytes, 0 if unknown; may grow while the work runs
-    done   number of these bytes that are done
-    quiet  whether no line is printed for now, because the task has a progress display of its own
+    done   number of bytes that this rank has processed so far
+    quiet  whether printing is suspended, because the task has its own progress display
 
-    One meter may be used for several calls of :func:`without_time_limit`, on all ranks. The times in its lines count
+    One meter can be used for several calls of :func:`without_time_limit`, on all ranks. The times in its lines count
     from the creation of the meter.
     """
 
@@ -69,7 +69,7 @@ class Meter:
         self.done += size
 
     def open(self, key: str) -> None:
-        """Begin to wait. The sums in the store are stored under the ``key`` that is given to the first wait."""
+        """Begin a wait. The ``key`` of the first wait is the key under which the sums are kept in the store."""
         self._key = self._key or key
         if time.monotonic() - self._ended > FIRST_S:
             self._line.wait()
@@ -80,7 +80,7 @@ class Meter:
         self._ended = time.monotonic()
 
     def report(self, store: dist.Store) -> tuple[int, int]:
-        """Add this rank's progress to the sums in the store. Return the sums of the bytes done and of all bytes."""
+        """Add this rank's progress to the sums in the store. Return both sums: the bytes done, and all bytes."""
         now, before = (self.done, self.total), self._reported
         self._reported = now
         done, total = (
@@ -114,7 +114,8 @@ def first_on_node(group: dist.ProcessGroup, work: Callable[[], T], meter: Meter 
 
     Use it for work that leaves files for the other ranks of the node: tokenizing into a cache, or a download.
 
-    meter   no line is printed while rank 0 itself works, because ``work`` has a progress display of its own
+    meter   as for :func:`without_time_limit`; no line is printed while rank 0 itself works, because ``work`` has its
+            own progress display
 
     Returns what ``work`` returned on this rank.
 
@@ -146,13 +147,13 @@ def from_first(group: dist.ProcessGroup, work: Callable[[], T], meter: Meter | N
 
 
 def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: Meter | None = None) -> T:
-    """Run ``work`` on this rank like :func:`~dpo_engine.platform.parallel.together`, however long it takes.
+    """Run ``work`` as :func:`~dpo_engine.platform.parallel.together` does, but without a time limit for ``work``.
 
     group   must contain all ranks, because all ranks share the store
     meter   name and progress of the work, for the lines that rank 0 prints; all ranks or no rank must pass one
 
     *Collectives* over ``group``: one all-gather of objects before the work and one after it, within the time limit.
-    Raises the error of the first rank on which ``work`` raised, on all ranks, after all ranks have finished;
+    Raises, on all ranks and after all ranks have finished, the error of the first rank on which ``work`` failed. Raises
     :class:`~dpo_engine.errors.PeerError` if a rank is lost.
     """
     meter = meter or Meter()
@@ -187,7 +188,7 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
 def _store() -> Iterator[dist.Store | None]:
     """Yield the store that all ranks share; None if it was lost.
 
-    After a launcher's store is lost, the ranks can still work, but they wait for each other in collectives only.
+    If the launcher's store is lost, the ranks continue to work, but they can wait for each other only in collectives.
     """
     global _lost
     store = dist.distributed_c10d._get_default_store()

@@ -33,7 +33,7 @@ class ParallelGroups:
     """This rank's process groups, one for each parallel dimension, and the sizes of the dimensions.
 
     dp     ranks that hold the same shard of the model and work on different pairs
-    cp     ranks that each hold a part of the sequences of the same micro-batch
+    cp     ranks that each hold a part of every sequence of the same micro-batch
     dp_cp  dp and cp combined: the ranks over which gradients are summed
     ep       ranks that hold different experts of the same layers, and exchange tokens
     expt_tp  ranks that each hold a part of every matrix of the same experts
@@ -53,11 +53,11 @@ class ParallelGroups:
     megatron: Any  # a ProcessGroupCollection, the form in which Megatron's modules take the groups
 
     def shards(self, expert: bool) -> dist.ProcessGroup:
-        """Return the ranks that matrices are split over: those of experts, or all others."""
+        """Return the ranks over which matrices are split: matrices of experts, or all other matrices."""
         return self.expt_tp if expert else self.tp
 
     def copies(self, expert: bool) -> dist.ProcessGroup:
-        """Return the ranks that hold the same shard: of an expert, or of any other parameter."""
+        """Return the ranks that hold the same shard of an expert, or the same shard of all other parameters."""
         return self.expt_dp if expert else self.dp_cp
 
     @property
@@ -67,9 +67,10 @@ class ParallelGroups:
 
     @property
     def waits_for_others(self) -> bool:
-        """Whether an error in the loss can be unknown to ranks that wait for this rank inside a step.
+        """Whether other ranks can wait for this rank inside a step without knowing of an error in the loss.
 
-        These are other pipeline stages, because only the last stage computes the loss, and ranks that share experts.
+        This applies to other pipeline stages, because only the last stage computes the loss, and to ranks that share
+        experts.
         """
         return self.pp.size() > 1 or self.share_experts
 
@@ -126,10 +127,11 @@ def open_groups(
     """Connect to the other ranks and create all process groups of ``dims``.
 
     seed        seeds torch and Megatron's tensor-parallel RNG tracker
-    compare     called before any group exists, with the shared store and a function that restarts the timeout; must
-                raise if the ranks cannot run together
+    compare     function that is called before any group exists, with the shared store and a function that restarts the
+                timeout; it must raise if the ranks cannot run together
     timeout_s   timeout of every collective operation, and of the initial wait for all ranks, in seconds
-    instances   number of groups of ranks that each have a whole distributed optimizer; divides dp x cp and expert_dp
+    instances   number of instances of the distributed optimizer: groups of ranks, each of which holds the complete
+                optimizer state; must divide dp x cp and expert_dp
 
     *Collectives*: the ranks connect at ``MASTER_ADDR``/``MASTER_PORT``, two environment variables, unless a default
     group already exists. A single process needs neither variable.
@@ -183,9 +185,9 @@ def open_groups(
 
 
 def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
-    """Run ``work`` on this rank and return its result. If any rank fails, all ranks raise the first such rank's error.
+    """Run ``work`` on this rank and return its result. If ranks fail, all ranks raise the error of the first of them.
 
-    Use this for work that may fail on some ranks only. Otherwise the remaining ranks would wait in their next
+    Use this for work that may fail on only some ranks. Otherwise the remaining ranks would wait in their next
     collective for a rank that has left. The time limit of collectives applies. For work on files, use
     :func:`~dpo_engine.platform.long_work.without_time_limit` instead.
 
@@ -211,7 +213,7 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
 
 
 def _hold_on(rank: int, world: int, timeout_s: float) -> None:
-    """Open the lifeline between the ranks; without ``MASTER_ADDR``, several ranks have no address and no lifeline."""
+    """Open the lifeline between the ranks. If there are several ranks, but no ``MASTER_ADDR``, open no lifeline."""
     global _lifeline
 
     def share(value: Any) -> Any:
@@ -269,7 +271,7 @@ def close_groups() -> None:
     orderly = error is None or (isinstance(error, EngineError) and not (error.alone or isinstance(error, PeerError)))
     if _lifeline:
         if error:
-            communication_error(error)  # waits until the lifeline knows the lost rank, before it closes
+            communication_error(error)  # waits until the lost rank is known, before the lifeline closes
         _lifeline.leave(orderly=orderly)
     if not orderly and dist.is_initialized() and dist.get_backend() == "nccl":
         return  # destroying an NCCL group would wait for the lost ranks

@@ -29,7 +29,7 @@ LOST = b"L"
 RANK = struct.Struct("!I")
 TOKEN_BYTES = 16
 GRACE_S = 1.5
-"""Seconds that the watchdog waits before it ends the process, because the main thread may end with a clearer error."""
+"""Seconds that the watchdog waits before it ends the process, to let the main thread end with a clearer error."""
 WAY_OUT = "all ranks stop. Run the same command again to continue from the newest checkpoint"
 UNANSWERED = f"a rank did not answer within parallel.timeout_s: it hangs or never started; {WAY_OUT}"
 
@@ -38,7 +38,7 @@ class Lifeline:
     """This rank's connections, and the thread that watches them.
 
     rank       number of this rank
-    links      maps ranks to sockets: the first rank has one for every other rank, the others have one for the first
+    links      sockets by rank: on the first rank, one for every other rank; on the others, only one for the first rank
     timeout_s  maximum time without progress inside :meth:`working`, in seconds
     """
 
@@ -67,7 +67,7 @@ class Lifeline:
                 pass  # the other rank has already closed the connection
 
     def who(self) -> str:
-        """Return the name of the lost rank, or "another rank" if it does not become known within half a second."""
+        """Return the name of the lost rank, or "another rank" if the rank is not known within half a second."""
         self._noticed.wait(0.5)
         return "another rank" if self.lost is None else f"rank {self.lost}"
 
@@ -129,7 +129,7 @@ class Lifeline:
             if local_rank() <= 1:  # two ranks per node print the line, because one of them may be the lost rank
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
-        finally:  # exit even if the write fails, as it does if nobody reads stderr anymore
+        finally:  # exit even if the write fails, for example because the reader of stderr has exited
             os._exit(record(PeerError.exit_code))
 
 
@@ -187,7 +187,7 @@ def _accept(server: socket.socket, world: int, token: bytes) -> dict[int, socket
 
 
 def _kept_alive(link: socket.socket) -> socket.socket:
-    """Enable TCP keep-alive, so that this end notices if the other machine fails."""
+    """Enable TCP keep-alive, so that this rank notices if the other rank's machine fails."""
     link.settimeout(None)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):

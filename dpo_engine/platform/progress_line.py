@@ -1,4 +1,4 @@
-"""Show the progress of long tasks in one style: the name, the part that is done, the rate, and the time left.
+"""Show the progress of long tasks in one style: the name, the completed percentage, the rate, and the time left.
 
 On a terminal, one line is redrawn repeatedly, and erased at the end. Elsewhere, such as in a log file, a line is
 printed at intervals. Work that takes less than `FIRST_S` seconds shows nothing.
@@ -28,7 +28,7 @@ _counts: Count | None = None
 
 
 def choose_progress(mode: str) -> None:
-    """Set how this process shows progress: the value of ``logging.progress``. ``off`` shows nothing."""
+    """Set how this process shows progress. ``mode`` is the value of ``logging.progress``; ``off`` shows nothing."""
     global _mode
     _mode = mode
 
@@ -63,7 +63,7 @@ class ProgressLine:
         live = _live()
         self._due = time.monotonic() + (REDRAW_S if live else EVERY_S)
         line = printable(f"{self.what}: {text}")
-        with suppress(OSError, ValueError):  # the work must not fail because nobody reads stdout
+        with suppress(OSError, ValueError):  # the work must not fail because stdout is closed
             sys.stdout.write(f"{ERASE}{line[: shutil.get_terminal_size().columns - 1]}" if live else f"{line}\n")
             sys.stdout.flush()
         self._drawn = live
@@ -84,10 +84,10 @@ def _live() -> bool:
 
 
 def pace(done: float, total: float, amount: str, rate: str, seconds: float) -> str:
-    """Return how much is done, the rate, and the time left: ``52% of 1,000 pairs, 33 pairs/s, 0:00:15 left``.
+    """Return the progress as text, such as ``52% of 1,000 pairs, 33 pairs/s, 0:00:15 left``.
 
-    done, total  in any unit
-    amount       the whole amount, as text
+    done, total  completed and total amount, in any unit
+    amount       the total amount, as text
     rate         the rate so far, as text
     seconds      time since the work began
     """
@@ -97,7 +97,7 @@ def pace(done: float, total: float, amount: str, rate: str, seconds: float) -> s
 
 
 class Count:
-    """Counter of the parts of a task that are done; see :func:`counting`."""
+    """Counter of the completed parts of a task; see :func:`counting`."""
 
     def __init__(self, line: ProgressLine, total: int, parts: int, unit: str):
         self.line = line
@@ -115,10 +115,10 @@ class Count:
 
 @contextmanager
 def counting(what: str, total: int, *, parts: int, unit: str = "pairs", shown: bool = True) -> Iterator[Count]:
-    """Show the progress of the work in this block, which :func:`advance` counts.
+    """Show the progress of the work in this block. Calls of :func:`advance` count the completed parts.
 
     total  size of the whole work, on all ranks, in ``unit``
-    parts  sum of all numbers that this rank will pass to :func:`advance`
+    parts  sum of all numbers that this rank passes to :func:`advance`
     shown  whether this rank shows the progress
     """
     global _counts

@@ -23,7 +23,7 @@ def mark_with(open_range: Open | None) -> None:
 
 
 class MegatronTimers:
-    """Timers that mark what Megatron's schedules time. Assign an instance to ``timers`` of the model's config.
+    """Timers that mark the ranges that Megatron's schedules time. Assign one to ``timers`` of the model's config.
 
     A schedule calls ``timers(name, ...).start(...)`` and later ``timers(name).stop()``.
     """

@@ -13,10 +13,11 @@ first one have no effect. A signal that arrives before the ranks exist ends torc
 interrupted run.
 
 Why this way: torch has read the environment variable since version 2.13. In older versions, the limit is a default
-argument of ``PContext.close``, which this module overrides after a signal. The ranks cannot do any of this: SIGKILL
-comes from their parent process.
+argument of ``PContext.close``, which this module overrides after a signal. The ranks cannot solve the problem
+themselves, because their parent process sends them SIGKILL, which no process can handle.
 
-Not covered: a scheduler that kills the processes itself, such as Slurm after ``KillWait``; SIGKILL.
+Not covered: SIGKILL sent to torchrun, and a scheduler that kills the processes itself, such as Slurm after
+``KillWait``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ C10D = re.compile(r"--rdzv[-_]backend[= ]c10d\b")
 
 
 def describe_limit() -> list[str]:
-    """Return a log line if this rank was started by a torchrun that may have torch's default limit; else no line."""
+    """Return a log line if a torchrun that may use torch's default limit started this rank; otherwise, no line."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or LIMIT in os.environ:
         return []
     return [
@@ -57,8 +58,8 @@ def main() -> None:
         sys.exit(f"{LIMIT}={text}: must be a number of seconds without a fraction; unset it to wait {WITHIN_S} s")
     within = int(text)
     if C10D.search(" ".join(sys.argv)):
-        # Let rank 0 host a new store for the ranks at each start. Otherwise the ranks use the store of the rendezvous.
-        # It may be on another node than rank 0, and after a restart, it still contains the keys of the previous start.
+        # Let rank 0 host a new store for the ranks at each start. Otherwise the ranks would use the rendezvous store,
+        # which may be on another node than rank 0, and which still contains the keys of the previous start.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Options that the user has given come later, and take precedence.
     sys.argv[1:1] = ["--signals-to-handle", SIGNAL_NAMES]

@@ -32,8 +32,8 @@ SHARES = ("accuracy", "likelihood_accuracy", "likelihood_accuracy_per_token")
 def _measures(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return :data:`MEASURES` of each pair, [n] each.
 
-    The likelihood accuracies are 1 if the chosen response has a larger log-probability than the rejected one (in total,
-    or per token), 0.5 for a tie, and otherwise 0.
+    The likelihood accuracies compare the log-probabilities of both responses, in total or per token. They are 1 if the
+    chosen response has the larger value, 0.5 for a tie, and 0 if the rejected response has the larger value.
     """
     chosen, rejected = columns["chosen_logps"], columns["rejected_logps"]
     per_token = chosen / np.maximum(columns["chosen_tokens"], 1), rejected / np.maximum(columns["rejected_tokens"], 1)
@@ -44,11 +44,11 @@ def _measures(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def report(evaluation: Evaluation) -> dict[str, Any]:
     """Compute means and confidence intervals over all pairs, and over groups of pairs.
 
-    Pairs are grouped by source, if there are several, and by the length of the longer response.
+    Pairs are grouped by source, if there are several sources, and by the length of the longer response.
 
-    Returns  a dictionary: ``run`` (the evaluation's facts), ``interval`` (how intervals are computed), and ``groups``,
-             a list in which each group has ``by``, ``name``, ``pairs``, ``prompts``, ``loss``, and for each of
-             :data:`MEASURES` the values ``mean``, ``low``, and ``high``
+    Returns  a dictionary: ``run`` (the evaluation's facts), ``interval`` (how intervals are computed), and ``groups``
+             (a list of dictionaries, one per group). A group has the keys ``by``, ``name``, ``pairs``, ``prompts``,
+             ``loss``, and each of :data:`MEASURES`, whose value has ``mean``, ``low``, and ``high``
     """
     columns = evaluation.columns | _measures(evaluation.columns)
     groups = [{"by": by, "name": name, **_means(columns, rows)} for by, name, rows in _groups(columns)]
@@ -91,12 +91,12 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
 
     names  names of the two evaluations, for messages
 
-    Returns  a dictionary: ``names``; ``steps``; ``common`` (number of pairs that both contain); ``only`` (for each
-             evaluation, the number of pairs that the other does not contain); ``other_weights`` (number of common pairs
-             whose weights differ); ``won``, ``lost``, ``tied``; ``sign_test`` (p-value of the difference of accuracies
-             over prompts); ``other_units`` (names of facts that differ and make margins incomparable); and for each of
-             :data:`MEASURES`, the two means ``first`` and ``second``, and their difference as ``mean``, ``low``, and
-             ``high``
+    Returns  a dictionary: ``names``; ``steps``; ``common`` (number of pairs that both evaluations contain); ``only``
+             (for each evaluation, the number of pairs that the other evaluation does not contain); ``other_weights``
+             (number of common pairs whose weights differ); ``won``, ``lost``, ``tied`` (numbers of pairs);
+             ``sign_test`` (p-value of a sign test of the accuracies, by prompt); ``other_units`` (names of the facts
+             in :data:`UNITS` that differ, so that margins cannot be compared); and for each of :data:`MEASURES`, the
+             two means ``first`` and ``second``, and their difference as ``mean``, ``low``, and ``high``
 
     Raises :class:`DataError` if the evaluations have no pair in common.
     """
@@ -171,7 +171,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         name = group["name"] if group["by"] != "length" else f"longer response {group['name']}"
         accuracy, margin = group["accuracy"], group["margin"]
         table.add_row(
-            Text(printable(name)),  # a Text is printed as is, even if a path in it looks like rich markup
+            Text(printable(name)),  # rich prints a Text unchanged, even if a path in it looks like markup
             f"{group['pairs']:,}",
             f"{group['loss']:.4f}",
             f"{accuracy['mean']:.3f}",

@@ -28,7 +28,7 @@ LIVE = ("loss", "rewards/accuracies", "rewards/margins", "pairs_per_s")
 
 
 def open_console(progress: str, total_steps: int, start_step: int) -> ConsoleSink:
-    """Open the console that `logging.progress` selects. `auto`: a live bar on a terminal, otherwise plain lines."""
+    """Open the console that `logging.progress` selects: with `auto`, a live bar on a terminal, else plain lines."""
     if progress == "rich" or (progress == "auto" and sys.stdout.isatty()):
         return RichConsole(total_steps, start_step, force=progress == "rich")
     return PlainConsole(total_steps, start_step, quiet=progress == "off")
@@ -54,7 +54,7 @@ def step_line(step: int, total: int, values: Mapping[str, float], prefix: str) -
 
 
 class PlainConsole:
-    """Print each line at once, without a progress bar, for log files and pipes. If `quiet`, print only messages."""
+    """Print each line immediately, without a progress bar, for log files and pipes. If `quiet`, print only messages."""
 
     def __init__(self, total_steps: int, start_step: int, *, quiet: bool):
         self._total, self._start, self._quiet = total_steps, start_step, quiet
@@ -68,7 +68,7 @@ class PlainConsole:
         self.say(line if prefix else f"{line}  eta {self._remaining(step)}")
 
     def _remaining(self, step: int) -> str:
-        """Estimate the remaining time from the pace since the first printed step. Earlier steps may be slower."""
+        """Estimate the remaining time from the pace since the first printed step; earlier steps are often slower."""
         now = time.monotonic()
         if self._began is None or step <= self._began[0]:
             self._began = (step, now)

@@ -1,9 +1,9 @@
 """The interface of a sink, which records a run's metrics, and the registry of sinks.
 
-A sink is a class that is registered under the name that enables it in ``logging.sinks``. The engine calls it as
-``Class(opening, **options)`` on one rank, with an :class:`Opening`. The other parameters of the class are its options.
-If the sink cannot be opened, for example because a package or the network is missing, the class raises
-:class:`CannotOpen` with the reason.
+A sink is a class. It is registered under a name, and a run enables the sink by this name in ``logging.sinks``. One rank
+creates the sink with ``Class(opening, **options)``, where ``opening`` is an :class:`Opening`. The other parameters of
+the class are its options. If the sink cannot be opened, for example because a package or the network is missing, the
+class raises :class:`CannotOpen` with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Opening(NamedTuple):
     """Data that a sink receives when it is opened.
 
     config      the run's configuration
-    directory   directory of the run's files, where the sink may write a folder of its own
+    directory   directory of the run's files, in which the sink can create its own folder
     start_step  step after which the run resumes; 0 for a new run
     """
 
@@ -31,12 +31,12 @@ class Opening(NamedTuple):
     start_step: int
 
     def recall(self, name: str) -> str | None:
-        """Return the text that :meth:`remember` has stored for the sink ``name``; None for a new run."""
+        """Return the text that :meth:`remember` stored for the sink ``name``, or None if the run does not resume."""
         path = self._path(name)
         return path.read_text(encoding="utf-8").strip() if self.start_step and path.exists() else None
 
     def remember(self, name: str, text: str) -> None:
-        """Write a line of text, such as the id of a tracker's run, that :meth:`recall` returns to a resumed run."""
+        """Store a line of text, such as the id of a tracker's run. :meth:`recall` returns it if the run resumes."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")

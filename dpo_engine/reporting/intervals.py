@@ -1,4 +1,4 @@
-"""Estimate weighted means with confidence intervals: a bootstrap of prompts, and exact intervals for shares."""
+"""Estimate weighted means with confidence intervals, from a bootstrap of prompts and exact intervals of fractions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 SHARE = 0.5
 """Center for the mean of values that are 0, 1, or 0.5 for a tie."""
 DIFFERENCE = 0.0
-"""Center for the mean of differences of two such values."""
+"""Center for the mean of differences between two values that are each 0, 1, or 0.5."""
 
 
 def estimates(
@@ -40,15 +40,16 @@ def estimates(
     values   [n, c]  one row per pair
     weights  [n]     weight of each pair, > 0
     prompts  [n]     equal for pairs that share a prompt
-    centers  c       :data:`SHARE`, :data:`DIFFERENCE`, or None for other values; None: no column has a center
+    centers  [c]     for each column, :data:`SHARE`, :data:`DIFFERENCE`, or None for other values; None: no column has
+                     a center
 
     The bootstrap draws prompts with replacement, and takes all pairs of each drawn prompt. Pairs with the same prompt
     are correlated, so drawing single pairs would make the intervals too narrow. If every prompt has one pair, drawing
     prompts is the same as drawing pairs.
 
-    Bootstrap intervals are too narrow if few values differ. The interval for 255 ones is 1 to 1, and the interval for
-    four gains among zeros excludes 0. Intervals of columns with a center are therefore widened to contain the exact
-    interval of :func:`_exact_bounds`.
+    Bootstrap intervals are too narrow if few values differ. For example, the bootstrap interval of 255 values that are
+    all 1 is 1 to 1, and that of four positive differences among zeros excludes 0. Intervals of columns with a center
+    are therefore widened to contain the exact interval of :func:`_exact_bounds`.
 
     Returns  c estimates, one per column; the same arguments give the same estimates
 
@@ -75,13 +76,14 @@ def estimates(
 
 
 def _exact_bounds(parts: np.ndarray, center: float) -> tuple[float, float]:
-    """Return an exact interval of a mean, given the numbers of prompts above and below the center.
+    """Return an exact interval of a mean, conditional on the number of prompts whose contribution is not 0.
 
-    parts  [prompts]  each prompt's part of the difference between the mean and the center
+    parts  [prompts]  contribution of each prompt to the difference between the mean and the center
 
-    Among the prompts that are not at the center, the number above it is binomial. The Clopper-Pearson interval of this
-    number is scaled by the sum of the absolute parts. If every prompt has one pair of weight 1, the result for a share
-    is its Clopper-Pearson interval, and the result for a difference excludes 0 exactly if :func:`sign_test` is below
+    The number of positive contributions among those that are not 0 follows a binomial distribution. The Clopper-Pearson
+    interval of its success probability p becomes an interval of ``2 p - 1``, which is multiplied by the sum of the
+    absolute contributions. If every prompt has one pair of weight 1, and there are no ties, the result for a fraction
+    is its Clopper-Pearson interval. The result for a difference excludes 0 if and only if :func:`sign_test` is below
     0.05.
 
     Source: Clopper and Pearson, The Use of Confidence or Fiducial Limits (1934). For paired differences, conditional on
@@ -100,7 +102,9 @@ def _signs(parts: np.ndarray) -> tuple[int, int]:
 
 
 def sign_test(values: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> float:
-    """Return the two-sided p-value of the hypothesis that a prompt's sum of values [n] is above 0 as often as below.
+    """Return the two-sided p-value of the hypothesis that a prompt's weighted sum is as often above 0 as below.
+
+    values, weights, prompts  [n]  one element per pair, as for :func:`estimates`
 
     If every prompt has one pair, this is McNemar's exact test of the pairs that differ.
 
@@ -112,10 +116,11 @@ def sign_test(values: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> f
 
 
 def _clopper_pearson(hits: int, count: int) -> tuple[float, float]:
-    """Return the exact interval of a share of `hits` in `count` independent trials."""
+    """Return the exact interval of the probability of a hit, given `hits` hits in `count` independent trials."""
     below = _binomial(count)
     tail = (1 - CONFIDENCE) / 2
-    # At the upper bound of the share, at most `few` hits have the probability `tail`. The lower bound mirrors it.
+    # If the share is at its upper bound, the probability of at most `few` hits is `tail`. The lower bound is 1 minus
+    # the upper bound for the number of misses.
     upper = [
         1.0 if few == count else _root(lambda share, few=few: below(few, share) - tail) for few in (hits, count - hits)
     ]
@@ -123,7 +128,7 @@ def _clopper_pearson(hits: int, count: int) -> tuple[float, float]:
 
 
 def _binomial(count: int) -> Callable[[int, float], float]:
-    """Return the cumulative distribution function of the hits in `count` trials, given a number of hits and a share."""
+    """Return a function that computes the probability of at most `hits` hits in `count` trials, given the share."""
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
     number = np.arange(count + 1)
     ways = logs[-1] - logs - logs[::-1]
@@ -138,7 +143,7 @@ def _binomial(count: int) -> Callable[[int, float], float]:
 
 
 def _root(falling: Callable[[float], float]) -> float:
-    """Return where a falling function of a share is 0, by bisection."""
+    """Return the root of a falling function on [0, 1], by bisection."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = 0.5 * (low + high)

@@ -1,4 +1,4 @@
-"""Write a run's messages and step lines to `log.txt` in its output directory, so that they outlive the console."""
+"""Write a run's messages and step lines to `log.txt` in its output directory, which keeps them after the run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LOG = "log.txt"
 
 
 class LogFile:
-    """Append each line with its date and time, and write it to the file at once.
+    """Append each line with its date and time, and write it to the file immediately.
 
-    A run that starts again appends to the same file, after a line that says so. Steps that run a second time are logged
-    again, because this file records events; `metrics.jsonl` records the run's results.
+    Each start of the run appends a line about the start, and then further lines, to the same file. Steps that are
+    repeated after a restart are logged again, because this file records events; `metrics.jsonl` records the results.
     """
 
     def __init__(self, path: Path, total_steps: int, start_step: int):
@@ -44,7 +44,7 @@ class LogFile:
             self._file.close()
 
     def close_after(self, error: BaseException) -> None:
-        """Write the error that ends the run, and close the file. Never raises ``OSError``: the storage may be full."""
+        """Write the error that ends the run, and close the file. Ignore ``OSError``: the storage may be full."""
         lines = getattr(error, "problems", None) or [f"{type(error).__name__}: {error}"]
         with suppress(OSError):
             for line in lines:

@@ -11,14 +11,14 @@ from dpo_engine.platform.progress_line import ProgressLine, choose_progress, pac
 class Progress:
     """A display that shows nothing, and the base class of :class:`FileProgress`.
 
-    between  called after every update; it may raise an exception to stop the work
+    between  function that is called after every update; it can raise an exception to stop the work
     """
 
     def __init__(self, between: Callable[[], None] = lambda: None):
         self._between = between
 
     def start(self, what: str, total: int) -> None:
-        """Start to show progress of the work named `what`, which reads `total` bytes."""
+        """Begin to show the progress of the work named `what`, which reads `total` bytes."""
 
     def update(self, done: int, count: int) -> None:
         """Show that `done` bytes have been read, which produced `count` pairs."""
@@ -29,7 +29,7 @@ class Progress:
 
 
 class FileProgress(Progress):
-    """Show the share of the bytes that are read, the pairs per second, and the time left."""
+    """Show the percentage of the bytes that have been read, the pairs per second, and the time left."""
 
     def start(self, what: str, total: int) -> None:
         self._line, self._total = ProgressLine(what), total

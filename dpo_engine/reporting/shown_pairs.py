@@ -16,18 +16,19 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
     columns  the columns of an :class:`~dpo_engine.reporting.pair_file.Evaluation`
     count    number of pairs to choose
 
-    The kinds are as follows; each pair has the first one that fits:
+    Pairs are chosen kind by kind, in this order, and a pair that has been chosen keeps its first kind:
 
-    - ``lowest reward margin``: the smallest reward margins
-    - ``flipped to wrong``: the chosen response is more likely under the reference, and the rejected response under the
-      policy; the largest changes first
-    - ``flipped to right``: the reverse
-    - ``most changed``: the largest change of the log-probability margin by training, in either direction
-    - ``random``: drawn with a fixed seed
+    - ``lowest reward margin``: the pairs with the smallest reward margins
+    - ``flipped to wrong``: pairs whose chosen response is more likely than the rejected one under the reference, but
+      less likely under the policy; the largest changes come first
+    - ``flipped to right``: pairs whose chosen response is less likely than the rejected one under the reference, but
+      more likely under the policy; the largest changes come first
+    - ``most changed``: the pairs with the largest change of the log-probability margin by training, up or down
+    - ``random``: pairs drawn with a fixed seed
 
     Without a reference, only the first and the last kind exist.
 
-    Returns  the kind of each chosen pair, by its row in the columns, in ascending order of rows
+    Returns  a mapping from the row of each chosen pair to its kind, in ascending order of rows
     """
     margin = columns["margin"]
     orders = {LOWEST: np.argsort(margin, kind="stable").tolist()}

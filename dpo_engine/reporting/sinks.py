@@ -23,10 +23,10 @@ from dpo_engine.reporting.trackers import MlflowSink, TensorBoardSink, WandbSink
 
 
 class Sinks:
-    """All sinks of a run. On ranks other than the writer there are no sinks, and all methods do nothing.
+    """All sinks of a run. Only the writing rank has sinks; on other ranks, all methods do nothing.
 
-    console, log_file  print messages as well as metrics
-    files              record only metrics
+    console, log_file  sinks for messages and metrics
+    files              sinks for metrics only
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Sinks:
 
 
 def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: int = 0) -> Sinks:
-    """Open the sinks that `config.logging` enables. Ranks other than the writer get none.
+    """Open the sinks that `config.logging` enables. If this rank is not the writer, open no sinks.
 
     total_steps  number of optimizer steps in the whole run
     writer       whether this rank writes metrics and messages
-    start_step   step after which the run resumes; lines about later steps are removed from `metrics.jsonl`; 0: all
+    start_step   step after which the run resumes. Lines about later steps are removed from `metrics.jsonl`; if 0, all
                  lines are removed
 
     Raises `ConfigError` if a tracker or a registered sink cannot be opened.
@@ -146,7 +146,7 @@ class JsonlSink:
 
     def __init__(self, path: Path, start_step: int):
         kept = list(_lines_until(path, start_step)) if path.exists() else []
-        # A finished run that is started again evaluates again. Do not write a second line about this evaluation.
+        # A finished run that is started again evaluates once more. Do not write this evaluation a second time.
         self._known = {tuple(json.loads(line)) for line in kept if json.loads(line)["step"] == start_step}
         self._start_step = start_step
         write_whole(path, "".join(kept).encode())

@@ -15,12 +15,12 @@ class SwanlabSink:
 
     project    SwanLab project
     name       name of the SwanLab run; None: the name of the output directory
-    workspace  SwanLab workspace; None: the default one of the account
+    workspace  SwanLab workspace; None: the account's default workspace
     mode       ``offline`` writes files in ``<train.output_dir>/swanlab``, which ``swanlab sync`` uploads later; None:
-               taken from the environment variable ``SWANLAB_MODE``, or online
+               the value of the environment variable ``SWANLAB_MODE``, or ``online`` if it is not set
 
-    In mode ``online``, a resumed run continues the same SwanLab run. Otherwise, SwanLab has no way to continue a run,
-    and each start writes files of its own.
+    In mode ``online``, a resumed run continues the same SwanLab run. In the other modes, SwanLab cannot continue a run,
+    and each start of the run writes its own files.
     """
 
     def __init__(

@@ -49,9 +49,9 @@ class TokenText:
     token_ids  the tokens
     text       the text of each token; for a prompt, a single text
     logps, ref_logps   log-probability of each token of a response in nats, nan for a token that is not scored; empty
-               for a prompt; ``ref_logps`` is None if the reference's values are not known
+               for a prompt. ``ref_logps`` is None if the reference's values are not known
     scored     whether each token of a response is scored; empty for a prompt
-    cut        for a prompt, the text that was cut from its start, empty if there is none; None if it is not known
+    cut        text that was cut from the start of a prompt; empty if nothing was cut; None if the text is not known
     """
 
     id: str
@@ -67,14 +67,14 @@ class TokenText:
 
 
 def tokens_path(evaluation: Path) -> Path:
-    """Return the path of the tokens that belong to an evaluation's Parquet file."""
+    """Return the path of the token file that belongs to an evaluation's Parquet file."""
     return evaluation.with_name(evaluation.name.removesuffix(".parquet") + SUFFIX)
 
 
 def write_tokens(path: Path, texts: Sequence[TokenText], facts: dict[str, Any]) -> None:
     """Write the tokens of pairs to a Parquet file, atomically.
 
-    facts  those of the evaluation; see :class:`~dpo_engine.reporting.pair_file.Evaluation`
+    facts  facts of the evaluation; see :class:`~dpo_engine.reporting.pair_file.Evaluation`
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the file cannot be written.
     """

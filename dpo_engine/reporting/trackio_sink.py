@@ -17,7 +17,8 @@ class TrackioSink:
 
     project   Trackio project
     name      name of the Trackio run; None: the name of the output directory and a random suffix
-    space_id  Space to log to; None: the local database, in the folder ``TRACKIO_DIR``, which needs no network
+    space_id  Hugging Face Space that stores the metrics; None: a local database in the folder that the environment
+              variable ``TRACKIO_DIR`` names, which needs no network
     """
 
     def __init__(

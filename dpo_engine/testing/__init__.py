@@ -1,7 +1,7 @@
-"""Tests of model families that a plugin's author can run too; see "Test the family" in ``docs/extending.md``.
+"""Checks of model families that a plugin's author can run; see "Test the family" in ``docs/extending.md``.
 
-The tests of the engine use the same functions. They need transformers and Megatron-Core, no GPU, and no test framework.
-Nothing else in the package imports this wing.
+The engine's own tests use the same functions. The functions need transformers and Megatron-Core, but neither a GPU nor
+a test framework. No other module of the package imports this one.
 """
 
 from dpo_engine.testing.families import (

@@ -62,7 +62,7 @@ def assert_same_weights(
     untrained  prefixes of the names of weights that must not have changed
     """
     got, expected, start = (load_weights(d) for d in (got_dir, expected_dir, start_dir))
-    assert got.keys() == expected.keys(), f"other tensors: {sorted(got.keys() ^ expected.keys())}"
+    assert got.keys() == expected.keys(), f"tensors in only one checkpoint: {sorted(got.keys() ^ expected.keys())}"
     for name, value in expected.items():
         if untrained and name.startswith(untrained):
             assert torch.equal(got[name], start[name].to(value.dtype)), f"{name} was changed by training"
@@ -78,7 +78,7 @@ def assert_same_weights(
 def assert_same_bits(got_dir: Path | str, expected_dir: Path | str) -> None:
     """Check that two checkpoints have the same tensors, bit by bit, with the same names and dtypes."""
     got, expected = load_weights(got_dir), load_weights(expected_dir)
-    assert got.keys() == expected.keys(), f"other tensors: {sorted(got.keys() ^ expected.keys())}"
+    assert got.keys() == expected.keys(), f"tensors in only one checkpoint: {sorted(got.keys() ^ expected.keys())}"
     for name, value in expected.items():
         same = got[name].dtype == value.dtype and torch.equal(got[name], value)
         assert same, f"{name}: not bitwise equal to the tensor in {expected_dir}"

@@ -1,4 +1,4 @@
-"""Checks of a model family, in the engine or in a plugin: tiny models, compared with transformers.
+"""Checks of a model family in the engine or in a plugin: tiny models are compared with transformers.
 
 Each check takes the models and the name of a case, and raises ``AssertionError`` if the family is wrong. It runs on
 CPUs, on ranks that are forked from this process. A layout is a mapping of ``tp``, ``pp``, ``vpp``, ``cp``, ``ep`` and
@@ -54,7 +54,7 @@ def check_logits(models: TinyModels, case: str, layout: Mapping[str, int] = TP2,
 
     ranks   number of ranks; None: as many as the layout needs without data parallelism
 
-    Raises ``AssertionError`` with the difference, or with the traceback of an engine that cannot run the model.
+    Raises ``AssertionError`` with the difference or, if the engine cannot run the model, with the traceback.
     """
     ours, _ = _loaded(models, case, layout, ranks)
     theirs = models.once(("logits", case), lambda: expected_logits(models.of(case), TOKENS))
@@ -64,9 +64,9 @@ def check_logits(models: TinyModels, case: str, layout: Mapping[str, int] = TP2,
 
 
 def check_export(models: TinyModels, case: str, layout: Mapping[str, int] = TP2, ranks: int | None = None) -> None:
-    """Load a checkpoint into a sharded model and export it: all tensors are bitwise those of the checkpoint.
+    """Load a checkpoint into a sharded model, export it, and check that all tensors are bitwise unchanged.
 
-    ranks   as in :func:`check_logits`, whose run of the ranks is used again
+    ranks   as in :func:`check_logits`; both checks share one start of the ranks
 
     Raises ``AssertionError`` with the name of a tensor that is missing or differs.
     """
@@ -86,8 +86,8 @@ def check_steps(
     ranks   as in :func:`check_logits`
     batch   section ``batch`` of the run; by default, rows of trees
 
-    All in fp64, and gradients are clipped. Raises ``AssertionError`` if gradient norms differ by more than 1e-10, or
-    the change of a weight by more than 1e-8.
+    All computations are in fp64, and gradients are clipped. Raises ``AssertionError`` if a gradient norm differs by
+    more than 1e-10, or the change of a weight by more than 1e-8, both relative.
     """
     norms, expected = models.once(("steps", case), lambda: _trained_by_transformers(models, case))
     with tempfile.TemporaryDirectory(dir=models.folder) as folder:
@@ -97,7 +97,7 @@ def check_steps(
     for step, (found, norm) in enumerate(zip(results[0]["steps"], norms, strict=True)):
         close = math.isclose(found["grad_norm"], norm, rel_tol=1e-10)
         assert close, f"{case}: the gradient norm of step {step} is {found['grad_norm']} instead of {norm}"
-    assert got.keys() == want.keys(), f"{case}: other tensors: {sorted(got.keys() ^ want.keys())}"
+    assert got.keys() == want.keys(), f"{case}: tensors in only one checkpoint: {sorted(got.keys() ^ want.keys())}"
     for name, value in want.items():
         moved, error = (value - start[name]).norm(), (got[name] - value).norm()
         close = error <= 1e-8 * moved + 1e-13 * value.norm()
@@ -111,13 +111,14 @@ def check_layouts(
     ranks: int | None = None,
     recompute: str = "none",
 ) -> None:
-    """Train two steps in trees in a layout, and compare all numbers with those of padded rows on one rank, to 1e-10.
+    """Train two steps with rows of trees in a layout, and compare the results with padded rows on one rank, to 1e-10.
 
     ranks       as in :func:`check_logits`
     recompute   ``model.recompute`` in the layout
 
-    All in fp64: metrics of steps and of an evaluation, log-probabilities of pairs, and exported weights. Raises
-    ``AssertionError`` with the number or the tensor that differs, or that training did not change.
+    All computations are in fp64. The results are the metrics of steps and of an evaluation, the log-probabilities of
+    pairs, and the exported weights. Raises ``AssertionError`` with a number or a tensor that differs, or with a tensor
+    that training did not change.
     """
 
     def on_one_rank() -> tuple[dict[str, Any], Path]:
@@ -135,9 +136,10 @@ def check_layouts(
 
 
 def check_defaults(models: TinyModels, case: str) -> None:
-    """Leave out each field of ``config.json`` that the family may omit: the architecture is that of transformers.
+    """Omit each optional field of ``config.json``, one at a time, and compare the architecture with transformers.
 
-    transformers writes every field, so only files from elsewhere show a wrong default. Needs no ranks.
+    transformers writes every field, so a wrong default has an effect only for files that other programs wrote. This
+    check needs no ranks.
 
     Raises ``AssertionError`` with the field, and with the differences or the problems.
     """
@@ -164,7 +166,7 @@ def check_defaults(models: TinyModels, case: str) -> None:
 
 
 FAMILY_CHECKS = (check_defaults, check_logits, check_export, check_steps, check_layouts)
-"""The checks, in the order in which they help to find a mistake."""
+"""The checks, in the order that helps most to find a mistake."""
 
 
 def ranks_of(layout: Mapping[str, int]) -> int:
@@ -200,7 +202,7 @@ def _trained_by_transformers(models: TinyModels, case: str) -> tuple[list[float]
         norms, _ = train_with_transformers(
             case, STEPS, load=lambda case: loaded.pop(), decay=DECAY, clip=CLIP, **OPTIMIZER
         )
-    policy.save_pretrained(folder)  # tensors in memory may have other names, and experts are stacked there
+    policy.save_pretrained(folder)  # in memory, tensors may have other names, and experts are stacked
     return norms, folder
 
 
@@ -225,7 +227,7 @@ def _runs(models: TinyModels, case: str, layout) -> bool:
 
 
 def _load_and_save(directories: dict[str, Path], layout, exports: Path) -> dict[str, Any]:
-    """Return the logits of each case on the ranks that have them; if a case fails, its traceback."""
+    """Return the logits of each case on the ranks that have them. For a case that fails, return the traceback."""
     from dpo_engine.model.weights.load import load_hf
     from dpo_engine.model.weights.save import save_hf
 

@@ -12,7 +12,7 @@ from dpo_engine.testing.trajectory import VOCAB
 def sequence_logp(model, prompt, response, mask=None) -> torch.Tensor:
     """Return the log-probability of ``response`` given ``prompt``, from one unpadded row; the sum is in fp64.
 
-    mask   which tokens of ``response`` to sum; None: all
+    mask   which tokens of ``response`` to sum; None: all tokens
     """
     row = torch.tensor([*prompt, *response])[None]
     logits = model(row).logits[0, len(prompt) - 1 : -1].double()
@@ -21,7 +21,7 @@ def sequence_logp(model, prompt, response, mask=None) -> torch.Tensor:
 
 
 class Norm64(torch.nn.Module):
-    """RMS norm in fp64. The one in transformers computes in fp32."""
+    """RMS norm in fp64. The RMS norm of transformers computes in fp32."""
 
     def __init__(self, weight, eps):
         super().__init__()
@@ -52,6 +52,7 @@ def train_with_transformers(
     load       function that loads the model in ``directory``; parameters that need no gradient are not trained
     patterns   regular expressions; weights whose whole name matches any of them are not trained
     decay      weight decay of the matrices
+    clip       maximum gradient norm
     options    other arguments of the optimizer
 
     Returns the gradient norm of each step, and the final weights.

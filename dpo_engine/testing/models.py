@@ -21,16 +21,16 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""Fields of ``config.json`` of every tiny model, unless a case has other values."""
+"""Fields of ``config.json`` of every tiny model. A case can override them."""
 
 
 class TinyModels:
-    """Makes the models of a table of cases, each of them once, and remembers what the checks compute from them.
+    """Create each model of a table of cases once, and cache the results that the checks compute from the models.
 
     folder   existing directory, to which models and exports are written
     cases    for each case, the ``model_type``, and the fields of ``config.json`` in addition to `TINY`
 
-    transformers must have the ``model_type``, or the caller registers it with transformers' auto classes.
+    If transformers does not have the ``model_type``, the caller must register it with transformers' auto classes.
     """
 
     def __init__(self, folder: Path, cases: Mapping[str, tuple[str, Mapping[str, Any]]]):
@@ -45,7 +45,7 @@ class TinyModels:
 
         config   fields of ``config.json`` in addition to `TINY`
 
-        Weights are large, so that logits differ clearly, and so are the biases of norms and of routers.
+        The weights, and the biases of norms and of routers, are large, so that logits differ clearly.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,7 +71,7 @@ class TinyModels:
         return self.make(family, pad_token_id=0, **copy.deepcopy(dict(options)))  # transformers changes nested values
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Return ``compute()``, which is called only the first time that this ``key`` is asked for."""
+        """Call ``compute`` at the first request for this ``key``; return its result at every request."""
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]

@@ -14,7 +14,7 @@ class RandomPairs:
 
     weighted  whether the pairs have different weights; otherwise all weights are 1
     judged    whether the pairs have margins and ground-truth rewards
-    few       number of different prompts, and of different responses to each prompt; None: all are different
+    few       number of different prompts, and of different responses to each prompt; None: all are drawn separately
     sizes     for each pair, the numbers of tokens in prompt, chosen and rejected; None: random
     masked    whether some tokens of most responses are not scored
     """

@@ -1,4 +1,4 @@
-"""Run models of transformers in fp64, as expected values."""
+"""Run the models of transformers in fp64, to compute expected values for tests."""
 
 import contextlib
 from functools import partial
@@ -10,9 +10,9 @@ import torch
 
 @contextlib.contextmanager
 def wide():
-    """Let transformers compute in fp64 where it asks for fp32, in norms and in softmax, and in one thread.
+    """Make transformers compute in fp64 where its code requests fp32, in norms and in softmax, and in one thread.
 
-    On a tiny model, threads wait for each other longer than they compute.
+    With a tiny model, several threads would spend more time waiting for each other than computing.
     """
     from dpo_engine.platform import host_operations
 
@@ -30,15 +30,16 @@ def wide():
 
 
 def angles_of(module: torch.nn.Module, positions: torch.Tensor) -> dict[str | None, Any]:
-    """Return the cosines and sines of a rotary module, by kind of layer; None if all layers have the same.
+    """Return the cosines and sines of a rotary module, by kind of layer.
 
-    For DeepSeek-V2, complex numbers take their place.
+    If all kinds of layers have the same angles, the only key is None. For DeepSeek-V2, the values are complex numbers
+    instead of cosines and sines.
     """
     kinds = [kind for kind in ("full_attention", "sliding_attention") if hasattr(module, f"{kind}_inv_freq")] or [None]
     asked = [(torch.zeros(1), positions, *([] if kind is None else [kind])) for kind in kinds]
     found = {kind: module(*given) for kind, given in zip(kinds, asked, strict=True)}
     if isinstance(found.get(None), torch.Tensor):
-        # torch.polar rounds cosines and sines in fp32 in another way than torch.cos and torch.sin.
+        # In fp32, torch.polar rounds cosines and sines differently from torch.cos and torch.sin.
         angles = positions[..., None].float() * module.inv_freq
         parts = (part.double() * module.attention_scaling for part in (angles.cos(), angles.sin()))
         return {None: torch.complex(*parts)}
@@ -54,7 +55,7 @@ def wide_model(directory: Path, length: int, prepare=lambda model: None) -> torc
     """Load a model with transformers in fp64, inside :func:`wide`. Its rotary angles are in fp32, as in the engine.
 
     length   maximum number of tokens in a row
-    prepare  called with the model
+    prepare  function that is called with the loaded model
     """
     from transformers import AutoModelForCausalLM
 

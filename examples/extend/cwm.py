@@ -1,4 +1,4 @@
-"""A plugin with a model family made of the engine's blocks only: CWM, Llama's layers with windows in three of four."""
+"""A plugin with a model family made of the engine's blocks only: CWM, whose layers are Llama's, most with a window."""
 
 from dpo_engine import FAMILIES
 from dpo_engine.model.architecture import Architecture, HFConfig
@@ -12,12 +12,12 @@ ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""The rotary fields if ``config.json`` has none, as in transformers."""
+"""The rotary fields that are used if ``config.json`` has none, as in transformers."""
 
 
 @FAMILIES.register("cwm")
 class Cwm:
-    """Llama's names; every fourth layer, from the first one on, sees the whole row."""
+    """Llama's weight names. Every fourth layer, starting with the first, has no window."""
 
     rules = DENSE
 

@@ -22,7 +22,7 @@ class PlainLayerNorm(nn.Module):
 
 @FAMILIES.register("olmo")
 class Olmo:
-    """Llama's layers with these norms, for which the checkpoint has no tensors."""
+    """Llama's layers with layer norms that have no weights, so the checkpoint has no tensors for them."""
 
     rules = tuple(rule for rule in ROOT if "layernorm" not in rule.parameter) + ATTENTION + MLP
 

@@ -1,4 +1,4 @@
-"""Describe the charts of a page as data: lines, points, bars and bands, which the page's script draws with plotly."""
+"""Describe the charts of a page as data. The page's script draws their lines, points, bars and bands with plotly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Chart = dict[str, Any]
 
 
 class Judged(NamedTuple):
-    """A run with the measures of its newest evaluation, which are None if there is none."""
+    """A run, and the measures of its newest evaluation (None if the run has no evaluation)."""
 
     run: RunFiles
     measures: Measures | None
@@ -59,7 +59,7 @@ SPEED = (
         "step_time",
         "Time of a step",
         "s",
-        "Outside: from the end of one logged step to the start of the next, such as evaluations and saves.",
+        "Outside: time from the end of one logged step to the start of the next, such as for evaluations and saves.",
         ("step_time_s", "outside"),
     ),
     ("mfu", "Model FLOPs utilization", "", "Share of the GPUs' peak FLOP/s.", ("mfu",)),
@@ -79,7 +79,7 @@ SPEED = (
     ),
 )
 OF_TOKENS = {"accuracy": ("loss_margin/accuracies",)}
-"""Further metrics of charts, which exist if the loss compares log-probabilities per token."""
+"""Additional metrics of charts. They exist only if the loss compares log-probabilities per token."""
 WITHOUT_REFERENCE = {
     "accuracy": "Share of pairs whose chosen response is more likely than the rejected one.",
     "rewards": "Beta times the log-probability of whole responses.",
@@ -100,7 +100,7 @@ SIDES = {"chosen": "chosen", "rejected": "rejected"}
 
 
 def curves(judged: Sequence[Judged], table: Sequence[Any] = CURVES) -> Iterator[Chart]:
-    """Yield the charts of metrics over steps: training thin, held-out pairs thick, with marks for the runs' events."""
+    """Yield the charts of metrics over steps: thin lines for training, thick lines for held-out pairs, and events."""
     many = len(judged) > 1
     for name, title, unit, note, metrics in table:
         lines = []
@@ -125,7 +125,7 @@ def curves(judged: Sequence[Judged], table: Sequence[Any] = CURVES) -> Iterator[
 
 
 def _note(name: str, note: str, judged: Sequence[Judged]) -> str:
-    """Return the explanation of a chart, one for runs without a reference, or, for runs of both kinds, both."""
+    """Return the explanation of a chart: for runs with a reference, for runs without a reference, or both."""
     other = WITHOUT_REFERENCE.get(name)
     kinds = {run.has_reference for run, _ in judged}
     if other is None or kinds == {True}:
@@ -166,7 +166,7 @@ def _restarted(run: RunFiles, steps: np.ndarray) -> np.ndarray:
 
 
 def training_time(run: RunFiles) -> float | None:
-    """Return the seconds from the start of the first step to the end of the last one, without those between starts."""
+    """Return the seconds from the start of the first step to the end of the last one, excluding time between starts."""
     ends, took = run.series.get("time"), run.series.get("step_time_s")
     if ends is None or took is None or not np.array_equal(ends.steps, took.steps):
         return None
@@ -177,7 +177,7 @@ def training_time(run: RunFiles) -> float | None:
 def events(run: RunFiles, place: int | None = None) -> list[Chart]:
     """Return the marks in curves: restarts, saves, skipped steps, and the best evaluated step.
 
-    place   position of the run among several; None: there is one run
+    place   position of the run among several runs; None if there is only one run
     """
     found = [{"at": step, "kind": "restart", "text": f"restarted after step {step}"} for step in run.starts[1:] if step]
     found += [{"at": step, "kind": "save", "text": f"saved step {step}"} for step in run.saved[-200:]]
@@ -191,7 +191,7 @@ def events(run: RunFiles, place: int | None = None) -> list[Chart]:
 
 
 def best_step(run: RunFiles) -> tuple[int, str] | None:
-    """Return the best evaluated step, and the metric that decides: that of checkpoint.keep_best, or eval/loss."""
+    """Return the best evaluated step, and the metric that decides: checkpoint.keep_best.metric, or eval/loss."""
     asked = run.get("checkpoint.keep_best") or {}
     metric = str(asked.get("metric", "eval/loss"))
     lowest = asked.get("mode") == "min" or (asked.get("mode") is None and metric.endswith("loss"))
@@ -251,7 +251,7 @@ def _short(name: str, by: str) -> str:
 
 
 def numbers(values: Any) -> list[float | int | None]:
-    """Return numbers for JSON with six digits; None for those that are not finite."""
+    """Return numbers for JSON with six digits; numbers that are not finite become None."""
     array = np.asarray(values)
     if array.dtype.kind in "iu":
         return array.tolist()

@@ -40,9 +40,10 @@ class Row(NamedTuple):
 def comparison(first: Judged, second: Judged) -> dict[str, Any]:
     """Compare the newest evaluations of two runs: ``second`` minus ``first``.
 
-    Returns  ``found``, the result of :func:`~dpo_engine.reporting.comparison.compare`, or None; ``problem``, the reason
-             for None, or a limitation of the result; ``names`` of the runs; ``summary``, a sentence; ``rows`` of the
-             table; ``differently``, pairs that the runs rank differently; and the ``number`` of such pairs
+    Returns  a dictionary: ``found`` (the result of :func:`~dpo_engine.reporting.comparison.compare`, or None);
+             ``problem`` (why ``found`` is None, or a limitation of the result); ``names`` of the runs; ``summary`` (a
+             sentence); ``rows`` of the table; ``differently`` (pairs that the runs rank differently); and ``number``
+             (the number of all such pairs)
     """
     names = (second.run.name, first.run.name)
     told: dict[str, Any] = {"names": names, "found": None, "problem": None, "summary": "", "rows": []}
@@ -73,7 +74,7 @@ def comparison(first: Judged, second: Judged) -> dict[str, Any]:
 
 
 def _more_rows(later: dict[str, np.ndarray], first: dict[str, np.ndarray], same_loss: bool) -> list[Row]:
-    """Return other rows: displacement and distance, if both runs have a reference; loss, if it is the same function."""
+    """Return further rows: displacement and distance if both runs have a reference, and the loss if ``same_loss``."""
     both = [_moved(later), _moved(first)]
     if not all(np.isfinite(values).all() for part in both for values in part.values()):
         both = [{}, {}]

@@ -1,4 +1,4 @@
-"""One sentence of the verdict, with its evidence, and words that several sentences share."""
+"""One sentence of the verdict with its evidence, and constants and functions that several sentences share."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Kind = Literal["good", "warn", "bad", "note"]
 class Finding:
     """One sentence about a run.
 
-    kind      ``good``, ``warn``, ``bad``, or ``note`` if it is neither
-    title     what was found
-    evidence  the numbers that it is based on
-    advice    what to do about it; empty if there is nothing to do
-    chart     the chart on the page that shows it
+    kind      ``good``, ``warn``, ``bad``, or ``note`` for a neutral sentence
+    title     the sentence
+    evidence  the numbers on which the sentence is based
+    advice    what the user can do about a problem; empty if there is nothing to do
+    chart     id of the chart on the page that shows the evidence; empty if there is no such chart
     """
 
     kind: Kind
@@ -45,5 +45,5 @@ def points(estimate: Estimate) -> str:
 
 
 def good(m: Measures) -> Kind:
-    """Return ``good``, or ``note`` if the policy is so far from the reference that a good number says little."""
+    """Return ``good``, or ``note`` if the policy is so far from the reference that a good number means little."""
     return "note" if m.has_reference and m.drift > DRIFT else "good"

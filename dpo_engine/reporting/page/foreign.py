@@ -10,13 +10,13 @@ HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-"""Control characters, unpaired surrogates, invisible characters, and those that change the direction of text."""
+"""Control characters, unpaired surrogates, invisible characters, and characters that change the text direction."""
 
 
 def visible(text: str, longest: int = 2000) -> str:
     """Return text with hidden characters as names such as ``⟨U+202E⟩``, shortened to about `longest` characters.
 
-    Line feeds and tabs stay. HTML is not escaped: the page never inserts text as HTML.
+    Line feeds and tabs are kept. HTML is not escaped, because the page never inserts this text as HTML.
     """
     if len(text) > longest:
         text = f"{text[:longest]} … ({len(text) - longest:,} more characters)"

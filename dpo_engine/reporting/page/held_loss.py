@@ -1,4 +1,4 @@
-"""Say what the held-out loss of a run shows: bad numbers, a loss above its start, and overfitting."""
+"""Report what the held-out loss of a run shows: bad numbers, a loss above its initial value, and overfitting."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dpo_engine.reporting.page.measures import Measures, signed
 from dpo_engine.reporting.page.run_files import RunFiles
 
 RISE = 0.02
-"""Relative amount by which the held-out loss must exceed its minimum to count as a rise, if there is no interval."""
+"""Relative amount by which the held-out loss must exceed an earlier value to count as a rise, without an interval."""
 
 
 def bad_numbers(run: RunFiles, m: Measures | None) -> Iterator[Finding]:
-    """Report a newest evaluation whose loss is not a finite number."""
+    """Report a held-out loss that is not a finite number in the newest evaluation."""
     held = run.series.get("eval/loss")
     if held is None or np.isfinite(held.last):
         return
@@ -30,7 +30,7 @@ def bad_numbers(run: RunFiles, m: Measures | None) -> Iterator[Finding]:
 
 
 def start(run: RunFiles) -> Iterator[Finding]:
-    """Report a held-out loss above its value before training."""
+    """Report a held-out loss that is higher than before training."""
     held, train = run.series.get("eval/loss"), run.series.get("loss")
     first = held.values[0] if held is not None and held.steps[0] == 0 else train.values[0] if train else None
     if held is None or first is None or held.steps[-1] == 0 or not held.last > first * (1 + RISE):
@@ -46,7 +46,7 @@ def start(run: RunFiles) -> Iterator[Finding]:
 
 
 def overfitting(run: RunFiles, m: Measures) -> Iterator[Finding]:
-    """Say whether the held-out loss has risen since its minimum. Yield nothing if the newest one is not finite."""
+    """Report whether the held-out loss has risen since its minimum. Yield nothing if the newest loss is not finite."""
     held = run.series.get("eval/loss")
     if held is None or len(held.values) < 2:
         title = "There are fewer than two evaluations, so overfitting cannot be seen."
@@ -61,7 +61,8 @@ def overfitting(run: RunFiles, m: Measures) -> Iterator[Finding]:
         evidence = f"{held.values[0]:.4f} at the first evaluation, {last:.4f} now."
         yield Finding(good(m), title, evidence, "", "loss")
         return
-    # The pairs of the newest evaluation may be unreadable. Those of an earlier one say nothing about the last value.
+    # If the pairs of the newest evaluation cannot be read, `m` is about an older one, which cannot explain the last
+    # value.
     rise = m.loss_rise(step) if m.step == held.steps[-1] else None
     clear = rise.low > 0 if rise else last > low * (1 + RISE)
     evidence = f"Held-out loss {low:.4f} after step {step:,}, {last:.4f} after step {held.steps[-1]:,}"
@@ -75,7 +76,7 @@ def overfitting(run: RunFiles, m: Measures) -> Iterator[Finding]:
 
 
 def _use(run: RunFiles, step: int) -> str:
-    """Return how to get the checkpoint of the best step, or, if there is none, how to keep it in the next run."""
+    """Advise how to get the checkpoint of the best step or, if it was not kept, how to keep it in the next run."""
     if step in run.kept:
         return f"Use the checkpoint of this step (`export --step {step}`), train for fewer steps, or lower optim.lr."
     if step == 0:
@@ -90,7 +91,7 @@ def _use(run: RunFiles, step: int) -> str:
 
 
 def more_evaluations(run: RunFiles) -> str:
-    """Return how to get more evaluations of a run; empty if the run itself will make some."""
+    """Advise how to get more evaluations of a run. The text is empty if the run is going to evaluate anyway."""
     every = run.get("train.eval_interval")
     pairs = run.get("data.validation") or run.get("data.validation_fraction")
     if not pairs or not every:

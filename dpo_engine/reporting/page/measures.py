@@ -23,7 +23,7 @@ SMALLEST = 10
 
 
 class Change(NamedTuple):
-    """How the accuracy has changed since an earlier step, on the same pairs."""
+    """Change of the accuracy since an earlier step, on the same pairs."""
 
     step: int
     before: float
@@ -41,8 +41,8 @@ class Group(NamedTuple):
 class Measures:
     """Estimates over the pairs of an evaluation.
 
-    earlier    returns the evaluation after another step, or None if there is no readable file
-    first      the run's first evaluated step, if known
+    earlier    function that returns the evaluation after a given step, or None if there is no readable file
+    first      the run's first evaluated step; None if it is unknown
     per_token  whether the loss compares log-probabilities per token
     """
 
@@ -53,7 +53,7 @@ class Measures:
 
     @classmethod
     def of(cls, run: RunFiles) -> Measures | None:
-        """Return the measures of a run's newest evaluation, or None if it has none."""
+        """Return the measures of a run's newest evaluation, or None if the run has no evaluation."""
 
         def earlier(step: int) -> Evaluation | None:
             try:
@@ -111,9 +111,9 @@ class Measures:
 
     @property
     def compares_tokens(self) -> bool:
-        """Whether accuracies compare log-probabilities per token: those of a loss that does so, without a reference.
+        """Whether accuracies compare log-probabilities per token. They do for a per-token loss without a reference.
 
-        Its rewards are sums over tokens, so the longer response usually has the lower one.
+        The rewards of such a loss are sums over tokens, so the longer response usually has the lower reward.
         """
         return self.per_token and not self.has_reference
 
@@ -123,7 +123,7 @@ class Measures:
 
     @cached_property
     def reward_margin(self) -> np.ndarray:
-        """Reward of chosen minus that of rejected [n]; if accuracies compare tokens, of rewards per token."""
+        """Chosen reward minus rejected reward [n]. If :attr:`compares_tokens`, both are rewards per token."""
         if not self.compares_tokens:
             return self.column("margin")
         chosen, rejected = (self.column(f"{side}_rewards") / self._lengths(side) for side in ("chosen", "rejected"))
@@ -134,12 +134,12 @@ class Measures:
 
     @cached_property
     def right(self) -> np.ndarray:
-        """1 for each pair whose reward margin is above 0, 0.5 for a tie, otherwise 0 [n]."""
+        """For each pair, 1 if its reward margin is above 0, 0.5 if it is 0, and 0 if it is below 0 [n]."""
         return 0.5 * (1 + np.sign(self.reward_margin)) if self.compares_tokens else self.column("accuracy")
 
     @cached_property
     def since_first(self) -> Change | None:
-        """The change of the accuracy since the first evaluation, if its pairs are known and the same."""
+        """The change of the accuracy since the first evaluation; None if its pairs are unknown or different."""
         before = self.earlier(self.first) if self.first is not None and self.first < self.step else None
         if before is None or before.columns["id"].tolist() != self.column("id").tolist():
             return None
@@ -214,7 +214,7 @@ class Measures:
         return int(((self.reference_margin > 0) & (self.policy_margin < 0)).sum())
 
     def loss_rise(self, step: int) -> Estimate | None:
-        """Return the paired difference between the loss now and after an earlier step; None without the same pairs."""
+        """Return the paired change of the loss since an earlier step; None if the pairs are unknown or different."""
         before = self.earlier(step)
         if before is None or before.columns["id"].tolist() != self.column("id").tolist():
             return None
@@ -231,9 +231,9 @@ class Measures:
 
     @property
     def length_rule(self) -> str:
-        """``longer`` or ``shorter``: the response that is the chosen one more often.
+        """``longer`` or ``shorter``: which of a pair's two responses is more often the chosen one.
 
-        If neither is, the rule is the one that the reward margins follow.
+        If both are chosen equally often, this is the rule that the reward margins follow.
         """
         if self._longer_wins == 0.5:
             return "longer" if (self.length_difference * self.reward_margin).sum() >= 0 else "shorter"
@@ -271,7 +271,7 @@ class Measures:
 
     @cached_property
     def probability(self) -> np.ndarray:
-        """Probability that the chosen response is better, as the reward margin implies it [n].
+        """Probability that the chosen response is better, according to the reward margin [n].
 
         *Source*: the Bradley-Terry model, sigmoid(margin); DPO (arXiv 2305.18290) eq. 1.
         """
@@ -293,7 +293,7 @@ class Measures:
 
     @cached_property
     def reliability(self) -> list[tuple[float, float, int]]:
-        """Mean confidence, accuracy, and number of pairs, for each bin of the confidence that is not empty."""
+        """Mean confidence, accuracy, and number of pairs, for each non-empty bin of the confidence."""
         confidence = np.maximum(self.probability, 1 - self.probability)
         place = np.clip(np.searchsorted(BINS, confidence, side="right") - 1, 0, len(BINS) - 2)
         weights, found = self.column("weight"), []
@@ -312,7 +312,7 @@ class Measures:
 
 
 def percent(value: float) -> str:
-    """Format a share as percent."""
+    """Format a fraction as a percentage."""
     return f"{100 * value:.1f}%"
 
 

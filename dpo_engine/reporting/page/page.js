@@ -100,7 +100,7 @@
     const values = chart.traces.flatMap((t) => t[name]).filter((value) => value !== null);
     return [values.reduce((a, b) => Math.min(a, b), 0), values.reduce((a, b) => Math.max(a, b), 0)];
   };
-  // With many runs, the page names their colors once per section.
+  // With many runs, the page explains their colors once per section, and not in each chart.
   const crowded = (chart) => data.runs.length > 2 && chart.traces.filter((t) => !t.unnamed).length > 4;
   const drawing = (chart) => {
     const axis = (title, more) => ({
@@ -109,7 +109,7 @@
     });
     const shapes = [...(chart.marks || [])].sort((a, b) => drawnFirst.indexOf(a.kind) - drawnFirst.indexOf(b.kind)).map((mark) => {
       let [y0, y1, width, dash] = marks[mark.kind];
-      // With several runs, each has its own place, so that no run's mark hides another's.
+      // With several runs, the marks of each run have their own position, so that they do not hide other runs' marks.
       if (mark.kind === "best" && mark.run !== undefined) [y0, y1, width] = [0.92 - 0.1 * mark.run, 1 - 0.1 * mark.run, 4];
       if (mark.kind === "restart" && mark.run !== undefined) [y0, y1] = [mark.run / data.runs.length, (mark.run + 1) / data.runs.length];
       const tint = mark.kind === "best" ? "good" : mark.kind === "skip" ? "bad" : "soft";
@@ -144,7 +144,7 @@
     plot.chart = chart;
     await Plotly.newPlot(plot, ...drawing(chart));
     plots.push(plot);
-    // A high legend must not take height from the curves.
+    // A tall legend must not reduce the height of the curves.
     const legend = plot.querySelector(".legend .bg")?.getBBox().height || 0;
     if (legend > 45) {
       plot.style.height = `${plot.clientHeight + legend - 25}px`;
@@ -198,7 +198,7 @@
       option.value = kind;
       kinds.append(option);
     }
-    // A number that would be rounded to 0 keeps one digit, so that its sign is no riddle. Exactly 0 has no sign.
+    // A number that would be rounded to 0 keeps one significant digit, to explain its sign. Exactly 0 has no sign.
     const number = (value, digits) => {
       if (value === null || value === undefined) return "—";
       const size = Math.abs(value), tiny = size > 0 && size < 0.5 * 10 ** -digits;

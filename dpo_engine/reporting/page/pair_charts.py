@@ -11,7 +11,7 @@ from dpo_engine.reporting.page.measures import Measures
 from dpo_engine.reporting.page.run_files import RunFiles
 
 MOST_POINTS = 3000
-"""Maximum number of pairs in a scatter plot; pairs with extreme values are among them."""
+"""Maximum number of pairs in a scatter plot. Pairs with extreme values are always drawn."""
 
 
 def pair_charts(judged: Sequence[Judged]) -> Iterator[Chart]:
@@ -44,7 +44,7 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
         series.insert(0, ("reference", "quiet", known[0][2].reference_margin))
     everything = np.concatenate([values for *_, values in series])
     low, high = np.quantile(everything, [0.002, 0.998])
-    near = 0.25 * (high - low)  # values beyond this margin would make the bars of all others narrow
+    near = 0.25 * (high - low)  # if the axis included values beyond this distance, all bars would be narrow
     low = max(low - near, everything.min())
     high = min(high + near, everything.max())
     edges = np.linspace(min(low, 0), max(high, 0) if high > low else low + 1, 49)
@@ -77,7 +77,7 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
 
 
 def _chosen_points(*values: np.ndarray) -> np.ndarray:
-    """Return the rows to draw in a scatter plot: the extremes of each column, and evenly spaced ones."""
+    """Return the rows to draw in a scatter plot: those with extreme values in a column, and evenly spaced rows."""
     count = len(values[0])
     if count <= MOST_POINTS:
         return np.arange(count)

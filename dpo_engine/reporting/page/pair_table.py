@@ -21,16 +21,16 @@ LONGEST_CUT = 500
 LONGEST_TOKEN = 300
 """Maximum length of a text on the page, in characters."""
 OLD_KINDS = {"most wrong": LOWEST}
-"""Names of kinds in files of earlier versions."""
+"""Names of kinds in files that earlier versions wrote, and the current names."""
 NUMBERS = ("margin", "chosen_rewards", "rejected_rewards", "chosen_tokens", "rejected_tokens")
 
 
 def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """Return the pairs whose tokens are known, for the table.
 
-    Each pair has ``run``, ``index``, ``kinds``, ``source``, the numbers of its evaluation, ``change`` (of the
-    log-probability margin by training, in nats), ``prompt``, ``cut`` (the end of the text that was cut from the prompt,
-    None if unknown) and, for ``chosen`` and ``rejected``, the result of :func:`tokens`.
+    Each pair has ``run``, ``index``, ``id``, ``kinds``, ``source``, the numbers of its evaluation, ``change`` (change
+    of the log-probability margin by training, in nats), ``prompt``, ``cut`` (the end of the text that was cut from the
+    start of the prompt; None if it is unknown) and, for ``chosen`` and ``rejected``, the result of :func:`tokens`.
     """
     found = [(place, *item) for place, item in enumerate(judged) if item.measures and item.run.tokens]
     shown = sum(len(run.tokens) for _, run, _ in found) // 3
@@ -65,20 +65,20 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def _kinds(shown: str, reference: float, policy: float) -> list[str]:
-    """Return why a pair was chosen, and how it flipped, if it did. Pairs chosen for other reasons can flip, too."""
+    """Return the kind that a pair was chosen for and, if the pair has flipped, the kind of the flip."""
     kinds = [visible(OLD_KINDS.get(shown, shown), 40)]
     flipped = TO_RIGHT if reference < 0 < policy else TO_WRONG if policy < 0 < reference else None
     return kinds if flipped is None or flipped in kinds else [*kinds, flipped]
 
 
 def flips(judged: Sequence[Judged]) -> dict[str, int]:
-    """Return the number of all pairs that flipped, in all runs whose tokens are known."""
+    """Return how many pairs flipped to right and to wrong, over all pairs of the runs whose tokens are known."""
     known = [m for run, m in judged if m and run.tokens and m.has_reference]
     return {TO_RIGHT: sum(m.to_right for m in known), TO_WRONG: sum(m.to_wrong for m in known)}
 
 
 def _triples(texts: Sequence[TokenText]) -> list[dict[str, TokenText]]:
-    """Return the parts of each pair, by side."""
+    """Return the prompt, chosen, and rejected text of each pair, by side. Omit pairs without all three texts."""
     pairs: dict[str, dict[str, TokenText]] = {}
     for text in texts:
         pairs.setdefault(text.id, {})[text.side] = text
@@ -88,13 +88,13 @@ def _triples(texts: Sequence[TokenText]) -> list[dict[str, TokenText]]:
 def tokens(text: TokenText, most: int) -> dict[str, Any]:
     """Return a response's tokens for the page.
 
-    most   maximum number of tokens; further tokens are left out, and counted
+    most   maximum number of tokens; further tokens are counted, but not returned
 
-    Tokens that end within a character are joined with the token that completes it.
+    Tokens that end within a character are joined with the token that completes the character.
 
-    Returns  ``t`` texts, ``v`` log-probabilities under the policy, ``r`` under the reference (None if unknown), each
-             None for tokens that are not scored; ``more`` number of tokens left out; ``sum`` and ``refsum`` sums over
-             all scored tokens
+    Returns  a dictionary: ``t`` (texts); ``v`` and ``r`` (log-probabilities under the policy and under the reference,
+             None for tokens that are not scored; ``r`` is None if they are unknown); ``more`` (number of tokens that
+             are not returned); ``sum`` and ``refsum`` (sums of the log-probabilities over all scored tokens)
     """
     logps, others = np.array(text.logps, dtype=float), text.ref_logps
     reference = None if others is None else np.array(others, dtype=float)
@@ -115,7 +115,10 @@ def tokens(text: TokenText, most: int) -> dict[str, Any]:
 
 
 def _groups(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield ranges of tokens to show together: empty texts join the next non-empty text, or form the last range."""
+    """Yield ranges of tokens to show together. A token without text is joined with the next token that has text.
+
+    Tokens without text at the end form a range of their own.
+    """
     start = 0
     for place, piece in enumerate(pieces):
         if piece:
@@ -126,7 +129,7 @@ def _groups(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def _number(value: Any, *, small: bool = False) -> float | int | None:
-    """Round a number for the page to three decimals; with ``small``, smaller numbers keep three digits instead."""
+    """Round a number to three decimals or, with ``small``, numbers below 0.1 to three digits; None if not finite."""
     value = float(value)
     if not np.isfinite(value):
         return None

@@ -1,4 +1,4 @@
-"""Say what a run without a reference has learned: compared with its first evaluation, because 50% is no baseline."""
+"""Report what a run without a reference has learned since its first evaluation, because 50% is no baseline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dpo_engine.reporting.page.measures import Measures, pairs_text, percent, si
 
 
 def outcome(m: Measures) -> Finding:
-    """Return the first sentence about a run whose newest evaluation has no log-probabilities of a reference."""
+    """Return the first sentence about a run whose newest evaluation has no reference log-probabilities."""
     estimate, change = m.accuracy, m.since_first
     likely = f"the chosen response is more likely{' per token' if m.compares_tokens else ''}"
     share = f"{likely} in {percent(estimate.mean)} of {pairs_text(m.count)}"

@@ -44,10 +44,10 @@ class Series(NamedTuple):
 class RunFiles:
     """The contents of a run's directory.
 
-    name         a name for the run, different from those of other runs on the page
-    config       the run's configuration, as in config.yaml; empty if there is none
+    name         a name for the run, which no other run on the page has
+    config       the run's configuration, as in config.yaml; empty if there is no such file
     series       the metrics, by name
-    starts       the step after which each start of the run began; the first one is the run's first start
+    starts       for each start of the run, in order of time, the step after which it began
     total_steps  number of steps of the whole run, 0 if unknown
     saved        steps whose checkpoints were saved
     kept         steps whose checkpoints are on disk
@@ -58,7 +58,7 @@ class RunFiles:
     files        the Parquet file of each evaluation, by step
     evaluation   the newest evaluation of single pairs, or None
     tokens       the tokens of the evaluation's pairs that were selected for display
-    no_tokens    why there are none, and how to write them; empty if there are tokens, or no evaluation
+    no_tokens    why there are no tokens, and how to write them; empty if there are tokens or there is no evaluation
     problems     error lines about other files that cannot be read
     """
 
@@ -91,18 +91,18 @@ class RunFiles:
 
     @property
     def step(self) -> int:
-        """The last step with metrics, or else the last evaluated step."""
+        """The last step with metrics or an evaluation; 0 if there is none."""
         known = [int(series.steps[-1]) for series in self.series.values()]
         return max([*known, *self.files, *self.summaries, 0])
 
     @property
     def running(self) -> bool:
-        """Whether the run may still make steps: the log knows of no end."""
+        """Whether the run may still execute steps: steps are left, and the log records no error and no early end."""
         return self.step < self.total_steps and self.ended is None and not self.stopped
 
     @property
     def per_token(self) -> bool:
-        """Whether the loss compares log-probabilities per token; then it has metrics of its own margin."""
+        """Whether the loss compares log-probabilities per token. Only such a loss has metrics ``loss_margin/...``."""
         return any(f"{prefix}loss_margin/accuracies" in self.series for prefix in ("", "eval/"))
 
     @property
@@ -114,7 +114,7 @@ class RunFiles:
 
     @property
     def accuracy(self) -> str:
-        """The name of the accuracy in summaries that fits the loss; see :meth:`Measures.compares_tokens`."""
+        """The key in summaries of the accuracy that fits the loss; see :meth:`Measures.compares_tokens`."""
         return "likelihood_accuracy_per_token" if self.per_token and not self.has_reference else "accuracy"
 
 
@@ -127,7 +127,8 @@ def read_run(directory: Path, name: str) -> RunFiles:
     series = _metrics(directory / "metrics.jsonl")
     last = max((int(one.steps[-1]) for one in series.values()), default=None)
     found = [(int(match[1]), match[2], path) for path, match in _evaluations(directory / "eval")]
-    # Evaluations of later steps are from before the run resumed. The run has not reached these steps again.
+    # Evaluations of later steps were written before the run resumed from an older checkpoint. The run has not reached
+    # these steps again.
     found = [item for item in found if last is None or item[0] <= last]
     if not series and not found:
         what = "contains no metrics.jsonl and no evaluations" if directory.is_dir() else "is a file"
@@ -147,7 +148,7 @@ def read_run(directory: Path, name: str) -> RunFiles:
             problems += error.problems
             continue
         tokens, no_tokens = _tokens(tokens_path(files[step]), directory, step, saved=step in kept)
-        if step not in summaries:  # an earlier version wrote none
+        if step not in summaries:  # an earlier version of the engine wrote no summaries
             summaries[step] = report(evaluation)
         break
     log = _log(directory / LOG)
@@ -174,7 +175,7 @@ def _kept(folder: Path) -> list[int]:
 
 
 def _tokens(path: Path, directory: Path, step: int, *, saved: bool) -> tuple[list[TokenText], str]:
-    """Read the tokens of an evaluation. Return them, or the reason why there are none and a way to write them.
+    """Read the tokens of an evaluation. Return the tokens, or why there are no tokens and how to write them.
 
     saved   whether the step has a checkpoint
     """
@@ -193,7 +194,7 @@ def _tokens(path: Path, directory: Path, step: int, *, saved: bool) -> tuple[lis
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
-    """Return, for each path, its last components: the smallest number that distinguishes all paths."""
+    """Return the last components of each path, as few as distinguish all paths."""
     parts = [path.resolve().parts for path in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -203,7 +204,7 @@ def names_of(directories: Sequence[Path]) -> list[str]:
 
 
 def _metrics(path: Path) -> dict[str, Series]:
-    """Read a metrics file. Of several lines about a step, the last value counts. Damaged lines are left out."""
+    """Read a metrics file. If a metric has several values for a step, keep the last one. Ignore damaged lines."""
     steps: dict[str, array] = {}
     values: dict[str, array] = {}
     for line in _lines(path):
@@ -253,7 +254,7 @@ def _summary(path: Path, problems: list[str]) -> dict[str, Any] | None:
         for group in summary["groups"]:
             for name in ("accuracy", "margin", *({"likelihood_accuracy_per_token"} & group.keys())):
                 [float(group[name][key]) for key in ("mean", "low", "high")]
-            group["by"], group["name"], group["pairs"], group["loss"]  # noqa: B018  the page reads them
+            group["by"], group["name"], group["pairs"], group["loss"]  # noqa: B018  the page needs these keys
         return summary
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         problems.append(f"{path}: is not a summary of an evaluation; run the evaluation again")

@@ -13,9 +13,10 @@ UNLISTED = "(in the code of the loss or plugin)"
 
 
 class Setting(NamedTuple):
-    """A key of a run with its value, its default (or why none is shown), and whether the value differs from it.
+    """A configuration key of a run, with its value, its default (or why no default is shown), and whether they differ.
 
-    shown   whether to show the key in the short list: it was changed, or its default is unknown (an option of a loss)
+    shown   whether to show the key in the short list, because its value differs from the default, or because its
+            default is unknown (as for an option of a loss)
     """
 
     path: str
@@ -62,14 +63,16 @@ def differing(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 
 
 def rank_grid(layout: Mapping[str, int] | None, most: int = 4) -> dict[str, Any] | None:
-    """Return the grid of ranks to draw.
+    """Return the grid of ranks to draw, or None if the layout is unknown.
 
-    most   number of data-parallel copies that are drawn; the others are counted
+    most   maximum number of data-parallel copies to draw
 
-    Megatron-Core numbers ranks in the order tp, cp, dp, pp: the ranks of a tensor-parallel group have adjacent numbers.
+    Megatron-Core numbers ranks in the order tp, cp, dp, pp: the ranks of a tensor-parallel group have consecutive
+    numbers.
 
-    Returns  ``copies``, for each of the first copies the stages, each a list of context-parallel rows of ranks;
-             ``more`` number of copies that are not drawn; None if the layout is unknown
+    Returns  a dictionary: ``copies`` (for each copy to draw, a list of stages; a stage is a list of rows, one for each
+             context-parallel rank; a row is a list of ranks), ``more`` (number of copies that are not drawn), and the
+             sizes of the layout
     """
     if layout is None:
         return None

@@ -88,7 +88,7 @@ def _show_run(item: Judged, console: Console) -> None:
 def _groups(run: RunFiles, step: int | None) -> Table:
     """Return a summary: accuracy and margin of all pairs, of each source, and of each group of lengths.
 
-    step   the step that the verdict describes; None: the last one with a summary
+    step   the step that the verdict describes; if it is None or has no summary, the last step with a summary is used
     """
     step = step if step in run.summaries else max(run.summaries, default=None)
     name = run.accuracy if step is not None and run.accuracy in run.summaries[step]["groups"][0] else "accuracy"

@@ -11,8 +11,9 @@ MOST = 1200
 def thinned(steps: np.ndarray, values: np.ndarray, most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
     """Return at most `most` points of a curve.
 
-    The curve is divided into ranges with equal numbers of points. Of each range, the points with the smallest and the
-    largest value are kept, and the first point whose value is not finite. The curve's first and last points are kept.
+    The curve is divided into ranges with equal numbers of points. At most three points of each range are kept: the
+    points with the smallest and the largest finite value, and the first point whose value is not finite. The first and
+    the last point of the curve are always kept.
     """
     count = len(values)
     if count <= most:

@@ -1,4 +1,4 @@
-"""Say in plain words what a run has learned, with the evidence for each sentence."""
+"""Describe in plain sentences what a run has learned, with the evidence for each sentence."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ GAP = 0.1
 OVERCONFIDENT = 0.05
 """Smallest difference between mean confidence and accuracy that is reported."""
 SPIKE = 10.0
-"""A gradient norm counts as a spike if it exceeds the median of the run this many times."""
+"""A gradient norm counts as a spike if it is larger than the run's median times this factor."""
 
 
 def findings(run: RunFiles, measures: Measures | None) -> list[Finding]:
     """Return what the files of a run show, the most important first.
 
-    measures  those of the run's newest evaluation; None: there is none
+    measures  measures of the run's newest evaluation; None if the run has no evaluation
     """
     found = [*_ended(run), *held_loss.bad_numbers(run, measures)]
     if measures is None:
@@ -45,7 +45,7 @@ def findings(run: RunFiles, measures: Measures | None) -> list[Finding]:
     told += [*_drift(measures), *held_loss.overfitting(run, measures), *_gap(run, measures), _length(measures)]
     told += [*_sources(measures), *_calibration(measures)]
     if held is not None and not (measures.step >= held.steps[-1] and np.isfinite(held.last)):
-        # A good number of an older evaluation, or beside a bad one, says little.
+        # A good number means little if it is from an older evaluation, or if the newest held-out loss is not finite.
         told = [replace(one, kind="note") if one.kind == "good" else one for one in told]
     return [*found, *told, *_health(run)]
 
@@ -109,7 +109,7 @@ def _ranking(m: Measures) -> Iterator[Finding]:
 
 
 def _displacement(m: Measures) -> Iterator[Finding]:
-    """Say whether margins grew because chosen responses became more likely, or because rejected ones became less so."""
+    """Report how the likelihoods of chosen and of rejected responses contributed to the change of the margins."""
     if not m.has_reference:
         return
     chosen, rejected, fell = m.chosen_change, m.rejected_change, m.chosen_fell
@@ -171,7 +171,7 @@ def _gap(run: RunFiles, m: Measures) -> Iterator[Finding]:
 
 
 def _length(m: Measures) -> Finding:
-    """Say whether the accuracy follows from the responses' lengths alone."""
+    """Report whether the lengths of the responses alone explain the accuracy."""
     with_rule, against = m.along_length, m.against_length
     if m.equal_lengths == m.count:
         title = "Both responses of every pair are equally long, so length explains nothing."
@@ -226,7 +226,7 @@ def _sources(m: Measures) -> Iterator[Finding]:
 
 
 def short_names(sources: dict[str, Group]) -> dict[str, Group]:
-    """Return sources by the last parts of their paths, if all of these differ."""
+    """Return sources by the last components of their paths if these are unique, otherwise by their whole paths."""
     short = {name.rpartition("/")[2]: group for name, group in sources.items()}
     return short if len(short) == len(sources) else sources
 

@@ -40,8 +40,8 @@ def write_page(directories: Sequence[str | Path], to: str | Path) -> None:
 
     directories   train.output_dir of each run, which may still be running
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if a directory is not that of a run, if plotly is missing, or if the
-    file cannot be written.
+    Raises :class:`~dpo_engine.errors.ConfigError` if a directory does not contain a run, if plotly is missing, or if
+    the file cannot be written.
     """
     write_file(Path(to), page(read_runs(directories)).encode())
 
@@ -49,7 +49,7 @@ def write_page(directories: Sequence[str | Path], to: str | Path) -> None:
 def read_runs(directories: Sequence[str | Path]) -> list[Judged]:
     """Read runs, with the measures of their newest evaluations.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if a directory is not that of a run.
+    Raises :class:`~dpo_engine.errors.ConfigError` if a directory does not contain a run.
     """
     paths = [Path(directory) for directory in directories]
     runs = [read_run(path, visible(name, 80)) for path, name in zip(paths, names_of(paths), strict=True)]
@@ -100,7 +100,7 @@ def page(judged: Sequence[Judged]) -> str:
 
 
 def _facts(item: Judged) -> dict[str, Any]:
-    """Return what the template shows about a run."""
+    """Return the values that the template shows for a run."""
     run, measures = item
     loss, beta = (visible(str(run.get(f"loss.{key}", "")), 40) for key in ("name", "beta"))
     lines = [f"step {run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")]
@@ -139,7 +139,7 @@ def _packed_plotly() -> str:
 
 
 def _packed(text: str) -> str:
-    """Return text compressed, for a browser's DecompressionStream. Base64 needs no escapes in HTML."""
+    """Compress text for a browser's DecompressionStream, and encode it in base64, which needs no escapes in HTML."""
     return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 

@@ -49,6 +49,7 @@ KERNELS = {
     "model.kernels",
     "model.latent",
     "model.layer",
+    "model.norms",
     "model.local_experts",
 }
 LONGEST_FILE = 350

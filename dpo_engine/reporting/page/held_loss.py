@@ -85,8 +85,8 @@ def _use(run: RunFiles, step: int) -> str:
     known = f"only step{'s' * several} {', '.join(map(str, run.kept))}" if run.kept else "and no other step"
     known += " have one" if several else " has one"
     return (
-        f"Step {step:,} has no checkpoint, {known}. Train for fewer steps, or lower optim.lr. To keep it next time, "
-        "save when you evaluate (checkpoint.save_interval), with checkpoint.keep_best={metric: eval/loss}."
+        f"Step {step:,} has no checkpoint, {known}. Train for fewer steps, or lower optim.lr. To keep such a "
+        "step next time, set checkpoint.keep_best={metric: eval/loss}."
     )
 
 

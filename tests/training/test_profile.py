@@ -1,4 +1,4 @@
-"""Tests of `logging.profile`: the files, the marked ranges, the refusals, and that steps compute the same numbers."""
+"""Tests of `logging.profile`: files, marked ranges, refused settings, and steps that compute the same numbers."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from support.small_run import config_of, log_of, run
 
 
 def train(files, tiny_hf, output, asked, ranks=1, **sections):
-    """Train 4 steps of at most 8 pairs; evaluate 7 pairs, and save, after every second step."""
+    """Train 4 steps of at most 8 pairs. After every second step, evaluate 7 pairs and save."""
     base = {
         "parallel": {"pp": ranks},
         "batch": {"layout": "stacked"},
@@ -30,7 +30,7 @@ def train(files, tiny_hf, output, asked, ranks=1, **sections):
 
 
 def events(path):
-    """Return the ranges in a trace that the engine marked: (name, start, end), in microseconds."""
+    """Return the ranges that the engine marked in a trace, as (name, start, end) in microseconds."""
     found = json.loads(path.read_text())["traceEvents"]
     marked = [one for one in found if one.get("cat") == "user_annotation"]
     return [(one["name"], one["ts"], one["ts"] + one["dur"]) for one in marked]
@@ -75,7 +75,7 @@ def test_resumed_run_profiles_only_its_own_steps(files, tiny_hf, tmp_path):
 
 
 def fake_run(folder):
-    """Return what the profiler reads of a run of one rank."""
+    """Return a stand-in for a run of one rank, with the attributes that the profiler reads."""
     engine = types.SimpleNamespace(
         platform=types.SimpleNamespace(synchronize=lambda: None),
         groups=types.SimpleNamespace(world=types.SimpleNamespace(rank=lambda: 0)),

@@ -1,4 +1,4 @@
-"""Tests of batches of padded rows: contents, scored tokens, dummy pairs, and shards, which must equal Megatron's."""
+"""Tests of batches of padded rows: contents, scored tokens, dummy pairs, and shards equal to those of Megatron."""
 
 import doctest
 import inspect

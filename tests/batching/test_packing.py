@@ -260,8 +260,8 @@ def number_of(text):
 def check_balance(lengths, parts, contiguous=1.0):
     """Check the distribution of 128 pairs over 8 ranks.
 
-    Checks the largest cost of a rank relative to the mean, and the number of tokens relative to the number that trees
-    have if none is split over ranks. Returns the imbalance if each rank got consecutive pairs instead.
+    Checks the largest cost of a rank relative to the mean cost, and the number of tokens relative to the number of
+    tokens of unsplit trees. Returns the imbalance that a distribution of consecutive pairs would have.
     """
     dealt = deal_trees(np.arange(128), lengths, parts, cost=LLAMA_8B, dp_size=8, tokens_per_micro_batch=8192)
     ranks = [np.concatenate(rank) for rank in dealt]

@@ -239,7 +239,7 @@ def test_resume_in_another_layout(written, read, tiny_hf, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tiny_hf, tmp_path_factory):
-    """Save a checkpoint of two ranks, and return its folder and the configuration. Tests damage copies of it."""
+    """Save a checkpoint of two ranks. Return its folder and the configuration. Tests damage copies of the folder."""
     folder = tmp_path_factory.mktemp("saved")
     config = config_of(tiny_hf("llama"), folder, {"tp": 2})
     run_ranks(run, 2, config=config, save_at=HALF, folder=str(folder / "c"))

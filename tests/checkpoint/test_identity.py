@@ -1,6 +1,6 @@
 """Tests of a run's identity: the settings and data that determine the run's results.
 
-When a run resumes, its identity is compared with the checkpoint's, and each change is refused or accepted.
+When a run resumes, its identity is compared with the identity in the checkpoint. Each change is refused or accepted.
 """
 
 import json
@@ -199,7 +199,7 @@ def test_accepted_key_without_a_change_is_reported(arch):
     ids=str,
 )
 def test_total_steps_count_only_if_the_learning_rate_reads_them(optim, arch):
-    """Check by computing the learning rates of the schedule for runs of two lengths."""
+    """Compute the learning rates for runs of two lengths, to check whether they depend on the length."""
     from dpo_engine.optim.schedule import build_schedule
 
     optim = OptimConfig(**optim)

@@ -40,7 +40,7 @@ PLACES = (
     r"llama.*/model\.safetensors",
     r"tok\.model",
 )
-"""Patterns of paths. On slow storage, the first access of every process to a path of each pattern is slow."""
+"""Patterns of paths. On slow storage, the first access to a path of each pattern is slow, in every process."""
 
 
 def slow_storage(rank, log, places=PLACES, seconds=SLOW_S):

@@ -41,7 +41,7 @@ def unhurried(pause_s):
 
 
 def far(watch_s=1.0):
-    """Return a ``before`` hook: the job seems to be on another machine, so only a lease's renewals show its use."""
+    """Return a ``before`` hook: the job seems to be on another machine, so it must judge a lease by its renewals."""
 
     def before():
         from dpo_engine.checkpoint import lease

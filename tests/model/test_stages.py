@@ -79,7 +79,7 @@ def test_impossible_divisions_are_refused(tiny_hf):
 
 def test_plan_divides_models_whose_layers_cannot_be_divided_equally(tiny_hf):
     raw = {**SMALLEST, "model": {"path": str(tiny_hf("llama", num_hidden_layers=7))}, "train": {"output_dir": "o"}}
-    raw["train"]["global_batch_size"] = 1  # one pair, so that dp cannot use all GPUs
+    raw["train"]["global_batch_size"] = 1  # so that dp and cp cannot use the GPUs
     lines = plan(Config.parse(raw), 3)
     assert any("pp 3, cp 1, dp 1, layers " in line for line in lines), lines
     assert "  layers: auto" in lines

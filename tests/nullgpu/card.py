@@ -61,7 +61,7 @@ def attention_launches(kernels: Counter[str]) -> int:
 
 @contextmanager
 def waits_by_line() -> Iterator[Counter[str]]:
-    """Count the waits inside the block about which torch warns, by the three innermost stack frames in SOURCES."""
+    """Inside the block, count the waits about which torch warns, by the three innermost stack frames in SOURCES."""
     import torch
 
     places: Counter[str] = Counter()

@@ -26,7 +26,10 @@ def test_state_is_what_the_estimate_says(keys):
 
 
 def test_peak_is_the_state_and_the_bound_of_activations():
-    """Bound: residuals, norms, query, key, value, attention, gate, up, gate * up in bf16; 2 chunks of fp32 logits."""
+    """The bound counts bf16 residuals, norms, query, key, value, attention, gate, up and gate * up, and fp32 logits.
+
+    The logits are those of 2 chunks.
+    """
     report = run(*LLAMA_8B)
     hidden, ffn, key_value, layers, vocabulary, tokens, chunk = 4096, 14336, 1024, 32, 128256, 2 * 3072, 1024
     layer = 2 * (4 * hidden + 2 * hidden + 2 * key_value + 3 * ffn)

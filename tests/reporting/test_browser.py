@@ -29,7 +29,7 @@ HOSTILE = (
 
 
 def check_steps(driver):
-    """Check that hover boxes name steps only if a chart's curves have different steps, and that x axes are equal."""
+    """Check that hover boxes name steps only if curves have different steps, and that all x axes have one range."""
     hover = "return document.querySelector('#chart-{} .plot').data.map(t => t.hovertemplate)"
     assert all("at step %{x}" in text for text in driver.execute_script(hover.format("loss")))
     assert not any("at step" in text for text in driver.execute_script(hover.format("grad_norm")))

@@ -156,7 +156,7 @@ def test_the_page_asks_to_reload_only_if_the_run_may_go_on(folder, tmp_path):
 
 
 def test_the_time_between_starts_is_no_training(tmp_path):
-    """Steps take 2 s and end 2.5 s apart, except that 270 s lie between the two starts, after step 20."""
+    """Steps take 2 s and end 2.5 s apart. Between the two starts, after step 20, 270 more seconds pass."""
     folder = write_directory(tmp_path / "run", count=20, shown=2)
     assert "0:02:29 of training" in page(read_runs([folder])), "2 s, 58 times 2.5 s, and 2 s of the first step again"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -310,7 +310,7 @@ def lists(monkeypatch):
 
 
 class ListSink:
-    """A sink that keeps everything in lists. It raises an error when it is opened if `fails` is true."""
+    """A sink that keeps everything in lists. If `fails` is true, opening the sink raises an error."""
 
     opened: ClassVar[list] = []
 

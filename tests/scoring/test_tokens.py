@@ -1,4 +1,4 @@
-"""Tests of the log-probabilities of single tokens: they equal transformers' in every layout."""
+"""Tests of the log-probabilities of single tokens: they equal those of transformers in every layout."""
 
 import json
 import re

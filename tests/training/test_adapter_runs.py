@@ -66,9 +66,9 @@ def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
 
 
 def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path):
-    """When a module is called, DDP waits for its gathered parameters, but not for its children's.
+    """When a module is called, DDP waits for the module's gathered parameters, but not for those of its children.
 
-    This suffices, because an adapter has no children.
+    This suffices for an adapter, because it has no children.
     """
     model, found = tiny_hf("llama"), {}
     adapter = {"path": str(make_adapter(model, tmp_path / "start", use_dora=True))}

@@ -157,7 +157,7 @@ def test_time_limit_leaves_room_for_an_evaluation():
 
 @pytest.mark.parametrize("rank_0_late", [False, True])
 def test_time_limit_leaves_room_for_a_step_and_a_save(rank_0_late):
-    """The limit is 1100. A step of up to 40 s and a save of 30 s end in time from 1020 on, but too late from 1060 on.
+    """The limit is 1100. If a step of up to 40 s and a save of 30 s start at 1020, they end in time; at 1060, too late.
 
     Only the clock of rank 0 counts.
     """

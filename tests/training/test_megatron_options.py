@@ -191,7 +191,7 @@ ACTS = {
 }
 """For each case, a function that returns whether the options had their effect on a rank.
 
-Its arguments are what was observed with the options and without them.
+The function's arguments are the rank's :class:`Observed` with the options and without the options.
 """
 
 

@@ -181,7 +181,7 @@ def test_loss_without_its_columns_names_file_and_field(files, tiny_hf, tmp_path)
 
 @pytest.fixture(scope="module")
 def one_step(files, tiny_hf, tmp_path_factory):
-    """Run one training step; return the run's directory."""
+    """Run one training step. Return the run's directory."""
     output = tmp_path_factory.mktemp("one_step")
     run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), output, train={"max_steps": 1}))
     return output

@@ -1,4 +1,7 @@
-"""Shared fixtures such as tiny random Hugging Face models; every test process uses one intra-op thread, as ranks do."""
+"""Shared fixtures, such as tiny random Hugging Face models.
+
+Every test process uses one intra-op thread, like the ranks that tests start.
+"""
 
 import os
 from pathlib import Path
@@ -14,7 +17,7 @@ from support.tiny_tokenizers import piece_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; tests of the Hub use a local server
 torch.set_num_threads(1)
-settings.register_profile("patient", deadline=None)  # shared machines can be slow, which must not fail a test
+settings.register_profile("patient", deadline=None)  # shared machines can be slow; a test must not fail for this
 settings.load_profile("patient")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, here or by Megatron
@@ -22,22 +25,23 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """Return the models of all cases of the engine's families, and what the checks computed from them."""
+    """Return an object that makes and caches tiny models, for all cases of the engine's families."""
     return TinyModels(tmp_path_factory.mktemp("models"), CASES)
 
 
 @pytest.fixture(scope="session")
 def tiny_hf(tiny_models):
-    """Return a function: ``tiny_hf("qwen3", tie_word_embeddings=True)`` makes a tiny random model in a directory.
+    """Return a function: ``tiny_hf("qwen3", tie_word_embeddings=True)`` saves a tiny random model.
 
-    The same arguments give the same directory within a session. Weights are large, so that logits differ clearly.
+    The function returns the model's directory. Within a session, calls with equal arguments return the same directory.
+    Weights are large, so that logits differ clearly.
     """
     return tiny_models.make
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Run a local server that speaks the protocol of the Hugging Face Hub, and use it as the Hub."""
+    """Run a local server that implements the protocol of the Hugging Face Hub, and use this server as the Hub."""
     from support.hub_server import forget, serve, use_hub
 
     with serve() as server:
@@ -81,7 +85,7 @@ def run_files(tmp_path_factory):
 def run_yaml(run_files, tiny_hf, tmp_path):
     """Return a function: ``run_yaml("name", parallel={"tp": 2})`` writes a run's YAML file and returns its path.
 
-    The run writes to a directory of the same name next to this file.
+    The run's output directory is next to this file, and its name is the file's name without ``.yaml``.
     """
 
     def make(name: str = "run", **sections) -> Path:

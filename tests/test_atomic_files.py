@@ -1,4 +1,4 @@
-"""Tests that files are written atomically, and that leftovers of killed writers are removed."""
+"""Tests that files are written atomically, and that files left by killed writers are removed."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Tests of the benchmarks: counters against closed forms, pairs against published lengths, and a whole comparison."""
+"""Tests of the benchmarks: counters equal closed forms, pairs have published lengths, and a whole comparison runs."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_attention_counts_the_computed_area_on_a_cpu(masked):
 
 
 def test_bound_matches_a_models_operations_on_one_row(tiny_hf):
-    """A prompt with one response shares nothing, so transformers must execute exactly the operations in the formula."""
+    """A prompt with one response is not shared, so transformers must execute exactly the operations in the formula."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"))
@@ -275,7 +275,7 @@ def test_readme_commands_parse(command):
 def test_sweep_covers_micro_batches_grouping_and_precomputing():
     assert (
         len(compare_trl.SWEEP) == len(set(compare_trl.SWEEP)) == 4 * 2 * 2 - 2
-    )  # grouping has no effect on micro-batches of one pair
+    )  # not for micro-batches of one pair, on which grouping has no effect
     assert compare_trl.arguments(["hh-like"]).trl == compare_trl.SWEEP and compare_trl.SWEEP[0] == "no options"
     assert compare_trl.arguments(["hh-like", "--trl", "no options", "mb4"]).trl == ["no options", "mb4"]
     assert contest.TRL_DEFAULT == trl.DPOConfig.per_device_train_batch_size
@@ -318,7 +318,7 @@ def test_stored_reference_lowers_the_bound(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [[], ["--adapter", "4"]], ids=["weights", "adapter"])
 def test_full_comparison(adapter, tmp_path):
-    """Run the whole comparison; the exit code is 1 if the metrics of the engine and TRL differ."""
+    """Run the whole comparison. Its exit code is 1 if the metrics of the engine and TRL differ."""
     command = [sys.executable, str(BENCHMARKS / "compare_trl.py"), "hh-like", "--quick"]
     ours = ["reference.mode=stored", "train.micro_batch_size=2"]
     command += ["--ours", *ours, "--trl", "mb2+grouped+precomputed+onednn", *adapter]
@@ -393,7 +393,7 @@ def test_a_differing_head_is_not_timed(monkeypatch):
 
 
 BUDGET_S = 840
-"""Seconds of the parts of gpu_day.sh together: 15 minutes, less the time to copy files and to start."""
+"""Limit on the total time of the parts of gpu_day.sh: 15 minutes, minus the time to copy files and to start."""
 
 
 def gpu_day(folder, python, script):
@@ -429,7 +429,7 @@ def test_the_limits_of_gpu_day_stay_within_the_budget():
 
 
 def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_path):
-    """A stand-in for Python fails in one part, hangs with a child process in another, and succeeds in the rest."""
+    """A stand-in for Python fails in one part, hangs with a child process in another, and succeeds in other parts."""
     script = (BENCHMARKS / "gpu_day.sh").read_text().replace("part head 35 ", "part head 1 ")
     python = (
         f"echo called with $1\ncase $1 in *head.py) sleep 60 & echo $! >{tmp_path}/left; wait ;;\n"
@@ -454,7 +454,7 @@ def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_pa
     ],
 )
 def test_a_rehearsal_excuses_only_trl(part, log, expected, tmp_path):
-    """Stand-ins replace the null GPU and the parts; one part fails."""
+    """Stand-ins replace the null GPU and the parts of the benchmark. One part fails."""
     for folder in ("tests/nullgpu", "benchmarks/results", "gpu-day/rehearsal"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(BENCHMARKS.parent / "tests/nullgpu/rehearse.sh", tmp_path / "tests/nullgpu")

@@ -1,4 +1,4 @@
-"""Tests of the command line: exit codes, and one line for each problem, which is not repeated by every rank."""
+"""Tests of the command line: exit codes, and one line for each problem, which only one rank prints."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run(tmp_path):
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """Remove all variables of a launcher from the environment."""
+    """Remove launchers' variables from the environment."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
@@ -34,7 +34,7 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def nothing_wrong(monkeypatch):
-    """Replace the check of runs with a function that finds no problem; return the list of its calls."""
+    """Replace the check of runs with a function that finds no problem. Return the list of the function's calls."""
     from dpo_engine.verbs import check
 
     asked = []
@@ -48,7 +48,7 @@ def nothing_wrong(monkeypatch):
 
 
 def stand_in(monkeypatch, module: str, **functions):
-    """Replace a module, which usually needs Megatron, with one that has only these functions."""
+    """Replace a module, for example one that imports Megatron, with a module that has only these functions."""
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
 
 
@@ -314,7 +314,7 @@ def test_parity_result_is_the_exit_code(run, nothing_wrong, monkeypatch, capsys,
     stand_in(monkeypatch, "dpo_engine.verbs.parity", parity=parity)
     assert cli.main(["parity", run, *options, "parallel.tp=2"]) == code
     assert capsys.readouterr().out == "8 pairs\n"
-    assert nothing_wrong[0][1] is None  # parity starts the ranks it needs
+    assert nothing_wrong[0][1] is None  # no number of ranks, because parity starts its own ranks
 
 
 LAUNCHERS = [

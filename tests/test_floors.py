@@ -1,4 +1,4 @@
-"""Tests of imports: each wing (folder) imports lower wings only, and only some may import Megatron or the kernels."""
+"""Tests of imports: each wing (folder) imports only lower wings, and only some wings may import Megatron or kernels."""
 
 import ast
 from pathlib import Path
@@ -68,7 +68,7 @@ def wing(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Return all dotted names that a file imports, even in functions; ``from x import y`` gives ``x`` and ``x.y``."""
+    """Return all dotted names that a file imports, also in functions. ``from x import y`` gives ``x`` and ``x.y``."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

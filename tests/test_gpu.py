@@ -26,7 +26,7 @@ assert (torch.zeros, torch.Tensor.to, torch.cuda.current_device) == before
 
 
 def train(config, folder, **environment):
-    """Train in one process with the command line; return the metrics of its steps.
+    """Train in one process with the command line. Return the metrics of the steps.
 
     ``CUDA_VISIBLE_DEVICES=""`` in the environment selects the CPU.
     """
@@ -59,7 +59,7 @@ def test_nothing_is_patched():
 @pytest.mark.parametrize("spec", ["native", "te"])
 @pytest.mark.parametrize("dtype, rel", [("fp32", 1e-3), ("bf16", 3e-2)])
 def test_gpu_run_matches_the_cpu(spec, dtype, rel, files, tiny_hf, tmp_path):  # noqa: F811
-    """In fp32 without TF32, only the order of sums may differ from the CPU; bf16 keeps 8 bits of each intermediate."""
+    """In fp32 without TF32, only the order of sums differs from the CPU. bf16 keeps 8 bits of each intermediate."""
     if spec == "te" and not has_transformer_engine():
         pytest.skip("Transformer Engine is not installed")
     start = tiny_hf("llama")

@@ -1,4 +1,4 @@
-"""Tests of the check that engine and kernels belong together, and of users without a name or a home directory."""
+"""Tests of the check that engine and kernels are of one installation, and of users without a name or a home."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def copy(tmp_path_factory):
 
 
 def start(here: Path, *command: str, path: tuple[Path, ...] = ()) -> subprocess.CompletedProcess:
-    """Run Python in a folder that contains an engine."""
+    """Run Python in a folder that contains a copy of the engine."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     return subprocess.run([sys.executable, *command], cwd=here, env=environment, capture_output=True, text=True)
 

@@ -40,8 +40,8 @@ def test_scripts_parse(script):
 
 def test_shellcheck_finds_nothing():
     need("shellcheck")
-    # Excluded: warnings about sourced files, which belong to the site or are checked separately, and about functions
-    # that seem unreachable because only a trap calls them.
+    # Exclude warnings about sourced files, which belong to the site or are checked separately. Also exclude warnings
+    # about functions that seem unreachable because only a trap calls them.
     command = ["shellcheck", "--exclude=SC1090,SC1091,SC2317", *map(str, SCRIPTS)]
     assert subprocess.run(command, capture_output=True, text=True).stdout == ""
 
@@ -110,7 +110,7 @@ def test_podman_runs_a_named_container_and_removes_it(job, calls, tmp_path):
         "DPO_FAULT": "",
     }
     assert finish(job(**settings))[0] == 0
-    run, kill, removal = calls("podman")[3:]  # the first container checks the image
+    run, kill, removal = calls("podman")[3:]  # the first container only checks the image
     assert run[0] == "run" and run[run.index("lab/engine:1") :][:4] == ["lab/engine:1", "trainer", "-m", "dpo_engine"]
     assert run[run.index("--name") + 1] == "dpo-4711-0-0"
     assert kill == ["kill", "dpo-4711-0-0"]
@@ -157,7 +157,7 @@ def test_invalid_settings_end_the_job(job, calls, settings, message):
     [(1, "", 1), (143, "", 143), (137, "6", 6), (143, "3 3", 3), (1, "5", 5), (143, "0", 143)],
 )
 def test_failed_run_fails_the_job(job, calls, tmp_path, code, ranks_say, expected):
-    """The job gets the code of the first rank that exited by itself; the launcher's own code may differ."""
+    """The job exits with the code of the first rank that exited by itself. The launcher's own code can differ."""
     left, _, err = finish(job(CODE=str(code), RANKS_SAY=ranks_say))
     assert left == expected
     assert f"not requeued: exit code {expected}; a job is requeued after exit code 75 (interrupted and saved)" in err
@@ -248,7 +248,7 @@ def test_verb_that_needs_no_ranks_is_one_process(stage, arguments, expected):
 
 
 def test_every_other_verb_is_one_process():
-    """The script lists the verbs that need a single process; all other verbs run on the ranks of the job."""
+    """The script lists the verbs that need a single process. All other verbs run on the ranks of the job."""
     (line,) = [line for line in (ROOT / "launch/job.sh").read_text().splitlines() if "| tokenize |" in line]
     listed = {name.strip(" )") for name in line.split("|")}
     assert listed == set(VERBS) - {"train", "reference", "eval", "export", "parity"}

@@ -1,6 +1,6 @@
 """Tests of how a Slurm job ends: warnings, requeues, a busy controller, lost nodes, and GPUs that must not be used.
 
-Slurm's commands are stand-ins. The real ones are tested in tests/slurm.
+Stand-ins replace Slurm's commands. tests/slurm tests the scripts with the real commands.
 """
 
 import signal
@@ -18,7 +18,7 @@ SUBMIT = (
 
 @pytest.fixture
 def submit(tmp_path):
-    """Return the text with the command that continues an interrupted job by hand."""
+    """Return the text with the command by which a user continues an interrupted job."""
     return SUBMIT.format(folder=tmp_path)
 
 
@@ -133,7 +133,7 @@ def test_warning_that_kills_a_starting_rank_is_an_interruption(stage):
 
 
 def test_warning_reaches_the_ranks_while_the_controller_is_busy(stage):
-    """srun passes a signal on to its tasks without the controller."""
+    """srun sends a signal to its tasks without the controller."""
     stage.fail("scancel", "--signal=USR1", 99, BUSY)
     process = stage.start(WAIT="yes", CODE="75")
     stage.wait_for_start()
@@ -153,12 +153,12 @@ def test_verb_that_cannot_save_is_not_warned(stage):
     process.send_signal(signal.SIGUSR1)
     assert process.stderr.readline() == "warned by Slurm: eval has nothing to save, so it continues\n"
     assert stage.calls("scancel") == []
-    (stage.folder / "calls.warned").touch()  # the end of the evaluation
+    (stage.folder / "calls.warned").touch()  # end the evaluation
     assert finish(process)[0] == 0
 
 
 def test_warning_at_the_start_is_passed_on_later(stage):
-    """Slurm warns a job whose time limit is shorter than the warning as soon as it starts."""
+    """If a job's time limit is shorter than the time of the warning, Slurm sends the warning when the job starts."""
     stage.set_record(seconds_left=6)
     process = stage.start(WAIT="yes", CODE="75")
     stage.wait_for_start()
@@ -225,7 +225,7 @@ def test_lost_node_is_excluded(stage):
 
 
 def test_node_that_slurm_knows_to_be_down_is_excluded(stage):
-    """Slurm may requeue the job first. The job then has no nodes, so none answers."""
+    """Slurm can requeue the job before the script asks the nodes. The job then has no nodes, so no node answers."""
     stage.set_record(JobState="PENDING")
     srun = stage.folder / "bin/srun"
     srun.write_text(srun.read_text().replace("|| exit 1", "|| exec /bin/sleep 60"))
@@ -259,7 +259,7 @@ exit "${SMI_CODE:-0}"
 
 @pytest.fixture
 def gpus(stage):
-    """Return a function that starts a job with a GPU check, which the fake srun runs on the first node only."""
+    """Return a function that starts a job with a GPU check. The fake srun runs the check only on the first node."""
     smi = stage.folder / "bin/nvidia-smi"
     smi.write_text(NVIDIA_SMI)
     smi.chmod(0o755)

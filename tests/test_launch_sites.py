@@ -1,4 +1,4 @@
-"""Tests of the launch scripts at unusual sites: settings that fail, links, job arrays, a busy controller."""
+"""Tests of the launch scripts at unusual sites: failing settings, links, job arrays, and a busy controller."""
 
 import signal
 import time
@@ -11,7 +11,7 @@ BUSY = "Socket timed out on send/recv operation"
 
 
 def test_site_settings_may_use_unset_variables_and_failing_commands(stage):
-    """A last line whose condition is false gives the whole file a nonzero exit code."""
+    """If the condition in the last line is false, the exit code of the whole file is not zero."""
     (stage.folder / "launch/site.env").write_text(
         "SITE_LIBRARIES=/site:$SITE_LIBRARIES_OF_HOST\nfalse\nSITE_NAME=lab\n[[ -d /no/such/place ]] && LAUNCHER=x\n"
     )
@@ -48,7 +48,7 @@ def test_script_is_submitted_by_a_link(stage):
 
 
 def test_task_of_an_array_asks_about_itself_alone(stage):
-    """The last task's job number is also that of the whole array."""
+    """The last task has the same job number as the whole array, so the script must name the task."""
     process = stage.start(WAIT="yes", CODE="75", SLURM_ARRAY_JOB_ID="4711", SLURM_ARRAY_TASK_ID="3")
     stage.wait_for_start()
     process.send_signal(signal.SIGUSR1)
@@ -78,7 +78,7 @@ def test_gpu_check_needs_the_names_of_the_nodes(stage):
 
 @pytest.mark.slow
 def test_warning_before_the_script_is_ready_does_not_kill_the_job(stage):
-    """Slurm warns a job at once if its time limit is shorter than the warning."""
+    """If a job's time limit is shorter than the time of the warning, Slurm sends the warning at once."""
     stand_in = stage.folder / "bin/scontrol"
     stand_in.write_text(stand_in.read_text().replace("\n", '\n[[ "$*" != "show job"* ]] || /bin/sleep 0.5\n', 1))
     stage.set_record(seconds_left=8)

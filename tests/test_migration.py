@@ -51,7 +51,7 @@ def test_mapped_values_are_accepted():
 
 
 def test_keys_in_prose_exist():
-    """Text in backticks that starts with a section's name must be a key of ours or of another system."""
+    """Text in backticks that starts with a section's name must be a key of the engine or of another system."""
     theirs = {key for _, entry in ENTRIES for key in entry.keys}
     sections = "|".join(Config.model_fields)
     written = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:=[^`]*)?`", migration_pages()))
@@ -76,7 +76,7 @@ def test_our_own_keys_are_never_answered():
 
 
 def test_systems_agree_on_keys_that_are_not_nested():
-    """Systems must agree, because an error message cannot know which system a key comes from."""
+    """The tables must agree on such a key, because an error message cannot know from which system the key comes."""
     targets: dict[str, set] = {}
     for _, entry in ENTRIES:
         for key in entry.keys:

@@ -1,4 +1,4 @@
-"""Train on two sets of real, human-labeled pairs (text and conversations), in one process and in four."""
+"""Train on two sets of real, human-labeled pairs (text and conversations), in one process and in four processes."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Train a bare SentencePiece model of 500 pieces on a part of both sets."""
+    """Train a bare SentencePiece model of 500 pieces on parts of both data sets."""
     import sentencepiece
 
     def texts():

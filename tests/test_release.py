@@ -1,4 +1,4 @@
-"""Tests of a release: files name no particular machine, and the constraints pin every requirement."""
+"""Tests of a release: no file names a particular machine, and the constraints pin every requirement."""
 
 import re
 import subprocess
@@ -22,7 +22,7 @@ def tracked() -> list[Path]:
 
 
 def test_files_name_no_machine_and_no_package_index():
-    # This file is searched too, so each pattern is written in such a way that it does not match itself.
+    # The test also searches this file, so each pattern is written in such a way that it does not match itself.
     index = re.compile(r"--(extra-)?index[-]url|find[-]links|\w\.[a-z]{2,}(:\d+)?/(\S*/)?(simpl[e]|wh[l])\b|\.wh[l]\b")
     place = re.compile(r"(?<![\w.$}~])/(home|root|work|mnt|Users|scratch)/")
     for path in tracked():
@@ -34,7 +34,7 @@ def test_files_name_no_machine_and_no_package_index():
 
 
 def requirements(text: list[str]) -> set[str]:
-    """Return the package names in requirement lines, except the project's own name, which stands for its extras."""
+    """Return the package names in requirement lines, except the project's own name, which refers to its extras."""
     return {re.match(r"[A-Za-z0-9-]+", line)[0] for line in text} - {"dpo-engine"}
 
 
@@ -52,7 +52,7 @@ def test_constraints_pin_every_requirement():
 
 
 def test_wheels_contain_all_files_of_the_package():
-    """setuptools adds Python files by itself, and the others only if pyproject.toml names them."""
+    """setuptools adds Python files by itself, but other files only if pyproject.toml names them."""
     package = ROOT / "dpo_engine"
     others = [path.relative_to(package) for path in tracked() if package in path.parents and path.suffix != ".py"]
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["dpo_engine"]

@@ -99,7 +99,7 @@ def test_bf16_gradients_are_summed_in_fp32(tiny_hf, tmp_path):
 
 
 def rates_and_moves(config):
-    """Return the learning rates reported by four steps, and how far each step moved the embedding."""
+    """Return the learning rates reported by four steps, and the largest change of the embedding in each step."""
     import numpy as np
 
     from dpo_engine.training.engine import Engine, batch_facts

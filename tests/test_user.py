@@ -65,7 +65,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def small_task(tmp_path_factory):
-    """Make the files of the quickstart, with a checkpoint after a single step of its initial training."""
+    """Make the files of the quickstart. Its initial training is only a single step."""
     directory = tmp_path_factory.mktemp("task") / "small"
     make_task.make(directory, seed=3, pairs=48, held_out=9, steps=1)
     return directory
@@ -126,14 +126,14 @@ def test_example_needs_the_memory_that_it_says(run, tmp_path):
     tokens = largest_micro_batch(config, arch, dims, dtype=dtype, device_memory=int(has) * GIB)
     assert needed == f"{memory(config, arch, dims, dtype=dtype, tokens=tokens).needed / GIB:.1f}"
     assert float(needed) <= float(has)
-    if world <= 8:  # there are hundreds of layouts for more GPUs
+    if world <= 8:  # for more GPUs, there are hundreds of layouts
         fitting = re.match(rf"{arch.model_type} on {world} x H100 .*: (\d+) layouts fit", plan(config, world)[0])
         assert int(fitting[1]) >= 1
 
 
 @pytest.fixture
 def overrides(small_task, tmp_path):
-    """Return a function: ``overrides("examples/x.yaml")`` returns overrides that point the run to small files."""
+    """Return a function: ``overrides("examples/x.yaml")`` returns overrides with which the run uses small files."""
 
     def of(run: str) -> list[str]:
         model = small_task / "base"
@@ -175,7 +175,7 @@ def test_plugin_loss_runs(overrides, tmp_path):
     run = "examples/extend/loss.yaml"
     train_example(tmp_path, overrides(run))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    expected = 0.5**2  # identical models have a margin of 0
+    expected = 0.5**2  # for identical models, all margins are 0
     assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(expected, abs=1e-6)
 
 
@@ -187,7 +187,7 @@ def test_plugin_loss_options_are_checked(overrides, monkeypatch, capsys):
 
 
 def train_example(folder: Path, overrides: list[str]) -> str:
-    """Train two steps of the loss example with these overrides, in a forked process; return the output."""
+    """Train two steps of the loss example with these overrides, in a forked process. Return the output."""
     command = ["train", "examples/extend/loss.yaml", *overrides, "train.max_steps=2"]
     done = run_job(command, 1, folder / "log", before=partial(os.chdir, ROOT))
     assert done.codes == [0], done.said
@@ -265,7 +265,7 @@ def test_held_out_questions_are_disjoint_from_training(small_task):
 
 
 def test_task_is_determined_by_its_seed(tmp_path):
-    # All three are made here: other tests may change how this process multiplies matrices.
+    # All three tasks are made here, because other tests can change how this process multiplies matrices.
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):
         make_task.make(tmp_path / name, seed=seed, pairs=48, held_out=9, steps=1)
     for path in sorted((tmp_path / "first").rglob("*")):
@@ -373,7 +373,7 @@ def test_package_coexists_with_hugging_faces_kernels(tmp_path):
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
     ).stdout.strip()
-    # Make the packages of this environment visible there, so that only the two packages under test are installed.
+    # Make the packages of this environment visible in the new one, so that only the two tested packages are installed.
     here = [entry for entry in sys.path if entry.endswith("site-packages")]
     (Path(site) / "here.pth").write_text("\n".join(here) + "\n")
 

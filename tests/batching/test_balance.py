@@ -1,4 +1,4 @@
-"""Tests of distributing items evenly over bins: each item is placed once, and loads stay within the proven bounds."""
+"""Tests of distributing items evenly over bins: each item is in one bin, and loads stay within the proven bounds."""
 
 import itertools
 
@@ -45,9 +45,9 @@ def test_capacity_is_respected(items, count):
 
 
 def test_by_hand():
-    # Placing the largest first gives 3 2 2 | 3 2; exchanging a 3 for a 2 gives 2 2 2 | 3 3.
+    # Placing the largest items first gives 3 2 2 | 3 2. Exchanging a 3 for a 2 then gives 2 2 2 | 3 3.
     assert np.bincount(deal_evenly([3, 3, 2, 2, 2], 2), [3, 3, 2, 2, 2]).tolist() == [6, 6]
-    # In order of cost alone, no bin would have room for the last item, which is large but cheap.
+    # If items were placed in order of cost alone, no bin would have room for the last item, which is large but cheap.
     assert deal_evenly([9, 8, 1], 2, sizes=np.array([1, 1, 4]), capacity=4).tolist() == [1, 1, 0]
     assert deal_evenly([9, 8, 1], 2, sizes=np.array([3, 3, 4]), capacity=4) is None
     # With equal costs, items with lower indices go to bins with lower indices.

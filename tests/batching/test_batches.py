@@ -1,4 +1,4 @@
-"""Tests of batches of padded rows: contents, scored tokens, dummy pairs, and shards that are the same as Megatron's."""
+"""Tests of batches of padded rows: contents, scored tokens, dummy pairs, and shards equal to those of Megatron."""
 
 import doctest
 import inspect
@@ -42,8 +42,8 @@ class TestCollate:
         for number, row in enumerate(rows):
             expected = [] if row is None else row
             assert batch.tokens[number].tolist() == expected + [99] * (batch.tokens.shape[1] - len(expected))
-        # There is a scored entry for each token that predicts a response token. Its flag is set if both responses have
-        # a token at that position.
+        # There is a scored entry for each token that predicts a response token. The entry's flag `shared` is set if
+        # both responses have a token at that position.
         found = entries(batch, batch.scored)
         assert len(found) == len(set(found))
         expected = []
@@ -93,7 +93,7 @@ class TestCollate:
 
 
 def entries(batch, scored):
-    """Return the scored entries as (column, row, target, owner, shared), where the column is the token's position."""
+    """Return the scored entries as (column, row, target, owner, shared); the column is the token's position."""
     sites, rows = scored.sites[scored.take], len(batch.tokens)
     columns = batch.positions[sites // rows]
     parts = columns, sites % rows, scored.targets[scored.take], scored.owner, scored.shared
@@ -101,7 +101,7 @@ def entries(batch, scored):
 
 
 def labels(batch):
-    """Return targets and owners in tensors shaped like the tokens, with -100 at columns that are not scored."""
+    """Return targets and owners as tensors with the shape of the tokens. They have -100 at columns without scores."""
     targets, owners = torch.full((2, *batch.tokens.shape), -100)
     for column, row, target, owner, _ in entries(batch, batch.scored):
         place = row, batch.positions == column
@@ -110,7 +110,7 @@ def labels(batch):
 
 
 def megatrons_share(whole):
-    """Return this rank's columns as computed by Megatron's own function."""
+    """Return this rank's columns, computed by Megatron's own function."""
     from megatron.core.utils import get_batch_on_this_cp_rank
     from torch import distributed as dist
 
@@ -143,7 +143,7 @@ class TestShard:
         assert torch.equal(columns[:, positions.argsort()], whole.tokens)
         found = [entry for share in shares for entry in entries(share, share.scored)]
         assert sorted(found) == sorted(entries(whole, whole.scored))
-        # In causal attention, the cost of a column is proportional to its position. The total must be equal on all
+        # In causal attention, the cost of a column is proportional to its position. The total cost must be equal on all
         # ranks.
         assert len({int(share.positions.sum()) for share in shares}) == 1
 
@@ -165,7 +165,7 @@ class TestShard:
 
 
 class TestWithin:
-    """Tests on two rows of four columns: pairs 0 and 1 share the predicted tokens of row 0, and pair 2 has row 1."""
+    """Tests on two rows of four columns. Pairs 0 and 1 share the predicted tokens of row 0; row 1 belongs to pair 2."""
 
     WHOLE = Scored(
         sites=torch.tensor([0, 2, 6, 1, 3]),

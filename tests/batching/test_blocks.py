@@ -1,6 +1,7 @@
-"""Tests of distributing blocks of a row over context-parallel ranks: equal token counts, nearly equal attention work.
+"""Tests of distributing the blocks of a row over context-parallel ranks.
 
-The usual zigzag distribution would be uneven for rows of trees.
+All ranks must get the same number of tokens, and nearly the same attention work. For rows of trees, the usual zigzag
+distribution does not balance the work.
 """
 
 import numpy as np
@@ -14,7 +15,10 @@ SHAPES = [(2000, 8000, 8000), (4000, 12000, 2000), (16000, 2000, 3000), (8000, 8
 
 
 def row(*trees, n=0):
-    """Return token positions of a row of trees, given as (prompt, response, ...) lengths, padded with zeros to n."""
+    """Return the token positions of a row of trees, padded with zeros to length n.
+
+    Each tree is a tuple of lengths (prompt, response, ...).
+    """
     places = []
     for prompt, *responses in trees:
         places += range(prompt)
@@ -42,7 +46,7 @@ def test_one_long_pair_is_balanced(shape, cp_size, multiple):
 
 
 def test_zigzag_would_be_unbalanced():
-    """Check that the zigzag distribution is uneven, which is why blocks are distributed by their attention work."""
+    """Check that the zigzag distribution is uneven. This is why blocks are distributed by their attention work."""
     positions = row((2000, 8000, 8000))
     chunk = np.arange(18000) * 16 // 18000
     keys = attention(positions, np.minimum(chunk, 15 - chunk), 8)
@@ -80,11 +84,12 @@ def test_padding_and_blocks_for_any_length(n, cp_size, multiple):
 
 
 def test_by_hand():
-    # One rank: only the multiple matters. Two ranks: 129 tokens need 65 on each rank, but 65 tokens cannot be split
-    # into equal blocks of 32 to 64 tokens; 66 tokens can.
+    # On one rank, only the multiple matters. On two ranks, 129 tokens need at least 65 tokens per rank. 65 tokens
+    # cannot be split into equal blocks of 32 to 64 tokens, but 66 tokens can.
     assert [padded_length(n, 1, 4) for n in (1, 4, 5)] == [4, 4, 8]
     assert [padded_length(n, 2) for n in (1, 128, 129)] == [2, 128, 132]
-    # Four blocks of 33 tokens, whose attention work increases: one rank gets the two ends, the other the middle.
+    # The attention work of the four blocks of 33 tokens increases. One rank gets the first and the last block, and the
+    # other rank gets the two blocks in the middle.
     assert deal_blocks(np.arange(132), 2).tolist() == [0] * 33 + [1] * 66 + [0] * 33
 
 

@@ -1,4 +1,4 @@
-"""Tests of the layout that `auto` chooses, and of tree micro-batches: the plan, equal sizes, and the token budget."""
+"""Tests of the layout that `auto` chooses, and of micro-batches: each pair once, equal sizes, and the token budget."""
 
 from types import SimpleNamespace
 
@@ -36,7 +36,7 @@ class TestAuto:
     def test_auto_takes_trees_for_repeated_prompts(self, tmp_path):
         pairs = of_lengths((60, 20, 20), (60, 20, 20))
         layout, reason = choose_layout(config(tmp_path), pairs, slow_trees=False)
-        # The stacked layout has two rows of 80 tokens per pair; the tree has 100 tokens.
+        # The stacked layout has two rows of 80 tokens for each pair, and a tree has 100 tokens.
         assert layout == "tree"
         assert reason == "stacked computes 1.60x as many tokens as tree, and prompts are 60% of a pair's tokens"
 
@@ -92,7 +92,7 @@ def test_visible_share_of_full_rows(share, each, tmp_path):
     asked = config(tmp_path, batch={"layout": "tree", "share": share, "tokens_per_micro_batch": tree.n})
     many = of_lengths(*[(60, 25, 10)] * 4 * each)
     assert visible_share(asked, many, 1) == pytest.approx(expected)
-    # With a larger budget, one row holds all pairs of the data set, or all of a rank's pairs of a global batch.
+    # With a larger budget, one row has all pairs of the data set, or all pairs of a global batch that a rank gets.
     wide = {"layout": "tree", "share": share, "tokens_per_micro_batch": 100 * tree.n}
     few = of_lengths(*[(60, 25, 10)] * each)
     assert visible_share(config(tmp_path, batch=wide), few, 1) == pytest.approx(expected)
@@ -117,7 +117,7 @@ class TestStacked:
         assert len({tuple(len(batch.index) for batch in rank) for rank in ranks}) == 1
         shapes = [batch.tokens.shape for rank in ranks for batch in rank]
         assert max(rows * columns for rows, columns in shapes) <= 300
-        # The first rank has the longest pairs. None of its micro-batches but the last has room for another pair.
+        # The first rank has the longest pairs. Only the last of its micro-batches may have room for another pair.
         for batch in ranks[0][:-1]:
             rows, columns = batch.tokens.shape
             assert (rows + 2) * columns > 300
@@ -131,11 +131,11 @@ class TestStacked:
         ranks = self.batches(tmp_path, pairs, dp=2, pp=2, vpp=2, tokens_per_micro_batch=300)
         ((rows, columns),) = {batch.tokens.shape for rank in ranks for batch in rank}
         assert rows * columns <= 300 < (rows + 2) * columns and len(ranks[0]) % 2 == 0
-        assert (len(ranks[0]) - 2) * rows // 2 < 9 <= len(ranks[0]) * rows // 2  # no more than needed for 9 pairs
+        assert (len(ranks[0]) - 2) * rows // 2 < 9 <= len(ranks[0]) * rows // 2  # the fewest for 9 pairs
 
 
 def test_unsettled_micro_batches_are_refused(tmp_path):
-    """Without this check, a benchmark or a plugin would run different micro-batches from those of `train`."""
+    """Without this check, the micro-batches of a benchmark or a plugin could differ from those of `train`."""
     for sections in ({}, {"batch": {"layout": "stacked"}, "train": {"micro_batch_size": None}}):
         engine = SimpleNamespace(config=config(tmp_path, **sections))
         with pytest.raises(RuntimeError, match="Engine.batches: call Engine.settle_batches first, before a model"):

@@ -27,9 +27,9 @@ PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 
 
 
 def batch_of(names):
-    """Return lengths and hashes of pairs, which are given as tuples of ids (prompt, chosen, rejected).
+    """Return lengths and hashes of pairs. Each pair is a tuple of ids (prompt, chosen, rejected).
 
-    The same response id with two prompts means two different responses.
+    A response id that occurs with two prompts stands for two different responses.
     """
     lengths = np.array([(1 + 7 * p, 2 + p + 3 * c, 2 + p + 3 * r) for p, c, r in names])
     parts = np.array([(p - 2, 100 * p + c, 100 * p + r) for p, c, r in names], dtype=np.int64)
@@ -43,7 +43,7 @@ def drawn(n, seed, medians=(95, 60, 60), sigma=0.8):
 
 
 def naive(lengths, parts, share=True):
-    """Count tokens, attended token pairs and scored tokens the slow way, by testing every pair of tokens."""
+    """Count tokens, attended token pairs and scored tokens in a slow and simple way, by testing every token pair."""
     rows = collections.defaultdict(list)
     for k, (sizes, keys) in enumerate(zip(lengths.tolist(), parts.tolist(), strict=True)):
         for response in (1, 2):
@@ -103,7 +103,7 @@ class TestTrees:
         assert cost.flops(tree) == 2 * 80 * 16 + 32 * (tree.visible + 2 * tree.within(window)) + 40 * 11
 
     def test_costs_match_the_operations_of_a_model(self, tiny_hf):
-        """Count the FLOP of a transformers model, whose eager attention also computes the masked (query, key) pairs."""
+        """Compare with the FLOP of a transformers model. Its eager attention also computes masked pairs of tokens."""
         import torch
         from torch.utils.flop_counter import FlopCounterMode
         from transformers import AutoModelForCausalLM
@@ -152,12 +152,13 @@ class TestDealing:
                 places = (pairs - 50) // 3
                 trees = make_trees(lengths[places], parts[places], share=share)
                 assert sum(tree.tokens for tree in trees) <= budget or len(pairs) == 1
-                # Pairs of one prompt are adjacent.
+                # Pairs with the same prompt are adjacent.
                 prompts = parts[places, 0].tolist()
                 changes = sum(a != b for a, b in zip(prompts, prompts[1:], strict=False))
                 assert not share or changes == len(set(prompts)) - 1 or not prompts
                 costs.append(sum(map(LLAMA_8B.flops, trees)))
-            # Costs first rise and then fall, so the cheapest micro-batches are at both ends.
+            # The costs of a rank's micro-batches first rise and then fall, so the cheapest micro-batches are at the
+            # ends.
             top = costs.index(max(costs))
             assert costs[: top + 1] == sorted(costs[: top + 1])
             assert costs[top:] == sorted(costs[top:], reverse=True)
@@ -175,8 +176,9 @@ class TestDealing:
         assert sum(map(len, held)) == len(set(parts[:, 0].tolist()))
 
     def test_prompt_over_the_budget_is_split_between_pairs(self):
-        # Six pairs are formed from four responses of 10 tokens to a prompt of 20 tokens: 60 tokens in total. The prompt
-        # with three responses needs 50. Sorted by response, the pairs are split into 0-1 0-2 | 0-3 | 1-2 1-3 2-3.
+        # Four responses of 10 tokens to a prompt of 20 tokens form six pairs. The prompt with all four responses needs
+        # 60 tokens, and with three responses 50. Sorted by response, the pairs are split into 0-1 0-2 | 0-3 | 1-2 1-3
+        # 2-3.
         names = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2)]
         lengths, parts = np.full((6, 3), 10), np.array([(9, *pair) for pair in names])
         lengths[:, 0] = 20
@@ -204,7 +206,7 @@ class TestDealing:
         assert sorted(len(pairs) for rank in dealt for pairs in rank) == [0, 0, 0, 0, 1, 1]
 
     def test_distribution_is_stable_across_versions(self):
-        # These values were recorded. If they change, increment packing.VERSION, which a resumed run compares.
+        # These are recorded values. If they change, increment packing.VERSION, which a resumed run compares.
         lengths = np.array([[(7 * i) % 31 + 3, (5 * i) % 17 + 2, (11 * i) % 23 + 2] for i in range(12)])
         parts = np.array([[i // 2 if i < 6 else i, 100 + i, 200 + i] for i in range(12)])
         lengths[:6, 0] = lengths[0:6:2, 0].repeat(2)
@@ -225,7 +227,7 @@ class TestBalance:
         not DATA.is_dir(), reason=f"no preference data in {DATA}; set DPO_TEST_DATA to use another directory"
     )
     def test_balance_for_real_pairs(self):
-        """Measure the balance on real pairs, with words and punctuation marks as tokens."""
+        """Measure the balance on real pairs. Each word and each punctuation mark counts as a token."""
         with gzip.open(DATA / SETS["harmless"], "rt", encoding="utf-8") as lines:
             rows = [[json.loads(line)[part] for part in ("prompt", "chosen", "rejected")] for line in lines]
         lengths = np.array([[len(re.findall(r"\w+|[^\w\s]", text)) + 1 for text in row] for row in rows])
@@ -238,7 +240,7 @@ class TestBalance:
         dealt = deal_trees(np.arange(256), lengths, parts, cost=LLAMA_8B, dp_size=2, tokens_per_micro_batch=4096)
         costs = np.array([[flops(lengths[p], parts[p]) for p in rank] for rank in dealt])
         tokens = lengths.sum()
-        assert costs.shape[1] == -(-tokens // (2 * 4096))  # the minimum number of micro-batches
+        assert costs.shape[1] == -(-tokens // (2 * 4096))  # as few micro-batches as possible
         assert costs.max() / costs.mean() <= 1.02
 
     def test_planning_500_pairs_takes_under_30_ms(self):
@@ -258,8 +260,8 @@ def number_of(text):
 def check_balance(lengths, parts, contiguous=1.0):
     """Check the distribution of 128 pairs over 8 ranks.
 
-    Checks the largest cost of a rank relative to the mean, and the number of tokens relative to that of unsplit trees.
-    Returns the imbalance that a distribution of consecutive pairs would have.
+    Checks the largest cost of a rank relative to the mean cost, and the number of tokens relative to the number of
+    tokens of unsplit trees. Returns the imbalance that a distribution of consecutive pairs would have.
     """
     dealt = deal_trees(np.arange(128), lengths, parts, cost=LLAMA_8B, dp_size=8, tokens_per_micro_batch=8192)
     ranks = [np.concatenate(rank) for rank in dealt]

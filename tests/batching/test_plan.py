@@ -1,5 +1,6 @@
-"""Tests of the order of pairs, the blending of sources, and the distribution over ranks: each pair is used as often as
-it should be.
+"""Tests of the order of pairs, the blending of sources, and the distribution of pairs over ranks.
+
+The tests also check how often each pair is used.
 """
 
 import collections
@@ -30,7 +31,7 @@ def plan_of(sizes, **settings):
 
 class TestOrder:
     def test_permutation_is_stable_across_numpy_versions(self):
-        # These values were recorded. A resumed run must see the same order, even with a later version of NumPy.
+        # These are recorded values. A resumed run must use the same order, even with a later version of NumPy.
         assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
         assert epoch_order(8, seed=3, epoch=2, source=1).tolist() == [5, 1, 4, 6, 3, 0, 7, 2]
 
@@ -81,9 +82,10 @@ class TestBlending:
         assert abs(so_far - expected).max() <= 0.5 + len(sizes) / 2
 
     def test_by_hand(self):
-        # 6 pairs; source 1 has weight 2. The shares are 2 x 1 and 4 x 2 of 10, so the sources get 1.2 and 4.8 draws.
+        # Source 0 has 2 pairs and weight 1; source 1 has 4 pairs and weight 2. Their shares of the 6 draws of an epoch
+        # are (2 x 1) / 10 and (4 x 2) / 10, which are 1.2 and 4.8 draws.
         assert draws_per_source([2, 4], [1.0, 2.0]) == [1, 5]
-        # Fractions are computed exactly. With three equal shares, the first sources get the remainder.
+        # Shares are exact fractions. If the shares of three sources are equal, the first sources get the remainder.
         assert draws_per_source([3, 3, 1], [0.1, 0.1, 0.3]) == [3, 2, 2]
         ids = ids_of([2, 4])
         orders = [blended_order(ids, [1.0, 2.0], seed=0, epoch=e, shuffle=False).tolist() for e in range(3)]
@@ -119,7 +121,7 @@ class TestDealing:
         # Each pair is on exactly one rank.
         assert sorted(dealt[dealt >= 0]) == indices.tolist() and set(dealt[dealt < 0]) <= {-1}
         assert all([len(place) for place in share] == sizes for share in shares)
-        # Ranks differ by at most one pair; dummies come last.
+        # The numbers of pairs on two ranks differ by at most one. Dummies come last.
         real = [int((np.concatenate(share) >= 0).sum()) for share in shares]
         assert max(real) - min(real) <= 1
         for share in shares:
@@ -173,7 +175,7 @@ class TestPlan:
 
 
 class TestGroupedByPrompt:
-    """With `data.group_by_prompt`, pairs of one prompt are adjacent in every epoch; all other rules still hold."""
+    """With `data.group_by_prompt`, pairs with the same prompt are adjacent in every epoch; other rules still hold."""
 
     @given(
         prompts=st.lists(st.integers(0, 5), min_size=1, max_size=40), seed=st.integers(0, 9), epoch=st.integers(0, 3)
@@ -241,7 +243,7 @@ class TestPosition:
         assert [taken[i * n : (i + 1) * n].tolist() for i in range(3)] == expected and len(taken) == 3 * n
 
     def test_this_epoch_and_the_next_are_ordered_once(self, monkeypatch):
-        """The next step's pairs are read while the current step still uses its own."""
+        """The two epochs alternate in the calls, because the next step's pairs are read during the current step."""
         ordered = []
         monkeypatch.setattr(
             "dpo_engine.batching.plan.blended_order",
@@ -282,7 +284,7 @@ class TestIntervals:
     )
     @settings(deadline=None)
     def test_parts_of_an_epoch(self, size, batch, epochs, interval):
-        """A step is due if a multiple of the interval lies in (pairs before, pairs after], counted in whole pairs."""
+        """A step is due if a multiple of the interval lies in (pairs before the step, pairs after the step]."""
         plan = plan_of([size], global_batch_size=batch, epochs=epochs)
         due = [step for step in range(1, plan.num_steps + 1) if plan.due(step, Fraction(interval))]
         twentieths = round(20 * float(interval))  # of an epoch
@@ -296,11 +298,11 @@ class TestIntervals:
         assert interval != "1" or due == [plan.steps_per_epoch * (epoch + 1) for epoch in range(epochs)]
 
     def test_another_batch_size_after_resuming(self):
-        """10 pairs: 2 steps of 3 pairs, then batches of 2. A quarter of an epoch is 2.5 pairs."""
+        """An epoch has 10 pairs, so a quarter is 2.5 pairs. Two steps have 3 pairs, and later steps 2 pairs."""
         first = plan_of([10], global_batch_size=3, epochs=2)
         plan = plan_of([10], global_batch_size=2, epochs=2, start=first.position(2))
-        assert [step for step in (1, 2) if first.due(step, Fraction("0.25"))] == [1, 2]  # 3 and 6 pairs
-        # 8, 10 (end of the epoch), 12, 14, 16, 18 and 20 pairs
+        assert [step for step in (1, 2) if first.due(step, Fraction("0.25"))] == [1, 2]  # after 3 and 6 pairs
+        # These steps end after 8, 10 (the end of the epoch), 12, 14, 16, 18 and 20 pairs.
         due = [step for step in range(3, plan.num_steps + 1) if plan.due(step, Fraction("0.25"))]
         assert due == [3, 4, 6, 7, 8, 9]
 

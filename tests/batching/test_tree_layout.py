@@ -1,4 +1,4 @@
-"""Tests of tree rows: contents, and the same metrics and gradients as with padded rows in every parallel layout."""
+"""Tests of tree rows: their contents, and the same metrics and gradients as with padded rows in every layout."""
 
 import doctest
 from itertools import groupby
@@ -24,7 +24,7 @@ MANY = RandomPairs(12, 50)
 
 
 def visible(segments: torch.Tensor) -> torch.Tensor:
-    """Return the attention mask [n, n], computed by following each token's segment to the root."""
+    """Return the attention mask [n, n], computed by following the tree from each token's segment to the root."""
     lengths, parents = segments.tolist()
     segment = [number for number, length in enumerate(lengths) for _ in range(length)]
     above = {number: {number} for number in range(len(lengths))}
@@ -63,7 +63,7 @@ class TestPlant:
                 continue
             response, other = (pair.chosen, pair.rejected) if owner < b else (pair.rejected, pair.chosen)
             assert batch.scored.targets[mine].tolist() == response.tolist()
-            # In any row, the site that predicts token i attends to the prompt and the first i tokens of the response.
+            # In every row, the site that predicts token i attends to the prompt and the first i tokens of the response.
             for i, site in enumerate(batch.scored.sites[mine].tolist()):
                 expected = [*pair.prompt.tolist(), *response[:i].tolist()]
                 assert tokens[sees[site]].tolist() == expected
@@ -82,7 +82,7 @@ class TestPlant:
         assert (plain.segments[1] == -1).all()
 
     def test_equal_responses_with_other_masks_are_scored_separately(self):
-        """The second pair scores one token of the same response, so it must not read the first pair's three tokens."""
+        """The second pair scores one token of the same response, so it must not use the scores of the first pair."""
         pair = MANY[0]._replace(chosen=np.array([5, 6, 7], dtype=np.int32), chosen_mask=None)
         masked = pair._replace(chosen_mask=np.array([False, True, False]))
         batch = plant([pair, masked], [0, 1], pad_id=99)
@@ -150,7 +150,7 @@ class TestShares:
             assert columns == sorted(set(columns)) and scored <= set(columns) <= set(range(share.tokens.shape[1]))
             expected = (
                 -(-max(len(scored), 1) // tp) * tp
-            )  # a rank with nothing to score keeps one column, so that it runs the same operations
+            )  # a rank without scored tokens keeps one column per tp rank, so that it runs the same operations
             assert len(columns) == expected
 
     def test_length_that_does_not_split_into_blocks_is_refused(self):
@@ -168,7 +168,7 @@ def reads_margins(sections) -> bool:
 
 @pytest.fixture(scope="module")
 def stacked(tiny_hf, tmp_path_factory):
-    """Return a function that trains with padded rows on one rank, once per combination of data and sections."""
+    """Return a function that trains with padded rows on one rank. It caches the results by data and sections."""
     known = {}
 
     def run(few=None, **sections):
@@ -248,7 +248,7 @@ ODD = ((1, 1, 1), (1, 40, 1), (1, 1, 300), (300, 2, 1), (127, 300, 290), (64, 64
 
 
 def odd_step(config, kept, fp64):
-    """Run one step on pairs of the sizes `ODD`, and save the gradients to the file `kept`.
+    """Run one step on pairs whose lengths are `ODD`, and save the gradients to the file `kept`.
 
     Returns metrics, log-probabilities, the number of elements in the largest tensor, and the number of sites.
     """
@@ -302,5 +302,6 @@ def test_odd_lengths_match_padded_rows_without_full_logits(tiny_hf, tmp_path, mo
     for name, gradient in torch.load(tmp_path / "tree.pt").items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
         assert error < rel, f"{name}: {error:.1e}"
-    # In millions of elements: logits of 64 sites 0.26, largest activations 0.39, all logits of the longest pair 2.4.
+    # The logits of 64 sites have 0.26 million elements, the largest activations 0.39, and all logits of the longest
+    # pair 2.4.
     assert largest < 0.5e6 < sites * 4099 / 8

@@ -1,4 +1,4 @@
-"""Tests of choosing a run's best steps by a held-out metric, and the checkpoints that are kept for it."""
+"""Tests of choosing a run's best steps by a held-out metric, and of keeping their checkpoints."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_an_evaluation_made_again_counts():
     ],
 )
 def test_checkpoints_that_are_kept(count, damaged, best, removed, tmp_path):
-    """Steps 2 to 8 have checkpoints, and step 10, which is not evaluated, is about to be published."""
+    """Steps 2, 4, 6 and 8 have checkpoints. The checkpoint of step 10 is published next; step 10 has no evaluation."""
     for step in (2, 4, 6, 8):
         (tmp_path / f"step_{step:08d}").mkdir()
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LINES))
@@ -73,17 +73,17 @@ def test_checkpoints_that_are_kept(count, damaged, best, removed, tmp_path):
     "step, count, damaged, save",
     [
         (4, 1, [], True),
-        (6, 1, [], False),  # as good as step 4, but later
+        (6, 1, [], False),  # the same loss as step 4, but later
         (6, 2, [], True),
         (8, 2, [], True),
         (8, 1, [], False),
         (8, 1, [4], True),
         (2, 1, [4], True),
-        (10, 4, [], False),  # has no value
+        (10, 4, [], False),  # step 10 has no evaluation
     ],
 )
 def test_evaluated_steps_that_are_saved(step, count, damaged, save, tmp_path):
-    """Steps 2 and 4 have checkpoints. Those of steps after ``step`` do not exist yet."""
+    """Steps 2 and 4 have checkpoints if they come before ``step``."""
     for other in (other for other in (2, 4) if other < step):
         (tmp_path / f"step_{other:08d}").mkdir()
     lines = [entry for entry in LINES if entry["step"] <= step]

@@ -1,4 +1,4 @@
-"""Tests of checkpoints: resuming continues the same trajectory in any layout, and damage is reported."""
+"""Tests of checkpoints: a resumed run continues the same trajectory in any layout, and damage is reported."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def run(
 ):
     """Train with batches of ``SIZES``, from the beginning or from a checkpoint.
 
-    draws  whether to also record numbers from every random generator after each step
+    draws  whether to also record numbers drawn from every random generator after each step
     load   options of load_checkpoint
 
     Returns the metrics of each step, or the text of the error if the checkpoint cannot be used.
@@ -144,7 +144,7 @@ def test_resume_in_the_same_layout_is_bitwise_identical(name, dtype, tiny_hf, tm
     "name", ["dp2", pytest.param("one", marks=pytest.mark.slow), pytest.param("tp2 pp2", marks=pytest.mark.slow)]
 )
 def test_async_save_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
-    """Resuming is bitwise identical, although later steps change the weights while the checkpoint is written."""
+    """The resumed run is bitwise identical, although later steps change the weights while the checkpoint is written."""
     ranks, layout = LAYOUTS[name]
     config = config_of(tiny_hf("llama"), tmp_path, layout)
     expected = run_ranks(run, ranks, config=config)
@@ -181,7 +181,7 @@ def slow_run(config, **asked):
     ],
 )
 def test_save_before_the_first_update_changes_nothing(name, dtype, tiny_hf, tmp_path):
-    """Before the first update, Adam has no moments and no update count."""
+    """Before the first update, Adam's state has no moments and no update count."""
     ranks, layout = LAYOUTS[name]
     model = tiny_hf("llama")
     config = config_of(model, tmp_path, layout, model={"path": str(model), "dtype": dtype})
@@ -239,7 +239,7 @@ def test_resume_in_another_layout(written, read, tiny_hf, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tiny_hf, tmp_path_factory):
-    """Save a checkpoint of two ranks, which tests copy and damage; return its folder and the configuration."""
+    """Save a checkpoint of two ranks. Return its folder and the configuration. Tests damage copies of the folder."""
     folder = tmp_path_factory.mktemp("saved")
     config = config_of(tiny_hf("llama"), folder, {"tp": 2})
     run_ranks(run, 2, config=config, save_at=HALF, folder=str(folder / "c"))
@@ -391,9 +391,9 @@ def test_each_rank_hashes_its_own_share_of_the_files(part, flipped, tmp_path):
 
 
 def resumed_reference(config, folder):
-    """Save and load a bf16 reference with its exact fp32 weights, after 2 updates in 5 steps.
+    """Save and load a bf16 reference with its exact fp32 weights. The checkpoint is of step 5, after 2 updates by Adam.
 
-    Returns the reference's exact weights and the number of Adam's updates, before and after.
+    Returns the reference's exact weights and Adam's number of updates, before saving and after loading.
     """
     from dpo_engine.checkpoint.load import find_checkpoint, load_checkpoint
     from dpo_engine.optim.state import adam_step
@@ -423,7 +423,7 @@ def resumed_reference(config, folder):
 
 
 def test_resume_keeps_the_exact_reference_and_the_count_of_updates(tiny_hf, tmp_path):
-    """Three of five steps were skipped, so Adam continues with its third update, not with its sixth."""
+    """The checkpoint is as if three of five steps were skipped, so Adam must continue with its third update."""
     model = tiny_hf("llama", num_hidden_layers=2)
     reference = {"sync_every": 1, "sync_alpha": 0.3}
     config = config_of(model, tmp_path, {}, model={"path": str(model), "dtype": "bf16"}, reference=reference)
@@ -458,7 +458,7 @@ def test_leftovers_of_dead_writers_are_removed(tmp_path):
     ],
 )
 def test_which_checkpoints_are_deleted(there, step, damaged, expected, tmp_path):
-    """Two intact checkpoints remain: the new one and the newest one before it."""
+    """Two intact checkpoints remain: the new checkpoint, and the newest one of an earlier step."""
     from dpo_engine.checkpoint.directory import superseded
 
     def names(text):
@@ -503,7 +503,7 @@ EMPTY = {"format": 2, "step": 4, "updates": 4, "schedule": 4, "layout": {}, "ide
 
 
 def test_ranks_that_read_different_storage_are_refused(tmp_path):
-    """Rank 1 has another folder under the same name, as on nodes that do not share a file system."""
+    """Each rank reads a folder of its own under the same path, as on nodes that do not share a file system."""
     from dpo_engine.checkpoint.directory import seal
 
     for node in (0, 1):
@@ -515,7 +515,7 @@ def test_ranks_that_read_different_storage_are_refused(tmp_path):
 
 
 def disagreeing_paths(folder):
-    """Look for a checkpoint; each rank reads its own folder in place of the one that rank 0 found."""
+    """Search for a checkpoint. Each rank reads its own folder instead of the folder that rank 0 found."""
     from dpo_engine.checkpoint import directory as checkpoint_directory
     from dpo_engine.checkpoint import load as checkpoint
 

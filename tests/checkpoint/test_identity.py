@@ -1,6 +1,6 @@
-"""Tests of a run's identity, which is compared with a checkpoint on resume: changes are refused or accepted.
+"""Tests of a run's identity: the settings and data that determine the run's results.
 
-The identity consists of the settings and data that determine the run's results.
+When a run resumes, its identity is compared with the identity in the checkpoint. Each change is refused or accepted.
 """
 
 import json
@@ -125,7 +125,7 @@ def test_another_model_is_always_refused(arch):
     ],
 )
 def test_state_of_another_optimizer_is_always_refused(optim, says, arch):
-    """Earlier versions did not record the two keys, because they had only AdamW and could not freeze weights."""
+    """Earlier versions did not record these two keys, because they had only AdamW and could not freeze weights."""
     changed = identity_of(arch, optim=optim)
     earlier = {key: value for key, value in identity_of(arch).items() if not key.startswith("optim.")}
     assert compare(earlier, identity_of(arch), where="c") == []
@@ -134,7 +134,7 @@ def test_state_of_another_optimizer_is_always_refused(optim, says, arch):
             compare(saved, changed, ["optim"], where="c")
         ending = "the saved optimizer state does not fit; restore the old value, or set another train.output_dir"
         assert error.value.problems == [f"c: {says}; {ending}"]
-    with pytest.raises(CheckpointError, match="is now"):  # also if the new run has the default value
+    with pytest.raises(CheckpointError, match="is now"):  # the new run has the default value, which is refused too
         compare(changed, identity_of(arch), where="c")
 
 
@@ -199,7 +199,7 @@ def test_accepted_key_without_a_change_is_reported(arch):
     ids=str,
 )
 def test_total_steps_count_only_if_the_learning_rate_reads_them(optim, arch):
-    """Compare with the learning rates of the optimizer's own schedule for runs of two lengths."""
+    """Compute the learning rates for runs of two lengths, to check whether they depend on the length."""
     from dpo_engine.optim.schedule import build_schedule
 
     optim = OptimConfig(**optim)

@@ -1,4 +1,4 @@
-"""Tests of the lease of an output directory: who gets it, who is refused, and what a former holder notices."""
+"""Tests of the lease of an output directory: which process gets it, which is refused, and how a former holder stops."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def refused(output, host, pid, **options):
 
 
 def plant(output, holder, number=1):
-    """Write the lease file that ``holder`` has left."""
+    """Write a lease file as if ``holder`` had left it."""
     (output / "lease").mkdir(parents=True, exist_ok=True)
     path = output / "lease" / f"{number:08d}.json"
     path.write_bytes(leases._text(holder))
@@ -133,7 +133,7 @@ def test_requeued_job_takes_its_own_lease_at_once(tmp_path):
 
 @pytest.mark.parametrize("facts", [{"job": "/7", "restarts": 1}, {"job": "other/7"}, {"job": "/8"}, {}])
 def test_other_start_on_another_machine_is_watched(tmp_path, facts):
-    """Cases: the same start of the same job, a job of another cluster, another job, and a run outside Slurm."""
+    """The holder is the same start of the same job, a job of another cluster, another job, or a run without Slurm."""
     plant(tmp_path, elsewhere(**facts))
     began = time.monotonic()
     take(tmp_path, me=Holder.here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}), watch_s=0.3).release()
@@ -166,7 +166,7 @@ def test_lease_given_back_during_the_watch_is_taken(tmp_path):
 
 
 def test_slow_storage_prolongs_the_watch(tmp_path, monkeypatch):
-    """A read stalls until after the usual end of the watch; then the holder renews its lease."""
+    """A read takes longer than the usual watch. Then the holder renews its lease, which must still be noticed."""
     path, read, calls = plant(tmp_path, elsewhere()), leases._read, []
 
     def slow(place):
@@ -206,7 +206,7 @@ def test_empty_file_of_a_run_that_is_just_starting_is_read_again(tmp_path):
 
 
 def test_process_that_slept_through_another_run_does_not_take_its_number_again(tmp_path, monkeypatch):
-    """This process finds the holder of lease 1 dead and is suspended. Others then hold lease 2 and lease 3."""
+    """This process finds that the holder of lease 1 is dead. Before it continues, others take lease 2 and lease 3."""
     plant(tmp_path, elsewhere())
     living, others = leases._living, []
 
@@ -237,7 +237,7 @@ def test_former_holder_notices_before_it_writes(tmp_path):
 
 
 def test_file_that_a_cached_directory_does_not_show_is_found_by_its_number(tmp_path, monkeypatch):
-    """NFS may show an old listing without a file, although creating this file fails because it exists."""
+    """NFS can show an old listing that lacks a file. Creating this file then fails, because it exists."""
     holder = take(tmp_path)
     monkeypatch.setattr(leases, "_newest", lambda folder: None)
     refused(tmp_path, os.uname().nodename, os.getpid())
@@ -342,7 +342,7 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize("turns", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_races_have_one_winner(turns, tmp_path):
-    """Start four processes at the same moment; half of the directories contain the lease of a dead process."""
+    """Start four processes at the same moment. Half of the directories contain the lease of a dead process."""
     racers = [
         subprocess.Popen([sys.executable, "-c", RACE], stdin=-1, stdout=-1, text=True, bufsize=1) for _ in range(4)
     ]

@@ -1,4 +1,4 @@
-"""Tests of checkpoints of mixtures: resuming in any distribution of experts continues the same trajectory."""
+"""Tests of checkpoints of mixtures of experts: resuming with any distribution of experts keeps the trajectory."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tests of contradictions between keys and of invalid loss options: their messages, and rules with invalid keys."""
+"""Tests of contradictions between keys and of invalid loss options: messages, and rules that depend on invalid keys."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""Tests of ``base: other.yaml``, which makes a run's file inherit the keys of another file."""
+"""Tests of ``base: other.yaml``, with which a run's file inherits the keys of another file."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""Tests of finding the tokens that were cut from prompts: the cut and the rest are the whole prompt."""
+"""Tests of finding the tokens that were cut from prompts: these tokens and the rest form the whole prompt."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tests of the token-pair cache: its key, the files that a kill or a full disk leaves, and views of its pairs."""
+"""Tests of the token-pair cache: its key, the files that remain after a kill or on a full disk, and its pairs."""
 
 import os
 import time
@@ -150,7 +150,7 @@ class TestCache:
             finally:
                 tracemalloc.stop()
 
-        peak(8)  # load objects that are loaded only once, so that they are not measured below
+        peak(8)  # load everything that is loaded only once, so that it is not measured below
         assert peak(400) < 1.2 * peak(100)
 
 

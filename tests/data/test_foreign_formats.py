@@ -1,8 +1,8 @@
-"""Tests of records in the documented formats of other systems: which format is detected, and the resulting pairs.
+"""Tests of records in the documented formats of other systems: the detected format, and the resulting pairs.
 
-Each record has the form of an example in the system's documentation or tests, but invented content. Comments name the
-files of the system that define what the fields mean, at these revisions: ColossalAI 4f9953b, NeMo-Aligner af2b3bd,
-NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL f2cd577 and EasyDeL 090a03b.
+Each record has the form of an example in the system's documentation or tests, but its content is invented. Comments
+name the system's files that define the meaning of the fields. Their revisions are ColossalAI 4f9953b, NeMo-Aligner
+af2b3bd, NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL f2cd577 and EasyDeL 090a03b.
 """
 
 import copy
@@ -28,7 +28,7 @@ BEST, WORST = "Crows eat the eggs.", "Nothing at all."
 
 
 def made(name, row):
-    """Check that the format `name` is detected for a record, and return the pair that the format makes of it."""
+    """Check that `auto` detects the format `name` for a record, and return the pair that the format reads from it."""
     before = copy.deepcopy(row)
     assert detect(row) is FORMATS[name]
     pair = FORMATS[name](row)
@@ -74,7 +74,7 @@ class TestNemoAligner:
         assert made("nemo_aligner", row) == Pair(self.PROMPT, "Little.\n<extra_id_1>", "All.\n")
 
     def test_messages_and_rewards(self):
-        # nemo_aligner/data/nlp/scripts/undo_special_tokens.py writes this form
+        # nemo_aligner/data/nlp/scripts/undo_special_tokens.py writes this form.
         row = {
             "prompt": [SYSTEM, ASK],
             "chosen_response": turn("assistant", BEST),
@@ -137,8 +137,8 @@ class TestAlpaca:
 
 class TestOrca:
     # LLaMA-Factory registers Intel/orca_dpo_pairs with alpaca columns (data/dataset_info.json; in ROLL,
-    # mcore_adapter/examples/data/dataset_info.json), and ms-swift registers it with its query and response preprocessor
-    # (dataset_info.json). Both read it as a chat.
+    # mcore_adapter/examples/data/dataset_info.json). ms-swift registers this data set with its query and response
+    # preprocessor (dataset_info.json). Both systems read the records as chats.
     def test_question_is_a_user_turn_after_the_system_turn(self):
         row = {"system": "Be brief.", "question": ASK["content"], "chosen": BEST, "rejected": WORST}
         assert conversation(made("orca", row)) == ([SYSTEM, ASK], BEST, WORST)
@@ -195,7 +195,7 @@ class TestSharegpt:
         assert conversation(made("sharegpt", row)) == ([ASK], BEST, WORST)
 
     def test_tool_calls_and_results(self):
-        # function_call and observation turns; the value is the JSON of one call or of a list of calls
+        # In function_call and observation turns, the value is the JSON of one call or of a list of calls.
         call = {"name": "tide", "arguments": {"hour": 6}}
         turns = self.said(ASK, turn("function_call", json.dumps(call)), turn("observation", "high"))
         pair = made("sharegpt", self.record(conversations=turns, tools=json.dumps([TOOL["function"]])))
@@ -292,7 +292,7 @@ class TestSwift:
         assert pair.rejected == [turn("assistant", WORST)]
 
     def test_prompt_may_end_with_a_turn_of_the_role_tool(self):
-        # swift/template/utils.py get_last_user_round counts `tool`, but not `tool_response`
+        # swift/template/utils.py get_last_user_round counts `tool` turns, but not `tool_response` turns, as user turns.
         call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "tide", "arguments": {}}}]}
         row = self.record(messages=[ASK, call, turn("tool", "low"), turn("assistant", BEST)])
         pair = made("swift", row)
@@ -357,8 +357,8 @@ class TestNemoRl:
             FORMATS["nemo_rl"](self.record(None, 1))
 
     def test_binary_preference_data_set(self):
-        # nemo_rl/data/datasets/preference_datasets/binary_preference_dataset.py: the prompt is a user turn. TRL
-        # reads the same record as plain text, so the format must be named.
+        # In nemo_rl/data/datasets/preference_datasets/binary_preference_dataset.py, the prompt is a user turn. TRL
+        # reads the same record as plain text, so the user must name the format.
         row = {"prompt": ASK["content"], "chosen": BEST, "rejected": WORST}
         assert conversation(FORMATS["messages"](row)) == ([ASK], BEST, WORST)
         assert checked(FORMATS["auto"](row)) == Pair(ASK["content"], BEST, WORST)
@@ -430,8 +430,8 @@ class TestTrl:
 
 
 class TestUltraFeedback:
-    # HuggingFaceH4/ultrafeedback_binarized, which EasyDeL's docs/trainers/dpo.md and TRL use. The fields are those of
-    # the data set's card. The scores are from the annotator, so they are rewards.
+    # EasyDeL's docs/trainers/dpo.md and TRL use HuggingFaceH4/ultrafeedback_binarized. The fields are described in the
+    # data set's card. An annotator gave the scores, so they are rewards.
     ROW = {
         "prompt": ASK["content"],
         "prompt_id": "f0e37e9f",
@@ -457,15 +457,15 @@ class TestUltraFeedback:
 
 
 def test_anthropic_hh():
-    # the data set's card; ms-swift's swift/dataset/dataset/llm.py HHRLHFPreprocessor, which splits the text into turns.
-    # Here, it remains plain text.
+    # The data set's card, and ms-swift's swift/dataset/dataset/llm.py HHRLHFPreprocessor, describe the form. ms-swift
+    # splits the text into turns, but the engine keeps it as plain text.
     start = "\n\nHuman: What eats a heron?\n\nAssistant:"
     row = {"chosen": f"{start} {BEST}", "rejected": f"{start} {WORST}"}
     assert made("hh", row) == Pair(start, f" {BEST}", f" {WORST}")
 
 
 def test_every_form_is_read_from_files(tmp_path):
-    """JSON lines and Parquet give the same pairs, although Parquet fills missing fields with nulls."""
+    """JSON lines and Parquet files give the same pairs, although Parquet fills missing fields with nulls."""
     rows = {
         "colossalchat": TestColossalChat().record(),
         "sharegpt": TestSharegpt().record(system=None),

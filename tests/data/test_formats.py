@@ -48,7 +48,7 @@ def make(name, row):
 
 
 def written(bad, path, monkeypatch):
-    """Write the malformed file, and return its path. Lower the limit on line length if the case needs it."""
+    """Write the malformed file, and return its path. For an endless line, also lower the limit on line length."""
     if bad.kind == "endless line":
         monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", LIMIT)
     path.write_bytes(bad.content)
@@ -80,7 +80,7 @@ class TestMalformed:
         assert len(kept) == bad.kept
         if bad.says is None:
             assert lines.count == 0
-        elif bad.kind != "UTF-16":  # in this file, every line is malformed
+        elif bad.kind != "UTF-16":  # in a UTF-16 file, every line is malformed
             assert lines.count == 1 and bad.says in lines.first[0]
             assert lines.first[0].startswith(f"{path}:{bad.line}: ")
 

@@ -1,4 +1,4 @@
-"""Tests of Hub ids: precedence of local paths, downloads from a local server, offline use of the cache, and errors."""
+"""Tests of Hub ids: precedence of local paths, downloads from a local server, offline use of caches, and errors."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def offline(tmp_path, monkeypatch):
 
 
 def folder_of(path, **files):
-    """Write files and return their folder. In the argument names, `__` stands for a dot and `_in_` for a slash."""
+    """Write files, and return their folder. In argument names, `__` stands for a dot, and `_in_` for a slash."""
     for name, content in files.items():
         file = path / name.replace("__", ".").replace("_in_", "/")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ class TestCache:
         directory = fill_cache(offline, "dataset", "org/pairs", folder_of(tmp_path / "pairs", **files))
         assert [row for _, row in read_rows("org/pairs:test[:50%]")] == ROWS[
             1:3
-        ]  # half of 3 records: 1.5, rounded to 2
+        ]  # half of 3 records is 1.5, rounded to 2
         assert locate("org/pairs:test", 2) == f"{directory}/data/test-00000-of-00001.jsonl:2"
 
 
@@ -211,7 +211,7 @@ class TestDownload:
         asked = len(server.asked)
         with pytest.raises(ConfigError):
             model_directory(path)
-        assert len(server.asked) == asked  # the Hub is not asked again
+        assert len(server.asked) == asked  # no second request to the Hub
 
     def test_full_disk_is_an_error_of_one_line(self, server, tmp_path, monkeypatch):
         import huggingface_hub

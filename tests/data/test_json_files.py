@@ -1,4 +1,4 @@
-"""Tests of files that are one JSON array: the same records as the json module reads, and errors with record numbers."""
+"""Tests of files with one JSON array: records equal those of the json module, and errors have record numbers."""
 
 import json
 

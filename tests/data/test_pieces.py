@@ -1,4 +1,4 @@
-"""Tests of the text of single tokens: pieces join to the whole text, whatever the tokenizer."""
+"""Tests of the text of single tokens: with any tokenizer, the pieces of text join to the whole text."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_pieces_join_to_the_text(make, text, tmp_path):
 
 @pytest.mark.parametrize("make", [byte_level, piece_model])
 def test_the_time_is_linear(make, tmp_path, monkeypatch):
-    """Long responses are not decoded from their start for every token."""
+    """Check that a long response is not decoded from its start for every token."""
     tokenizer = load_tokenizer(make(tmp_path / "tokenizer.model"))
     ids = tokenizer.encode(" of them \N{OWL}" * 300)
     lengths = []
@@ -44,7 +44,7 @@ def test_incomplete_characters_and_odd_decoders(tmp_path):
     assert text_pieces(owl[:-1], tokenizer) == ["a", "", "", "\N{REPLACEMENT CHARACTER}"], "an incomplete character"
 
     class Reversing:
-        """A decoder that reverses the text, so the text of the first ids is a suffix of the whole text."""
+        """A decoder that reverses the text. The text of the first ids is therefore the end of the whole text."""
 
         def decode(self, ids):
             return "".join(map(chr, reversed([97 + i for i in ids])))

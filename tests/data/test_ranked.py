@@ -160,7 +160,7 @@ def test_dataset_and_its_report(build, tmp_path):
 
 
 def test_record_with_an_unusable_pair_is_dropped_whole(build, tmp_path):
-    """The pairs of a record share its weight, so all of them are dropped; the report counts one bad record."""
+    """The pairs of a record share its weight, so all of them are dropped. The report counts one bad record."""
     unfit = {**ROW, "responses": [" 5", "<|im_end|>", " 22", " four"]}
     given = source(tmp_path / "a.jsonl", [ROW, unfit, ROW], "ranked_all")
     with pytest.raises(DataError, match=r"a\.jsonl:2: (chosen|rejected) has no tokens"):
@@ -201,7 +201,7 @@ def test_a_limit_within_a_record_keeps_its_weight(limit, weights, read, shared, 
     rows = [row, {**row, "prompt": "1 + 3 =", "weight": 2}, {**row, "prompt": "3 + 1 ="}]
     config = data_config(source(tmp_path / "a.jsonl", rows, "ranked_all"))
     tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer"))
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # the second build reads the cache
         pairs, report = build_dataset(config.train, tokenizer, config, tmp_path / "cache", max_pairs=limit)
         assert [pair.weight for pair in pairs] == pytest.approx(weights)
         assert (report.kept, report.read, report.stopped) == (limit, read, True)

@@ -22,7 +22,7 @@ CALL = {
     "tool_calls": [{"type": "function", "function": {"name": "compare", "arguments": {"a": 1, "b": 2}}}],
 }
 RESULT = {"role": "tool", "name": "compare", "content": "2"}
-AGENT = (  # like the templates of agent models: tools first, calls as JSON, assistant turns in generation marks
+AGENT = (  # like agent models' templates: tools are first, calls are JSON, generation marks enclose assistant turns
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>\n{% endif %}{{ m.content }}"
@@ -89,7 +89,8 @@ def test_ids_are_those_of_trl(make, tmp_path):
         got = ids(pair)
         assert got[0] == prompt
         for response, full in zip(got[1:], (chosen, rejected), strict=True):
-            # TRL appends the EOS to text. In conversations, only TRL keeps the line feed after the last turn.
+            # TRL appends the EOS to text, as the engine does. In conversations, only TRL keeps the line feed after the
+            # last turn.
             assert response == full[: len(response)] and (full[len(response) :] == [] or response[-1] == eos)
 
 
@@ -115,7 +116,7 @@ class TestTurns:
 
     @staticmethod
     def expected_mask(build, row, name, template=None):
-        """Return a response's ids and its mask as transformers computes them from the template's generation marks."""
+        """Return a response's ids and mask. transformers computes the mask from the template's generation marks."""
         library = transformers.AutoTokenizer.from_pretrained(build.tokenizer_path)
         given = {"tools": row.get("tools"), "return_dict": True, "chat_template": template}
         whole = library.apply_chat_template([*row["prompt"], *row[name]], return_assistant_tokens_mask=True, **given)
@@ -321,12 +322,12 @@ class TestEnds:
 
 
 class TestPublicTemplates:
-    """Patterns in public templates that once led to wrong tokens or to the rejection of good records."""
+    """Patterns in public templates that can lead to wrong tokens or to the rejection of good records."""
 
     ROW = {"prompt": [SYSTEM, USER], "chosen": [RIGHT], "rejected": [WRONG]}
 
     def test_system_text_only_before_the_last_user_turn(self, build, tmp_path):
-        # Mistral 7B v0.3: once a response follows, the system text is not rendered.
+        # In the template of Mistral 7B v0.3, the system text is not rendered if a response follows.
         template = (
             "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == 'system' %}"
             "{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %}"
@@ -418,7 +419,7 @@ class TestDate:
         rows = [{"prompt": [USER], "chosen": [RIGHT], "rejected": [WRONG]}]
         fixed = load_tokenizer(build.tokenizer_path, path, date)
         assert fixed.decode(build(rows, tokenizer=fixed)[0][0].prompt).startswith("26 Jul 2024<|im_start|>")
-        chat_template_utils._compile_jinja_template.cache_clear()  # another process has not compiled the template yet
+        chat_template_utils._compile_jinja_template.cache_clear()  # as in a new process
         sent = pickle.loads(pickle.dumps(fixed))
         assert sent.chat([USER], add_generation_prompt=True).startswith("26 Jul 2024<|im_start|>")
         other = load_tokenizer(build.tokenizer_path, path, datetime.date(2024, 7, 27))

@@ -1,4 +1,4 @@
-"""Tests of records with two prompts, and of responses that repeat the prompt: no text is lost or trained on twice."""
+"""Tests of records with two prompts, and of responses that repeat the prompt: no text is lost or used twice."""
 
 import json
 
@@ -25,7 +25,7 @@ class TestTwoPrompts:
     def test_the_second_is_refused_by_name(self, row, name, tmp_path):
         value = [{"role": "user", "content": MORE}] if name == "messages" else MORE
         if "prompt" not in row and name == "messages":
-            return  # read as sharegpt
+            return  # such a record is read as sharegpt
         path = write(tmp_path / "a.jsonl", [row, {**row, name: value}])
         with pytest.raises(DataError) as caught:
             list(read_pairs(path))
@@ -82,7 +82,7 @@ class TestTwoPrompts:
             assert checked(FORMATS["auto"](whole)).prompt == whole["prompt"]
 
     def test_only_the_field_that_is_a_prompt_alone_is_proposed(self):
-        """As in argilla/distilabel-intel-orca-dpo-pairs, which keeps the prompt of the judge."""
+        """The record is like those of argilla/distilabel-intel-orca-dpo-pairs, which also have the judge's prompt."""
         row = {"input": MORE, "labelling_prompt": [ASK], "chosen": TEXT["chosen"], "rejected": TEXT["rejected"]}
         with pytest.raises(
             BadRecord, match="^'input' may be the prompt; set data.columns={prompt: input}, or format: im"
@@ -109,7 +109,7 @@ class TestTwoPrompts:
         ],
     )
     def test_other_parts_of_a_text_are_refused_by_name(self, field, says):
-        """As in xinlai/Math-Step-DPO-10K, whose responses continue `initial_reason_steps`."""
+        """The first field is as in xinlai/Math-Step-DPO-10K, where responses continue `initial_reason_steps`."""
         for row in (TEXT, CHAT):
             with pytest.raises(BadRecord, match=says):
                 FORMATS["auto"]({**row, **field})

@@ -1,4 +1,4 @@
-"""Tests of data sources: directories, globs, saved data sets, slices, and tables that other tools wrote."""
+"""Tests of data sources: directories, globs, saved data sets, slices, and tables written by other tools."""
 
 import gzip
 import itertools
@@ -28,7 +28,7 @@ ROWS = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong 
 
 
 def write_as(path, rows):
-    """Write rows in the format given by the path's extension, using pyarrow's own writers; return the path."""
+    """Write rows in the format of the path's extension, tables with pyarrow's own writers, and return the path."""
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows)
@@ -222,7 +222,7 @@ class TestSlices:
             if any(
                 b.startswith("-") and b.endswith("%") and round(int(b[:-1]) * total / 100) == 0 for b in (start, stop)
             ):
-                continue  # here, the result differs; see test_a_rounded_end_is_the_end
+                continue  # the engine differs from datasets here; see test_a_rounded_end_is_the_end
             told = ReadInstruction.from_spec(f"train[{start}:{stop}]").to_absolute({"train": total})[0]
             expected = list(range(told.from_, told.to))
             source = f"{path}[{start}:{stop}]"
@@ -295,7 +295,7 @@ class TestMaxPairs:
             dataset, report = build(limit)
             assert [ids(pair) for pair in dataset] == [ids(whole[n]) for n in range(limit)]
             assert f"stopped after {limit} pair" in str(report) and report.kept == limit
-            assert (report.read, report.bad) == (limit + 1, 1)  # includes the bad record, which is the second
+            assert (report.read, report.bad) == (limit + 1, 1)  # the second record is bad
             assert build(limit)[1].cached and f"stopped after {limit} pair" in str(build(limit)[1])
         dataset, report = build(14)
         assert dataset.digest == whole.digest and "stopped" not in str(report)

@@ -1,4 +1,4 @@
-"""Tests of tokenizing records: the same ids as transformers, length limits, counts, malformed lines, and real data."""
+"""Tests of tokenizing records: ids equal those of transformers, length limits, counts, malformed lines, real data."""
 
 import collections
 import gzip
@@ -47,7 +47,7 @@ class TestIds:
         rendered = {"tokenize": True, "return_dict": False}
         assert prompt == library.apply_chat_template([SYSTEM, USER], add_generation_prompt=True, **rendered)
         for response, message in ((chosen, RIGHT), (rejected, WRONG)):
-            # The template ends with a line feed after the EOS, which no model should generate.
+            # The template ends with a line feed after the EOS. No model should generate this line feed.
             expected = library.apply_chat_template([SYSTEM, USER, message], **rendered)[:-1]
             assert prompt + response == expected
             assert response[-1] == library.eos_token_id and response.count(library.eos_token_id) == 1
@@ -76,7 +76,7 @@ class TestIds:
         assert tokenizer.decode(dataset[0].chosen) == "The second.<|im_end|>"
 
     def test_prompt_that_is_not_a_prefix_is_shortened(self, build, tokenizer_path, tmp_path):
-        # A reasoning template: the generation prompt opens a thought that the finished conversation does not contain.
+        # The generation prompt of this reasoning template opens a thought. The finished conversation has no thought.
         (tmp_path / "t.jinja").write_text(CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
         tokenizer = load_tokenizer(tokenizer_path, tmp_path / "t.jinja")
         dataset, report = build([TALK], tokenizer=tokenizer)
@@ -85,7 +85,7 @@ class TestIds:
         assert report.merged == 1 and "1 prompt shortened to the tokens that both" in str(report)
 
     def test_prompt_ends_where_either_response_changes_its_tokens(self, tmp_path):
-        """Only in the chosen text, the prompt's last letter merges with the response: "xy" + "z" has a token "yz"."""
+        """The prompt's last letter merges with the response only in the chosen text: "xy" + "z" has a token "yz"."""
 
         class Letters:
             prefix, eos_id, bos_id, rows = [], 0, None, None
@@ -120,7 +120,7 @@ class TestIds:
 
 
 class TestLimits:
-    """Each letter is one token. The prompt has 30 tokens with its BOS; the responses have 10 and 20 with their EOS."""
+    """Each letter is a token. The prompt has 30 tokens with its BOS, and the responses 10 and 20 with their EOS."""
 
     ROW = {"prompt": "X" * 28 + "Y", "chosen": "B" * 9, "rejected": "C" * 19}
 

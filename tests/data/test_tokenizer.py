@@ -1,4 +1,4 @@
-"""Tests of both kinds of tokenizers: the same ids as their libraries, chat templates, and files that fail to load."""
+"""Tests of both kinds of tokenizers: ids equal their libraries' ids, chat templates, and files that fail to load."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ class TestTransformers:
         assert load_tokenizer(path).encode_all(TEXTS) == expected
 
     def test_class_that_changes_ids_is_used(self, tmp_path, monkeypatch):
-        """As CodeLlama's class, which has its own `_encode_plus`."""
+        """CodeLlama's class is an example: it has its own `_encode_plus`."""
 
         class Reversed(transformers.PreTrainedTokenizerFast):
             def _encode_plus(self, text, **options):

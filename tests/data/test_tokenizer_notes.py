@@ -1,4 +1,4 @@
-"""Tests of the comparison of the tokenizer that transformers builds with the directory's own tokenizer.json."""
+"""Tests of comparing two readings of a tokenizer's directory: by transformers' class, and by tokenizer.json."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ TEXTS = [*SAMPLES, "in 1999 they're  here", "\n\n  x = 12.50\t# caf\u00e9"]
 
 @pytest.fixture
 def qwen2(tmp_path):
-    """A qwen2 directory whose tokenizer.json keeps digits together, whereas transformers' class splits them."""
+    """Return a qwen2 directory whose tokenizer.json keeps digits together, while transformers' class splits them."""
     path = byte_level(tmp_path / "qwen2")
     (path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     return path
@@ -32,7 +32,7 @@ def own_ids(path):
 
 def test_ids_are_those_of_tokenizer_json_and_the_log_shows_both_readings(qwen2):
     theirs, ours = transformers.AutoTokenizer.from_pretrained(qwen2), load_tokenizer(qwen2)
-    assert theirs.encode(SAMPLES[0], add_special_tokens=False) != own_ids(qwen2)[0]  # the fault of transformers
+    assert theirs.encode(SAMPLES[0], add_special_tokens=False) != own_ids(qwen2)[0]  # transformers' class differs
     assert ours.encode_all(TEXTS) == own_ids(qwen2)
     assert (ours.chat_template, ours.name_of(ours.eos_id)) == (CHATML, "<|im_end|>")
     release = f"tokenizer: Qwen2Tokenizer of transformers {transformers.__version__} reads {SAMPLES[0]!r} from token "

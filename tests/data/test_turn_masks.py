@@ -1,4 +1,4 @@
-"""Tests of masks of turns, as other systems write them: each is read with its meaning there, or refused by name."""
+"""Tests of masks of turns, as other systems write them: a mask has its system's meaning, or is refused by name."""
 
 import pytest
 
@@ -27,7 +27,7 @@ SCORED = [
 
 
 def weights(first, form="messages", **others):
-    """Return the weight of each turn of chosen, whose first assistant turn has the fields `first`."""
+    """Return the weight of each turn of `chosen`. Its first assistant turn gets the fields `first`."""
     row = {"prompt": [ASK], "chosen": [{**LOOK, **first}, MORE, SAID], "rejected": [OTHER]}
     if form == "sharegpt":
         turns = {name: [{"from": t["role"], "value": t["content"], **t} for t in row[name]] for name in row}
@@ -44,7 +44,7 @@ def test_each_spelling_has_its_own_meaning(form):
     swift = {"messages": [ASK, {**LOOK, "loss_scale": 0}, MORE, SAID], "rejected_response": OTHER["content"]}
     assert checked(FORMATS["swift"](swift)).prompt[1]["weight"] == 0
     row = {"prompt": [ASK], "chosen": [{**SAID, "trainable": True}], "rejected": {**OTHER, "masked": False}}
-    assert checked(FORMATS["messages"](row)).chosen == SAID["content"]  # no template sees the mask
+    assert checked(FORMATS["messages"](row)).chosen == SAID["content"]  # the mask is not part of the response
 
 
 @pytest.mark.parametrize(

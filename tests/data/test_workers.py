@@ -1,4 +1,4 @@
-"""Tests of tokenizing in worker processes: the same bytes and errors as in one process, and no process remains."""
+"""Tests of tokenizing in worker processes: bytes and errors are the same as in one process, and no process remains."""
 
 import gzip
 import hashlib
@@ -53,7 +53,7 @@ def build(tmp_path, tokenizer_path):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """Import a module that registers a data format, and return the name of both the module and the format."""
+    """Import a module that registers a data format. Return the module's name, which is also the format's name."""
     name = f"plugin_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{name}.py").write_text(PLUGIN.format(name=name))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -90,7 +90,7 @@ def gone(pids, within_s=10.0):
     return True
 
 
-# Functions that the workers import from this module.
+# Workers import these functions from this module.
 
 
 def double(number):
@@ -211,7 +211,7 @@ class TestTheSameDataSet:
 class TestErrors:
     @pytest.mark.parametrize("count", [1, 2])
     def test_first_bad_record_of_the_file_is_named(self, count, build, tmp_path):
-        """Line 601 fails when it is tokenized, after line 602 of the same block has failed to parse."""
+        """Line 601 fails when it is tokenized. Line 602 of the same block fails earlier, when it is parsed."""
         rows = text_rows(1200)
         rows[600] = {**rows[600], "chosen": "<|im_end|>"}
         path = write(tmp_path / "bad.jsonl", rows)
@@ -255,7 +255,7 @@ class TestErrors:
             build({"path": str(path), "format": plugin}, workers=2)
 
     def test_format_that_no_worker_can_import(self, build, tmp_path, monkeypatch):
-        """The format is refused if `data.workers` is set. By default, this process tokenizes the data itself."""
+        """The format is refused if `data.workers` is set. By default, the main process tokenizes the data itself."""
         monkeypatch.setitem(FORMATS, "local", lambda row: FORMATS["text"](row))
         source = {"path": str(write(tmp_path / "d.jsonl", text_rows(300))), "format": "local"}
         message = r"data\.workers=2: .*d\.jsonl cannot be tokenized in worker processes \(.*[Pp]ickl.*\); set data\."
@@ -320,7 +320,7 @@ def test_workers_end_with_their_parent(number):
         assert len(pids) == 2 and all(map(alive, pids))
         if number == signal.SIGKILL:
             parent.send_signal(number)
-        else:  # send it to the whole process group, as a terminal or a scheduler does
+        else:  # signal the whole process group, as a terminal or a scheduler does
             os.killpg(parent.pid, number)
         parent.wait(timeout=10)
     assert gone(pids)

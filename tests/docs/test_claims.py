@@ -58,7 +58,10 @@ AT_STEP_1 = {
     "ln(1 + e^gamma)": lambda o: math.log(1 + math.exp(o["gamma"])),
     "-ln 2 - ln(e(1-e))/2": lambda o: -math.log(2) - math.log(o["label_smoothing"] * (1 - o["label_smoothing"])) / 2,
 }
-"""For each text in the table of formulas, a function from a loss's options to the value; None: not checked here."""
+"""For each text in the table of formulas, a function that computes the value from a loss's options.
+
+If the function returns None, the test does not check the value.
+"""
 
 
 @pytest.mark.parametrize("changed", [{}, {"beta": 0.5, "label_smoothing": 0.2, "gamma": 0.6, "margin_scale": 0.2}])
@@ -85,7 +88,7 @@ def test_the_readme_counts_the_losses():
 
 
 def test_the_table_of_metrics_is_what_is_reported():
-    """The table has exactly the metrics summed over pairs, those added by a step, and those added by the trainer."""
+    """The table has exactly the metrics summed over pairs, and the metrics that a step or the trainer adds."""
     reported = Reported(reference=True, entropy=True, sources=("NAME", "other"), averages=True, parts=("NAME",))
     sums = means(torch.ones(sum(reported.sizes), dtype=torch.float64), reported, 1.0)
     names = {name for name in sums if "other" not in name}
@@ -104,7 +107,7 @@ def test_exit_codes():
 
 @pytest.mark.parametrize("name", OURS)
 def test_keys_in_prose_exist_and_take_the_values_given(name, tmp_path):
-    """Text in backticks that starts with a section's name must be a key: `key`, `key: value` or `key=value`."""
+    """Text in backticks that starts with a section's name must be a valid `key`, `key: value` or `key=value`."""
     run = tmp_path / "run.yaml"
     run.write_text("{}")
     sections = "|".join(Config.model_fields)
@@ -125,7 +128,7 @@ def test_losses_in_yaml_take_their_options(name):
     for block in re.findall(r"^```yaml\n(.*?)^```$", TEXTS[name], re.DOTALL | re.MULTILINE):
         loss = dict(yaml.safe_load(block).get("loss", {}))
         chosen = loss.pop("name", "sigmoid")
-        if chosen not in LOSSES:  # a plugin's loss; the plugin is not imported here
+        if chosen not in LOSSES:  # a loss of a plugin that is not imported here
             assert f'"{chosen}"' in (ROOT / "examples/extend/loss.py").read_text(encoding="utf-8")
             continue
         options = {key: value for key, value in loss.items() if key not in ("ld_alpha", "use_weighting")}
@@ -166,7 +169,7 @@ def test_the_readme_lists_every_file_under_its_wing():
 
 
 def test_the_readme_shows_what_the_quickstart_prints():
-    """The transcript in the README has the labels that ``show.py`` prints, in the same order; the picture is small."""
+    """The transcript in the README has the labels that ``show.py`` prints, in the same order. The picture is small."""
     script = (ROOT / "examples/quickstart/show.py").read_text(encoding="utf-8")
     rows = re.findall(r"^  (\D+?) +[\d.]+% +[\d.]+%$", README, re.MULTILINE)
     assert len(rows) == 3
@@ -177,7 +180,7 @@ def test_the_readme_shows_what_the_quickstart_prints():
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_links_outside_of_the_site_lead_to_files(name):
-    """mkdocs checks the links in its pages, but not in these two files."""
+    """Check the links of two files that mkdocs does not check, because they are not pages of the site."""
     targets = {target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(TEXTS[name])) if "://" not in target}
     assert targets and not [target for target in targets if not (ROOT / target).exists()]
     if name == "README.md":
@@ -244,7 +247,7 @@ def test_adapters_need_the_memory_that_the_page_says(tmp_path):
 
 
 def test_only_one_page_says_that_no_gpu_has_run_the_engine():
-    """When a GPU has, one sentence has to change. The README links to its page."""
+    """After the first run on a GPU, only one sentence has to change. The README links to the sentence's page."""
     said = re.compile(r"(not\s+run\s+on\s+a\s+GPU|No\s+GPU\s+has|on\s+a\s+GPU,?\s+yet)")
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*"), *ROOT.glob("*/README.md")]
     found = {path.name: len(said.findall(path.read_text())) for path in pages if path.is_file()}

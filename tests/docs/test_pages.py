@@ -1,4 +1,4 @@
-"""Tests of the README and the pages of docs/: tables, files, commands, YAML and records are valid; the site builds."""
+"""Tests of the README and the pages of docs/: tables, files, commands, YAML and records are valid. The site builds."""
 
 import json
 import re
@@ -29,7 +29,7 @@ SMALLEST = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "train": {"out
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    """Return the fenced blocks of a language, each as the name of the page and the text."""
+    """Return the fenced code blocks of a language as (name of the page, text)."""
     fence = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
     return [(name, block) for name, text in TEXTS.items() for block in fence.findall(text)]
 
@@ -80,7 +80,7 @@ def test_every_column_of_an_evaluation_is_described():
 
 
 def lines(language: str) -> list[tuple[str, str]]:
-    """Return the commands in the blocks of a language, without comments and descriptions."""
+    """Return the commands in a language's blocks as (name of the page, command), without comments or descriptions."""
     return [
         (name, command)
         for name, block in blocks(language)
@@ -104,7 +104,7 @@ def test_commands_name_what_exists(page, command):
 
 
 def engine_commands() -> list[tuple[str, str]]:
-    """Return the commands of dpo-engine in blocks without a language."""
+    """Return the commands of dpo-engine in code blocks that name no language."""
     start = re.compile(r"(DPO_FAULT=\S+ )?(dpo-engine|torchrun) ")
     return [(page, line) for page, line in lines("") if start.match(line)]
 
@@ -165,7 +165,7 @@ def test_data_formats_are_registered_and_their_records_are_read(tmp_path):
 def test_files_that_pages_name_exist():
     name = re.compile(r"`((?:tests|docs|launch|benchmarks|examples|kernels|constraints|docker|dpo_engine)/[\w./-]+)`")
     for page, text in TEXTS.items():
-        for path in name.findall(text) if page != "migrating.md" else ():  # that page names other systems' files
+        for path in name.findall(text) if page != "migrating.md" else ():  # migrating.md names other systems' files
             assert path.startswith(MADE) or (ROOT / path).exists(), f"{page}: {path}"
     for path in re.findall(r"`((?:\w+/)+\w+\.py)`", TEXTS["design.md"]):
         assert (ROOT / path).exists() or (ROOT / "dpo_engine" / path).exists(), path
@@ -174,7 +174,7 @@ def test_files_that_pages_name_exist():
 
 
 class Requests(HTMLParser):
-    """A parser that collects the addresses that a browser requests to show a page."""
+    """A parser that collects the URLs that a browser requests when it shows a page."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Tests of extensions as a fork would write them: in a package outside the tree, made of the code in the documentation.
+"""Tests of extensions as a fork would write them: in a package outside the tree, with the code of the documentation.
 
-The fast tests import the package without loading Megatron; the slow ones train through the command line.
+The fast tests import the package without loading Megatron. The slow tests train through the command line.
 """
 
 import csv
@@ -35,7 +35,7 @@ def section(title: str, language: str) -> str:
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Write the package, and return the folder that contains it."""
+    """Write the package, and return the folder that contains the package."""
     folder = tmp_path / "elsewhere"
     (folder / "my_lab").mkdir(parents=True)
     (folder / "my_lab" / "__init__.py").touch()
@@ -154,7 +154,7 @@ SECTIONS = {
     "plugins": PLUGINS,
     "parallel": {"distributed_optimizer": False},
     "optim": {
-        "lr": 1e-12,  # the held-out loss does not fall
+        "lr": 1e-12,  # so small that the held-out loss does not fall
         "warmup_steps": 1,
         "schedule": "staircase",
         "schedule_options": {"stairs": 2},

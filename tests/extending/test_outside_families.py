@@ -1,4 +1,4 @@
-"""Tests of model families from outside the tree, with the checks that their authors can import from the package."""
+"""Tests of model families outside of the tree, with the checks that a family's author can import from the package."""
 
 import importlib.util
 import os
@@ -37,7 +37,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def plugins(monkeypatch):
-    """Import the examples as plugins, and forget them after the test."""
+    """Import the examples as plugins, and remove them after the test."""
     registries = (FAMILIES, NORMS, ACTIVATIONS)
     before = [dict(registry) for registry in registries]
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -108,7 +108,7 @@ def test_a_family_is_one_short_file_that_needs_no_megatron():
 
 @pytest.fixture
 def package(tmp_path):
-    """Return the directory of a repository with a family and the test file on the page."""
+    """Return the directory of a repository with a family and the test file from the documentation page."""
     page = (ROOT / "docs/extending.md").read_text(encoding="utf-8").partition("### Test the family")[2]
     text = re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1]
     assert len(text.splitlines()) <= 15

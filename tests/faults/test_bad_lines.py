@@ -23,7 +23,7 @@ ALL = [
 
 
 def named(kinds):
-    """Return test parameters; kinds outside `DEFAULT` are marked slow."""
+    """Return the kinds as test parameters. Kinds that are not in `DEFAULT` are marked slow."""
     return [pytest.param(bad, id=bad.kind, marks=() if bad.kind in DEFAULT else pytest.mark.slow) for bad in kinds]
 
 
@@ -73,7 +73,7 @@ def test_bad_line_is_skipped_and_the_rest_trained_on(bad, job, tmp_path):
 
 @pytest.mark.parametrize("kind", ["not JSON", pytest.param("same tokens", marks=pytest.mark.slow)])
 def test_bad_line_that_only_the_tokenizing_rank_reads(kind, job):
-    """Every rank checks the first records. One rank reads the rest, and all ranks exit with that rank's error."""
+    """Every rank checks the first records, but only one rank reads the rest. All ranks exit with that rank's error."""
     (bad,) = (bad for bad in ALL if bad.kind == kind)
     rows = [dump({**GOOD, "prompt": f"Which of {n}?"}) for n in range(20)]
     found = job(b"\n".join(rows) + b"\n" + bad.content)

@@ -1,4 +1,4 @@
-"""Fault tests: if random bytes in a checkpoint folder change, loading returns exactly what was saved, or is refused."""
+"""Fault tests: if random bytes in a checkpoint folder change, loading is exact or is refused."""
 
 import random
 import shutil
@@ -24,9 +24,9 @@ def saved(run_files, tiny_hf, tmp_path_factory):
 
 
 def flips(path: str, folder: str, seed: int, count: int) -> list[tuple[str, str]]:
-    """Do this ``count`` times: change one byte of a file, load the newest intact checkpoint, and restore the byte.
+    """Repeat ``count`` times: change one byte of a file, load the newest intact checkpoint, and restore the byte.
 
-    Returns each change and its outcome: "newest", "older", "refused", or "WRONG".
+    Returns each change and its outcome: "newest" or "older" (which checkpoint was loaded), "refused", or "WRONG".
     """
     from torch import distributed as dist
 

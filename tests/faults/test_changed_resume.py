@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 def copies(layout):
-    """Return the number of ranks that share one model copy and work on the same pairs."""
+    """Return the number of ranks that share a copy of the model and work on the same pairs."""
     return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
 
 
@@ -53,9 +53,10 @@ def job_of(run, log, ranks, *overrides, fault=""):
 
 @pytest.fixture(scope="session")
 def made(run_files, tiny_hf, tmp_path_factory):
-    """Return a function: ``made(name, write, stop=4)`` runs a layout; returns the output and each step's pairs.
+    """Return a function: ``made(name, write, stop=4)`` trains in a layout, and returns the output directory and pairs.
 
-    With ``stop``, the run gets a signal in that step. Each run is made only once, so copy its folder before resuming.
+    The pairs are listed for each step. With ``stop``, the run gets a signal in that step. The results are cached, so
+    tests must copy the output directory before they resume the run.
     """
     kept = {}
 
@@ -75,7 +76,7 @@ def made(run_files, tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def write(run_yaml, run_files, tiny_hf, tmp_path):
-    """Return a ``run_yaml`` with four layers, a learning rate that amplifies no rounding, and outputs in ``folder``."""
+    """Return a variant of ``run_yaml``. Its runs have four layers, write to ``folder``, and do not amplify rounding."""
 
     def make(name="run", *, folder=tmp_path, **sections):
         model = {"path": str(tiny_hf("llama")), "tokenizer": run_files["tokenizer"], **sections.pop("model", {})}
@@ -88,7 +89,7 @@ def write(run_yaml, run_files, tiny_hf, tmp_path):
 
 
 def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
-    """Copy a stopped run and resume it with changes; return the job, its output and the pairs of its steps."""
+    """Copy a stopped run, and resume the copy with changes. Return the job, its output and the pairs of its steps."""
     ranks, parallel = LAYOUTS[name]
     output, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(stopped, output)
@@ -98,7 +99,7 @@ def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
 
 
 def record_of(output, step):
-    """Return what the checkpoint of a step records about its run."""
+    """Return the record of the run in the checkpoint of a step."""
     from dpo_engine.checkpoint.directory import read_manifest
 
     return read_manifest(output / f"checkpoints/step_{step:08d}")["run"]
@@ -256,9 +257,10 @@ def test_unusable_checkpoint_is_refused(harm, says, made, write, tmp_path):
 
 
 def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
-    """Resume a stopped run of one rank with accepted changes; return its steps, their pairs, and its record.
+    """Resume a stopped run of one rank with accepted changes. Return its steps, their pairs, and the checkpoint's
+    record.
 
-    counts  whether the change also changes the number of steps, which is then accepted too
+    counts  whether the change also changes the number of steps; the new number is then accepted too
     """
     stopped, _ = made("one", write, stop=STOP)
     asked = f"checkpoint.accept_changes=[{', '.join(accepted)}]"
@@ -274,7 +276,7 @@ def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
 
 
 def cosine(step, total, peak=1e-4, warmup=1):
-    """Return the learning rate of a step, counted from 1, according to the formula in transformers."""
+    """Return the learning rate of a step according to transformers' formula. Steps are counted from 1."""
     done = step - 1
     if done < warmup:
         return peak * done / warmup
@@ -283,7 +285,7 @@ def cosine(step, total, peak=1e-4, warmup=1):
 
 @slow
 class TestAccepted:
-    """An accepted change has the intended effect and no other. Expected values come from the uninterrupted run."""
+    """An accepted change has only the intended effect. The expected values come from the uninterrupted run."""
 
     @pytest.fixture
     def whole(self, made, write):
@@ -392,7 +394,7 @@ class TestAccepted:
 
 
 def run_fresh(write, tmp_path, **sections):
-    """Run one rank from the beginning; return the pairs of each step."""
+    """Train on one rank from the beginning. Return the pairs of each step."""
     job = job_of(write("fresh", **sections), tmp_path / "fresh-log", 1)
     assert job.codes == [0], job.said
     return pairs_of_job(tmp_path / "fresh-log", 1, {})

@@ -1,7 +1,7 @@
-"""Replay the recorded operations on a checkpoint folder up to each point: the loader always finds an intact checkpoint.
+"""Replay the recorded operations on a checkpoint folder up to every point: the loader must find an intact checkpoint.
 
-The test replays three states in which a crash can leave the disk. The first is that of a killed process; the others
-are those of a machine that lost power:
+At every point, the test rebuilds three states in which a crash can leave the disk. The first state is that after a
+process was killed. The other two are those after a machine lost power:
 
 - `as written`: all operations up to the crash have taken effect.
 - `names first`: files have only the content that was synced, but names are as if all directories had been synced.
@@ -91,7 +91,7 @@ def record(config_path: str, folder: str) -> list[tuple]:
 
 @dataclass
 class Node:
-    """A file or directory: the current content or entries, and those that are certain to be on the disk."""
+    """A file or directory: its current content or entries, and the content or entries that have been synced."""
 
     content: bytes = b""
     synced: bytes = b""
@@ -130,7 +130,7 @@ class Disk:
             node.synced, node.synced_entries = node.content, dict(node.entries or {})
 
     def files(self, names: str, contents: str) -> dict[str, bytes | None]:
-        """Return the paths and contents that a reader would find after the crash; a directory's content is ``None``."""
+        """Return the contents that a reader would find after the crash, by path; a directory's content is ``None``."""
         found: dict[str, bytes | None] = {}
 
         def walk(node: Node, path: str) -> None:
@@ -151,7 +151,7 @@ VIEWS = {
 
 
 def chosen(folder: Path) -> int | None:
-    """Return the step of the checkpoint that the loader would choose; None if there is none, -1 if all are damaged."""
+    """Return the step of the checkpoint that the loader chooses; None without checkpoints, -1 if all are damaged."""
     from dpo_engine.checkpoint.directory import Damaged, committed, verify
 
     known = committed(folder)
@@ -214,7 +214,7 @@ def test_loader_finds_an_intact_checkpoint_after_every_cut(view, operations, tmp
 
 
 def test_replay_detects_a_missing_sync(tmp_path):
-    """Check the replay itself: if a sync is missing, at least one of the three states has no intact checkpoint."""
+    """Check the replay itself: without one of the syncs, at least one of the three states has no intact checkpoint."""
     from dpo_engine.checkpoint.directory import digest
 
     manifest = {

@@ -23,7 +23,7 @@ SECTIONS = {
 
 
 class Runs(NamedTuple):
-    """A run of six steps with checkpoints at 2, 4 and 6, and the metrics of an uninterrupted run of eight steps."""
+    """A run of six steps with checkpoints of steps 2, 4 and 6, and the metrics of a run of eight steps."""
 
     yaml: Path
     expected: list[dict]
@@ -41,12 +41,15 @@ def runs(run_files, tiny_hf, tmp_path_factory):
 
 
 def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
-    """Drop the evaluation after the last step, so that runs of different lengths have the same lines."""
+    """Drop the final evaluation of a shorter run, so that its lines equal those of a run that continues to ``last``."""
     return [line for line in lines if "loss" in line or line["step"] == last]
 
 
 def flip(path: Path, place: float | bytes) -> None:
-    """Change one byte of a file, at a fraction of the file's size or at the end of the first occurrence of a text."""
+    """Change one byte of a file.
+
+    place  the byte's position as a fraction of the file's size; or a text, whose first occurrence ends with the byte
+    """
     data = bytearray(path.read_bytes())
     at = data.index(place) + len(place) - 1 if isinstance(place, bytes) else int(place * (len(data) - 1))
     data[at] ^= 1
@@ -65,7 +68,7 @@ def swap(folder: Path) -> None:
 
 
 def rewrite(change):
-    """Return a function that changes the manifest and then updates the manifest's SHA-256."""
+    """Return a function that changes a checkpoint's manifest and then updates the manifest's SHA-256."""
 
     def harm(folder: Path) -> None:
         path = folder / "manifest.json"
@@ -154,7 +157,10 @@ def cases(names):
 
 @pytest.fixture
 def again(runs, tmp_path):
-    """Return a function that copies and damages the six-step run, resumes it to step 8, and returns job and folder."""
+    """Return a function that copies the six-step run, damages the copy, and resumes it to step 8.
+
+    The function returns the job and the run's folder.
+    """
 
     def start(harm):
         shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")
@@ -228,7 +234,7 @@ def test_resume_is_refused_if_all_are_damaged(name, again):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [6, 4])
 def test_newer_format_is_refused(step, again):
-    """If a checkpoint of a newer version were skipped, the steps that this version made would be lost silently."""
+    """If a newer version's checkpoint were skipped, the steps that the newer version made would be lost silently."""
 
     def harm(folder):
         if step == 4:

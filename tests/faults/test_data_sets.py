@@ -1,4 +1,4 @@
-"""Fault tests, group H: empty, tiny, changing and otherwise unusual data sets, in a job of two data-parallel ranks."""
+"""Fault tests, group H: empty, tiny, changing and otherwise unusual data sets, on two data-parallel ranks."""
 
 import json
 import os
@@ -139,7 +139,7 @@ def test_pair_without_a_preference_is_refused(fields, says, job, tmp_path):
     rows = [*pairs(4), {**GOOD, **fields}]
     template = tmp_path / "turns.jinja"
     template.write_text("{{ messages[0].content }}{% if messages[1] %}{{ messages[1].content }}{% endif %}")
-    if fields["chosen"] == "</s>":  # in a rendered conversation, this text becomes the control token
+    if fields["chosen"] == "</s>":  # only in a rendered conversation, this text becomes the control token
         talk = [{"role": "user", "content": "Which?"}]
         rows = [
             {"prompt": talk, **{name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}}
@@ -173,7 +173,7 @@ class TestAFileThatChanges:
                 if how == "appended":
                     with file.open("ab") as stream:
                         stream.write(dump(ALSO_GOOD) + b"\n")
-                else:  # as rsync can do: other content with the same size and modification time
+                else:  # replace the content, but keep size and modification time, as rsync can do
                     state = file.stat()
                     other = tmp_path / "other"
                     other.write_bytes(file.read_bytes().replace(b"Which", b"Whose"))

@@ -28,7 +28,7 @@ def only_rank(rank, work):
 
 
 def lines_of(job, code):
-    """Check that all ranks exited in time with this code. Return the lines that they wrote to stderr."""
+    """Check that all ranks exited in time with the exit code ``code``. Return the lines that they wrote to stderr."""
     assert job.codes == [code] * len(job.codes) and not job.survivors, job.said
     assert max(job.seconds) < SECONDS, job.seconds
     return job.said.splitlines()
@@ -106,10 +106,7 @@ def test_different_software_or_environment_is_refused(work, says, run_yaml, tmp_
 
 @pytest.fixture
 def two_nodes(run_files, tmp_path):
-    """Create folders for two nodes.
-
-    Each has its own copy of the tokenizer and the pairs, under the same relative names.
-    """
+    """Create folders for two nodes. Each folder has a copy of the tokenizer and the pairs, with the same file names."""
     places = [tmp_path / name for name in ("node0", "node1")]
     for place in places:
         place.mkdir()
@@ -119,7 +116,7 @@ def two_nodes(run_files, tmp_path):
 
 
 def on_two_nodes(places, run, log, verb="train"):
-    """Run a job whose ranks 0 and 1 have different working directories, as on two nodes."""
+    """Run a job in which ranks 0 and 1 have different working directories, as on two nodes."""
     return run_job([verb, str(run)], 2, log, before=lambda: os.chdir(places[int(os.environ["RANK"])]))
 
 
@@ -157,7 +154,7 @@ def test_different_checkpoint_is_refused(two_nodes, run_yaml, tmp_path):
 
 @slow
 def test_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path):
-    """The checkpoint is neither skipped nor removed."""
+    """The command must refuse the checkpoint. It must neither skip nor remove it."""
     run = run_yaml(train={"output_dir": "out"})
     job = run_job(["train", str(run)], 1, tmp_path / "log", before=partial(os.chdir, two_nodes[0]))
     assert job.codes == [0], job.said
@@ -228,7 +225,7 @@ def test_ranks_started_by_torchrun_compare_their_settings(factor, code, run_yaml
 
 
 def test_different_weights_are_not_saved(run_yaml, tmp_path):
-    """The save itself compares the weights; the next comparison by interval would be long after it."""
+    """The save itself must compare the weights, because the next comparison of `guard_interval` comes much later."""
     path = str(run_yaml(train={"guard_interval": 1000}))
     done = run_job(["train", path], 2, tmp_path / "log", before=flips_a_bit(MATRIX, 4))
     assert done.codes == [5, 5], done.said

@@ -25,8 +25,8 @@ def hasty(**sections):
 
 
 DEATHS = {
-    "rendezvous": "dp2",  # the others cannot detect the loss yet, so their start must time out
-    "data": "dp2",  # the rank that tokenizes for all ranks; the engine has no data loader processes
+    "rendezvous": "dp2",  # the other ranks cannot detect the loss yet, so their start must time out
+    "data": "dp2",  # one rank tokenizes for all ranks; the engine has no data loader processes
     "reference": "pp2",
     "forward": "tp2",
     "reduce": "dp2",
@@ -107,7 +107,7 @@ def test_tracker_that_rank_0_cannot_open(run_yaml, tmp_path):
 
 
 def continued(pids):
-    """Let the stopped rank 1 continue after rank 0 has exited; this is a ``during`` hook of ``run_job``."""
+    """Continue the stopped rank 1 after rank 0 has exited. This is a ``during`` hook of ``run_job``."""
     deadline = time.monotonic() + 60
     while Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
@@ -122,7 +122,7 @@ def test_stopped_rank_ends_the_job(run_yaml, tmp_path):
     done = run_job(["train", path], 2, tmp_path / "log", fault=fault, ends_with=lambda codes: codes[0] is not None)
     assert done.codes == [6, -signal.SIGKILL] and done.seconds[0] < 3 + TIMEOUT_S + WITHIN_S
     assert len(said(done, 0)) == 1 and "did not answer within parallel.timeout_s" in said(done, 0)[0]
-    # A stopped process cannot do anything. After it is continued, it detects the failure and exits.
+    # A stopped process cannot exit. After the process is continued, it detects the failure and exits.
     done = run_job(["train", path], 2, tmp_path / "log", fault=fault, during=continued)
     assert done.codes == [6, 6] and not done.survivors, done.said
 
@@ -217,7 +217,7 @@ def test_mismatched_collectives_end_the_job(change, run_yaml, tmp_path):
 @slow
 @pytest.mark.parametrize("moment", ["start-up", "mid-run"])
 def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
-    """Ranks need the store only at the start, to connect to each other."""
+    """Ranks need the launcher's store only at the start, to connect to each other."""
     from torch.distributed import TCPStore
 
     with socket.socket() as probe:
@@ -264,7 +264,7 @@ def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
 
 
 def checks_slowly(rank, seconds, marker):
-    """Return a ``before`` hook: a rank writes `marker` and checks its run for `seconds`, as if downloading a model."""
+    """Return a ``before`` hook: a rank writes `marker`, and its checks before the run take `seconds` longer."""
 
     def before():
         from dpo_engine.verbs import check

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def sealed(folder):  # noqa: F811
-    """Train a run and return ``sealed(change)``, which changes its checkpoint and updates the manifest's hash."""
+    """Train, and return a function: ``sealed(change)`` changes the checkpoint and updates the manifest's hash."""
     assert run_alone(["train", "run.yaml"], folder).code == 0
     (checkpoint,) = (folder / "out/checkpoints").glob("step_*")
 
@@ -37,7 +37,7 @@ def facts(content: bytes) -> dict:
 
 
 def place(name):
-    """Return a change that adds the name of a file outside the folder to the manifest, with a size and a hash."""
+    """Return a change that adds a file outside the folder to the manifest, with the file's name, size and hash."""
 
     def change(manifest, checkpoint):
         (checkpoint.parent / "outside.safetensors").write_bytes(PICKLE)

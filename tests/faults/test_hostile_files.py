@@ -52,7 +52,7 @@ def folder(tiny_hf, tokenizers, tmp_path):
 
 
 def unharmed(found, folder):
-    """Check what must hold in every case: no code ran, nothing was written outside, and all output is printable."""
+    """Check what must hold in every case: no code ran, no other files were written, and all output is printable."""
     assert not list(folder.parent.rglob(CANARY)) and not found.changed
     for line in [*found.errors, *found.output.splitlines()]:
         assert line.isprintable(), line
@@ -84,7 +84,7 @@ def test_hostile_file_is_refused_with_one_line_at_low_cost(name, folder):
 
 @pytest.mark.slow
 class TestTraining:
-    """Hostile files that only training opens: in the cache, the reference store and elsewhere in the run's folder."""
+    """Hostile files that only training opens: in the cache, the reference store, and elsewhere in the run's folder."""
 
     def train(self, folder, *overrides):
         found = run_alone(["train", "run.yaml", *overrides], folder)
@@ -140,7 +140,7 @@ FORBIDDEN = {
 
 
 OWN_PIPES = {PACKAGE / name: {"pickle"} for name in ("data/workers.py", "testing/ranks.py")}
-"""Files that unpickle only what the engine and its own processes send to each other."""
+"""Files that unpickle only data that the engine and its own child processes send to each other."""
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_package_uses_no_unsafe_readers(path):
 
 
 def test_vulnerable_library_versions_are_excluded():
-    """CVE-2025-32434 and CVE-2026-24747 in torch, CVE-2026-4372 in transformers, CVE-2025-27516 in Jinja."""
+    """Exclude CVE-2025-32434 and CVE-2026-24747 (torch), CVE-2026-4372 (transformers), and CVE-2025-27516 (Jinja)."""
     text = (PACKAGE.parent / "pyproject.toml").read_text()
     for needed in ("torch>=2.10.0a0", "transformers>=5.3", "jinja2>=3.1.6", "pyarrow>=14.0.1"):
         assert re.search(f'"{re.escape(needed)}[",]', text), needed

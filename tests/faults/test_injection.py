@@ -1,6 +1,4 @@
-"""Tests of the fault injector: it rejects invalid settings, fires at the right time, and is enabled by DPO_FAULT on the
-command line.
-"""
+"""Tests of the fault injector: invalid settings, the times when faults fire, and DPO_FAULT with the command line."""
 
 import errno
 import os

@@ -1,6 +1,6 @@
 """Fault tests, group A: kill each rank in each phase of a run.
 
-The others exit, and a restart gives the same metrics.
+The other ranks must exit, and a restart must give the metrics of an uninterrupted run.
 """
 
 import signal
@@ -11,7 +11,7 @@ from support.jobs import run_job
 from support.outcomes import LAYOUTS, trajectory
 from support.small_run import write_run
 
-# The run has 6 steps. It saves after steps 2, 4 and 6, and after the last save it deletes the oldest checkpoint. It
+# The run has 6 steps. It saves after steps 2, 4 and 6, and deletes the oldest checkpoint after the last save. It
 # evaluates after step 3 and at the end. If a phase occurs several times, the fault is in step 3 or in the second save.
 PHASES = {
     "rendezvous": 1,
@@ -50,7 +50,7 @@ def sections(parallel: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(run_files, tiny_hf, tmp_path_factory):
-    """Return a function from a layout to the metrics of its uninterrupted run; each layout runs once."""
+    """Return a function that returns the metrics of an uninterrupted run in a layout. Each layout runs only once."""
     known = {}
 
     def of(layout: str) -> list[dict]:
@@ -70,7 +70,7 @@ def whole(run_files, tiny_hf, tmp_path_factory):
 def test_killed_rank_ends_the_job_and_the_restart_matches(layout, phase, rank, whole, run_yaml, tmp_path):
     world, parallel = LAYOUTS[layout]
     expected = whole(layout)
-    # If a peer was killed before it connected, the other ranks can only wait until their timeout.
+    # If a peer is killed before it connects, the other ranks can only wait until their timeout.
     patience = {"timeout_s": 3} if phase == "rendezvous" else {}
     run = run_yaml(**sections({**parallel, **patience}))
     micro_batches = 2 // (world // (parallel.get("tp", 1) * parallel.get("pp", 1)))

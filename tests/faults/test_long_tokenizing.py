@@ -33,7 +33,7 @@ def takes(seconds, marker):
 
 
 def once(marker, act):
-    """Return a ``during`` hook of ``run_job``: call `act` on the process ids when `marker` exists and a peer waits."""
+    """Return a ``during`` hook of ``run_job``: call `act` with the process ids once `marker` exists and peers wait."""
 
     def during(pids):
         deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""Fault tests of mixtures: a rank dies while the others wait to exchange tokens with its experts."""
+"""Fault tests of mixtures of experts: a rank dies while other ranks wait to exchange tokens with its experts."""
 
 import signal
 

@@ -45,7 +45,7 @@ def state_digest(trained):
 
 
 def watched(folder):
-    """Return a ``before`` hook of ``run_job``: each rank records which steps changed this rank's state."""
+    """Return a ``before`` hook of ``run_job``: each rank records the steps that changed its state."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -180,7 +180,7 @@ def test_first_loss_check_waits_for_a_good_step(run_yaml, tmp_path):
     assert done.codes == [0, 0], done.said
     only_bad = run_yaml("short", train={"max_steps": 2}, optim={"warmup_steps": 0})
     done = run_job(["train", str(only_bad)], 2, tmp_path / "log", fault="gradient:0:1:nan,gradient:0:2:nan")
-    assert done.codes == [0, 0], done.said  # a state can be saved and resumed even if there was no update
+    assert done.codes == [0, 0], done.said  # a state without any update can be saved
 
 
 @slow
@@ -205,7 +205,7 @@ def test_bad_step_at_a_save_saves_finite_weights(run_yaml, tmp_path):
 
 
 def poison(when, value=float("nan")):
-    """Return a ``before`` hook of ``run_job``: change one weight on rank 1 between steps."""
+    """Return a ``before`` hook of ``run_job``: one weight on rank 1 changes between two steps."""
 
     def spoil(trainer):
         if os.environ["RANK"] == "1":

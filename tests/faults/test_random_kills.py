@@ -1,4 +1,4 @@
-"""Fault tests: kill a job at random moments and restart it until it finishes, with 200 kills in total."""
+"""Fault tests: kill jobs at random moments, and restart each job until it finishes, with 200 kills in total."""
 
 import os
 import random
@@ -30,7 +30,8 @@ def test_newest_checkpoint_is_intact_after_every_kill(kills, seed, run_yaml, tmp
         run, folder = run_yaml(f"run{runs}", **sections), tmp_path / f"run{runs}/checkpoints"
         codes = [-9]
         while codes != [0] * ranks:
-            # End the remaining ranks as srun does: a rank would wait for a peer that died before it connected.
+            # Kill the remaining ranks, as srun does. A rank would otherwise wait for a peer that died before
+            # connecting.
             finished = run_job(
                 ["train", str(run)], ranks, tmp_path / "log", during=killing(draw, seconds), ends_with=over
             )
@@ -41,7 +42,7 @@ def test_newest_checkpoint_is_intact_after_every_kill(kills, seed, run_yaml, tmp
             else:
                 assert codes == [0] * ranks, finished.said
             if folder.is_dir() and committed(folder):
-                # Every checkpoint, including the newest, must have been complete before it got its name.
+                # A checkpoint gets its name only after it is complete, so the newest one must be intact.
                 assert verify(committed(folder)[-1])["step"] == steps(folder)[-1]
             assert killed_now or not [path for path in folder.iterdir() if LEFT_OVER.fullmatch(path.name)]
         assert trajectory(tmp_path / f"run{runs}") == expected
@@ -52,7 +53,7 @@ def over(codes: list[int | None]) -> bool:
 
 
 def killing(draw: random.Random, seconds: float):
-    """Return a hook that kills one or all ranks at a random time; by then, the job may already have ended."""
+    """Return a hook that kills one or all ranks at a random time. The job can end before this time."""
 
     def kill(pids: list[int]) -> None:
         time.sleep(draw.uniform(0.2, 0.8) * seconds)

@@ -13,7 +13,7 @@ from dpo_engine.errors import ConfigError, EngineError
 from dpo_engine.verbs import rehearse as rehearsal
 from support.jobs import run_job
 
-# The value of this loss depends on how often the process has called it, so a resumed run has different metrics.
+# This loss depends on how often the process has called it, so a resumed run has different metrics.
 FORGETFUL = """
 import torch.nn.functional as F
 from dpo_engine.objective.losses import LOSSES
@@ -30,7 +30,7 @@ def forgetful(policy, reference, *, beta: float = 0.1):
 
 @pytest.fixture
 def forked(monkeypatch, tmp_path):
-    """Make `rehearse` fork the ranks from this process, which takes a second, instead of starting new interpreters."""
+    """Make `rehearse` fork the ranks from this process, which is faster than starting new interpreters."""
 
     def start(config, run, output, world, fault=""):
         command = rehearsal.train_command(config, run, output)[3:]
@@ -78,7 +78,7 @@ def test_run_that_resumes_differently_fails(run_yaml, tmp_path, forked, monkeypa
 
 
 def test_settings_that_need_evaluations_are_switched_off(run_yaml, tmp_path):
-    """A rehearsal evaluates nothing, so it must not ask for the best checkpoint or for early stopping."""
+    """A rehearsal evaluates nothing, so it must not keep a best checkpoint or stop early."""
     best = {"keep_best": {"metric": "eval/loss"}, "export": "best", "save_interval": "0.5epoch"}
     run = run_yaml(train={"eval_interval": "0.25epoch", "stop_after_no_gain": 2}, checkpoint=best)
     assert contradictions(Config.load(run)) == []

@@ -1,6 +1,6 @@
-"""Fault tests: after a signal or before the time limit, a job finishes its step, saves its state, and exits with 75.
+"""Fault tests: after a signal, or before the time limit, a job finishes its step, saves, and exits with code 75.
 
-No step is lost when the job is started again.
+When the job is started again, no step is lost.
 """
 
 import json
@@ -31,14 +31,14 @@ def whole(run_yaml, tmp_path):
 
 @pytest.fixture
 def held_signals():
-    """Block the signals in the ranks before they start, as `python -m dpo_engine` does."""
+    """Block the signals before the ranks start, so that they are blocked in the ranks, as by `python -m dpo_engine`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS.values())
     yield
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS.values())
 
 
 def said(done):
-    """Return the lines that the job wrote to stderr, without those of the fault injector."""
+    """Return the lines that the job wrote to stderr, without the fault injector's lines."""
     return [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
 
 
@@ -88,7 +88,7 @@ def when(path, text, act):
 
 
 def to_all(number):
-    """Return a function that sends the signal to the whole process group, as a launcher does."""
+    """Return a function that sends the signal ``number`` to the whole process group, as a launcher does."""
     return lambda pids: os.killpg(pids[0], number)
 
 
@@ -207,7 +207,7 @@ def test_run_saves_and_exits_before_the_time_limit(run_yaml, tmp_path):
 @slow
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_time_limit_accounts_for_the_slowest_save(asynchronous, run_yaml, tmp_path):
-    """The job waits for a checkpoint that is still being written, and then saves; both must end before the limit."""
+    """The job waits until an earlier checkpoint is written, and then saves. Both must end before the limit."""
 
     def before():
         from dpo_engine.checkpoint import save as saver
@@ -222,7 +222,7 @@ def test_time_limit_accounts_for_the_slowest_save(asynchronous, run_yaml, tmp_pa
     done = run_job(["train", path], 2, tmp_path / "log", environment=slurm, before=before)
     assert done.codes == [75, 75], done.said
     written = (tmp_path / f"run/checkpoints/step_{saved_step(tmp_path / 'run'):08d}/manifest.json").stat().st_mtime
-    assert int(started) + 8 < written <= int(started) + 22  # the limit is 20; allow 2 more in case the machine is busy
+    assert int(started) + 8 < written <= int(started) + 22  # the limit is 20 s; allow 2 s more for a busy machine
     assert saved_step(tmp_path / "run") == last_step(tmp_path / "run") > 0
 
 
@@ -237,7 +237,7 @@ def torchrun(path, log, *options):
 @slow
 @pytest.mark.parametrize("name", NUMBERS)
 def test_launcher_forwards_signals(name, run_yaml, tmp_path, whole):
-    """Use torchrun itself, because Slurm or a terminal may send a signal to the launcher only."""
+    """Use torchrun itself, because Slurm or a terminal can send a signal to the launcher alone."""
     path, output, log = str(run_yaml("run")), tmp_path / "run", tmp_path / "torchrun.log"
     handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     job = torchrun(path, log, "--signals-to-handle", handled)
@@ -259,7 +259,7 @@ def test_launcher_forwards_signals(name, run_yaml, tmp_path, whole):
 
 
 def test_metrics_lines_are_complete(run_yaml, tmp_path):
-    """The tests above wait until the metrics file contains the text that is checked here."""
+    """Check the form of lines in the metrics file, because the tests above wait for a text in this file."""
     run_job(["train", str(run_yaml("run", train={"max_steps": 2}))], 1, tmp_path / "log")
     text = (tmp_path / "run/metrics.jsonl").read_text()
     assert '"step": 2,' in text and all(json.loads(line) for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""Tests of storage that is slower than `parallel.timeout_s`, and of deaths and errors while the other ranks wait."""
+"""Tests of storage that is slower than `parallel.timeout_s`, and of deaths and errors while other ranks wait for it."""
 
 import builtins
 import errno
@@ -40,14 +40,14 @@ PLACES = (
     r"llama.*/model\.safetensors",
     r"tok\.model",
 )
-"""Patterns of paths. On slow storage, the first access to each of these places is slow in every process."""
+"""Patterns of paths. On slow storage, the first access to a path of each pattern is slow, in every process."""
 
 
 def slow_storage(rank, log, places=PLACES, seconds=SLOW_S):
-    """Return a ``before`` hook: on one rank, the first access to each place takes `seconds`.
+    """Return a ``before`` hook: on one rank, the first access to each of the `places` takes `seconds`.
 
-    Only accesses after the ranks have connected count: opening, syncing and renaming files. `log` gets a line for each
-    slow access.
+    Accesses are opening, syncing and renaming a file after the ranks have connected. Each slow access adds a line to
+    `log`.
     """
 
     def before():
@@ -90,7 +90,7 @@ VERBS = {
     "eval": (["eval"], (*READ, r"eval/.*parquet"), 3),
     "export": (["export", "--best"], (*READ, r"/metrics", r"\.hf.*/stage-"), 4),
 }
-"""Arguments of each command, the slow places, and the smallest number of slow accesses that rank 0 must have."""
+"""For each command, its arguments, the slow places, and the minimum number of slow accesses on rank 0."""
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def mounted(folder: Path, size: int):
 def test_full_disk(name, whole, run_yaml, tmp_path):
     """The disk has space for 1.6 checkpoints. The job resumes after the disk has been enlarged."""
     expected, size = whole
-    # A save in the background would leave the disk full while the next step writes its metrics.
+    # During a save in the background, the next step would fail to write its metrics to the full disk.
     checkpoint = {**SHORT["checkpoint"], "async_save": False}
     run = run_yaml(**{**SHORT, "checkpoint": checkpoint}, data={"cache_dir": str(tmp_path / "cache")})
     with mounted(tmp_path / "run", int(1.6 * size)):
@@ -274,7 +274,7 @@ def test_run_stopped_by_bad_numbers_finishes_its_save(run_yaml, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_storage_slower_than_a_step(rank, whole, run_yaml, tmp_path):
-    """One rank's write takes longer than the steps between two saves, so each save waits for the previous one."""
+    """One rank's write takes longer than the steps between two saves, so each save waits for the previous save."""
     run = run_yaml(**{**SHORT, "checkpoint": {"save_interval": 1}})
 
     def hook() -> None:

@@ -1,4 +1,4 @@
-"""Tests of restarts by torchrun itself, which launch/task.sh starts as if on two nodes with a c10d rendezvous."""
+"""Tests of restarts by torchrun itself. launch/task.sh starts torchrun as on two nodes with a c10d rendezvous."""
 
 import os
 import socket
@@ -53,7 +53,7 @@ def nodes(tmp_path):
 
 
 def test_killed_rank_is_restarted_and_the_run_resumes(nodes, run_yaml, tmp_path):
-    """The node that notices the death first differs between runs, and so does each node's count of restarts."""
+    """Either node can notice the death first, and the nodes' counts of restarts depend on this order."""
     often = {"save_interval": 2}
     assert run_job(["train", str(run_yaml("whole", checkpoint=often))], 2, tmp_path / "log").codes == [0, 0]
     codes, said = nodes(
@@ -64,5 +64,5 @@ def test_killed_rank_is_restarted_and_the_run_resumes(nodes, run_yaml, tmp_path)
     assert codes == [0, 0], said
     assert "DPO_FAULT: step, occurrence 5" in said
     assert trajectory(tmp_path / "restarted") == trajectory(tmp_path / "whole")
-    # The first line must be the cause of the job's end. The restart therefore removes the code of the failed start.
+    # The first line of this file must be the code of the job's end, so the restart removes the failed start's code.
     assert (tmp_path / "codes").read_text() == "0\n0\n"

@@ -1,4 +1,4 @@
-"""Tests of two runs with one output directory: one trains, the other is refused or stops, and no files are mixed."""
+"""Tests of two runs with one output directory: one run trains, the other is refused or stops; no files are mixed."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def alone():
 
 
 def unhurried(pause_s):
-    """Return a ``before`` hook that makes each process a job with one rank, and its steps longer."""
+    """Return a ``before`` hook that makes each process a job with one rank, and prolongs its steps by `pause_s`."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -41,7 +41,7 @@ def unhurried(pause_s):
 
 
 def far(watch_s=1.0):
-    """Return a ``before`` hook: the job seems to be on another machine, so only lease renewals show that it runs."""
+    """Return a ``before`` hook: the job seems to be on another machine, so it must judge a lease by its renewals."""
 
     def before():
         from dpo_engine.checkpoint import lease
@@ -81,7 +81,7 @@ def expected(run_yaml, tmp_path):
 
 
 def race(run, folder, output):
-    """Start two jobs with different learning rates in one directory. Return the rate of the one that trained."""
+    """Start two jobs with different learning rates in one directory. Return the rate of the job that trained."""
     own = {number: [f"optim.lr={rate}", f"train.output_dir={output}"] for number, rate in enumerate(RATES)}
     done = run_job(["train", str(run)], 2, folder, before=unhurried(0.25), own=own)
     assert sorted(done.codes) == [0, 4], done.said
@@ -127,7 +127,7 @@ def steps(output):
 
 
 def unrenewed():
-    """Make each process a job with one rank that looks at its lease only when it writes."""
+    """Make each process a job with one rank that checks its lease only when it writes."""
     from dpo_engine.checkpoint import lease
 
     alone()
@@ -143,7 +143,7 @@ def unrenewed():
     ],
 )
 def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, moment, before):
-    """The fault stops the first run in its second save, or after its third step; another run then finishes."""
+    """The fault suspends the first run in its second save or after its third step. Then another run finishes."""
     run = run_yaml("run", checkpoint={"save_interval": 2})
     assert run_job(["train", str(run_yaml("whole", checkpoint={"save_interval": 2}))], 1, tmp_path / "log").codes == [0]
     found = []

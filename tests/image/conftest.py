@@ -24,7 +24,7 @@ def store():
 def build(store, tmp_path_factory):
     """Return a function: ``build("localhost/base", "localhost/new", EXTRAS="wandb")`` builds an image from a base.
 
-    It returns the output of the build.
+    The function returns the build's output.
     """
     volumes = pip_volumes(tmp_path_factory.mktemp("build"))
 
@@ -42,7 +42,7 @@ def build(store, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def built(store, build):
-    """Build the image and return the output."""
+    """Build the image, and return the build's output."""
     empty = store.run("buildah", "from", "scratch").strip()
     store.run("buildah", "add", empty, str(debian_base()), "/")
     store.run("buildah", "commit", "--rm", "--format=docker", empty, "localhost/debian")

@@ -1,4 +1,4 @@
-"""Tests of the image, built on a base of this machine's Debian: contents, training in it, and training on two nodes."""
+"""Tests of the image, built on this machine's Debian: its contents, and training in containers, also on two nodes."""
 
 import re
 import time
@@ -47,7 +47,7 @@ def test_image_has_the_tested_versions(inside):
 
 
 def test_torch_is_not_replaced(inside):
-    """This must hold although the package index also has newer versions of torch."""
+    """The base image's torch must remain, although the package index also has newer versions."""
     expected = re.search(r"(?m)^torch==(\S+)", (ROOT / "constraints/megatron-0.16.txt").read_text())[1]
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
     assert there.split("+")[0] == expected
@@ -94,7 +94,7 @@ def test_image_trains_for_any_user_with_a_read_only_root(store, built, run_yaml,
         "--env=OMP_NUM_THREADS=1",
     ]
     podman += [f"--volume={files}:{files}", IMAGE]
-    # podman refuses a hybrid hierarchy of cgroups, so the unified part is unmounted for podman alone.
+    # podman refuses a hybrid hierarchy of cgroups, so the unified hierarchy is unmounted in podman's mount namespace.
     alone = ["unshare", "--mount", "sh", "-c", 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"', "sh"]
     who = store.run(*alone, *podman, "sh", "-c", "id -un 2>&1; touch /opt/a 2>&1; echo $HOME")
     assert "cannot find name for user ID 4711" in who and "Read-only file system" in who, who
@@ -136,9 +136,9 @@ def test_two_nodes_train_in_containers(store, in_containers, run_yaml, tmp_path)
 
 
 def test_cancelled_job_leaves_no_container(store, in_containers, tmp_path):
-    """No container may be left even if training ignores all signals.
+    """No container may remain, even if training ignores all signals.
 
-    The end of the job kills podman's client, but not the container, so the job script must remove the container.
+    At the end of the job, Slurm kills podman's client, but not the container. The job script must remove the container.
     """
     deaf = tmp_path / "deaf"
     is_preflight = "if [[ $3 == config ]]; then exit 0; fi"

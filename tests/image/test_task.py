@@ -1,4 +1,4 @@
-"""Tests of launch/task.sh and launch/variables.sh: verbs, the options of torchrun, and what containers receive.
+"""Tests of launch/task.sh and launch/variables.sh: verbs, torchrun's options, and variables passed to containers.
 
 The launchers and container programs are stand-ins that record their arguments.
 """
@@ -23,7 +23,7 @@ env -0 >"$CALLS.environment"
 
 @pytest.fixture
 def task(tmp_path):
-    """Return a function: ``task("run.yaml", CONTAINER="docker")`` runs a task and returns the recorded calls."""
+    """Return a function: ``task("run.yaml", CONTAINER="docker")`` runs task.sh and returns the recorded calls."""
     for name in ("podman", "docker", "apptainer", "python"):
         (tmp_path / name).write_text(RECORD)
         (tmp_path / name).chmod(0o755)
@@ -58,7 +58,7 @@ def task(tmp_path):
 
 
 def values(call: list[str], option: str) -> list[str]:
-    """Return the word after each occurrence of an option."""
+    """Return the words that follow the occurrences of an option."""
     return [call[place + 1] for place, word in enumerate(call) if word == option]
 
 
@@ -114,7 +114,7 @@ def test_torchrun_can_use_a_c10d_rendezvous(task, options, node, host):
 
 @pytest.mark.parametrize("container", ["podman", "docker"])
 def test_container_receives_every_variable_that_ranks_compare(task, container):
-    """For each pattern in `SWITCHES`, one variable that matches the pattern is tested."""
+    """Test one variable for each pattern in `SWITCHES`."""
     switches = [switch.replace("*", "X").replace("?", "X") for switch in SWITCHES]
     assert all(any(fnmatch(name, switch) for switch in SWITCHES) for name in switches)
     call, *_ = task("run.yaml", CONTAINER=container, **dict.fromkeys(switches, "1"))
@@ -146,7 +146,7 @@ def test_more_variables_can_be_named(task):
 
 
 def test_values_are_not_on_the_command_line(task):
-    """Podman and docker read the value of `--env NAME` from the environment, so newlines and quotes cannot break it."""
+    """podman and docker read the value of `--env NAME` from the environment, so newlines and quotes are harmless."""
     value = "a 'b' \"c\"\n--env d=$(e) \\"
     call, *_ = task("run.yaml", CONTAINER="podman", WANDB_NOTES=value)
     assert "WANDB_NOTES" in values(call, "--env") and not any('c"' in word for word in call)
@@ -161,7 +161,7 @@ def test_apptainer_runs_the_image(task, tmp_path):
         *("engine.sif", "python", "-m", "dpo_engine", "eval", "run.yaml"),
     ]
     found = recorded_environment(tmp_path)
-    # The image's own values would take precedence over variables without this prefix.
+    # Without this prefix, the image's own values would take precedence.
     assert found["APPTAINERENV_WANDB_NOTES"] == value and found["APPTAINERENV_NVTE_FUSED_ATTN"] == "0"
     assert found["APPTAINERENV_PYTHONNOUSERSITE"] == "1", "apptainer mounts the home directory"
     assert "APPTAINERENV_MY_SECRET" not in found and "APPTAINERENV_HOME" not in found

@@ -1,4 +1,4 @@
-"""Tests of choosing kernels: the requested backend or one that the machine supports, and never a silent fallback."""
+"""Tests of choosing kernels: a requested backend, or one that the machine supports, and never a silent fallback."""
 
 from types import SimpleNamespace
 

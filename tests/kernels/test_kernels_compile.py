@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for three generations of GPUs, on any machine; check shared memory and registers."""
+"""Compile the Triton kernels for three generations of GPUs, on any machine, and check shared memory and registers."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Shared memory that one block may use, by compute capability."""
+"""Shared memory that one block can use, in bytes, by compute capability."""
 
 COMPILE = """
 import re
@@ -106,13 +106,13 @@ for sm in map(int, sys.argv[1].split(",")):
 
 
 def compile_for(sm, operand, width, tmp_path, *kernels):
-    """Return shared memory and stack in bytes, and the use of Hopper's tensor cores, by capability and kernel.
+    """Compile kernels. Return shared memory, stack and the use of Hopper's tensor cores, by capability and kernel.
 
-    sm  one or more compute capabilities, separated by commas
+    Sizes are in bytes. `sm` is one or more compute capabilities, separated by commas.
     """
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = tmp_path / "compile.py"  # Triton reads the source of a kernel, which must therefore be in a file
+    script = tmp_path / "compile.py"  # a file, because Triton reads a kernel's source from its file
     script.write_text(COMPILE)
     done = subprocess.run(
         [sys.executable, script, str(sm), operand, str(width), *kernels],
@@ -124,7 +124,7 @@ def compile_for(sm, operand, width, tmp_path, *kernels):
     found = {}
     for line in done.stdout.splitlines():
         sm, name, *sizes, wgmma = line.split()
-        before = found.get((int(sm), name), (0, 0, False))  # the maximum of all variants of a kernel
+        before = found.get((int(sm), name), (0, 0, False))  # for the maximum over a kernel's variants
         found[int(sm), name] = (*map(max, map(int, sizes), before), wgmma == "True")
     return found
 
@@ -165,7 +165,7 @@ def test_small_operations_fit_without_spilling(sm, operand, variants, tmp_path):
     ],
 )
 def test_attention_fits_without_spilling(sm, operand, width, options, tmp_path):
-    """With all options, attention has a window, a soft cap and sinks."""
+    """The case `all options` has a window, a soft cap and sinks."""
     found = compile_for(sm, operand, width, tmp_path, *options)
     assert {name for _, name in found} == {"_forward", "_backward_query", "_backward_key"}
     for (_, name), (shared, stack, wgmma) in found.items():

@@ -34,7 +34,7 @@ def random(*shape, seed=0):
 
 
 def turned(states, angles, interleaved):
-    """Multiply pairs of dimensions, as complex numbers, by exp(i angle); angles [s, w/2]."""
+    """Multiply pairs of dimensions, as complex numbers, by exp(i angle). The shape of angles is [s, w/2]."""
     half = angles.shape[-1]
     first, second = (
         (states[..., 0 : 2 * half : 2], states[..., 1 : 2 * half : 2])
@@ -59,7 +59,7 @@ def test_rotation_multiplies_pairs_as_complex_numbers(case, backend):
     width, half, interleaved = WIDTHS[case]
     angles = random(21, half, seed=1) * 4
     states = random(21, 2, 6, width).requires_grad_()
-    given = states.detach().to(dtype_of(backend))[..., ::2, :].requires_grad_()  # not contiguous
+    given = states.detach().to(dtype_of(backend))[..., ::2, :].requires_grad_()  # a view that is not contiguous
     got = backend.rotate(given, table_of(angles, given.dtype), interleaved)
     expected = turned(states[..., ::2, :], angles, interleaved)
     close(backend, got, expected)

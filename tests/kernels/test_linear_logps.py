@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "extend" / "backend.py"
 def backends(monkeypatch):
     """Return the backends: eager, the example backend, and triton.
 
-    Without a GPU, triton has small tiles, so that the tests need several of them.
+    Without a GPU, triton gets small tiles, so that the tests' small inputs need several tiles.
     """
     pytest.importorskip("triton")
     mend()
@@ -34,9 +34,9 @@ def backends(monkeypatch):
 
 
 def inputs(rows, width, tp, dtype=torch.float32, hidden_size=HIDDEN):
-    """Make hidden states, a weight, targets at the edges of shards, and a gradient.
+    """Make hidden states, a weight, targets that include the edges of shards, and a gradient.
 
-    The weight is padded to ``tp`` equal shards, with rows that would give huge logits.
+    The weight is padded to ``tp`` equal shards. The padding rows would give huge logits if they were used.
     """
     generator = torch.Generator().manual_seed(rows + width)
     hidden = torch.randn(rows, hidden_size, generator=generator).to(dtype)
@@ -70,8 +70,8 @@ def exact(hidden, weight, targets, grad, logit_scale, softcap):
 def merged(stats: list[LinearStats]) -> tuple[torch.Tensor, ...]:
     """Merge the shards' statistics as the all-reduces do.
 
-    Returns the log-sum-exp, the target logit, and, over the softmax distribution, the expected probability and the
-    expected logit; the last two are None without moments.
+    Returns the log-sum-exp, the target logit, and the expected probability and expected logit under the softmax
+    distribution. The two expected values are None without moments.
     """
     peak = torch.stack([one.maximum for one in stats]).amax(0)
     factors = [(one.maximum - peak).exp() for one in stats]
@@ -129,7 +129,7 @@ def shard_args(shard, targets, *more):
 def test_kept_logits_give_the_same_results(name, options, backends):
     """Process the rows in chunks, and compute each chunk's gradient from its kept logits before the next chunk starts.
 
-    The engine does the same if chunks consist of whole pairs.
+    The engine computes gradients in this way if chunks consist of whole pairs.
     """
     ops = backends[name]
     hidden, weight, targets, grad = inputs(21, 38, 2)
@@ -204,7 +204,7 @@ def test_empty_input_and_frozen_weight(name, backends):
 
 
 def test_gradients_in_fp64():
-    """Compare the gradient of ``sum(grad * logps)`` with finite differences of the definition."""
+    """Compare the gradient of ``sum(grad * logps)`` with finite differences of its definition."""
     hidden, weight, targets, grad = inputs(4, 75, 1, torch.float64, hidden_size=3)
     options = {"logit_scale": 0.7, "softcap": 3.0}
 
@@ -246,7 +246,7 @@ class Work(TorchDispatchMode):
 def test_flops_and_memory_of_chunks():
     """Count FLOPs in units of rows x hidden x vocabulary.
 
-    Scoring takes 2, scoring with gradients takes 8, or 6 if the logits are kept.
+    Scoring takes 2 units. Scoring with gradients takes 8 units, or 6 units if the logits are kept.
     """
     n, h, v, chunk = 96, 16, 75, 8
     hidden, weight, targets, grad = inputs(n, v, 1, hidden_size=h)
@@ -281,7 +281,7 @@ def test_triton_scores_without_logits(backends):
     with Work() as again:
         lse = stats.maximum + stats.sum_exp.log()
         triton.linear_grad(hidden, weight, targets, lse, grad, 0, v, chunk=8, d_weight=torch.zeros_like(weight))
-    assert again.flops == 4 * n * HIDDEN * v  # a third product computes the logits, inside the kernel
+    assert again.flops == 4 * n * HIDDEN * v  # a third product, the logits, is inside the kernel
     assert again.largest <= max(8 * v, hidden.numel(), weight.numel())
 
 

@@ -13,7 +13,7 @@ from dpo_kernels.tiles import Blocks, tile_map, tile_matrix
 
 
 def random_tree(generator: np.random.Generator) -> Tree:
-    """Make a random row of trees in depth-first order, whose queries are a random, ascending subset of the tokens."""
+    """Make a random row of trees in depth-first order. The queries are a random, ascending subset of the tokens."""
     parents: list[int] = []
     for segment in range(int(generator.integers(1, 9))):
         ancestors, above = [-1], segment - 1
@@ -27,7 +27,7 @@ def random_tree(generator: np.random.Generator) -> Tree:
 
 
 def visible_pairs(tree: Tree) -> np.ndarray:
-    """Return which keys each query sees, [n_q, n] bool: those on the path from the root to the query."""
+    """Return which keys each query sees, [n_q, n] bool: the keys on the path from the root to the query."""
     seen = np.zeros((tree.n, tree.n), dtype=bool)
     for path in paths(tree):
         for place, token in enumerate(path):
@@ -58,7 +58,7 @@ def test_tile_is_visited_only_if_part_of_it_is_visible(seed):
 
 
 class CountScores(TorchDispatchMode):
-    """Count the (query, key) pairs that the fused CPU kernel computes; torch's own FLOP counter omits them."""
+    """Count the (query, key) pairs that the fused CPU kernel computes. torch's own FLOP counter omits this kernel."""
 
     def __init__(self):
         super().__init__()

@@ -29,7 +29,7 @@ SHARED = ([700, 260, 300] * 2 + [1200, 90, 40, 60, 30], [-1, 0, 0, -1, 3, 3, -1,
 
 @pytest.fixture
 def triton_backend(monkeypatch):
-    """Return the Triton backend. Without a GPU, it has small blocks, so that short rows have many of them."""
+    """Return the Triton backend. Without a GPU, it gets small blocks, so that short rows have many blocks."""
     pytest.importorskip("triton")
     mend()
     from dpo_kernels import triton_attention, triton_backend
@@ -59,7 +59,7 @@ def paths(tree: Tree) -> list[list[int]]:
 
 
 def unshared(query, key, value, tree, scale):
-    """Run causal attention on each path as a separate row; for a token on several paths, keep one of the results."""
+    """Run causal attention on each path as a separate row. For a token on several paths, keep one of its results."""
     group = query.shape[1] // key.shape[1]
     of_token = {int(token): i for i, token in enumerate(tree.rows)}
     outputs, order, done = [], [], set()
@@ -116,7 +116,7 @@ def test_head_counts_and_sizes(name, heads, kv_heads, d, d_v, backends):
 
 
 def shares(tree: Tree, cp: int) -> list[np.ndarray]:
-    """Return the tokens of each context-parallel rank, if blocks of 8 tokens are distributed in zigzag order."""
+    """Return the tokens of each context-parallel rank when blocks of 8 tokens are distributed in zigzag order."""
     dealt = np.minimum(np.arange(tree.n) // 8 % (2 * cp), 2 * cp - 1 - np.arange(tree.n) // 8 % (2 * cp))
     return [np.flatnonzero(dealt == rank) for rank in range(cp)]
 
@@ -218,7 +218,7 @@ def test_tile_lists_are_built_once_per_tree(triton_backend):
 
 
 def test_rows_of_different_lengths_share_a_mask():
-    """Plans of hundreds of rows stay in memory; a mask for each of them would take gigabytes."""
+    """Plans for hundreds of rows stay in memory. One mask for each row would take gigabytes."""
     sdpa._corner.cache_clear()
     for n in range(140, 250):
         tree = Tree.of([n - 20, 10, 10], [-1, 0, 0])
@@ -275,7 +275,7 @@ def test_on_a_gpu(d, dtype, atol, triton_backend):
             got = with_grads(attention, inputs, grad, some)
             for result, want in zip(got, expected, strict=True):
                 torch.testing.assert_close(result.double(), want, rtol=1e-2, atol=atol)
-        torch.use_deterministic_algorithms(True)  # flash attention's backward pass is deterministic only then
+        torch.use_deterministic_algorithms(True)  # otherwise, flash attention's backward pass is not deterministic
         for attention in (triton_backend.tree_attention, *[varlen.tree_attention] * flash):
             again, first = (with_grads(attention, inputs, grad, some) for _ in range(2))
             assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True)), "two runs gave different bits"

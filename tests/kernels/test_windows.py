@@ -1,7 +1,7 @@
-"""Tests of windows, soft caps and sinks: every backend must match attention with masks that are made by walking.
+"""Tests of windows, soft caps and sinks: every backend must match the definition of attention with explicit masks.
 
-The mask of a token is made by walking from the token toward the root of its tree, one token at a time. The expected
-values and gradients are those of autograd in fp64.
+A token's mask is built by walking from the token toward the root of its tree, one token at a time. The expected values
+and gradients are computed in fp64 with autograd.
 """
 
 import itertools
@@ -76,7 +76,7 @@ def halves(tree: Tree) -> Tree:
 
 
 DEFAULT = {("pair", 3), ("short pairs", 3), ("deep", 50), ("long", 129)}
-TOO_LONG = {("triton", "long", window) for window in WINDOWS if window != 129}  # for Triton's interpreter
+TOO_LONG = {("triton", "long", window) for window in WINDOWS if window != 129}  # slow in Triton's interpreter
 
 
 def marks(name: str, shape: str, window: int | None):
@@ -130,7 +130,7 @@ def test_window_as_long_as_the_longest_path_changes_nothing(name, backends):
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
 def test_large_scores_stay_finite(name, backends):
-    """Without care, a masked score times the derivative of the soft cap is 0 times infinity."""
+    """The gradient of a masked score must not become 0 times infinity in the derivative of the soft cap."""
     tree = Tree.of(*TREES["pair"])
     (query, key, value), grad = tensors(tree, 2, 1, 16, 16, torch.float32)
     out = backends[name].tree_attention(query * 1e4, key, value, tree, window=3, softcap=50.0)
@@ -161,7 +161,7 @@ def test_varlen_refuses_a_soft_cap():
 
 
 def test_sinks_are_added_to_flash_attention(monkeypatch):
-    """Flash attention itself runs on GPUs only. Its two passes, which have no sinks, are replaced here."""
+    """Flash attention itself runs only on GPUs, so the test replaces its two passes, which do not support sinks."""
     tree = Tree.of(*TREES["pairs"])
     window = 7
     inputs, grad = tensors(tree, 4, 2, 8, 8, torch.float64)
@@ -223,7 +223,7 @@ def test_skipped_tile_has_nothing_visible(seed):
 
 @pytest.mark.parametrize("lengths, parents", [([8192], [-1]), ([2000, 3000, 3000], [-1, 0, 0])])
 def test_tiles_outside_of_the_window_are_not_visited(lengths, parents):
-    """Bound of the visited area: (tokens + 3 query blocks) x (window + a query block + a key block)."""
+    """The visited area is at most (tokens + 3 query blocks) x (window + a query block + a key block)."""
     tree, blocks, window = Tree.of(lengths, parents), Blocks(128, 64, 4, 1, 1), 512
     seen, full, _, _ = tile_matrix(tree, blocks, window)
     assert seen.sum() * 128 * 64 <= (tree.n + 3 * 128) * (window + 128 + 64)

@@ -1,6 +1,6 @@
-"""Tests of attention sinks in a whole model: a family outside of the engine has them, together with sliding windows.
+"""Tests of attention sinks in a whole model, whose family is defined here. The model also has sliding windows.
 
-The expected logits are those of transformers' Ministral with GPT-OSS's attention function, which has sinks.
+The expected logits come from transformers' Ministral with GPT-OSS's attention function, which has sinks.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Tests of choosing the size of micro-batches: its limits, and that it fits the pairs and the device."""
+"""Tests of choosing the size of micro-batches: its limits, and that micro-batches fit the pairs and the device."""
 
 import math
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ class TestChoice:
 
     @pytest.mark.parametrize("pp, vpp", [(2, None), (4, None), (4, 2)])
     def test_pipelines_get_the_cheapest_number_of_micro_batches(self, pp, vpp, tmp_path):
-        """The expected cost of each number of micro-batches is work, bubble, and the overhead of each micro-batch."""
+        """The expected cost of a number of micro-batches is the work, the bubble, and each micro-batch's overhead."""
         work, each = 20_000.0, OVERHEAD["cpu"]
         costs = {m: work * (1 + (pp - 1) / (m * (vpp or 1))) + m * each for m in range(1, 2000)}
         best = min(costs, key=costs.__getitem__)
@@ -131,7 +131,7 @@ class TestSettled:
             )
 
     def test_the_choice_is_the_same_for_a_settled_configuration(self, tmp_path):
-        """A resumed run reads the same facts. The choice must not depend on how often it is made."""
+        """A resumed run chooses again from the same inputs, and must get the same result."""
         pairs = [(60, 20, 20), (3, 50, 4)] * 20
         found = [settle(config(tmp_path), *pairs, device_memory=80 * GIB) for _ in range(2)]
         assert found[0] == found[1]

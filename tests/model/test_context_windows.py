@@ -1,4 +1,4 @@
-"""Tests of what context-parallel ranks send each other in layers with a sliding window."""
+"""Tests of the keys and values that context-parallel ranks send each other in layers with a sliding window."""
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ CPU = torch.device("cpu")
 
 
 def visible(lengths, parents, window):
-    """Return which keys each token sees [n, n], found by walking from the token towards the root."""
+    """Return which keys each token sees, [n, n], computed by walking from the token toward the root."""
     n, ends = sum(lengths), np.cumsum(lengths)
-    before = list(range(-1, n - 1))  # the token before each token on its path
+    before = list(range(-1, n - 1))  # for each token, the previous token on its path
     for segment, parent in enumerate(parents):
         before[ends[segment] - lengths[segment]] = int(ends[parent]) - 1 if parent >= 0 else -1
     seen = np.zeros((n, n), dtype=bool)
@@ -53,5 +53,5 @@ def test_causal_rows_exchange_the_ends_of_neighboring_chunks():
     for rank in range(cp):
         plan = _row_share(length, rank, cp).windows(window, CPU)
         received = sum(len(columns) for columns in plan.received)
-        # Rank 0 has the first chunk, which sees no other, and the last rank has two chunks that follow each other.
+        # Rank 0 has the first chunk, which sees no other chunk. The two chunks of the last rank follow each other.
         assert received == (window - 1) * (1 if rank in (0, cp - 1) else 2)

@@ -1,4 +1,4 @@
-"""Tests of reading config.json, and of the weight tables, which must cover every tensor of transformers' models."""
+"""Tests of reading config.json, and of the weight tables: they must cover every tensor of transformers' models."""
 
 import json
 import math
@@ -80,7 +80,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     "family, variant",
-    # not for Qwen3: transformers rejects a Qwen3 config with a null head size
+    # Qwen3 is left out of one variant, because transformers rejects a Qwen3 config with a null head size.
     [
         (family, variant)
         for family in FAMILY_NAMES
@@ -124,7 +124,7 @@ def test_table_covers_every_tensor_of_the_model(family, options, config_dir):
 
 
 def test_llama3_frequencies(config_dir):
-    """Meta's formula, retyped: three ranges of wavelengths, of which only the middle one is interpolated."""
+    """Compare with Meta's formula, written out here. It interpolates only the middle one of three wavelength ranges."""
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 64
     arch = read_architecture(config_dir(head_dim=64, rope_theta=10000.0, rope_scaling=scaling))
@@ -232,7 +232,7 @@ PINNED = {
 
 @pytest.mark.parametrize("family, variant", PINNED)
 def test_digest_and_identity_of_a_known_model_never_change(family, variant, config_dir):
-    """Stored references are found by the digest, and a checkpoint resumes only if the identity's fields are equal."""
+    """The engine finds stored references by the digest, and resumes a checkpoint only if the identity is equal."""
     options = {**VARIANTS[variant], "max_window_layers": "absent"}
     arch = read_architecture(config_dir(family, **options))
     assert arch.digest == PINNED[family, variant]

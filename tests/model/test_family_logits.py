@@ -1,4 +1,4 @@
-"""Tests of every family: transformers' logits in fp64 in several layouts, and bitwise export."""
+"""Tests of every family: transformers' logits in fp64 in several layouts, and bitwise identical exports."""
 
 import pytest
 

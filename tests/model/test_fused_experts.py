@@ -23,7 +23,7 @@ EXPERTS = "model.layers.1.mlp.experts."
 
 
 def fused_copy(directory, folder):
-    """Save a model with one tensor for all experts of a layer, as transformers has it in memory."""
+    """Save a model with one tensor for all experts of a layer, as transformers holds experts in memory."""
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(directory).save_pretrained(folder, save_original_format=False)
@@ -62,7 +62,7 @@ def both_digests(compute, directories):
 
 
 def quantize(source, target):
-    """Replace the matrices of experts by random ones in MXFP4, under the names of the published checkpoints."""
+    """Replace the experts' matrices with random matrices in MXFP4, under the names of the published checkpoints."""
     shutil.copytree(source, target)
     tensors, generator = load_file(target / FILE), torch.Generator().manual_seed(7)
     for name in [name for name in tensors if name.endswith("_proj")]:
@@ -107,7 +107,7 @@ def test_quantized_experts_are_read_as_by_transformers(layout, ranks, quantized,
 
 
 def test_every_quantized_number_is_that_of_transformers():
-    """All bytes, with all scales but the largest. By the specification, that one is not a number."""
+    """Compare all bytes with all scales except the largest. By the specification, the largest scale is not a number."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()
@@ -184,7 +184,7 @@ def test_other_quantization_is_refused(quantized, tmp_path):
 
 
 def test_gradients_of_the_clamped_gate():
-    """Half of the numbers are beyond the limits, where gradients are zero."""
+    """Many of the numbers are beyond the limits, where gradients are zero."""
     both = (3 * torch.randn(7, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).requires_grad_()
     gate, up = both[:, :5], both[:, 5:]
     shut, near = torch.clamp(gate, max=1.5), torch.clamp(up, -1.5, 1.5)

@@ -1,4 +1,4 @@
-"""Tests of the estimates of parameters and memory, against real models and sums written out by hand."""
+"""Tests of the estimates of parameters and memory, compared with real models and with sums written out by hand."""
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -110,7 +110,7 @@ def test_memory_without_reference_or_distributed_optimizer(tiny_hf):
 
 
 def kept_by_hand(tokens, layers, hidden, heads, kv_heads, dim, ffn):
-    """Return the bytes that one GPU keeps in bf16: inputs and outputs of norms, attention's tensors, and the MLP's."""
+    """Return the bytes that a GPU keeps in bf16: inputs and outputs of norms, and tensors of attention and the MLP."""
     return 2 * tokens * layers * (4 * hidden + 2 * heads * dim + 2 * kv_heads * dim + 3 * ffn)
 
 

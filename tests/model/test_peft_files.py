@@ -1,4 +1,4 @@
-"""Tests of adapters as PEFT files: reading, writing, merging, and the messages about what cannot be read."""
+"""Tests of adapters as PEFT files: reading, writing, merging, and messages about files that cannot be read."""
 
 import json
 
@@ -37,7 +37,7 @@ KINDS = {
 
 
 def exported(config):
-    """Load the model that the run starts from; export it merged, and its adapter. Return the line about rounding."""
+    """Load the run's initial model, and export the merged model and the adapter. Return the line about rounding."""
     from dpo_engine.model.weights.save import save_hf
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.exporting import merge_of, save_adapter
@@ -119,7 +119,7 @@ def adaptation(model, **keys):
     "settings",
     [
         *KINDS.values(),
-        {"rank_pattern": {"proj": 3, "q_proj": 5}},  # the first pattern that matches is used
+        {"rank_pattern": {"proj": 3, "q_proj": 5}},  # both patterns match q_proj; the first one counts
         {"rank_pattern": {"q_proj": 5, r".*\.0\..*": 6}, "alpha_pattern": {r"[kv]_proj": 3}},
         {"target_modules": ["model.layers.2.mlp.up_proj", "q_proj"], "layers_to_transform": 0},
     ],

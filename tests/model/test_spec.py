@@ -1,4 +1,4 @@
-"""Tests of choosing the layer spec, and of the reasons for which Transformer Engine's layers are refused."""
+"""Tests of choosing the layer spec, and of the reasons why Transformer Engine's layers are refused."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from dpo_engine.platform.device import Platform
 from support.family_cases import checkpoint
 
 LLAMA = SimpleNamespace(model_type="llama", suits_transformer_engine=True, experts=None)
-CASES = [  # (gpu, installed, dtype), and why Transformer Engine cannot be used; None if it can
+CASES = [  # gpu, installed, dtype, and the reason why Transformer Engine cannot be used, or None
     (False, True, torch.float32, "this machine has no GPU"),
     (True, False, torch.bfloat16, "Transformer Engine is not installed"),
     (True, True, torch.float64, "Transformer Engine does not support fp64"),
@@ -49,7 +49,7 @@ def test_transformer_engine_is_not_used_for_other_layers(case, lack, tiny_hf, mo
 
 
 def test_transformer_engine_is_not_used_if_some_experts_are_frozen(tiny_hf, monkeypatch):
-    """Its module for all experts of a rank decides by the first expert whether to compute gradients."""
+    """Its module for all experts of a rank computes either all gradients or none, depending on the first expert."""
     monkeypatch.setattr(spec, "has_transformer_engine", lambda: True)
     given = read_architecture(checkpoint(tiny_hf, "qwen3_moe")), Platform("cuda", "nccl", gpu=True), torch.bfloat16
     matrices, down = r"model\.layers\.1\.mlp\.experts\.{}\..*", r".*\.experts\.\d\.down_proj\.weight"

@@ -1,4 +1,4 @@
-"""Tests of the division of layers among model chunks: it is the best one, and impossible ones are refused."""
+"""Tests of the division of layers among model chunks: the best division is chosen, and impossible ones are refused."""
 
 from itertools import combinations
 

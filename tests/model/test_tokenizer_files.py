@@ -1,5 +1,6 @@
-"""Tests of exported tokenizers: transformers loads them next to config.json, and they give the same token ids and have
-the same chat template as in training.
+"""Tests of exported tokenizers: transformers loads them next to config.json.
+
+Their token ids and their chat template must be the same as in training.
 """
 
 import json
@@ -28,7 +29,7 @@ def config_of(family):
 
 
 def exported(tmp_path, place_of_tokenizer, family="llama", template=None):
-    """Export the tokenizer at ``place_of_tokenizer`` into the directory ``tmp_path/hf``, and return the result."""
+    """Export the tokenizer at ``place_of_tokenizer`` to the directory ``tmp_path/hf``, and return the result."""
     source = tmp_path / "source"
     source.mkdir(exist_ok=True)
     if template is not None:

@@ -1,4 +1,4 @@
-"""Tests of loading and saving checkpoints: transformers' logits in every layout, and a bitwise identical export."""
+"""Tests of loading and saving checkpoints: transformers' logits in every layout, and bitwise identical exports."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def tokens():
 
 
 def cases():
-    """Yield every model with every layout. A layout that a larger one contains is marked slow, except for llama."""
+    """Yield every model with every layout. Except for llama, layouts that a larger layout includes are marked slow."""
     for model in MODELS:
         for layout in LAYOUTS:
             contained = model != "llama" and layout in ("one", "tp2", "pp2")
@@ -170,7 +170,7 @@ def padding(directory, layout):
 
 
 def doctored(directory: Path, target: Path, **changes) -> Path:
-    """Copy a checkpoint and replace tensors in the copy. None removes a tensor; ``__`` in a name stands for a dot."""
+    """Copy a checkpoint and replace tensors in the copy. None removes a tensor. ``__`` in a name stands for a dot."""
     held = load_weights(directory)
     for name, value in changes.items():
         held[name.replace("__", ".")] = value

@@ -4,8 +4,8 @@
 #   PYTHON   an interpreter with a CUDA 13 build of torch, and Triton (default: python3)
 #   CC       the C compiler (default: gcc)
 #
-# src/ implements the functions whose results matter. Every other function that torch imports from CUDA's libraries, or
-# that the driver's header declares, becomes a stub that returns 0.
+# src/ implements the functions whose results matter. Other functions become stubs that return 0: the functions that
+# torch imports from CUDA's libraries, and the functions that the driver's header declares.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 packages=$("${PYTHON:-python3}" -c '
@@ -24,7 +24,7 @@ mkdir -p build
 functions_in() { nm "$@" | awk '$2 == "T" { print $3 }' | sort -u; }
 stubs() { sed 's/.*/__attribute__((visibility("default"))) int &(void) { return 0; }/'; }
 
-# These functions work without a GPU, so those of the real libraries are used.
+# The real libraries' versions of these functions are used, because they work without a GPU.
 works='^(cuda(GetErrorName|GetErrorString|RuntimeGetVersion)'
 works+='|cudnn(GetVersion|GetErrorString|GetCudartVersion|GetProperty|GetLastErrorString)'
 works+='|nccl(GetVersion|GetErrorString|GetLastError)|cublasLtGetVersion|cublasGetStatusString)$'

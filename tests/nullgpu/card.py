@@ -16,25 +16,25 @@ COUNTERS = (
     "device_waits", "event_waits", "blocking_copies", "pageable_copies", "copies", "allocations",
 )  # fmt: skip
 WAITS = ("stream_waits", "device_waits", "event_waits", "blocking_copies")
-"""Counters of events in which the host waits for the device."""
+"""Counters of the events in which the host waits for the device."""
 ATTENTION = ("flash", "fmha", "triton:_forward", "triton:_backward_query", "triton:_backward_key")
-"""Parts of the names of attention kernels."""
+"""A kernel is an attention kernel if its name contains one of these strings."""
 SOURCES = ("/dpo_engine/", "/dpo_kernels/", "/megatron/", "/transformer_engine/")
 
 
 class Card:
-    """The preloaded library of the null GPU. Counts grow until the process ends, so callers subtract two readings."""
+    """The preloaded library of the null GPU. It never resets its counters, so callers subtract two readings."""
 
     def __init__(self) -> None:
-        self._library = ctypes.CDLL(str(BUILT))  # the preloaded library, because it has the same path
+        self._library = ctypes.CDLL(str(BUILT))  # not a second copy: the preloaded library has this path
         self._library.nullgpu_counter.restype = ctypes.c_long
 
     def counts(self) -> Counter[str]:
-        """Return the number of events so far, by the names in COUNTERS."""
+        """Return the number of events so far for each name in COUNTERS."""
         return Counter({name: self._library.nullgpu_counter(name.encode()) for name in COUNTERS})
 
     def details(self) -> dict[str, Counter[str]]:
-        """Return the number of launches by kernel (``kernel``), and of NCCL calls by operation (``collective``)."""
+        """Return two counters: ``kernel`` has launches by kernel, and ``collective`` has NCCL calls by operation."""
         found: dict[str, Counter[str]] = {"kernel": Counter(), "collective": Counter()}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "details"
@@ -45,7 +45,7 @@ class Card:
         return found
 
     def announce_group(self, rank: int, ranks: int) -> None:
-        """Announce this process's rank in, and the size of, the NCCL communicator that will be split off next."""
+        """Announce the next NCCL communicator that will be split off: this process's rank in it, and its size."""
         self._library.nullgpu_announce_group(rank, ranks)
 
 
@@ -61,7 +61,7 @@ def attention_launches(kernels: Counter[str]) -> int:
 
 @contextmanager
 def waits_by_line() -> Iterator[Counter[str]]:
-    """Inside the block, count the waits that torch warns about, by their innermost three frames in SOURCES."""
+    """Inside the block, count the waits about which torch warns, by the three innermost stack frames in SOURCES."""
     import torch
 
     places: Counter[str] = Counter()
@@ -75,7 +75,7 @@ def waits_by_line() -> Iterator[Counter[str]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = note  # catch_warnings restores it
+        warnings.showwarning = note  # catch_warnings restores the original function
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield places

@@ -1,7 +1,7 @@
-"""Replace what a rank needs from other ranks and from files, so that one process can act as any rank of any run.
+"""Replace a rank's inputs from other ranks and from files, so that one process can act as any rank of any run.
 
-Nothing of the engine's computation is replaced: only the rendezvous, Python objects from other ranks, the weights of a
-checkpoint, and the few numbers that control a step.
+The replaced inputs are the rendezvous, Python objects from other ranks, the weights of a checkpoint, and the few
+numbers that control a step. The engine's computation is not replaced.
 """
 
 from typing import Any
@@ -12,11 +12,11 @@ import torch.distributed as dist
 from card import Card
 
 MOST_FLAGS = 16
-"""All-reduces of at most this many numbers are of flags or counts that the host reads, or of the gradient norm."""
+"""An all-reduce of at most this many numbers reduces flags or counts that the host reads, or the gradient norm."""
 
 
 class AnyStore(dist.Store):
-    """A rendezvous store that answers as if all other ranks had arrived."""
+    """A rendezvous store that behaves as if all other ranks had arrived."""
 
     def __init__(self, world: int):
         super().__init__()
@@ -53,7 +53,7 @@ class AnyStore(dist.Store):
 
 
 def replace_peers(card: Card, rank: int, world: int) -> None:
-    """Make torch.distributed and the engine's rendezvous work without other ranks. Call before Engine.open."""
+    """Make torch.distributed and the engine's rendezvous work without other ranks. Call this before Engine.open."""
     from dpo_engine.platform import device, parallel
     from dpo_engine.training import engine
 
@@ -80,7 +80,7 @@ def replace_numbers(*, weights: bool = False) -> None:
 
     Kernels do not run, so the real numbers are arbitrary bits. The copies and waits that read them still happen.
 
-    weights   whether to read the weights of a checkpoint
+    weights   whether the engine reads the weights of a checkpoint
     """
     from dpo_engine.optim import optimizer
     from dpo_engine.training import adapting, engine, metrics, step
@@ -98,7 +98,8 @@ def replace_numbers(*, weights: bool = False) -> None:
     def reduce(tensor: torch.Tensor, *rest: Any, **named: Any) -> Any:
         work = real_reduce(tensor, *rest, **named)
         if tensor.numel() <= MOST_FLAGS:
-            # The null GPU executes this small copy, so flags are 0, and fp64 counts, which are divisors, are 1.
+            # The null GPU executes this small copy. Afterwards, flags are 0, and counts are 1: counts are in fp64, and
+            # the engine divides by them.
             value = float(tensor.dtype is torch.float64)
             values = torch.full(tensor.shape, value, dtype=tensor.dtype, pin_memory=True)
             tensor.copy_(values, non_blocking=True)
@@ -115,7 +116,7 @@ def replace_numbers(*, weights: bool = False) -> None:
 
 
 def _distribute_tokens_equally() -> None:
-    """Replace the numbers of tokens that each rank sends to each expert, from which the host derives sizes."""
+    """Replace the numbers of tokens that each rank sends to each expert. The host derives tensor sizes from them."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
 
     real = Dispatcher.preprocess
@@ -131,7 +132,7 @@ def _distribute_tokens_equally() -> None:
             if counts is not None:
                 counts.copy_(
                     values.expand(counts.shape).contiguous().pin_memory(), non_blocking=True
-                )  # executed, as above
+                )  # the null GPU executes this small copy too
 
         replace(self.input_splits, sent.view(self.ep_size, -1).sum(1))
         replace(self.output_splits, own.sum())

@@ -1,4 +1,4 @@
-"""Write the table of estimated and measured memory in docs/gpu.md: `run.sh` builds the null GPU, then
+"""Write the table of estimated and measured memory in docs/gpu.md. First build the null GPU with `build.sh`, then run
 
     PYTHONPATH=.:kernels python tests/nullgpu/memory_table.py
 
@@ -34,7 +34,10 @@ CELLS: dict[str, tuple[str, ...]] = {
     "the same, `recompute: full`, stored reference": (*QWEN_4B, "model.recompute=full", "reference.mode=stored"),
     "Llama-3.2-1B, 1 GPU": ("--model", "llama3_1b"),
 }
-"""Runs, by their names in the table. Steps have two pairs of 2048 + 1024 + 1024 tokens on each data-parallel rank."""
+"""The arguments of each run, by the run's name in the table.
+
+By default, a step has two pairs of 2048 + 1024 + 1024 tokens on each data-parallel rank.
+"""
 
 
 def row(name: str, report: dict[str, Any]) -> str:

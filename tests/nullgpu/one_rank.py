@@ -2,8 +2,8 @@
 
     tests/nullgpu/nullgpu python tests/nullgpu/one_rank.py --model llama3_8b --world 8 parallel.tp=2
 
-Positional arguments are configuration keys. A step consists of the same parts as the trainer's: data prepared one step
-ahead, the reference, train_step, and then the agreement between ranks.
+Positional arguments are configuration keys. A step does the same as a step of the trainer: it takes data that was
+prepared one step ahead, runs the reference and train_step, and then lets the ranks agree whether to stop.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def arguments() -> argparse.Namespace:
 asked = arguments()
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 os.environ.update(RANK=str(asked.rank), WORLD_SIZE=str(asked.world), LOCAL_RANK=str(asked.rank % 8))
-# Turn off the heartbeat monitor and the dump after timeouts in torch's NCCL backend: both involve other ranks.
+# Turn off two features of torch's NCCL backend that need other ranks: the heartbeat monitor and the dump on timeouts.
 os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
 os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
 os.environ.pop("MASTER_ADDR", None)
@@ -86,9 +86,9 @@ GIB = 1 << 30
 
 
 def configuration(folder: Path, given: list[str]) -> Config:
-    """Build the run's configuration: defaults, except for what the command line asks for."""
+    """Build the run's configuration: the keys from the command line, and defaults for all other keys."""
     values: dict[str, Any] = {
-        # Figures are those of native layers, whether Transformer Engine is installed or not.
+        # Measure native layers, even if Transformer Engine is installed.
         "model": {"path": str(write_shape(asked.model, folder, asked.layers)), "spec": "native"},
         "data": {"train": "none.jsonl", "max_length": 65536},
         "train": {"output_dir": str(folder / "output")},
@@ -111,7 +111,7 @@ def configuration(folder: Path, given: list[str]) -> Config:
 
 
 def synthetic_pairs(path: Path, count: int) -> PairDataset:
-    """Write random pairs to a file of token pairs, as tokenizing does, and open it."""
+    """Write random pairs to a file of token pairs, in the format that tokenizing writes, and open the file."""
     draw = np.random.default_rng(0)
     longest = np.array([int(text) for text in asked.lengths.split(",")])
     with PairWriter(path) as writer:
@@ -126,9 +126,9 @@ def synthetic_pairs(path: Path, count: int) -> PairDataset:
 
 
 class OneRank:
-    """One rank's engine, policy, reference and data, with counts of events by phase.
+    """One rank's engine, policy, reference and data, with counts of events for each phase of a step.
 
-    parts   bytes that each part of the state takes on the device
+    parts   device memory of each part of the state (such as weights or gradients), in bytes
     phases  counts of events in each phase of the current step
     """
 
@@ -162,7 +162,7 @@ class OneRank:
 
     def _reference(self) -> Reference:
         if self.config.reference.mode == "stored":
-            # A store cannot be filled here, because scores would not be finite. The values do not matter.
+            # The reference cannot fill a store on the null GPU, because its scores would not be finite. Zeros suffice.
             rows = Rows.empty().with_more(
                 keys(self.pairs.digests), np.zeros((len(self.pairs), len(VALUES)), np.float32)
             )
@@ -170,7 +170,7 @@ class OneRank:
         return open_reference(self.engine, self.trained.chunks, pairs=[self.pairs], upcoming=self.upcoming)
 
     def upcoming(self) -> Iterator[list[Any]]:
-        """Yield the micro-batches of the next steps, as the trainer does for an offloaded reference."""
+        """Yield the micro-batches of the next steps, which an offloaded reference scores ahead, as in the trainer."""
         for indices in self.plan[self.step : self.step + self.config.reference.ahead]:
             yield self.engine.batches(self.pairs, indices)
 
@@ -191,7 +191,7 @@ class OneRank:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the block's events to a phase of the step."""
+        """Count the events inside the block, and add them to a phase of the step."""
         before = self.card.counts()
         yield
         counts = self.card.counts()
@@ -208,7 +208,7 @@ class OneRank:
         setattr(owner, name, counted)
 
     def take_step(self, step: int, objective: Objective) -> int:
-        """Run one step like the trainer. Return the number of micro-batches."""
+        """Run one step as the trainer does. Return the number of micro-batches."""
         engine, started = self.engine, time.perf_counter()
         with self.phase("batches"):
             data = self.steps.take(step)
@@ -237,7 +237,7 @@ class OneRank:
         for kind, counts in details.items():
             counts.subtract(before[kind])
         phases = self.phases
-        total: Counter[str] = Counter()  # the sum of Counters with "+" would omit zeros
+        total: Counter[str] = Counter()  # not a sum with "+", which would omit zeros
         for name in ("batches", "step", "agreement"):
             total.update(phases[name])
         inside = waits(phases["pipeline"]) + waits(phases.get("reference", Counter()))
@@ -261,7 +261,7 @@ class OneRank:
 
 
 def every_loss(rank: OneRank) -> dict[str, str]:
-    """Run one step with each registered loss. Return each loss's error, or an empty text if there was none."""
+    """Run one step with each registered loss. Return each loss's error, or an empty string if the step succeeded."""
     results = {}
     for name in sorted(LOSSES):
         loss = rank.config.loss.model_validate({"name": name, **REQUIRED_OPTIONS.get(name, {})})
@@ -275,7 +275,7 @@ def every_loss(rank: OneRank) -> dict[str, str]:
 
 
 def estimate(rank: OneRank) -> Memory:
-    """Return the memory that `check` would estimate for this rank's stage, with rows as long as those of the pairs."""
+    """Return the memory that `check` would estimate for this rank's stage if ``max_length`` were the pairs' length."""
     engine, (prompt, chosen, rejected) = rank.engine, (int(text) for text in asked.lengths.split(","))
     config = engine.config.model_copy(
         update={"data": engine.config.data.model_copy(update={"max_length": prompt + max(chosen, rejected)})}

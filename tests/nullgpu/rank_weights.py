@@ -1,11 +1,11 @@
-"""Load a checkpoint into one rank of a run on the null GPU, and report how the rank holds it.
+"""Load a checkpoint into one rank of a run on the null GPU, and report the rank's parameters and their attributes.
 
     tests/nullgpu/nullgpu python tests/nullgpu/rank_weights.py --model MODEL --out FOLDER --world 2 parallel.ep=2
 
-The null GPU executes copies between host and device of at most 16 MiB, so weights arrive, and can be read back.
-Positional arguments are configuration keys. The report has, for each parameter, its name in the weight table, the
-attributes by which its gradient is reduced, and for each tensor that this rank alone would export whether it has the
-values of the checkpoint.
+The null GPU executes copies of at most 16 MiB between host and device, so weights reach the device and can be read
+back. Positional arguments are configuration keys. For each parameter, the report has its name in the weight table and
+the attributes that determine how its gradient is reduced. If this rank can export the parameter's tensors without other
+ranks, the report also says for each of these tensors whether it equals the checkpoint's tensor.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from lone_rank import replace_numbers, replace_peers  # noqa: E402
 
 
 def configuration(folder: str) -> Config:
-    """Build the run's configuration: defaults, except for what the command line asks for."""
+    """Build the run's configuration: the keys from the command line, and defaults for all other keys."""
     values: dict[str, Any] = {"model": {"path": asked.model}, "data": {"train": "none.jsonl"}}
     values |= {"train": {"output_dir": folder, "global_batch_size": 2 * asked.world}, "reference": {"verify": 0}}
     for text in asked.keys:
@@ -64,7 +64,7 @@ def expert_buffers(trained: Trained) -> set[torch.Tensor]:
 
 
 def facts(placed: Placed, summed: set[torch.Tensor]) -> dict[str, Any]:
-    """Return the attributes of a parameter by which Megatron reduces its gradient."""
+    """Return the attributes of a parameter that determine how Megatron reduces its gradient."""
     parameter = placed.parameter
     return {
         "table": placed.name,
@@ -78,17 +78,18 @@ def facts(placed: Placed, summed: set[torch.Tensor]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Load, report and leave."""
+    """Load the checkpoint, and write report.json and weights.safetensors."""
     replace_peers(Card(), asked.rank, asked.world)
     replace_numbers(weights=True)
-    load_module.table_names = lambda arch: set()  # the tensors that other ranks do not read here
+    load_module.table_names = lambda arch: set()  # skip the check for tensors that no rank reads
     finite = torch.Tensor.isfinite
     torch.Tensor.isfinite = lambda self: torch.ones(self.shape) if self.is_cuda else finite(self)  # kernels do not run
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine.open(configuration(folder))
         trained = engine.load_policy(total_steps=10)
         chunks = [chunk.module for chunk in trained.chunks]
-        # DDP moved the weights to its buffers by copies within the device, of which only the smallest are executed.
+        # Load the weights again. DDP has moved them to its buffers by copies within the device, and the null GPU
+        # executes only the smallest of these copies.
         engine.load_weights(chunks, asked.model, key="model.path")
         names = {parameter: name for chunk in chunks for name, parameter in chunk.named_parameters()}
         files, summed = CheckpointFiles(asked.model), expert_buffers(trained)
@@ -96,7 +97,7 @@ def main() -> None:
         for placed in placed_parameters(chunks, engine.arch, engine.groups):
             name = names.pop(placed.parameter)
             report[name], weights[name] = facts(placed, summed), placed.parameter.detach().cpu()
-            if placed.rule.cut is None or placed.shards.size() == 1:  # else NCCL would have to gather other shards
+            if placed.rule.cut is None or placed.shards.size() == 1:  # no NCCL needed
                 kinds = {tensor.name: files.dtype(tensor.name) for tensor in placed.tensors(engine.arch)}
                 written = assemble(placed, gather_shards(placed), engine.arch, kinds)
                 report[name]["written"] = {

@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # Rehearse benchmarks/gpu_day.sh on the null GPU: PYTHON=/path/to/python bash tests/nullgpu/rehearse.sh
 #
-# Every part runs with the same arguments and files as on a real GPU; only numbers are arbitrary (rehearsal/). The
-# rehearsal fails if a part fails, except for TRL's own process in the part "trl": TRL selects tokens by masks on the
-# device, so its shapes depend on such numbers. Triton's kernels, compiled for the GPU's generation, remain in gpu-day/triton, where gpu_day.sh looks
-# for them. Take this folder to a machine with the same versions of torch and Triton.
+# Every part of the benchmark runs with the same arguments and files as on a real GPU, but the numbers on the device are
+# arbitrary (see rehearsal/). The rehearsal fails if a part fails, with one exception: TRL's own process in the part
+# "trl". TRL selects tokens by masks on the device, so its shapes depend on the arbitrary numbers.
 #
-#   PYTHON       as for run.sh
+# Triton compiles its kernels for the GPU's generation into gpu-day/triton, where gpu_day.sh looks for them. Copy that
+# folder to the GPU's machine if the machine has the same versions of torch and Triton.
+#
+#   PYTHON       an interpreter, as in run.sh
 #   PARTS        the parts to run, such as "stack kernels" (default: all)
-#   SCALE        a factor for all time limits (default: 4, because a GPU's machine has more cores)
+#   SCALE        a factor for all time limits (default: 4, because this machine has fewer cores than a GPU's machine)
 #   SHAPE        the model to train, such as tiny, for a short rehearsal (default: 1b)
-#   NULLGPU_MIB, NULLGPU_SM   the GPU: memory and compute capability (default: an H200)
+#   NULLGPU_MIB, NULLGPU_SM   the GPU's memory and compute capability (default: those of an H200)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHON=${PYTHON:-python3} SCALE=${SCALE:-4} NULLGPU_MIB=${NULLGPU_MIB:-143771} NULLGPU_SM=${NULLGPU_SM:-90} NULLGPU_DEVICES=1
 export PYTHONPATH=$PWD/tests/nullgpu/rehearsal:$PWD/tests/nullgpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# torch's profiler on a GPU needs CUPTI, which is not replaced and would wait for a real driver.
+# torch's profiler on a GPU needs CUPTI. The null GPU does not replace CUPTI, which would wait for a real driver.
 export PYTEST_ADDOPTS="--deselect=tests/test_gpu.py::test_each_profiler_runs_on_a_gpu[torch-1]"
 unset TRITON_INTERPRET
 bash tests/nullgpu/build.sh

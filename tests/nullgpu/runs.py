@@ -1,4 +1,4 @@
-"""Start one_rank.py on the null GPU. Tests that need the same run share it."""
+"""Start one_rank.py on the null GPU. Tests that need a run with the same arguments share the run."""
 
 import functools
 import importlib.util
@@ -16,7 +16,7 @@ import torch
 HERE = Path(__file__).parent
 GIB = 1 << 30
 LARGE_CARD = "400000"
-"""Memory of the card in MiB, large enough for every run, so that peaks beyond real cards can be measured too."""
+"""Memory of the card in MiB. It is enough for every run, so peaks above the memory of real cards can be measured."""
 
 requires_null_gpu = [
     pytest.mark.nullgpu,
@@ -32,13 +32,13 @@ requires_transformer_engine = pytest.mark.skipif(
 
 @functools.cache
 def run(*arguments: str, capability: int = 90, card: str = LARGE_CARD) -> dict[str, Any]:
-    """Return the report of a run of one_rank.py with these arguments; the last step is in ``last``.
+    """Run one_rank.py with these arguments, and return its report. The figures of the last step are in ``last``.
 
-    If the run is out of memory, it ends before this step, and ``out_of_memory`` has the lines of the error.
+    If the run is out of memory, it ends before the last step, and ``out_of_memory`` has the lines of the error.
 
-    The report and the output also remain in build/reports/, for tables of results.
+    The report and the output also remain in build/reports/.
 
-    capability  compute capability of the GPU: 80, 90 or 100
+    capability  compute capability of the GPU, times 10: 80, 90 or 100
     card        memory of the GPU in MiB
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -133,7 +133,7 @@ SHAPES = {
 def write_shape(name: str, folder: Path, layers: int | None = None) -> Path:
     """Write the config.json of a model to a new directory in ``folder``, and return the directory.
 
-    layers  number of layers; None: as published
+    layers  number of layers; None: the published model's number
     """
     shape = dict(SHAPES[name])
     if layers:

@@ -16,7 +16,7 @@ pytestmark = [*requires_null_gpu, requires_transformer_engine]
 
 EXPERTS = 8
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-LAYOUTS = {  # tp, ep and etp; the number of ranks, and the rank to act as
+LAYOUTS = {  # the family; tp, ep and etp; the number of ranks; and the rank to act as
     "ep2": ("qwen3_moe", (1, 2, 1), 2, 1),
     "tp2 ep2 etp2": ("qwen3_moe", (2, 2, 2), 4, 3),
     "shared experts tp2 ep2": ("qwen2_moe", (2, 2, 1), 4, 1),
@@ -25,7 +25,7 @@ LAYOUTS = {  # tp, ep and etp; the number of ranks, and the rank to act as
 
 
 def held_weights(directory, folder, world, rank, *keys):
-    """Run rank_weights.py. Return its report, and the weights by name in the model."""
+    """Run rank_weights.py. Return its report, and the weights by their names in the model."""
     command = [HERE / "nullgpu", sys.executable, HERE / "rank_weights.py", "--model", directory, "--out", folder]
     command += ["--world", str(world), "--rank", str(rank), "model.spec=te", *keys]
     done = subprocess.run(command, env=os.environ | {"NULLGPU_MIB": "81559"}, capture_output=True, text=True)
@@ -35,7 +35,7 @@ def held_weights(directory, folder, world, rank, *keys):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_grouped_experts_are_loaded_and_exported(layout, tiny_hf, tmp_path):
-    """Compare the weights with slices of the checkpoint, and the attributes with what Megatron's reduction needs."""
+    """Compare weights with slices of the checkpoint, and attributes with those that Megatron's reduction requires."""
     family, (tp, ep, etp), world, rank = LAYOUTS[layout]
     directory = tiny_hf(family, pad_token_id=0, dtype=torch.bfloat16, **CASES[family][1])
     keys = (f"parallel.tp={tp}", f"parallel.ep={ep}", f"parallel.etp={etp}")
@@ -78,15 +78,15 @@ STEPS = {
 
 @pytest.mark.parametrize("layout", STEPS)
 def test_the_host_waits_once_for_each_layer_of_experts(layout):
-    """Before the all-to-all, the host reads how many tokens each expert gets; a recomputed layer does so again."""
+    """Before each all-to-all, the host reads the number of tokens per expert. Recomputing a layer repeats this wait."""
     last = run(*MIXTURE, "--layers", "2", *STEPS[layout])["last"]
-    passes = 3 if layout == "recompute" else 2  # of the policy and of the reference
+    passes = 3 if layout == "recompute" else 2  # one of the reference, one or two of the policy
     assert last["waits_in_micro_batches"] == 2 * passes * last["micro_batches"], last["phases"]
-    assert last["waits_besides"] <= 5, last["phases"]  # those of a dense model, and the metrics of routers
+    assert last["waits_besides"] <= 5, last["phases"]  # 4 as in a dense model, and 1 for the routers' metrics
 
 
 def test_products_and_launches_of_experts():
-    """cuBLAS computes the matrices of each expert, and a kernel adds each of their gradients to the buffer."""
+    """cuBLAS computes the products of each expert's matrices. One kernel per matrix adds its gradient to the buffer."""
     few, many = (run(*MIXTURE, "--layers", layers, *STEPS["tp2 ep2"])["last"] for layers in "24")
     layers, local = 2 * many["micro_batches"], 64
     products = (many["counts"]["products"] - few["counts"]["products"]) / layers

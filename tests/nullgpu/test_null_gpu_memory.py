@@ -11,11 +11,11 @@ from runs import GIB, requires_null_gpu, run
 pytestmark = requires_null_gpu
 
 LONG = ("--model", "ministral_8b", "--world", "8", "--pairs", "1", "--lengths", "65536,65536,65536")
-"""A pair whose responses end at token 131,072, in a model that has windows of 32,768 tokens in three of four layers."""
+"""A pair whose rows have 131,072 tokens, in a model in which three of four layers have windows of 32,768 tokens."""
 
 
 def activations(report):
-    """Return the bytes that the last step needs at its peak, besides the state of the run."""
+    """Return the bytes that the last step needs at its peak in addition to the run's state."""
     return report["last"]["peak"] - report["last"]["after"]
 
 
@@ -26,7 +26,10 @@ def test_state_is_what_the_estimate_says(keys):
 
 
 def test_peak_is_the_state_and_the_bound_of_activations():
-    """Bound: residuals, norms, query, key, value, attention, gate, up, gate * up in bf16; 2 chunks of fp32 logits."""
+    """The bound counts bf16 residuals, norms, query, key, value, attention, gate, up and gate * up, and fp32 logits.
+
+    The logits are those of 2 chunks.
+    """
     report = run(*LLAMA_8B)
     hidden, ffn, key_value, layers, vocabulary, tokens, chunk = 4096, 14336, 1024, 32, 128256, 2 * 3072, 1024
     layer = 2 * (4 * hidden + 2 * hidden + 2 * key_value + 3 * ffn)
@@ -55,10 +58,10 @@ def test_peak_is_what_check_and_plan_estimate(arguments):
 
 
 def test_adamw_needs_no_temporary_copy():
-    """A 4B model with full recomputation and a stored reference must fit in 80 GB."""
+    """A run of a 4B model with full recomputation and a stored reference must fit in 80 GB."""
     report = run("--model", "qwen3_4b", "model.recompute=full", "reference.mode=stored")
     assert report["last"]["reserved"] <= 74 * GIB
-    assert activations(report) < 4 * GIB  # a temporary of 4 bytes per parameter would be 15 GiB
+    assert activations(report) < 4 * GIB  # a temporary copy with 4 bytes per parameter would need 15 GiB
 
 
 def test_out_of_memory_reports_the_plan_and_the_changes():

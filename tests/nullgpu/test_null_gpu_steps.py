@@ -1,4 +1,4 @@
-"""Tests of how a training step uses a GPU: waits of the host, cuDNN plans, launches, and deterministic kernels."""
+"""Tests of how a training step uses a GPU: the host's waits, cuDNN plans, launches, and deterministic kernels."""
 
 import pytest
 
@@ -33,19 +33,19 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_micro_batches_need_no_waits_and_no_plans(layout):
-    """train.deterministic is true, so a step with an operation that has no deterministic kernel fails."""
+    """An operation without a deterministic kernel also fails this test, because train.deterministic is true."""
     report = run(*LAYOUTS[layout])
     last = report["last"]
     assert last["micro_batches"] >= 2 or "cp2" in layout
     assert last["waits_in_micro_batches"] == 0, last["phases"]
-    assert last["waits_besides"] <= 4, last["phases"]  # the metrics, the norm, the flags of bad steps and of a stop
+    assert last["waits_besides"] <= 4, last["phases"]  # for metrics, norm, and the flags of bad steps and of a stop
     assert last["counts"]["cudnn_plans"] == 0
     for phase in ("pipeline", "reference"):
         assert last["phases"].get(phase, {}).get("pageable_copies", 0) == 0
 
 
 def test_the_counters_see_what_a_step_does():
-    """Without this test, a library that counts nothing would pass the bounds of the other tests."""
+    """Check lower bounds, because counters that always stay zero would pass the upper bounds of the other tests."""
     last = run(*LAYOUTS["tp2"])["last"]
     assert last["waits_besides"] >= 3 and last["waits_of_the_clock"] == 1
     assert last["counts"]["products"] > 4 * 4 * 7  # 4 per layer and forward pass, and 8 per layer in the backward pass
@@ -54,7 +54,7 @@ def test_the_counters_see_what_a_step_does():
 
 
 def test_cudnn_plans_are_counted():
-    """Without deterministic kernels, torch chooses cuDNN's attention, which needs plans for each new length."""
+    """If kernels need not be deterministic, torch uses cuDNN's attention, which builds plans for each new length."""
     assert run(*SMALL, "--vary", "train.deterministic=false")["last"]["counts"]["cudnn_plans"] > 0
 
 
@@ -71,7 +71,10 @@ def test_transformer_engine_has_deterministic_kernels():
 
 
 def launches_per_layer(*keys):
-    """Return the launches of a layer in a micro-batch, without products and attention, for all three passes."""
+    """Return the launches per layer and micro-batch, without products and attention.
+
+    The number is the sum over three passes: the reference's forward pass, and the policy's forward and backward pass.
+    """
     few, many = (run("--layers", layers, "--world", "8", *keys)["last"] for layers in "24")
     counts = [figures["model_launches"] - figures["attention_launches"] for figures in (few, many)]
     return (counts[1] - counts[0]) / 2 / many["micro_batches"]
@@ -92,7 +95,7 @@ def test_launches_per_layer_with_transformer_engine():
     "keys", [("model.recompute=full",), ("adapter.kind=dora", "parallel.tp=2", "batch.layout=tree")], ids=" ".join
 )
 def test_transformer_engine_with_adapters(keys):
-    """Transformer Engine's linear layers refuse submodules of another dtype, and may contain the norm."""
+    """Transformer Engine's linear layers reject submodules of another dtype, and can contain their input's norm."""
     world = ("--world", "2") if "parallel.tp=2" in keys else ()
     last = run("--model", "llama3_8b", "--layers", "2", *world, "model.spec=te", "adapter.rank=16", *keys)["last"]
     assert last["waits_in_micro_batches"] == 0
@@ -100,7 +103,7 @@ def test_transformer_engine_with_adapters(keys):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_kernels_compile_in_a_step(capability):
-    """tests/kernels checks registers and shared memory; here, the kernels compile for the arguments of a real step."""
+    """Compile the kernels for the arguments of a real step; tests/kernels checks their registers and shared memory."""
     arguments = ("--model", "llama3_8b", "--layers", "1", "--lengths", "64,32,32", "batch.layout=tree")
     last = run(*arguments, "model.attention=triton", "model.head=triton", capability=capability)["last"]
     names = {name.removeprefix("triton:") for name in last["kernels"] if name.startswith("triton:")}

@@ -1,4 +1,4 @@
-"""Tests of every loss in every layout: losses, gradients and three updates must match one rank."""
+"""Tests of every loss in every layout: losses, gradients and three updates must match those on one rank."""
 
 import pytest
 
@@ -29,9 +29,9 @@ DEFAULT = {
     **dict.fromkeys(["aot", "ld_alpha and use_weighting"], "tp2 pp2"),
     **dict.fromkeys(["mix", "rpo_sq"], "cp2 dp2"),
 }
-"""Losses that cover different code paths, each with the layout in which the default suite tests it."""
+"""Losses that cover different code paths, with the layout in which the default suite tests each loss."""
 OPTIONS = {"mix": MIXED, "mpo": MIXED, **TOKEN_WEIGHTED}
-AMPLIFIED = {"dpop": 1e-4}  # dpop multiplies differences of log-probabilities near -100 nats by lambda * beta = 5
+AMPLIFIED = {"dpop": 1e-4}  # dpop multiplies differences of logps near -100 nats by lambda * beta = 5
 NAMES = sorted({id(loss): name for name, loss in sorted(LOSSES.items(), reverse=True)}.values())
 
 
@@ -50,7 +50,7 @@ def sections(name: str, micro_batch_size: int) -> dict:
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_hf, tmp_path_factory):
-    """Return a function that trains with a loss on one rank, once per loss, with one micro-batch per global batch."""
+    """Return a function that trains with a loss on one rank, in one micro-batch per step. It caches the results."""
     known = {}
 
     def run(name):
@@ -65,7 +65,7 @@ def one_rank(tiny_hf, tmp_path_factory):
 
 
 def cases():
-    """Yield all combinations of a loss and a layout; those of `DEFAULT` run in the default suite."""
+    """Yield all combinations of a loss and a layout. The combinations in `DEFAULT` run in the default suite."""
     for name in [*NAMES, *TOKEN_WEIGHTED]:
         for layout in LAYOUTS:
             yield pytest.param(name, layout, marks=() if DEFAULT.get(name) == layout else pytest.mark.slow)

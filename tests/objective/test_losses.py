@@ -305,7 +305,7 @@ def test_missing_pair_does_not_affect_coefficients():
 
 
 def variants(name: str) -> list[dict]:
-    """Return other values for each option of a loss, one at a time, with the other options that a value requires."""
+    """For each option of a loss, return other values, together with the options that such a value requires."""
     found = []
     hints = get_type_hints(LOSSES[name])
     for option, parameter in loss_options(LOSSES[name]).items():
@@ -401,7 +401,7 @@ def test_extreme_logps_give_finite_losses_in_fp32(name):
     data = columns(policy.map(torch.Tensor.double)).map(torch.Tensor.float)
     for given in [{}, *variants(name)]:
         if name == "ipo" and given.get("divergence") in ("forward_kl", "alpha"):
-            continue  # the square of an exponential overflows
+            continue  # the loss squares an exponential, which overflows
         losses, *gradients = loss_coefficients(LOSSES[name], policy, reference, data, options_of(name, **given))
         assert losses.isfinite().all() and all(g.isfinite().all() for g in gradients), given
 

@@ -1,4 +1,4 @@
-"""Tests of losses against TRL's own loss code on the same values, with a fake model that returns given outputs."""
+"""Tests that compare losses with TRL's own loss code on the same values. A fake model gives TRL these values."""
 
 import contextlib
 from types import SimpleNamespace
@@ -82,11 +82,11 @@ def trl_loss(
     precomputed=True,
     **options,
 ) -> torch.Tensor:
-    """Return the loss of TRL's ``DPOTrainer``, with given values in place of the outputs of its fused head.
+    """Return the loss of TRL's ``DPOTrainer``. The arguments replace the outputs of its fused head.
 
-    reference_logps  values per token, in place of ``reference_sums``; with ``precomputed``, TRL sums them first, as it
-                     does for ``precompute_ref_log_probs``
-    log_sum_sq       log of the sum of squared probabilities, per token; if given, ``use_weighting`` is on
+    reference_logps  values for each token, instead of ``reference_sums``; with ``precomputed``, they are summed first,
+                     as TRL does with ``precompute_ref_log_probs``
+    log_sum_sq       for each token, the log of the sum of squared probabilities; it turns on ``use_weighting``
     """
     from collections import defaultdict
 
@@ -150,7 +150,7 @@ def test_values_and_gradients_match_trls_trainer(name, given):
 
 
 def by_response(tokens, mask) -> list[list[torch.Tensor]]:
-    """Return for each pair the values at the tokens of the chosen and of the rejected response."""
+    """For each pair, return the values at the tokens of the chosen response and of the rejected response."""
     rows = [row[own.bool()] for row, own in zip(tokens, mask[:, 1:], strict=True)]
     return [list(pair) for pair in zip(rows[:PAIRS], rows[PAIRS:], strict=True)]
 
@@ -170,7 +170,7 @@ def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
     return PairLogps(*both(columns[0]), *both(tokens), *both(columns[1]), *extra)
 
 
-# For each loss, its last set of options in CASES. As in TRL, weighting requires that pairs are independent.
+# For each loss, the last options in CASES. As in TRL, weighting requires that pairs are independent, unlike in aot.
 LAST_CASES = {name: (name, given) for name, given in CASES if name != "sft"}
 TOKEN_CASES = [
     *((*case, False, False) for case in LAST_CASES.values()),
@@ -245,7 +245,7 @@ def test_weighted_mix_matches_trl():
 
 
 def padded_batch(seed: int = 0) -> tuple[dict, torch.Tensor]:
-    """Return a batch as TRL's collator makes it, and random logits [2 PAIRS, LENGTH, VOCABULARY] for the batch."""
+    """Return a batch like those of TRL's collator, and random logits [2 PAIRS, LENGTH, VOCABULARY] for the batch."""
     generator = torch.Generator().manual_seed(seed)
     _, mask, _ = scored(seed)
     ids = torch.randint(0, VOCABULARY, mask.shape, generator=generator)
@@ -272,7 +272,7 @@ def summed(batch: dict, logits: torch.Tensor) -> tuple[PairLogps, PairData]:
 def trainer_of(kind, batch: dict, logits: torch.Tensor, **attributes):
     """Run the loss function of the trainer class ``kind`` with a fake model that returns ``logits``.
 
-    The trainer itself is not constructed; it gets only the attributes that the loss function reads.
+    The trainer's constructor is not called. The object gets only the attributes that the loss function reads.
     """
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
@@ -333,6 +333,6 @@ def test_odds_ratio_matches_trls_orpo_trainer(monkeypatch):
     expected, metrics = trainer_of(ORPOTrainer, batch, logits, beta=0.2)
     policy, data = summed(batch, logits)
     got = LOSSES["orpo"](policy, None, data=data, beta=0.2)
-    # TRL's likelihood term also covers the tokens of prompts, which are not in the sums over responses.
+    # Compare only the odds ratio, because TRL's likelihood term also includes prompts, unlike the sums over responses.
     ratio = got - LOSSES["sft"](policy, None, nll="response_mean")
     torch.testing.assert_close(ratio.mean(), expected - metrics["nll_loss"], rtol=1e-5, atol=1e-6)

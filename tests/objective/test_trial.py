@@ -1,4 +1,4 @@
-"""Tests of calling a loss on two example pairs: built-in losses pass, and each mistake has its own message."""
+"""Tests of trying a loss on two example pairs: built-in losses pass, and each kind of mistake has its own message."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tests of frozen weights against torch's autograd with ``requires_grad=False``, and of the messages about them."""
+"""Tests of frozen weights, compared with torch's autograd with ``requires_grad=False``, and of messages about them."""
 
 import re
 
@@ -79,7 +79,7 @@ def test_training_matches_autograd(ranks, layout, patterns, tied, recompute, exp
 
 
 def compare(got, expected, start, patterns, rel):
-    """Check that frozen weights are bitwise those at the start, and that the others moved as expected."""
+    """Check that frozen weights are bitwise equal to those at the start, and that other weights moved as expected."""
     for name, value in start.items():
         if any(re.fullmatch(pattern, name) for pattern in patterns):
             assert torch.equal(got[name].to(value.dtype), value), f"{name} is frozen, but has changed"
@@ -176,7 +176,7 @@ RUNS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_whole_run(name, files, tiny_hf, tmp_path):
-    """Train, save, resume in the same layout, export. Frozen weights are unchanged, and resuming is bitwise."""
+    """Train, save, resume in the same layout, and export. Frozen weights stay the same; resuming is bitwise equal."""
     ranks, sections = RUNS[name]
     model, patterns = tiny_hf("llama"), sections.get("freeze", (EMBEDDING, LOWER))
     whole = train_to(4, files, model, tmp_path / "whole", ranks, **sections)
@@ -201,7 +201,7 @@ MOMENTS = {"main", "exp_avg", "exp_avg_sq"}
 
 
 def stored_kinds(output):
-    """Return the kinds of tensors that the newest checkpoint has for each parameter."""
+    """Return, for each parameter, the kinds of tensors in the newest checkpoint, such as main weights and moments."""
     from safetensors import safe_open
 
     found = {}
@@ -215,7 +215,7 @@ def stored_kinds(output):
 
 @pytest.mark.slow
 def test_resume_in_another_layout_or_with_other_settings(files, tiny_hf, tmp_path):
-    """Resume a frozen run in another layout; refuse to resume with other patterns or another optimizer."""
+    """A run with frozen weights resumes in another layout, but not with other patterns or with another optimizer."""
     model, output = tiny_hf("llama"), tmp_path / "run"
     first = train_to(2, files, model, output, 2, parallel={"pp": 2})
     assert first["step"] == 2

@@ -1,4 +1,4 @@
-"""Tests of learning-rate schedules against their formulas, and of which weights decay."""
+"""Tests of learning-rate schedules against their formulas, and of the choice of weights with weight decay."""
 
 import math
 

@@ -130,7 +130,7 @@ def test_valid_settings_have_no_problems():
 
 
 def test_groups_of_a_torch_optimizer():
-    """Vectors have no weight decay, and frozen parameters are in no group."""
+    """Vectors have no weight decay, and frozen parameters are in no parameter group."""
     from dpo_engine.config.sections import OptimConfig
     from dpo_engine.optim.optimizer import _torch_optimizer
 

@@ -13,7 +13,7 @@ from support.small_run import config_of, log_of, run
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    """Use small buckets, so that a tiny model has many of them and the output layer's bucket arrives last."""
+    """Use small buckets, so that a tiny model has many buckets, and the output layer's bucket arrives last."""
     config = optimizer.DistributedDataParallelConfig
     monkeypatch.setattr(optimizer, "DistributedDataParallelConfig", partial(config, bucket_size=20_000))
 
@@ -66,7 +66,7 @@ def test_overlapped_run_matches_one_without_overlap(ranks, sections, files, tiny
         [{key: value for key, value in line.items() if key not in CLOCK} for line in log_of(tmp_path / name)]
         for name in ("expected", "got")
     )
-    rel = 2e-2 if "dtype" in sections else 1e-5  # gradients are summed in a different order
+    rel = 2e-2 if "dtype" in sections else 1e-5  # overlap changes the order of sums
     assert len(got) == len(expected) == 5
     for one, other in zip(got, expected, strict=True):
         assert one == pytest.approx(other, rel=rel, abs=rel)

@@ -23,7 +23,7 @@ class Groups:
 
 @pytest.fixture
 def power(monkeypatch):
-    """Register a schedule for one test. Return the list of its calls."""
+    """Register a schedule for one test. Return the list of the schedule's calls."""
     calls = []
 
     def decay(step, total_steps, *, exponent: float = 1.0, kind: Literal["down", "up"] = "down"):

@@ -1,4 +1,4 @@
-"""Tests of an optimizer update against AdamW's formula: clipping, betas, weight decay, and the reported rate."""
+"""Tests of an optimizer update against AdamW's formula: clipping, betas, weight decay, and reported learning rate."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def updated(config, fp64, scale, fused=False):
     trained = engine.load_policy(total_steps=4)
     if fused:
         fuse_adam(trained.optimizer)
-        set_adam_step(trained, 0)  # creates the state as loading a checkpoint does
+        set_adam_step(trained, 0)  # loading a checkpoint also creates the state in this way
     named = [(name, p) for chunk in trained.chunks for name, p in chunk.named_parameters()]
     before = {name: p.detach().double().clone() for name, p in named}
     size = sum(float(value.square().sum()) for value in before.values()) ** 0.5
@@ -68,7 +68,7 @@ def two_updates(config):
 
 
 def test_moments_decay_with_their_own_beta(tiny_hf, tmp_path):
-    """With swapped betas, the second update would differ."""
+    """Compare two updates: with swapped betas, the second update would differ."""
     optim = {"lr": LR, "betas": list(BETAS), "eps": EPS, "clip_grad": 0.0}
     (values,) = run_ranks(two_updates, 1, config=run_config(tiny_hf("llama"), tmp_path, optim=optim))
     first, second, weight = 0.0, 0.0, values[0]

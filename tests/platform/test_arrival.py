@@ -1,4 +1,4 @@
-"""Tests of ranks that wait for a key in the store: no limit while another rank prepares, an error if it is gone."""
+"""Tests of ranks that wait for a key in the store: no limit while another rank prepares, an error if that rank dies."""
 
 import threading
 import time

@@ -13,7 +13,7 @@ from dpo_engine.testing.ranks import run_ranks
 
 
 def order(folder, delay_s):
-    """Write a file on the first rank after a delay; every rank returns what it saw."""
+    """Write a file on the first rank after a delay. Every rank returns whether it made or found the file."""
     from dpo_engine.platform.long_work import first_on_node
 
     path = folder / "made"
@@ -62,7 +62,7 @@ def test_bug_on_one_rank_reaches_all():
 
 
 def silent():
-    """Let rank 0 work for 3 s without a heartbeat, with a limit of 1 s. Return the result or the error."""
+    """Let rank 0 work for 3 s without a heartbeat, although the limit is 1 s. Return the result or the error."""
     from dpo_engine.platform import long_work
 
     long_work.SILENT_S = 1.0
@@ -81,7 +81,7 @@ def test_rank_without_a_heartbeat_is_lost():
 
 
 def counted(seconds):
-    """Let rank 1 read 3 MB in `seconds` per MB, while rank 0 has nothing to do. Return the printed lines."""
+    """Let rank 1 read 3 MB, which takes `seconds` for each MB, while rank 0 only waits. Return the printed lines."""
     from dpo_engine.platform import long_work, progress_line
 
     long_work.BEAT_S, long_work.FIRST_S = 0.05, 0.4
@@ -123,7 +123,7 @@ def test_short_wait_prints_nothing():
 
 
 def ended():
-    """Return, after three calls, whether the store still has each call's key."""
+    """Call the function three times. Return for each call whether the store still has the call's key."""
     from dpo_engine.platform import long_work
 
     for _ in range(3):

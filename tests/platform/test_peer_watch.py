@@ -1,4 +1,4 @@
-"""Tests of connections between ranks: foreign clients, lost or hanging ranks, and errors that indicate a lost rank."""
+"""Tests of connections between ranks: foreign clients, lost or hanging ranks, and errors caused by a lost rank."""
 
 import os
 import socket

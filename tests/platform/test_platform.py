@@ -269,7 +269,10 @@ def test_weight_gradient_accumulates_in_fp32(dtype):
 
 
 def test_peaks_follow_from_the_hardware():
-    """Dense bf16 FLOP/s: multiprocessors x FLOP per clock x boost clock; B200: from the sparse FP8 peak of 8 GPUs."""
+    """Dense bf16 FLOP/s are multiprocessors x FLOP per clock x boost clock.
+
+    The value of the B200 follows from the published sparse FP8 peak of 8 GPUs.
+    """
     from dpo_engine.platform.device import DENSE_BF16_FLOPS
 
     peaks = {"A100": 108 * 2048 * 1.41e9, "H100": 132 * 4096 * 1.83e9, "H200": 132 * 4096 * 1.83e9}

@@ -1,4 +1,4 @@
-"""Tests of the display of progress: lines at intervals, a line that is redrawn on a terminal, or nothing."""
+"""Tests of the display of progress: lines at intervals, one line that is redrawn on a terminal, or no output."""
 
 import io
 import sys
@@ -26,7 +26,7 @@ def test_pace():
 
 
 def work(clock, seconds=40, **options):
-    """Do the first `seconds` of 50 parts of work on 200 pairs, one part each second."""
+    """Work on 200 pairs in 50 parts of one second each, but only for the first `seconds`."""
     with counting("eval\x1buating", 200, parts=50, **options):
         for _ in range(seconds):
             clock.now += 1
@@ -35,7 +35,7 @@ def work(clock, seconds=40, **options):
 
 def test_lines_at_intervals(clock, capsys):
     work(clock)
-    advance(1)  # outside of any counting: nothing happens
+    advance(1)  # has no effect, because nothing is counted here
     assert capsys.readouterr().out.splitlines() == [
         r"eval\x1buating: 10% of 200 pairs, 4 pairs/s, 0:00:45 left",
         r"eval\x1buating: 40% of 200 pairs, 4 pairs/s, 0:00:30 left",

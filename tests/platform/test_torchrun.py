@@ -1,4 +1,4 @@
-"""Tests of torchrun as this package starts it: after a signal, ranks can save, and further signals do no harm."""
+"""Tests of torchrun as this package starts it: after a signal, ranks can save, and more signals do no harm."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def signaled(folder, work_s, times, limit=None):
     if limit is not None:
         environment[torchrun.LIMIT] = str(limit)
     command = [sys.executable, "-m", "dpo_engine.platform.torchrun", "--standalone", "--nproc-per-node", "1"]
-    log = folder / "log"  # not a pipe, because ranks that torchrun has left behind would keep it open
+    log = folder / "log"  # not a pipe, which ranks that outlive torchrun would keep open
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*command, str(folder / "rank.py"), str(folder)], env=environment, stdout=file, stderr=file
@@ -70,13 +70,13 @@ def test_ranks_have_more_than_30_s(tmp_path):
 
 @pytest.mark.slow
 def test_limit_of_the_environment_applies(tmp_path):
-    """The limit must also apply with versions of torch that do not read the variable."""
+    """The limit must also apply with versions of torch that do not read the environment variable."""
     said, saved = signaled(tmp_path, work_s=20, times=1, limit=1)
     assert "forcefully exiting" in said and not saved
 
 
 def test_signal_before_the_ranks_exist_loses_no_work(tmp_path):
-    """The signal arrives while torch is being imported."""
+    """The signal arrives while torchrun imports torch."""
     program = (
         "import os, signal, sys\n"
         "from dpo_engine.platform import torchrun\n"

@@ -1,4 +1,4 @@
-"""Tests of the page's comparison of two runs: its sentence, its rows, and its exact test."""
+"""Tests of the page's comparison of two runs: the summary sentence, the rows, and the exact test."""
 
 import io
 import math
@@ -21,7 +21,10 @@ WAVE = np.sin(np.arange(COUNT))
 
 
 def judged(name, chosen, rejected, wrong=0, **more):
-    """Return a run whose responses moved by these mean numbers of nats, with `wrong` pairs ranked wrongly."""
+    """Return a run that ranks `wrong` pairs wrongly.
+
+    `chosen` and `rejected` are the mean changes of the responses' log-probabilities, in nats.
+    """
     moved = {"chosen_logps": -5 + chosen + 0.1 * WAVE, "rejected_logps": -5 + rejected - 0.1 * WAVE}
     margins = np.where(np.arange(COUNT) < wrong, -1.0, 0.1 * (chosen - rejected))
     found = evaluation(margins, **(moved | more))
@@ -29,7 +32,7 @@ def judged(name, chosen, rejected, wrong=0, **more):
 
 
 def test_a_run_with_a_better_accuracy_that_broke():
-    """Four pairs are better and none is worse: no clear difference. The same sentence names what got worse."""
+    """Four pairs are better and none is worse, which is no clear difference. The same sentence names what is worse."""
     told = comparison(judged("dpo", 0.6, -3.7, wrong=4), judged("hot", -2.07, -48.8))
     assert told["found"]["sign_test"] == 0.125 and (told["found"]["won"], told["found"]["lost"]) == (4, 0)
     rows = {row.name: row for row in told["rows"]}
@@ -70,7 +73,7 @@ def test_rows_that_cannot_be_compared_are_left_out():
 
 
 def test_runs_with_other_references_are_compared_by_likelihood(tmp_path):
-    """A reward accuracy is relative to the reference, so the sentence is about what does not depend on it."""
+    """A reward accuracy is relative to the reference, so the sentence compares likelihood accuracies instead."""
     logps = {"chosen_tokens": [4] * COUNT, "ref_chosen_logps": [math.nan] * COUNT}
     simpo = judged("simpo", 1.0, -1.0, facts={"loss": {"name": "simpo"}, "reference": None, "step": 20}, **logps)
     told = comparison(judged("dpo", 1.0, -1.0, wrong=16, facts={"step": 75}), simpo)

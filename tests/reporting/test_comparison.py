@@ -129,13 +129,16 @@ class TestReport:
         assert lines[7] == f"intervals: 2,000 bootstrap resamples of prompts, seed 0; {exact}".split()
 
     def test_likelihood_accuracies(self):
-        """The chosen log-probabilities are larger, smaller, equal, smaller; per token, smaller, equal, equal, equal."""
+        """The chosen log-probabilities are larger, smaller, equal, and smaller than the rejected ones.
+
+        Per token, they are smaller, equal, equal, and equal.
+        """
         chosen, rejected = [-6.0, -9.0, -4.0, -8.0], [-7.0, -8.0, -4.0, -6.0]
         tokens = {"chosen_tokens": [2, 9, 4, 4], "rejected_tokens": [7, 8, 4, 3]}
         found = evaluation([0.0] * 4, weight=[1, 2, 4, 1], chosen_logps=chosen, rejected_logps=rejected, **tokens)
         group = report(found)["groups"][0]
         assert group["likelihood_accuracy"]["mean"] == pytest.approx((1 * 1 + 2 * 0 + 4 * 0.5 + 1 * 0) / 8)
-        # per token: -3 and -1, -1 and -1, -1 and -1, -2 and -2
+        # Per token, chosen and rejected have -3 and -1, -1 and -1, -1 and -1, -2 and -2.
         assert group["likelihood_accuracy_per_token"]["mean"] == pytest.approx((1 * 0 + 2 * 0.5 + 4 * 0.5 + 0.5) / 8)
         shifted = evaluation([1.0] * 4, chosen_logps=[-6.0] * 4, rejected_logps=[-7.0] * 4)
         compared = compare(shifted, found, names=("a", "b"))["likelihood_accuracy"]
@@ -171,7 +174,7 @@ class TestCompare:
         assert back["margin"]["mean"] == pytest.approx(-straight["margin"]["mean"])
 
     def test_pairing_removes_shared_variation(self):
-        """Values vary widely, but all differences are nearly the same, so the interval must be narrow."""
+        """The values vary widely, but all differences are nearly equal, so the interval must be narrow."""
         rng = np.random.default_rng(1)
         shared = rng.normal(0, 10, size=400)
         gain = rng.normal(0.5, 0.1, size=400)

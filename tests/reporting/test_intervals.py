@@ -17,7 +17,7 @@ def one(values, weights=None, prompts=None, **settings):
 
 
 def test_small_sample_matches_the_exact_distribution():
-    """Compare with all 4^4 weighted resamples of four pairs."""
+    """Compare the bootstrap interval with the interval from all 4^4 weighted resamples of four pairs."""
     values, weights = np.array([0.0, 1.0, 0.5, 3.0]), np.array([1.0, 2.0, 0.5, 1.0])
     drawn = np.array(list(itertools.product(range(4), repeat=4)))
     exact = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
@@ -50,7 +50,7 @@ def test_intervals_have_their_nominal_coverage():
 
 
 def test_pairs_of_a_prompt_are_resampled_together():
-    """Repeating each pair five times adds no evidence, and the order of pairs does not matter."""
+    """If each pair occurs five times, there is no more evidence. The order of pairs does not matter."""
     rng = np.random.default_rng(3)
     values, prompts = rng.normal(size=50), np.array([f"p{i:02d}" for i in range(50)])
     expected = one(values, prompts=prompts)
@@ -74,13 +74,13 @@ def test_columns_share_their_resamples_and_the_seed_fixes_them():
 
 
 def tail(hits, count, share):
-    """Return the probability of at least `hits` hits, from the binomial formula."""
+    """Return the probability of at least `hits` hits, computed with the binomial formula."""
     return sum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(hits, count + 1))
 
 
 @pytest.mark.parametrize(("hits", "count"), [(255, 255), (251, 255), (0, 12), (7, 10)])
 def test_intervals_of_shares_contain_the_exact_ones(hits, count):
-    """At the ends of the Clopper-Pearson interval, the tails have a probability of 2.5%."""
+    """At each end of the Clopper-Pearson interval, the tail beyond the observed count has a probability of 2.5%."""
     values = np.arange(count) < hits
     found, bootstrap = one(values, centers=[SHARE]), one(values)
     assert found.low <= bootstrap.low and found.high >= bootstrap.high
@@ -105,7 +105,7 @@ def test_few_pairs_that_differ(better, worse):
 
 
 def test_exact_intervals_count_prompts():
-    """Repeating each pair five times adds no evidence; opposite pairs of a prompt cancel."""
+    """If each pair occurs five times, there is no more evidence. Opposite pairs of the same prompt cancel."""
     values, prompts = np.ones(20), np.arange(20)
     expected = one(values, centers=[SHARE])
     assert one(np.repeat(values, 5), prompts=np.repeat(prompts, 5), centers=[SHARE]) == pytest.approx(expected)

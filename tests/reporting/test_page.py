@@ -1,4 +1,4 @@
-"""Tests of the page: what it contains, its size and speed, several runs, hostile text, and the text for terminals."""
+"""Tests of the page: its content, size and speed, pages of several runs, hostile text, and the text for terminals."""
 
 import base64
 import dataclasses
@@ -115,7 +115,7 @@ def test_values_outside_of_the_histogram_are_named(tmp_path):
 
 
 def test_pairs_have_every_kind_that_fits(tmp_path):
-    """Flips are computed for all shown pairs, also for pairs that were chosen for another reason."""
+    """Flips are found among all shown pairs, including pairs that are shown for another reason."""
     reference = np.array([-1.0] * 20 + [1.0] * 4)
     policy = np.array([1.0] * 18 + [-1.0] * 6)
     logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5}
@@ -156,7 +156,7 @@ def test_the_page_asks_to_reload_only_if_the_run_may_go_on(folder, tmp_path):
 
 
 def test_the_time_between_starts_is_no_training(tmp_path):
-    """Steps take 2 s and end 2.5 s apart, except that 270 s lie between the two starts, after step 20."""
+    """Steps take 2 s and end 2.5 s apart. Between the two starts, after step 20, 270 more seconds pass."""
     folder = write_directory(tmp_path / "run", count=20, shown=2)
     assert "0:02:29 of training" in page(read_runs([folder])), "2 s, 58 times 2.5 s, and 2 s of the first step again"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -199,7 +199,7 @@ def test_charts_of_a_run_without_a_reference(folder, tmp_path):
 
 
 def test_small_numbers_of_pairs_keep_their_digits(tmp_path):
-    """A pair that flipped has a sign on both sides, however small its numbers are."""
+    """A pair that flipped shows a sign for both models, even if its numbers are very small."""
     logps = {"ref_chosen_logps": [-5.00021, -5.0, -6.0], "chosen_logps": [-4.0, -5.0, -4.9998]}
     folder = write_directory(tmp_path / "run", found=evaluation([1.0, 0.0, 1.0], **logps), shown=3)
     rows = {row["index"]: row for row in pair_rows(read_runs([folder]))}
@@ -263,7 +263,7 @@ def test_the_text_for_a_terminal(folder, tmp_path):
         out = console.file.getvalue()
         assert "✓ Better held out" in out and "eval/loss" in out and "▁" in out and "all pairs" in out
     assert "one of the runs has no evaluation" in out and "loss.name" in out and "settings that differ" in out
-    # The pairs of the newest evaluation cannot be read, so verdict and table are about the one before.
+    # The pairs of the newest evaluation cannot be read, so verdict and table are about the evaluation before it.
     bad = write_directory(tmp_path / "bad", count=20, shown=1)
     (bad / "eval/step_00000040.parquet").write_bytes((bad / "eval/step_00000060.parquet").read_bytes())
     (bad / "eval/step_00000060.parquet").write_bytes(b"x")
@@ -316,7 +316,7 @@ def test_size_time_and_memory(tmp_path):
     script = (
         "import re, sys, time\nfrom dpo_engine.reporting.page.write import write_page\n"
         "write_page([sys.argv[1]], sys.argv[2])\n"
-        # The resource module would give the peak of the process that started this one, if that is larger.
+        # The resource module would return the peak of the parent process if that peak is larger.
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]\n"
         "print(time.process_time(), int(peak) * 1024)"
     )

@@ -1,4 +1,4 @@
-"""Tests of metric sinks: each sink's output, no sinks on ranks that do not write, and files of resumed runs."""
+"""Tests of metric sinks: each sink's output, ranks that have no sinks, and files of resumed runs."""
 
 import io
 import json
@@ -77,7 +77,7 @@ def test_resumed_run_truncates_the_steps_it_repeats(run):
     first.log(2, {"loss": 9.0}, prefix="eval/")
     first.close()
     with open(f"{config.train.output_dir}/metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 2, "lo')  # killed while writing
+        file.write('{"step": 2, "lo')  # as if killed while writing
     second = open_sinks(config, total_steps=4, writer=True, start_step=2)
     second.log(3, {"loss": 3.5})
     second.close()
@@ -292,7 +292,7 @@ def test_mlflow_error_names_a_way_out(run):
 
 
 def test_full_disk_is_reported_once(tmp_path):
-    """Use /dev/full as the metrics file, where every write fails (Linux)."""
+    """Use /dev/full as the metrics file. Every write to it fails (Linux)."""
     from dpo_engine.reporting.sinks import JsonlSink
 
     sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
@@ -310,7 +310,7 @@ def lists(monkeypatch):
 
 
 class ListSink:
-    """A sink that keeps everything in lists. It refuses to open if `fails` is true."""
+    """A sink that keeps everything in lists. If `fails` is true, opening the sink raises an error."""
 
     opened: ClassVar[list] = []
 
@@ -371,7 +371,7 @@ def test_missing_package_of_a_sink(run, tmp_path, monkeypatch):
 
 
 def tracked(config):
-    """Log steps 1 and 2 in two starts of a run."""
+    """Log step 1 and step 2 in two separate starts of a run."""
     for start_step in (0, 1):
         opened = open_sinks(config, total_steps=2, writer=True, start_step=start_step)
         opened.log(start_step + 1, METRICS)

@@ -1,4 +1,4 @@
-"""Tests of the file of tokens, and of the choice of the pairs in it."""
+"""Tests of the file of tokens, and of the choice of pairs for this file."""
 
 import math
 
@@ -17,7 +17,7 @@ def test_file_round_trips(tmp_path):
     path = tokens_path(tmp_path / "eval" / "step_00000003.parquet")
     assert path.name == "step_00000003.tokens.parquet"
     prompt = TokenText("a", 3, "random", "prompt", [1, 2], ["x y"], cut=None)
-    half = "\ud83d"  # half of a character, which some tokenizers return
+    half = "\ud83d"  # half of a surrogate pair; some tokenizers return this
     chosen = TokenText("a", 3, "random", "chosen", [4, 5], ["p", half], [-1.5, math.nan], None, [True, False])
     write_tokens(path, [prompt, chosen], FACTS)
     (first, second), facts = read_tokens(path)

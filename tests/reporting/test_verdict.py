@@ -42,11 +42,11 @@ def test_better_worse_and_unclear():
     both_fell = evaluation([1.0] * 30, chosen_logps=[-6.0] * 30, rejected_logps=[-7.0] * 30)
     assert one(verdict(both_fell), "Better held out").title.endswith(says), "this also holds if chosen responses fell"
     assert one(verdict(evaluation([-1.0] * 30)), "Worse held out").title.endswith(says)
-    # All 255 of 255: the exact lower bound is the share whose 255th power is 2.5%.
+    # For 255 of 255 correct pairs, the exact lower bound is the share whose 255th power is 2.5%.
     exact = 100 * 0.025 ** (1 / 255)
     assert f"interval {exact:.1f}% to 100.0%" in one(verdict(evaluation([1.0] * 255)), "Better held out").evidence
     unclear = one(verdict(evaluation([1.0] * 50 + [-1.0] * 50)), "No clear change held out")
-    # The interval of a share of one half, by the normal approximation.
+    # For a share of one half, compute the interval with the normal approximation.
     half = 1.96 * math.sqrt(0.25 / 100)
     low, high = (float(part.split("%")[0]) for part in unclear.evidence.partition("interval ")[2].split(" to "))
     assert unclear.kind == "warn" and low == pytest.approx(100 * (0.5 - half), abs=1.5)
@@ -54,9 +54,10 @@ def test_better_worse_and_unclear():
 
 
 def free(right, tokens, step, count=40, **more):
-    """Return an evaluation without a reference; per token, the chosen responses of ``right`` pairs are more likely.
+    """Return an evaluation without a reference.
 
-    All chosen responses are more likely as a whole, because they have 2 tokens, and the rejected ones have ``tokens``.
+    Per token, the chosen response is more likely in ``right`` pairs. As a whole, the chosen response is more likely in
+    all pairs, because it has 2 tokens, and the rejected response has ``tokens``.
     """
     each = np.where(np.arange(count) < right, -1.0, -2.0)
     chosen, rejected = 2 * each, np.full(count, -1.5 * tokens)
@@ -138,21 +139,21 @@ def test_advice_about_evaluations_names_what_is_missing():
 
 
 def test_an_evaluation_with_bad_numbers():
-    """The newest evaluation cannot be read, so the pairs are those of step 2, and the loss of step 3 is not finite."""
+    """The newest evaluation cannot be read, so the pairs are those of step 2. The loss of step 3 is not finite."""
     found = evaluation([1.0] * 20, facts={"step": 2})
     run = run_of(found, eval__loss=series(0.6, 0.4, math.nan))
     told = findings(run, Measures(found, lambda step: found))
     assert (told[0].kind, told[0].title) == ("bad", "The held-out loss after step 3 is not a finite number.")
     assert told[0].evidence.endswith("The other numbers are those after step 2.")
     assert not any("overfitting" in one.title.lower() for one in told) and {one.kind for one in told[1:]} == {"note"}
-    # The loss of step 3 is finite, but its pairs are unknown: they are not those of step 2.
+    # Now the loss of step 3 is finite, but the pairs of step 3 are unknown, and differ from those of step 2.
     known = findings(run_of(found, eval__loss=series(0.6, 0.4, 0.7)), Measures(found, lambda step: found))
     (rises,) = [one for one in known if one.title.startswith("Overfitting since step 2")]
     assert "paired" not in rises.evidence and known[0].kind == "note"
 
 
 def test_ranking_counts_flips():
-    # Of 40 pairs, the reference ranks 10 correctly; the policy ranks these 10 and 20 others, and loses none.
+    # Of 40 pairs, the reference ranks 10 correctly. The policy ranks these 10 and 20 others correctly.
     reference = np.array([1.0] * 10 + [-1.0] * 30)
     policy = np.array([1.0] * 30 + [-1.0] * 10)
     logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5, "rejected_logps": [-5.0] * 40}
@@ -191,7 +192,7 @@ def sure(found):
 
 def test_a_policy_far_from_the_reference():
     near, far = (evaluation([1.0] * 20, chosen_logps=[-5.0 - d] * 20, rejected_logps=[-5.0] * 20) for d in (31, 33))
-    assert not any("changed by" in title for title in verdict(near))  # 31 nats over 16 tokens are 1.94 a token
+    assert not any("changed by" in title for title in verdict(near))  # 31 nats / 16 tokens = 1.94 nats per token
     assert one(verdict(far), "The log-probability of a token changed by 2.1 nats").kind == "warn"
     sizes = "4.1 nats per token of chosen responses, 0.0 per token of rejected ones"
     assert sizes in one(verdict(far), "The log-probability of a token").evidence
@@ -223,7 +224,7 @@ def test_overfitting():
     assert one(verdict(found, eval__loss=series(0.6, 0.5, 0.4)), "No overfitting so far").kind == "good"
     assert one(verdict(found, eval__loss=series(0.6)), "There are fewer than two evaluations").kind == "note"
     assert one(verdict(found), "There are fewer than two evaluations").kind == "note"
-    # If the evaluation of the best step exists, the interval of the paired difference decides.
+    # If the evaluation of the best step exists, the verdict depends on the interval of the paired difference.
     loss = found.columns["loss"]
     noisy = evaluation([1.0] * 20, loss=loss - 0.02 - 0.2 * (-1.0) ** np.arange(20))
     assert one(verdict(found, noisy, **rising), "No clear overfitting").kind == "note"
@@ -250,7 +251,10 @@ def test_training_pairs_fit_better():
 
 
 def length_case(right_longer, right_shorter, count=40):
-    """Return an evaluation; 75% of its pairs have longer chosen responses. A share of each group is ranked right."""
+    """Return an evaluation. In 75% of its pairs, the chosen response is longer.
+
+    The arguments are the shares of correctly ranked pairs among the pairs with a longer and a shorter chosen response.
+    """
     longer = np.arange(count) < 0.75 * count
     right = np.where(longer, np.arange(count) % 10 < 10 * right_longer, np.arange(count) % 10 < 10 * right_shorter)
     return evaluation(np.where(right, 1.0, -1.0), chosen_tokens=np.where(longer, 20, 10), rejected_tokens=[15] * count)

@@ -1,4 +1,4 @@
-"""Tests of log-probabilities, losses and gradients in all layouts against log_softmax and autograd in fp64."""
+"""Tests of log-probabilities, losses and gradients in all layouts, compared with log_softmax and autograd in fp64."""
 
 import math
 from typing import NamedTuple
@@ -24,7 +24,7 @@ LONGEST = 64
 class Layout(NamedTuple):
     """TP size, number of output-layer rows per rank, and CP size.
 
-    With 4 x 10 rows, the last shard ends with padding; with 4 x 16 rows, it consists of padding only.
+    With 4 x 10 rows, the last shard ends with padding. With 4 x 16 rows, the last shard has only padding.
     """
 
     tp: int
@@ -47,9 +47,10 @@ class Case(NamedTuple):
     """A scoring task and its settings.
 
     chunk  number of sites whose logits are in memory at the same time
-    head   what happens to the output layer's gradient. ``frozen``: there is none. ``autograd``: it is returned to
-           autograd. Otherwise, it is added to the gradient buffer of Megatron's DDP, and DDP waits for autograd's
-           gradient and ignores it (``buffer``), waits for it and adds it (``tied``), or does not wait (``uncounted``)
+    head   use of the output layer's gradient. ``frozen``: there is no gradient. ``autograd``: the gradient is returned
+           to autograd. In the other cases, it is added to the gradient buffer of Megatron's DDP, and DDP waits for
+           autograd's gradient and ignores it (``buffer``), waits for it and adds it (``tied``), or does not wait for
+           it (``uncounted``)
     """
 
     tree: bool = False
@@ -75,7 +76,7 @@ CASES = {
 
 
 def pairs_of(case: Case):
-    """Return pairs of three prompts, then a dummy pair; one response has the ids at the edges of all shards."""
+    """Return pairs of three prompts, followed by a dummy pair. One response has the ids at the edges of all shards."""
     if case.dummies:
         return [None, None]
     few = RandomPairs(8, VOCAB, few=3, seed=1)
@@ -93,7 +94,7 @@ def batch_of(case: Case, cp_size: int):
 
 
 def weights(dtype: torch.dtype, padded: int = VOCAB):
-    """Return two tables and the output layer, whose padding rows would give huge logits.
+    """Return the token table, the position table and the output layer, whose padding rows would give huge logits.
 
     A hidden state is the sum of an entry of the token table and an entry of the position table.
     """
@@ -106,7 +107,7 @@ def weights(dtype: torch.dtype, padded: int = VOCAB):
 
 
 def losses_of(policy: PairLogps) -> torch.Tensor:
-    """Compute a loss that depends on every differentiable log-probability."""
+    """Compute losses that depend on every differentiable log-probability."""
     whole = policy.chosen / policy.chosen_tokens.clamp(min=1) - policy.rejected / policy.rejected_tokens.clamp(min=1)
     return (1 - whole).square() + 0.1 * (policy.rejected_shared - 0.5 * policy.chosen_shared)
 
@@ -163,7 +164,7 @@ def measure_case(layout: Layout, case: Case, groups):
 
 
 def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
-    """Return the optimizer's gradient: autograd's, plus what was added to the buffer, whose initial value is 3."""
+    """Return the optimizer's gradient: autograd's gradient plus the sum in the buffer, whose initial value is 3."""
     if case.head == "frozen":
         assert head.grad is None
         return None
@@ -179,7 +180,7 @@ def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
 
 
 def exact(case: Case):
-    """Compute the same values in fp64 from the ids of each pair, with every response in its own sequence."""
+    """Compute the expected values in fp64 from the ids of each pair. Every response is in its own sequence."""
 
     def rounded(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return states + (states.to(dtype).double() - states).detach()
@@ -220,7 +221,7 @@ def exact(case: Case):
 
 @pytest.fixture(scope="module")
 def measured():
-    """Return a function that returns the results of all cases in a layout, by rank. It starts each layout only once."""
+    """Return a function that returns the results of all cases in a layout, by rank. It runs each layout only once."""
     known = {}
 
     def of(layout: str):
@@ -252,20 +253,20 @@ def test_against_log_softmax(name, layout, measured):
                 else:
                     assert got.dtype == torch.float32
                     check(got, expected, atol=1e-4)
-    # The gradient of the logits is rounded to the dtype before the matrix products: bf16 keeps 8 bits of each term.
+    # The gradient of the logits is rounded to the dtype before the matrix products. bf16 keeps 8 bits of each term.
     bounds = (1e-4, 1e-5) if case.dtype is torch.float32 else (5e-2, 2e-2)
-    # Each TP rank has a part of the hidden states' gradient; each CP rank has the gradient at its own sites.
+    # Each TP rank has a summand of the hidden states' gradient. Each CP rank has the gradient at its own sites.
     for number, expected in enumerate(tables):
         check(sum(result["tables"][number] for result in results), expected, *bounds)
     if case.head != "frozen":
-        shards = [sum(result["head"] for result in results[rank::tp]) for rank in range(tp)]  # TP varies fastest
+        shards = [sum(result["head"] for result in results[rank::tp]) for rank in range(tp)]  # TP ranks are adjacent
         got = torch.cat(shards)
         check(got[:VOCAB], head, *bounds)
         assert (got[VOCAB:] == 0).all()
 
 
 def test_cases_cover_every_path(measured):
-    """The cases have one chunk, several chunks of whole pairs, pairs longer than a chunk, and a rank without sites."""
+    """Check that the cases include one chunk, several chunks, pairs longer than a chunk, and a rank without sites."""
     seen = {name: measured("one")[0][name]["seen"] for name in CASES}
     count = len(pairs_of(CASES["rows"]))
     assert seen["rows"] == seen["trees"] == [slice(0, count)]
@@ -291,7 +292,7 @@ def entropies(hidden: torch.Tensor):
 
 
 def test_known_distributions_far_from_zero():
-    """One token's distribution is uniform, the other's is certain; fp32 is exact for both, despite large logits."""
+    """One token has a uniform distribution, and the other is certain. fp32 must be exact despite large logits."""
     for got in run_ranks(entropies, 2, hidden=torch.tensor([[1.0, 0.0], [0.0, 1.0]])):
         expected = -math.log(VOCAB), 0.0
         assert (got.chosen.item(), got.rejected.item()) == pytest.approx(expected, abs=1e-5)
@@ -301,7 +302,7 @@ def test_known_distributions_far_from_zero():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradient_that_ddp_adds_to_the_buffer_is_zero(tied, monkeypatch):
-    """With overlap, DDP adds the returned gradient of a tied embedding to the buffer, which already has the sum."""
+    """With overlap, DDP adds a tied embedding's returned gradient to the buffer, which already has the gradient."""
     garbage = torch.full((3, 2), float("nan"))
     monkeypatch.setattr(torch, "empty_like", lambda weight: garbage)
     weight = torch.nn.Parameter(torch.ones(3, 2))

@@ -1,4 +1,4 @@
-"""Tests of the sources of the reference's log-probabilities, on one rank and without a language model."""
+"""Tests of the sources of the reference's log-probabilities, on one rank, without a language model."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ LAST = SimpleNamespace(last_stage=True, share_experts=False)
 
 
 def batch_of(*rows):
-    """Return a micro-batch of pairs, given by their index in ``DIGESTS``; -1 is a dummy pair."""
+    """Return a micro-batch of pairs. Each argument is a pair's index in ``DIGESTS``, or -1 for a dummy pair."""
     digest = torch.stack([torch.from_numpy(DIGESTS[row]) if row >= 0 else torch.zeros(2).long() for row in rows])
     counts = torch.ones(len(rows))
     return SimpleNamespace(
@@ -51,7 +51,7 @@ def test_policy_is_restored_even_after_an_error():
 
 
 def test_offloaded_results_belong_to_their_pairs(monkeypatch):
-    """The steps need not come in the announced order, for example after steps that were skipped."""
+    """Steps can come in another order than announced, for example after skipped steps."""
     monkeypatch.setattr(references, "score", lambda chunks, batches, **_: [batch.index.tolist() for batch in batches])
     weights = HostWeights([torch.nn.Linear(2, 2)], pinned=False)
     upcoming = [[batch_of(0, 1)], [batch_of(2)], [batch_of(3)]]
@@ -61,7 +61,7 @@ def test_offloaded_results_belong_to_their_pairs(monkeypatch):
 
 
 def test_moving_bf16_reference_keeps_small_updates():
-    """Fifty updates cover 5% of the distance each; if they were rounded to bf16, the weights would stop changing."""
+    """Each of fifty updates covers 5% of the remaining distance. Weights rounded to bf16 would stop changing."""
     start, end = (torch.nn.Linear(8, 8, bias=False).bfloat16() for _ in range(2))
     first, target = (module.weight.detach().double() for module in (start, end))
     first, target = first.clone(), target.clone()

@@ -1,4 +1,4 @@
-"""Tests of the store of log-probabilities: reading rows back, which segments are used, and handling of damage."""
+"""Tests of the store of log-probabilities: reading rows back, the choice of segments, and handling of damage."""
 
 import os
 
@@ -15,7 +15,7 @@ NUMERICS = Numerics("a" * 32, "float32", "native")
 def some(count, seed=0):
     generator = np.random.default_rng(seed)
     digests = generator.integers(-(2**63), 2**63, size=(count, 2), dtype=np.int64)
-    digests[:3] &= 0xFFFF  # keys that end with zero bytes
+    digests[:3] &= 0xFFFF  # so that some keys end with zero bytes
     return digests, generator.normal(size=(count, len(VALUES))).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Tests of the log-probabilities of single tokens: they match transformers in every layout."""
+"""Tests of the log-probabilities of single tokens: they equal those of transformers in every layout."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def of_transformers(path, prompt, response):
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory):
-    """Write pairs, some of which share a prompt or a response."""
+    """Write pairs. Some of them share a prompt or a response."""
     path = tmp_path_factory.mktemp("ranked") / "pairs.jsonl"
     write_pairs(path, 5, 100)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -87,7 +87,7 @@ def test_tokens_match_transformers(name, ranked, files, tiny_hf, tmp_path):  # n
 
 
 def test_tokens_of_turns_that_are_not_scored(files, tiny_hf, tmp_path):  # noqa: F811
-    """A user's turn within a response is not scored. The text has characters of several bytes and several tokens."""
+    """A user's turn within a response is not scored. The text has characters that consist of several tokens."""
     row = {
         "prompt": [{"role": "user", "content": "which is larger?"}],
         "chosen": [
@@ -128,7 +128,10 @@ def judge_slowly(config, **asked):
 
 
 def test_progress_of_evaluating_and_scoring(files, tiny_hf, tmp_path, capfd):  # noqa: F811
-    """All lines have the same form, and count a pair once for each model that scores it. A store has only sums."""
+    """All lines have the same form, and count a pair once for each model that scores it.
+
+    Tokens have no log-probability under a stored reference, because a store has only sums over responses.
+    """
     config = config_of(
         files,
         tiny_hf("llama", num_hidden_layers=2),

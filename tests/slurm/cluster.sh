@@ -5,13 +5,13 @@
 #   cluster.sh install     install the necessary Debian packages
 #   cluster.sh start       start the controller and the nodes, unless they are running; restart lost nodes
 #   cluster.sh env         print the variables with which sbatch finds the cluster: eval "$(cluster.sh env)"
-#   cluster.sh status      print one line for each daemon, then the nodes as Slurm reports them
+#   cluster.sh status      print one line for each daemon, and then Slurm's list of the nodes
 #   cluster.sh lose NODE   kill all processes of the node at once, as in a power failure
-#   cluster.sh stop        cancel all jobs and end everything that this script has started
+#   cluster.sh stop        cancel all jobs, and end all processes that this script has started
 #
-# A node is a network, mount and host-name namespace with its own address, so MASTER_ADDR and ports behave as they do on
-# two machines. The state of a cluster is in CLUSTER_DIR; clusters in different directories can run at the same time.
-# `start` exits with 77 if this machine cannot run a cluster, and with 78 if packages are missing.
+# A node consists of namespaces (network, mount and host name) and has its own address, so MASTER_ADDR and ports behave
+# as on two machines. The state of a cluster is in CLUSTER_DIR. Clusters in different directories can run at the same
+# time. `start` exits with 77 if this machine cannot run a cluster, and with 78 if packages are missing.
 set -euo pipefail
 
 dir=${CLUSTER_DIR:-${TMPDIR:-/tmp}/dpo-engine-cluster}
@@ -58,7 +58,8 @@ install() {
 
 alive() { [[ -s $1 ]] && kill -0 "$(<"$1")" 2>/dev/null; }
 
-# 198.18/15 is reserved for network tests and is not routed. A cluster uses the first free subnet, and keeps it.
+# 198.18/15 is reserved for network tests and is not routed. A cluster uses the first subnet that is free at its first
+# start, also after restarts.
 choose_addresses() {
   mkdir -p "$dir"
   local part=1
@@ -80,9 +81,9 @@ write_files() {
     local place
     for place in "${!nodes[@]}"; do echo "$subnet.$((11 + place)) ${nodes[place]}"; done
   } >"$dir/hosts"
-  # Slurm counts each character device in this list as a GPU, whatever it really is.
+  # Slurm counts each character device in this list as a GPU, although it is none.
   printf 'Name=gpu File=/dev/%s\n' null zero full random >"$dir/gres.conf"
-  # No loaded plugin uses this file, but without the file slurmd would look for one in /etc.
+  # No loaded plugin uses this file, but without it, slurmd would look for a cgroup.conf in /etc.
   echo "ConstrainRAMSpace=no" >"$dir/cgroup.conf"
   {
     cat <<CONF
@@ -166,7 +167,7 @@ start_node() { # starts slurmd in a new session, so that it keeps running after 
   setsid nsenter --net="/run/netns/$name-$1" unshare --mount --uts --propagation private bash -c '
     hostname "$1"
     mount --bind "$2/hosts" /etc/hosts
-    # Podman uses crun, which refuses to run if both cgroup versions are mounted, so hide the unified one.
+    # Podman uses crun, which refuses to run if both cgroup versions are mounted, so unmount the unified hierarchy.
     if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
     exec slurmd -D -N "$1" -f "$2/slurm.conf"
   ' _ "$1" "$dir" </dev/null >>"$dir/log/$1.out" 2>&1 &
@@ -202,7 +203,7 @@ start() {
 
 lose() {
   local pid
-  # A machine without power cannot close its connections, so cut the network first.
+  # A machine without power cannot close its connections, so take down the network first.
   ip link set "$name-$1" down
   for pid in $(ip netns pids "$name-$1"); do kill -KILL "$pid" 2>/dev/null || true; done
   rm -f "$dir/run/$1.pid"

@@ -19,5 +19,5 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def submit_from(cluster, tmp_path):
-    """Return a function: ``submit_from(LAUNCHER="torchrun")`` makes a directory to submit from, with these settings."""
+    """Return a function: ``submit_from(LAUNCHER="torchrun")`` makes a directory to submit from, with a `site.env`."""
     return lambda **site: Submission(cluster, tmp_path / "clone", **site)

@@ -1,4 +1,4 @@
-"""Tests of jobs that are submitted in unusual ways or meet problems in Slurm: they train, or say what to do."""
+"""Tests of jobs that are submitted in unusual ways, or that meet problems in Slurm: they train, or print what to do."""
 
 import os
 import re
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_every_verb_on_two_nodes(submit_from, run_yaml, tmp_path):
-    """Every job waits for the one before it. Each of the two nodes has one rank."""
+    """Each job waits for the previous job. Each of the two nodes has one rank."""
     run = run_yaml("run", parallel={"tp": 2}, reference={"mode": "stored"}, train={"max_steps": 2})
     submission = submit_from()
     ranks, one = "2 x 1 ranks, {} under srun", "1 process, {} under srun"
@@ -86,7 +86,7 @@ def test_time_limit_shorter_than_the_warning(submit_from, run_yaml, tmp_path):
 
 
 def test_busy_controller(cluster, submit_from, run_yaml):
-    """The controller does not answer while the ranks are warned and save."""
+    """The controller does not answer while the ranks get the warning and save."""
     job = submit_from().train(run_yaml("slurm", parallel={"tp": 2}), "--ntasks-per-node=1", DPO_FAULT="step:0:3:stop")
     job.wait_until_it_says("DPO_FAULT: step, occurrence 3")
     shell, controller = job.batch_shell(), int((cluster.folder / "run/slurmctld.pid").read_text())

@@ -1,7 +1,7 @@
-"""Tests of training jobs submitted to Slurm: whatever Slurm does to a job, the metrics are those of an undisturbed job.
+"""Tests of training jobs submitted to Slurm: after any interruption, the metrics are those of an undisturbed job.
 
-`DPO_FAULT=step:R:N:stop` stops a rank's process after a step until the test continues it, so that each test acts at a
-known moment. The expected metrics come from forked ranks, which run without Slurm.
+`DPO_FAULT=step:R:N:stop` stops the process of rank R after its N-th step until the test continues it, so that each test
+acts at a known moment. The expected metrics come from forked ranks, which run without Slurm.
 """
 
 import re
@@ -40,7 +40,7 @@ def test_warning_before_the_time_limit(submit_from, run_yaml, undisturbed, tmp_p
     job.update(TimeLimit="10")
     step = re.search(r"SIGUSR1: stopped after step ([56]) of 12 and saved a checkpoint", job.said)[
         1
-    ]  # 5 or 6, as SIGUSR1 and SIGCONT may arrive in either order
+    ]  # 5 or 6, because SIGUSR1 and SIGCONT can arrive in either order
     assert "requeued: interrupted and saved" in job.said
     job.ends("COMPLETED", restarts=1)
     assert "start 2: 2 x 2 ranks" in job.said and f"resumed after step {step}\n" in job.said, (
@@ -50,7 +50,7 @@ def test_warning_before_the_time_limit(submit_from, run_yaml, undisturbed, tmp_p
 
 
 def test_warning_under_torchrun(submit_from, run_yaml, undisturbed, tmp_path):
-    """Slurm signals only the batch shell, and torchrun exits with 1 for any exit code of the ranks."""
+    """Slurm signals only the batch shell. torchrun exits with 1 for any nonzero exit code of the ranks."""
     layout = {"tp": 2}
     expected = undisturbed(layout)
     job = submit_from(LAUNCHER="torchrun").train(run_yaml("slurm", parallel=layout), DPO_FAULT="step:0:5:stop")
@@ -85,13 +85,13 @@ def test_lost_node(cluster, submit_from, run_yaml, undisturbed, tmp_path):
     assert cluster.script("lose", "n2").returncode == 0
     job.wait_until_requeued()
     cluster.start()
-    job.ends("COMPLETED", restarts=None)  # Slurm may also kill processes of the next start, which then exits with 75
+    job.ends("COMPLETED", restarts=None)  # Slurm can also kill a process of the next start, which then exits with 75
     assert "resumed after step 4" in job.said
     assert trajectory(tmp_path / "slurm") == expected
 
 
 def test_cancelled_job_is_not_requeued(submit_from, run_yaml, tmp_path):
-    """The ranks of a cancelled job still save and exit with 75."""
+    """The ranks of a cancelled job still save, and exit with code 75."""
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:0:2:stop")
     job.wait_until_it_says("DPO_FAULT: step, occurrence 2")
     job.signal()

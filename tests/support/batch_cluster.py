@@ -1,4 +1,4 @@
-"""The two-node Slurm cluster that `tests/slurm/cluster.sh` starts, and jobs submitted to it the way a user does."""
+"""A two-node Slurm cluster, which `tests/slurm/cluster.sh` starts, and jobs that tests submit as a user would."""
 
 import os
 import re
@@ -98,7 +98,7 @@ class Submission:
 
 
 class Job:
-    """A submitted job; if waiting takes too long, the test fails and shows the job's output."""
+    """A submitted job. If waiting for the job takes too long, the test fails and shows the job's output."""
 
     def __init__(self, cluster: Cluster, number: str, log: Path):
         self.cluster = cluster
@@ -135,8 +135,9 @@ class Job:
         return self.facts().get("JobState", "")
 
     def ends(self, state: str, restarts: int | None = 0) -> dict[str, str]:
-        """Wait until the job ends, and check that it ended in this state. Return its record in Slurm.
+        """Wait until the job ends, and check its final state. Return the output of `scontrol show job` as a dictionary.
 
+        state     expected state
         restarts  expected number of restarts; None: at least one
         """
         self.wait("the end of the job", lambda: self.state() in ENDED)

@@ -31,10 +31,10 @@ FLAGS = (
 
 @contextmanager
 def browser(*, width: int = 1200, height: int = 900, dark: bool = False) -> Iterator[webdriver.Chrome]:
-    """Start Chromium. Its console and the requests of its pages are recorded; see :func:`console` and :func:`requests`.
+    """Start Chromium, and record console messages and requests; see :func:`console` and :func:`requests`.
 
-    width, height   size of the page in CSS pixels; a phone's is 390 x 844
-    dark            whether the system asks for a dark theme
+    width, height   size of the window in CSS pixels; a phone's screen has 390 x 844
+    dark            whether pages see that the user prefers a dark theme
     """
     with TemporaryDirectory() as profile:
         options = Options()
@@ -54,7 +54,7 @@ def browser(*, width: int = 1200, height: int = 900, dark: bool = False) -> Iter
 
 
 def show(driver: webdriver.Chrome, page: Path, seconds: float = 60, at: str = "") -> None:
-    """Open a page of ``dpo-engine report`` at a fragment, and wait until its script has drawn everything."""
+    """Open a page of ``dpo-engine report`` at a URL fragment, and wait until the page's script has drawn everything."""
     driver.get(page.resolve().as_uri() + at)
     WebDriverWait(driver, seconds).until(
         lambda driver: driver.execute_script("return document.documentElement.dataset.ready === 'true'")
@@ -62,12 +62,12 @@ def show(driver: webdriver.Chrome, page: Path, seconds: float = 60, at: str = ""
 
 
 def console(driver: webdriver.Chrome) -> list[str]:
-    """Return the messages of the console since the last call, with errors that the browser itself reports."""
+    """Return the console's messages since the last call, including errors that the browser itself reports."""
     return [entry["message"] for entry in driver.get_log("browser")]
 
 
 def requests(driver: webdriver.Chrome) -> list[str]:
-    """Return the addresses that pages have requested since the last call."""
+    """Return the URLs that pages have requested since the last call."""
     entries = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     sent = [entry["params"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
     return [entry["request"]["url"] for entry in sent]

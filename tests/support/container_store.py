@@ -1,4 +1,4 @@
-"""A private image store for buildah and podman, which run as root and without a daemon."""
+"""A private image store for buildah and podman. Both run as root and without a daemon."""
 
 import os
 import platform
@@ -13,8 +13,8 @@ import pytest
 
 from support.installed import absent, need
 
-# These settings also work without systemd, with restricted permissions, and with both versions of cgroups. The network
-# setting does not matter, because launch/task.sh always uses the host's network.
+# These settings also work without systemd, with restricted permissions, and with both versions of cgroups. They do not
+# configure a network, because launch/task.sh always uses the host's network.
 CONTAINERS_CONF = """[containers]
 cgroups = "disabled"
 default_ulimits = []
@@ -29,7 +29,7 @@ tmp_dir = "{folder}/tmp"
 
 
 class ContainerStore:
-    """Images and containers under one path, which must be short because it contains sockets; `close` removes them."""
+    """Images and containers under one path; `close` removes them. The path is short because it contains sockets."""
 
     def __init__(self):
         if not (sys.platform == "linux" and os.geteuid() == 0):
@@ -76,7 +76,7 @@ class ContainerStore:
 
 
 def debian_base() -> Path:
-    """Return a tar file of a minimal Debian of this machine's release; it is cached in the user's cache directory."""
+    """Return a tar file of a minimal Debian of this machine's release. The file is in the user's cache directory."""
     release = platform.freedesktop_os_release()
     if release["ID"] != "debian":
         pytest.skip(f"requires Debian, from which the base image is made; this machine has {release['ID']}")
@@ -103,7 +103,7 @@ def pip_volumes(folder: Path) -> list[str]:
     ).stdout
     settings = dict(re.findall(r"^\S*\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
     volumes = []
-    if "constraint" in settings:  # a file on this machine, which gets the same path in the build
+    if "constraint" in settings:  # files on this machine; they are mounted at the same paths in the build
         volumes += [f"{path}:{path}:ro" for path in settings["constraint"].split()]
     if "cert" in settings:
         volumes.append(f"{settings['cert']}:/etc/pip-certificates.crt:ro")
@@ -111,7 +111,7 @@ def pip_volumes(folder: Path) -> list[str]:
     for word in " ".join(settings.values()).split():
         path = Path(word.removeprefix("file://"))
         if path.is_absolute() and path.is_dir():
-            # The pages of a local index link to files next to it.
+            # Pages of a local index link to files in the index's parent directory.
             path = path.parent if word.startswith("file://") else path
             volumes.append(f"{path}:{path}:ro")
     lines = [f"{name} = {value}\n" for name, value in settings.items()]

@@ -18,7 +18,8 @@ FACTS = {
 def evaluation(margins, *, ids=None, facts=None, **columns):
     """Build an evaluation with one pair for each margin.
 
-    Unless the caller passes these columns, pairs have weight 1, different prompts of 4 tokens, and 8-token responses.
+    By default, each pair has weight 1, its own prompt of 4 tokens, and responses of 8 tokens. ``columns`` replace these
+    values.
     """
     margin = np.asarray(margins, dtype=float)
     count = len(margin)

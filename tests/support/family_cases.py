@@ -144,7 +144,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": ("gpt_oss", {**OSS, "swiglu_limit": 0.5, "swiglu_alpha": 1.2}),
 }
-"""For each case, the ``model_type``, and what differs from the other tiny models of the tests."""
+"""For each case, the ``model_type``, and the fields of ``config.json`` that differ from the other tiny models."""
 
 MIXTURES = [case for case in CASES if any(name in case for name in ("moe", "mixtral", "deepseek", "gpt_oss"))]
 """The cases with experts."""
@@ -153,4 +153,4 @@ MIXTURES = [case for case in CASES if any(name in case for name in ("moe", "mixt
 def checkpoint(tiny_hf, case: str) -> Path:
     """Return the directory of a case's model, which the fixture ``tiny_hf`` makes."""
     family, options = CASES[case]
-    return tiny_hf(family, pad_token_id=0, **copy.deepcopy(options))  # transformers changes nested values
+    return tiny_hf(family, pad_token_id=0, **copy.deepcopy(options))  # transformers would change nested values in place

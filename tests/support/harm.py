@@ -1,4 +1,4 @@
-"""Run the command line on untrusted files, on one rank; report the output, the time and memory, and changed files."""
+"""Run the command line on untrusted files, on one rank, and report its output, time, memory, and changed files."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def run_alone(arguments: Sequence[str], folder: Path) -> Outcome:
 
 
 def listing(folder: Path) -> set[tuple[str, tuple]]:
-    """Return all paths below ``folder`` except ``out``, with the attributes that writing to a file would change."""
+    """Return all paths below ``folder`` except ``out``, with the attributes that change when a file is written."""
     found = set()
     for parent, folders, files in os.walk(folder):
         if Path(parent) == folder:

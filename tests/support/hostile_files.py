@@ -1,4 +1,4 @@
-"""Hostile files. Each case puts one into the folder of a valid run and states the expected result of `check`."""
+"""Hostile files. Each case puts a hostile file into a valid run's folder, and states the expected result of `check`."""
 
 import gzip
 import io
@@ -26,7 +26,7 @@ HUGE = "1" + "0" * 5000
 class Case(NamedTuple):
     """A hostile file.
 
-    plant   function that puts the file into the folder; may return overrides for the command line
+    plant   function that puts the file into the folder; it can return overrides for the command line
     code    expected exit code of `check`
     says    text that the line on stderr must contain or, if the code is 0, that stdout must contain
     """
@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(code: int, says: str):
-    """Return a decorator that registers a function as a case, under the function's name."""
+    """Return a decorator that registers a function as the `plant` of a case. The case has the function's name."""
 
     def keep(plant):
         CASES[plant.__name__.replace("_", " ")] = Case(plant, code, says)
@@ -50,7 +50,7 @@ def case(code: int, says: str):
 
 
 def rows(folder: Path, *lines: bytes | str, name: str = "pairs.jsonl") -> None:
-    """Write a good record and then ``lines``."""
+    """Write a file of one good record, followed by ``lines``."""
     encoded = [dump(GOOD), *(line.encode() if isinstance(line, str) else line for line in lines)]
     (folder / name).write_bytes(b"\n".join(encoded) + b"\n")
 
@@ -62,7 +62,7 @@ def edited(path: Path, **changes) -> None:
 
 
 def safetensors(header: dict | bytes, data: bytes = b"", size: int | None = None) -> bytes:
-    """Build a safetensors file with any header; the length that the file declares for the header may be wrong."""
+    """Build a safetensors file with any header. ``size`` is the header's declared length, which can be wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if size is None else size).to_bytes(8, "little") + text + data
 

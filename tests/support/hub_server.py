@@ -1,4 +1,4 @@
-"""A local HTTP server with the part of the Hugging Face Hub's protocol that its client uses for downloads."""
+"""A local HTTP server that implements the Hugging Face Hub's protocol for downloads, as huggingface_hub uses it."""
 
 import hashlib
 import json
@@ -11,7 +11,10 @@ from pathlib import Path
 
 
 def use_hub(monkeypatch, folder: Path, url: str | None) -> None:
-    """Make the Hub's client keep its caches in a folder and send requests to `url`; if `url` is None, it is offline."""
+    """Make the Hub's client use caches in ``folder`` and send its requests to ``url``.
+
+    If ``url`` is None, the client is offline.
+    """
     import datasets
     from huggingface_hub import constants
 
@@ -28,7 +31,7 @@ def use_hub(monkeypatch, folder: Path, url: str | None) -> None:
 
 
 def forget() -> None:
-    """Clear what this process knows of the Hub, so that it acts like a new process."""
+    """Clear the engine's caches of results from the Hub, so that this process acts like a new one."""
     from dpo_engine.data import hub
 
     hub.found.clear()
@@ -37,7 +40,7 @@ def forget() -> None:
 
 
 def fill_cache(cache: Path, kind: str, name: str, folder: Path, ref: str = "main") -> Path:
-    """Put a folder's files into a cache, in the layout of the Hub's client; return the snapshot's directory."""
+    """Copy a folder's files to a cache in the layout of the Hub's client, and return the snapshot's directory."""
     repo = cache / f"{kind}s--{name.replace('/', '--')}"
     commit = hashlib.sha1(str(folder).encode()).hexdigest()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -53,12 +56,12 @@ def fill_cache(cache: Path, kind: str, name: str, folder: Path, ref: str = "main
 
 
 class HubServer:
-    """The state of the server: repositories by kind and name, each with its commits.
+    """The server's repositories, with their commits, and its log of requests.
 
-    `server.add("model", "org/name", folder, "main")` adds a commit.
+    `server.add("model", "org/name", folder, "main")` adds a commit to a repository.
 
     asked   method and path of each request, in order
-    gated   names of gated repositories, for which requests to the API are refused
+    gated   names of gated repositories; the server refuses API requests for them
     """
 
     def __init__(self) -> None:
@@ -69,7 +72,7 @@ class HubServer:
         self.url = ""
 
     def add(self, kind: str, name: str, folder: Path, *refs: str) -> str:
-        """Commit the files of a folder, let the branches and tags `refs` point there, and return the commit."""
+        """Commit a folder's files, make the branches and tags ``refs`` point to the commit, and return the commit."""
         files = {
             str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
         }
@@ -118,7 +121,7 @@ class HubServer:
         return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
 
     def _find(self, repo: tuple[str, str], revision: str) -> tuple[str, dict[str, bytes] | None]:
-        """Return the commit and its files. If there is none, return an error code of the Hub and None."""
+        """Return the commit and its files. If there is no such commit, return the Hub's error code and None."""
         if repo not in self.commits:
             return "RepoNotFound", None
         commit = self.refs[repo].get(revision, revision)

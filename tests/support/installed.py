@@ -1,4 +1,4 @@
-"""Skip a test, with a reason, if a program that the test needs is not installed."""
+"""Skip a test, and give the reason, if a program that the test needs is not installed."""
 
 import os
 import shutil

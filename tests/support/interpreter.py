@@ -1,4 +1,4 @@
-"""A patch for Triton's interpreter, which runs the kernels without a GPU; ``conftest.py`` enables the interpreter."""
+"""A patch for Triton's interpreter, which runs kernels without a GPU. ``conftest.py`` enables the interpreter."""
 
 import functools
 
@@ -7,9 +7,10 @@ import numpy as np
 
 @functools.cache
 def mend() -> None:
-    """Patch Triton 3.6 so that a loop's limit may be a value loaded by the kernel.
+    """Patch Triton 3.6 so that a loop's limit can be a value that the kernel has loaded.
 
-    Triton 3.6 uses an array of size one as an integer, which NumPy 2.5 rejects. Triton 3.7 needs no patch.
+    For such a limit, Triton 3.6 converts an array of size one to an integer, but NumPy 2.5 rejects this conversion.
+    Triton 3.7 needs no patch.
     """
     import triton
     from triton.runtime import interpreter

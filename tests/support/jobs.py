@@ -1,4 +1,4 @@
-"""Run a complete job as a user would: the command line on N forked ranks, with their exit codes and their output."""
+"""Run a complete job: start the command line on N forked ranks, and collect the ranks' exit codes and output."""
 
 import faulthandler
 import itertools
@@ -18,7 +18,7 @@ import torch
 class Finished(NamedTuple):
     """The result of a job.
 
-    codes      exit code of each rank; negative for a signal
+    codes      exit code of each rank; if a signal ended the rank, the negative number of the signal
     seconds    for each rank, the time from the start of the job to the rank's exit
     errors     stderr of each rank
     output     stdout of each rank
@@ -54,12 +54,12 @@ def run_job(
 
     folder      folder for the output of the ranks
     fault       value of ``DPO_FAULT``
-    during      called with the process ids of the ranks after they have started; may send signals
+    during      called once with the ranks' process ids after all ranks have started, for example to send signals
     before      called on every rank before the command line runs
-    own         additional arguments of each rank, which follow the common arguments
-    ends_with   called with the exit codes so far; if it returns true, the remaining ranks are killed and get code -9
+    own         for a rank, the arguments that follow the common arguments on this rank only
+    ends_with   called repeatedly with the exit codes so far; if it returns true, the remaining ranks are killed
 
-    Ranks that have not exited after ``timeout_s`` seconds are killed and get code -9. Forking takes 0.1 s.
+    Ranks that have not exited after ``timeout_s`` seconds are killed too. A killed rank has the exit code -9.
     """
     import megatron.core.models.gpt  # noqa: F401  import before the fork, to save time
 
@@ -104,9 +104,9 @@ _ports = itertools.count(os.getpid() * 64)
 
 
 def _free_port() -> int:
-    """Return a different port on each call.
+    """Return a free port, and a different one on each call.
 
-    Ports are below the ephemeral range, so that no outgoing connection can take one before rank 0 uses it.
+    The ports are below the ephemeral range, so that no outgoing connection can take a port before rank 0 uses it.
     """
     for _ in range(1000):
         port = 20000 + next(_ports) % 12000

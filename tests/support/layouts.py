@@ -1,4 +1,4 @@
-"""Parallel layouts in which tests train."""
+"""Parallel layouts of the tests that train."""
 
 SIZES = [6, 6, 5]
 

@@ -1,4 +1,4 @@
-"""Read the results of a run in a form that can be compared for equality."""
+"""Read the results of a run, and record its pairs, in forms that can be compared for equality."""
 
 import json
 import os
@@ -10,7 +10,7 @@ LAYOUTS = {"dp2": (2, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "tp2 pp
 
 
 def trajectory(output: Path) -> list[dict]:
-    """Return all lines of a run's metrics, without times, and with floats as hexadecimal text."""
+    """Return all lines of a run's metrics. Times are removed, and floats are hexadecimal text."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {k: v.hex() if isinstance(v, float) else v for k, v in json.loads(line).items() if k not in CLOCK}
@@ -25,9 +25,9 @@ def steps_of(output: Path) -> list[dict]:
 
 
 def record_pairs(folder: Path) -> None:
-    """Make this rank record in ``folder`` which pairs each later step uses.
+    """Make this rank record in ``folder`` the pairs that each later step uses.
 
-    It records all pairs of the global batch, in order, and the pairs in this rank's micro-batches.
+    The record of a step has all pairs of the global batch, in order, and the pairs in this rank's micro-batches.
     """
     from dpo_engine.training import trainer
 
@@ -50,11 +50,11 @@ def record_pairs(folder: Path) -> None:
 
 
 def recorded_pairs(folder: Path, ranks: int, copies: int) -> dict[int, list[str]]:
-    """Map each step to the pairs of its global batch, in order. If a step was repeated, the last time counts.
+    """Map each step to the pairs of its global batch, in order. If a step was repeated, use its last record.
 
     copies  number of ranks that share one model copy and work on the same pairs
 
-    Asserts that all ranks had the same order, and that each pair was used by ``copies`` ranks.
+    Asserts that the order was the same on all ranks, and that ``copies`` ranks used each pair.
     """
     logs = [(folder / f"rank_{rank}.jsonl").read_text(encoding="utf-8").splitlines() for rank in range(ranks)]
     by_rank = [{line["step"]: line for line in map(json.loads, log)} for log in logs]

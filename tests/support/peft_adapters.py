@@ -1,4 +1,4 @@
-"""Make PEFT adapters, load them, and train with them in fp64, as inputs and expected values for tests."""
+"""Make PEFT adapters as inputs of tests, and load them with PEFT in fp64 to compute expected values."""
 
 import torch
 from safetensors.torch import load_file
@@ -11,7 +11,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def make_adapter(model, directory, *, up=0.1, **settings):
     """Save a PEFT adapter with random weights for the checkpoint ``model``, and return its directory.
 
-    up   standard deviation of the matrices B
+    up   standard deviation of the weights in the B matrices
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Location of the real preference pairs that some tests use."""
+"""Paths of the files of real preference pairs that some tests use."""
 
 import os
 from pathlib import Path

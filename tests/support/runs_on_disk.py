@@ -24,7 +24,7 @@ CONFIG = {
 
 
 def pairs(count, *, seed=0, shift=1.0, **columns):
-    """Make an evaluation of `count` pairs, whose margins have the mean `shift`."""
+    """Make an evaluation of `count` random pairs. The expected value of a margin is `shift`."""
     random = np.random.default_rng(seed)
     lengths = random.integers(5, 400, (2, count))
     start = -random.uniform(0.5, 2.0, (2, count)) * lengths
@@ -44,7 +44,10 @@ def pairs(count, *, seed=0, shift=1.0, **columns):
 
 
 def texts_of(found, count, *, words=WORDS, length=None, prompt="Which is larger?", cut=""):
-    """Yield tokens for `count` pairs of an evaluation; the tokens' log-probabilities sum to those of the pairs."""
+    """Yield random tokens for `count` pairs of an evaluation.
+
+    The log-probabilities of a response's tokens sum to the response's log-probability in the evaluation.
+    """
     random = np.random.default_rng(1)
     for row, kind in choose_pairs(found.columns, count).items():
         known = {"id": found.columns["id"][row], "index": row, "shown": kind}
@@ -76,8 +79,8 @@ def write_directory(
 ):
     """Write a run's configuration, metrics, log, evaluations and last manifest, and return its directory.
 
-    losses   the held-out loss of each evaluation; None: falling losses
-    found    the last evaluation; None: made-up pairs
+    losses   the held-out loss of each evaluation; None: losses that decrease
+    found    the last evaluation; None: an evaluation of random pairs
     of       arguments of :func:`texts_of`
     """
     folder.mkdir(parents=True)

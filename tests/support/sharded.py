@@ -1,4 +1,4 @@
-"""Load a checkpoint into a sharded model, and save it again; tests call this on each rank."""
+"""Load a checkpoint into a sharded model, and save the model again."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ from dpo_engine.testing.sharded import open_model, whole_logits
 
 
 def round_trip(directory, layout: dict[str, Any], tokens=None, export=None, dtype: str = "fp32", **options):
-    """Load ``directory``. If ``export`` is given, save the model there with ``options``.
+    """Load ``directory``. If ``export`` is given, save the model to this directory, with ``options``.
 
-    Return the logits of ``tokens`` on ranks that have them, and None on other ranks or if there are no tokens.
+    Tests call this function on each rank. It returns the logits of ``tokens`` on the ranks that have logits, and None
+    on the other ranks. Without ``tokens``, it returns None on all ranks.
 
-    If loading or saving raises an error of the engine, return the problems of the error instead.
+    If loading or saving raises an `EngineError`, return the error's problems instead.
     """
     from dpo_engine.errors import EngineError
     from dpo_engine.model.weights.load import load_hf

@@ -8,7 +8,8 @@ from pathlib import Path
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
-# Each call appends its name and arguments to a log, as one record. If a failure was requested, the call then fails.
+# Each call of a stand-in appends the command's name and arguments to a log, as one record. If the test has requested a
+# failure (`StandIns.fail`), the call then fails.
 RECORD = r"""#!/usr/bin/env bash
 line=$(printf "%s\x1f" "$(basename "$0")" "$@"); echo "$line" >>"$CALLS"
 failure="$CALLS.$(basename "$0").${1:-}"
@@ -20,8 +21,8 @@ if [[ -s $failure ]]; then
 fi
 """
 STAND_INS = {
-    # This fake srun also runs the first task of the first node, the command after srun's options: `bash
-    # launch/task.sh ...`. It passes USR1 on, as srun does.
+    # This fake srun also runs the command after its options, `bash launch/task.sh ...`, as the first task of the first
+    # node. Because the command replaces the script, it receives USR1, as with the real srun.
     "srun": "while [[ $1 == -* ]]; do shift; done\n"
     '[[ $1 != true || -n ${NODES_ANSWER-yes} ]] || exit 1\nSLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 exec "$@"\n',
     "scontrol": 'if [[ $1 == show && $2 == hostnames ]]; then printf "n1\\nn2\\n"; fi\n'
@@ -38,7 +39,7 @@ STAND_INS = {
         'if [[ $1 == run || $1 == exec ]]; then while [[ $1 != trainer ]]; do shift; done; "$@"; fi\n',
     ),
 }
-# Before a job starts the ranks, it starts the engine once with the verb `config`. This call is not logged.
+# Before a job starts its ranks, the job calls the engine once with the verb `config`. That call is not logged.
 PREFLIGHT = (
     '#!/usr/bin/env bash\nif [[ $3 == config ]]; then echo "${PREFLIGHT:=}" >&2; exit $((${#PREFLIGHT} > 0)); fi\n'
 )
@@ -92,11 +93,11 @@ class StandIns:
         return dict(entry.split("=", 1) for entry in text.split("\0")[:-1])
 
     def fail(self, command: str, first_argument: str, times: int, message: str) -> None:
-        """Let the next ``times`` calls of a command with this first argument fail."""
+        """Make the next ``times`` calls of a command with this first argument fail with a message on stderr."""
         (self.folder / f"calls.{command}.{first_argument}").write_text(f"{times}\n{message}\n")
 
     def set_record(self, *, seconds_left: int | None = None, **fields: str) -> None:
-        """Set what `scontrol show job` prints. By default, the job runs and can be requeued."""
+        """Set the output of `scontrol show job`. By default, the output says that the job runs and can be requeued."""
         fields = {"JobState": "RUNNING", "Requeue": "1", "ExcNodeList": "(null)", **fields}
         if seconds_left is not None:
             fields["EndTime"] = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds_left))

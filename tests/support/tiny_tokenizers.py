@@ -1,4 +1,4 @@
-"""Small tokenizers that train quickly: byte-level BPE for transformers, and bare SentencePiece models."""
+"""Small tokenizers that train quickly: two kinds of BPE for transformers, and SentencePiece model files."""
 
 import io
 import json
@@ -24,7 +24,7 @@ TURNS = (
 def byte_level(
     directory: Path, *, bos: bool = False, lowercase: bool = False, template: str | None = CHATML, eos: bool = True
 ) -> Path:
-    """Save a byte-level BPE tokenizer of 400 tokens; `bos` adds a BOS token before every text."""
+    """Save a byte-level BPE tokenizer of 400 tokens. With `bos`, it puts a BOS token before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,7 +66,7 @@ def piece_model(path: Path, **options) -> Path:
 
 
 def metaspace(directory: Path, *, template: str | None = None) -> Path:
-    """Save a tokenizer like that of Llama 2: its normalizer puts a space before every text."""
+    """Save a tokenizer like Llama 2's, with a normalizer that puts a space before every text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)

@@ -43,7 +43,7 @@ CASES = {
     "name", [pytest.param(name, marks=() if name.startswith("start,") else pytest.mark.slow) for name in CASES]
 )
 def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
-    """The two references run the same products on the same numbers, so all metrics are bitwise equal."""
+    """Both references compute the same matrix products on the same numbers, so all metrics are bitwise equal."""
     adapter, reference, ranks, parallel = CASES[name]
     model = tiny_hf("llama", num_key_value_heads=2)
     if adapter == "start":
@@ -66,7 +66,10 @@ def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
 
 
 def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path):
-    """DDP waits for the gathered parameters of a called module, but not of its children; an adapter has none."""
+    """When a module is called, DDP waits for the module's gathered parameters, but not for those of its children.
+
+    This suffices for an adapter, because it has no children.
+    """
     model, found = tiny_hf("llama"), {}
     adapter = {"path": str(make_adapter(model, tmp_path / "start", use_dora=True))}
     for name, ranks, parallel, fp64 in (
@@ -83,7 +86,7 @@ def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path
 
 
 def metrics_of(output):
-    """Return the training metrics by step, without times, speeds and the layout's gain."""
+    """Return the training metrics of each step, without times, speeds, and `layout_gain`."""
     left_out = ("time", "_s", "layout_gain")
     return {
         line["step"]: {name: value for name, value in line.items() if not name.endswith(left_out)}
@@ -139,7 +142,7 @@ def test_resumed_run_continues_in_any_layout(ranks, layout, more, other, rel, st
 
 
 def test_run_with_a_new_adapter(start, files, tmp_path):
-    """Train once; then another adapter is refused, and evaluation and export agree with the run."""
+    """After training, a resume with another adapter is refused, and evaluation and export agree with the run."""
     from dpo_engine.verbs.evaluate import evaluate
     from dpo_engine.verbs.export import export
 
@@ -182,7 +185,7 @@ def test_run_with_a_new_adapter(start, files, tmp_path):
 
 
 def test_stored_reference_has_the_adapter_that_training_starts_from(start, files, tmp_path):
-    """Both kinds of references use one store, and must not read each other's values."""
+    """References with and without the adapter use one store, but must not read each other's values."""
     model, path = start
     for adapter in ("start", "none"):
         logs = {}
@@ -212,7 +215,7 @@ def test_stored_reference_has_the_adapter_that_training_starts_from(start, files
 
 @pytest.mark.slow
 def test_reference_that_is_copied_from_the_policy(start, files, tmp_path):
-    """After each copy, policy and reference are equal; a resumed run restores the copied reference."""
+    """After each copy, policy and reference are equal. A resumed run restores the copied reference."""
     model, path = start
     reference = {"sync_every": 2, "sync_alpha": 1.0}
 

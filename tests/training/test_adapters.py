@@ -1,4 +1,4 @@
-"""Tests of training with adapters, against PEFT, transformers and torch's autograd in fp64, in many layouts."""
+"""Tests of training with adapters in many layouts, compared with PEFT, transformers and torch's autograd in fp64."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def trained(tiny_hf, tmp_path_factory):
-    """Return a function that trains an adapter with PEFT, and returns model, adapter, norms and final tensors."""
+    """Return a function that trains an adapter with PEFT. It returns model, adapter, norms and final tensors."""
     known = {}
 
     def train(kind, kv_heads=4, family="llama"):

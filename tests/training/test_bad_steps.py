@@ -1,4 +1,4 @@
-"""Tests of bad steps: how they are detected, that all ranks agree, and the history of good steps."""
+"""Tests of bad steps: their detection, the agreement of all ranks, and the history of good steps."""
 
 import math
 
@@ -14,10 +14,10 @@ FINE = {"loss": 0.7, "logps/chosen": -3.0, "logps/rejected": -4.0, "displacement
 
 
 def judged(asked, steps, restart_at=None):
-    """Return the causes found for each step, and the final counts of skipped, good, and consecutive bad steps.
+    """Return the causes found in each step, and the final counts of skipped, good, and consecutive bad steps.
 
-    steps       pairs of a step's metrics and the values that replace some of these metrics on rank 1
-    restart_at  index of a step before which the state is saved and restored
+    steps       for each step, its metrics, and values that replace some of these metrics on rank 1
+    restart_at  the state is saved and restored before the step with this index
     """
     from torch import distributed as dist
 

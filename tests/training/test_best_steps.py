@@ -1,4 +1,4 @@
-"""Tests of saving the evaluated steps that are among the best, and of runs that are killed during such a save."""
+"""Tests of saving evaluated steps that are among the best, and of runs that are killed while they save such a step."""
 
 import json
 import signal
@@ -31,7 +31,7 @@ def values_of(output):
     ],
 )
 def test_a_best_step_is_saved_whatever_the_save_interval(mode, save_interval, kept, best, files, tiny_hf, tmp_path):
-    """The run has 6 steps, its loss falls, and it evaluates after steps 3 and 6."""
+    """The run has 6 steps and evaluates after steps 3 and 6. Its loss decreases."""
     checkpoint = {"save_interval": save_interval, "keep_best": {"metric": "loss", "mode": mode}, "export": False}
     config = config_of(files, tiny_hf("llama"), tmp_path, train={"eval_interval": 3}, checkpoint=checkpoint)
     run_ranks(run, 1, config=config)
@@ -39,7 +39,7 @@ def test_a_best_step_is_saved_whatever_the_save_interval(mode, save_interval, ke
     assert sorted(values) == [3, 6] and values[3] > values[6]
     assert saved(tmp_path) == kept
     assert (tmp_path / "checkpoints/best").read_text() == f"step_{best:08d}\n"
-    # A run that resumes from the best checkpoint knows its evaluation.
+    # The best checkpoint's copy of the metrics has its evaluation, for a run that resumes from this checkpoint.
     history = (tmp_path / "checkpoints/step_00000003/metrics.jsonl").read_text().splitlines()
     assert json.loads(history[-1])["eval/loss"] == values[3]
 
@@ -49,24 +49,24 @@ BEST = {
     "optim": {"lr": 1e-3, "schedule": "constant", "warmup_steps": 0},
     "checkpoint": {"save_interval": 0, "keep_best": {"metric": "loss", "mode": "max", "count": 2}, "export": False},
 }
-"""The loss falls, so with ``mode: max`` the evaluations after steps 1 and 2 remain the best ones."""
+"""The loss decreases, so with ``mode: max`` the evaluations after steps 1 and 2 remain the best ones."""
 
 
 @pytest.fixture(scope="module")
 def whole(files, tiny_hf, tmp_path_factory):
-    """Return the output of the uninterrupted run."""
+    """Return the output directory of the uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     job = run_job(["train", str(write_run(folder, "run", files, tiny_hf, BEST))], 2, folder / "log")
     assert job.codes == [0, 0], job.said
     values = values_of(folder / "run")
     assert sorted(values, key=values.get)[-2:] == [2, 1] and saved(folder / "run") == [1, 2, 8]
-    # Step 3 is compared with step 2, even if the save of step 2 was still running.
+    # Step 3 must be compared with step 2, even if the save of step 2 was still running.
     assert job.output[0].count("saved checkpoints/step_") == 3, job.output[0]
     return folder / "run"
 
 
 def state_of(output, step, rank):
-    """Return the weights and moments in a shard; the states of random number generators are left out."""
+    """Return the weights and moments in a shard, without the states of random number generators."""
     shard = load_file(output / f"checkpoints/step_{step:08d}/rank_{rank:05d}.safetensors")
     return {key: tensor for key, tensor in shard.items() if not key.startswith("random|")}
 
@@ -76,7 +76,7 @@ def state_of(output, step, rank):
     "phase, asynchronous", [("eval", False), ("save-shards", True), ("save-manifest", False), ("save-rename", True)]
 )
 def test_killed_while_the_second_best_step_is_saved(phase, asynchronous, whole, files, tiny_hf, tmp_path):
-    """The restarted run has the same steps and evaluations, bitwise, and keeps the same checkpoints."""
+    """The restarted run has bitwise equal steps and evaluations, and keeps the same checkpoints."""
     sections = {**BEST, "checkpoint": {**BEST["checkpoint"], "async_save": asynchronous}}
     killed = write_run(tmp_path, "killed", files, tiny_hf, sections)
     job = run_job(["train", str(killed)], 2, tmp_path / "log1", fault=f"{phase}:0:2:kill", timeout_s=60)
@@ -98,7 +98,7 @@ def test_killed_while_the_second_best_step_is_saved(phase, asynchronous, whole, 
 def test_best_is_chosen_again_if_the_evaluation_was_due_when_the_run_stopped(files, tiny_hf, tmp_path):
     """The run is stopped after step 2, before its evaluation. The restarted run evaluates step 2, and `best` names it.
 
-    A second signal stops it right after that.
+    The restarted run is killed after its first step.
     """
     checkpoint = {"save_interval": 0, "keep_best": {"metric": "loss"}, "export": False}
     stopped = write_run(tmp_path, "run", files, tiny_hf, {**BEST, "checkpoint": checkpoint})

@@ -1,4 +1,4 @@
-"""Tests of callbacks: what they are called with, and how they add metrics and end a run."""
+"""Tests of callbacks: the arguments of their calls, and how they add metrics and end a run."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def recorded(folder, rank=0):
 
 @pytest.fixture
 def start(files, tiny_hf, tmp_path):
-    """Return a function: ``start(last_step=3)`` trains 6 steps on two ranks with a recorder that has these options."""
+    """Return a function: ``start(last_step=3)`` trains 6 steps on two ranks. The options are those of the recorder."""
 
     def train(**options):
         run_config = config_of(
@@ -92,7 +92,7 @@ def test_calls_and_added_metrics(start, tmp_path):
 
 
 def test_one_rank_ends_the_run(start, tmp_path):
-    """The run ends cleanly on all ranks, and starting it again trains no more unless the setting changes."""
+    """The run ends cleanly on all ranks. A new start trains no further steps unless the setting has changed."""
     first = start(last_step=3, asking_ranks=[1])
     assert [summary["step"] for summary in first] == [3, 3] and "loss" in first[0]["eval"]
     saved = tmp_path / "run" / "checkpoints" / "step_00000003" / "manifest.json"

@@ -11,7 +11,10 @@ PLACES = [7, 3, 9, 1, 4, 2**24 + 1]
 
 
 def coupled_losses(parts):
-    """Return the losses of this rank's pairs, by place in the data set. ``parts`` has each rank's micro-batches."""
+    """Return the losses of this rank's pairs by their places in the data set.
+
+    parts   for each rank, the pairs of its micro-batches
+    """
     from types import SimpleNamespace
 
     import torch.distributed as dist
@@ -35,7 +38,7 @@ def coupled_losses(parts):
 
 
 def expected():
-    """Pair the sorted quantities; among equal ones, the pair with the smaller place comes first."""
+    """Combine the sorted quantities. Among equal ones, the pair with the smaller place in the data set is first."""
     order = sorted(range(6), key=lambda i: (CHOSEN[i], PLACES[i]))
     return {PLACES[i]: np.log1p(np.exp(-(CHOSEN[i] - other))) for i, other in zip(order, sorted(REJECTED), strict=True)}
 

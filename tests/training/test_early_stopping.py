@@ -121,7 +121,7 @@ def test_metrics_that_evaluations_of_this_run_report(metric, sections, hint, tmp
 
 
 def test_callback_that_does_not_add_the_metric():
-    """What callbacks report is known only after the first evaluation."""
+    """The metrics that callbacks report are known only after the first evaluation."""
     world = SimpleNamespace(rank=lambda: 0)
     run = SimpleNamespace(engine=SimpleNamespace(groups=SimpleNamespace(world=world)))
     check = ReportedMetric(KeepBest(metric="xyzzy", mode="min"))
@@ -160,7 +160,7 @@ NO_GAIN = {
         "export": "best",
     },
 }
-"""The loss falls, so with ``mode: max`` the first evaluation remains the best one."""
+"""The loss decreases, so with ``mode: max`` the first evaluation remains the best one."""
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
     long = run_yaml("long", **{**NO_GAIN, "train": {"eval_interval": "0.25epoch"}, "checkpoint": {"export": False}})
     assert run_job(["train", str(long)], 1, tmp_path / "log0").codes == [0]
     losses = {line["step"]: line["eval/loss"] for line in log_of(tmp_path / "long") if "eval/loss" in line}
-    # 22 pairs in batches of 4: a quarter of an epoch is 5.5 pairs, so multiples are reached in these steps.
+    # An epoch has 22 pairs in batches of 4. A quarter of an epoch is 5.5 pairs, and these steps reach its multiples.
     assert sorted(losses) == [2, 3, 5, 6, 8, 9, 11, 12]
     assert losses[2] > losses[3] > losses[5] > losses[6] > losses[8]
 
@@ -223,7 +223,7 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
     for name, tensor in expected.items():
         np.testing.assert_allclose(found[name].float(), tensor.float(), rtol=1e-5, atol=1e-6)
 
-    # Starting the finished run again changes nothing.
+    # A new start of the finished run changes nothing.
     before = {name: (output / name).read_bytes() for name in names(output) if name != "log.txt"}
     job = run_job(["train", str(whole)], 1, tmp_path / "log5")
     assert job.codes == [0]
@@ -234,7 +234,7 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
 @pytest.mark.slow
 @pytest.mark.parametrize("fault, judged", [("step:0:6:term", False), ("eval:0:4:term", True)])
 def test_signal_at_the_evaluation_that_ends_the_run(fault, judged, run_yaml, tmp_path):
-    """The run is stopped after step 6, before or during the evaluation without gain. It trains no further step."""
+    """The run is stopped after step 6, before or during the evaluation that ends it. It must train no further step."""
     run = run_yaml("run", **NO_GAIN)
     job = run_job(["train", str(run)], 1, tmp_path / "log1", fault=fault)
     assert job.codes == [75], job.said
@@ -249,10 +249,10 @@ def test_signal_at_the_evaluation_that_ends_the_run(fault, judged, run_yaml, tmp
 
 @pytest.mark.slow
 def test_best_is_chosen_again_after_the_last_evaluation(run_yaml, tmp_path):
-    """The last step is saved before it is evaluated. If it is best, `best` names it, and a former best is removed."""
+    """The last step is saved before its evaluation. If it is best, `best` names it, and the former best is removed."""
     best = {"keep_best": {"metric": "loss", "count": 1}, "save_interval": 2, "keep_last": 2, "export": "best"}
     train = {"eval_interval": 2, "max_steps": 8}
-    # A learning rate that rises from 0 makes the loss fall until the end.
+    # With a learning rate that rises from 0, the loss decreases until the end.
     run = run_yaml("run", train=train, checkpoint=best, optim={"lr": 1e-3, "warmup_steps": 7, "schedule": "constant"})
     assert run_job(["train", str(run)], 1, tmp_path / "log1").codes == [0]
     output = tmp_path / "run"
@@ -261,7 +261,7 @@ def test_best_is_chosen_again_after_the_last_evaluation(run_yaml, tmp_path):
     assert (output / "checkpoints/best").read_text() == "step_00000008\n"
     assert checkpoints(output) == ["step_00000006", "step_00000008"]
     assert "| steps | 8 of 4 pairs |" in (output / "hf/README.md").read_text()
-    # Without keep_best, no pointer remains.
+    # Without keep_best, the pointer `best` is removed.
     shutil.rmtree(output / "hf")
     change = ["checkpoint.keep_best=null", "checkpoint.export=false", "train.max_steps=10"]
     change += ["checkpoint.accept_changes=[total_steps]"]
@@ -271,7 +271,7 @@ def test_best_is_chosen_again_after_the_last_evaluation(run_yaml, tmp_path):
 
 @pytest.mark.slow
 def test_metric_that_no_evaluation_reports(run_yaml, tmp_path):
-    """`source/.../loss` is reported only if there are several sources. The run ends before it reads its data."""
+    """`source/.../loss` is reported only for several sources. The run must end before it reads its data."""
     run = run_yaml("run", checkpoint={"keep_best": {"metric": "source/train/loss"}}, train={"eval_interval": 2})
     job = run_job(["train", str(run)], 1, tmp_path / "log")
     assert job.codes == [2]

@@ -13,7 +13,7 @@ LOGGING = {"page": True, "token_samples": 3, "progress": "plain"}
 
 
 def train_watched(config):
-    """Train, and note which files the page was written from."""
+    """Train, and record the files from which the page was written."""
     from dpo_engine.training import evaluation_files
 
     seen = []

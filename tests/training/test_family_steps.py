@@ -1,4 +1,4 @@
-"""Tests of training steps of every family in fp64: the same numbers in every layout, and in transformers."""
+"""Tests of training steps of every family in fp64: the numbers are the same in every layout and with transformers."""
 
 import pytest
 
@@ -58,5 +58,5 @@ def test_trees_match_padded_rows_on_one_rank(case, layout, tiny_models):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case not in MIXTURES])
 def test_steps_match_transformers_and_autograd(case, tiny_models):
-    """For mixtures, tests/training/test_mixture_steps.py does this."""
+    """tests/training/test_mixture_steps.py has the same test for mixtures."""
     check_steps(tiny_models, case)

@@ -10,7 +10,7 @@ from support.layouts import LAYOUTS, SIZES, world
 PLAIN = {"distributed_optimizer": False}
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
 SLOW = ("one", "tp2", "pp2", "cp2", "dp2", "tp2 pp2 cp2")
-"""Layouts that are parts of others, and the largest layout."""
+"""Layouts that other layouts include, and the largest layout."""
 CASES = [
     pytest.param(name, rows, marks=pytest.mark.slow if name in SLOW else ())
     for name in LAYOUTS
@@ -21,7 +21,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def expected(tiny_hf, tmp_path_factory):
-    """Return a function that trains with padded rows on one rank, once for each loss.
+    """Return a function that trains with a loss, with padded rows on one rank. It trains only once for each loss.
 
     The function returns the trajectory and the directory of the exported weights.
     """

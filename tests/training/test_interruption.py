@@ -148,7 +148,7 @@ def limited_with_evaluations(device):
 
 
 def test_time_limit_leaves_room_for_an_evaluation():
-    """The limit is 1200. At 1101, and at 1101 + n after n more steps, another evaluation (100 s) would end too late."""
+    """The limit is 1200. From 1101 on, after each step, another evaluation of 100 s would end too late."""
     import torch
 
     expected = [None] + ["train.save_by"] * 21
@@ -157,7 +157,7 @@ def test_time_limit_leaves_room_for_an_evaluation():
 
 @pytest.mark.parametrize("rank_0_late", [False, True])
 def test_time_limit_leaves_room_for_a_step_and_a_save(rank_0_late):
-    """The limit is 1100. A step (up to 40 s) and a save (30 s) would end too late if started at 1060, but not at 1020.
+    """The limit is 1100. If a step of up to 40 s and a save of 30 s start at 1020, they end in time; at 1060, too late.
 
     Only the clock of rank 0 counts.
     """
@@ -178,7 +178,7 @@ def agreed(received, finishing):
 
 
 def test_signal_stops_a_run_that_a_callback_wants_to_end():
-    """The run is saved and can continue, although a callback asks for its end on the same rank, or on another one."""
+    """The run is saved and can continue, although a callback on the same rank or on another rank wants to end it."""
     stopped = [("SIGTERM", True), ("SIGTERM", False)]
     assert run_ranks(agreed, 2, received=[signal.SIGTERM, 0], finishing=[True, False]) == stopped
     assert run_ranks(agreed, 2, received=[0, 0], finishing=[False, True]) == [(None, True)] * 2

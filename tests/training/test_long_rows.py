@@ -25,7 +25,7 @@ def one_step(config):
 
 @pytest.mark.slow
 def test_long_pair_is_the_same_on_two_ranks(tiny_hf, tmp_path):
-    """The model has a layer without a window and one with a window of 256 tokens."""
+    """The model has one layer without a window, and one layer with a window of 256 tokens."""
     windows = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 256}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     model = tiny_hf("qwen2", num_hidden_layers=2, max_position_embeddings=16384, **heads, **windows)

@@ -1,4 +1,4 @@
-"""Tests of the section ``megatron``: options act without changing what is trained, and all others are refused."""
+"""Tests of the section ``megatron``: accepted options work and do not change results, and others are refused."""
 
 from collections import Counter
 from itertools import pairwise
@@ -49,13 +49,14 @@ DEFAULT = ("some layers", "cp2 attention", "pp2 vpp2 larger groups", "dp2 small 
 
 
 class Observed(NamedTuple):
-    """What a rank did while it trained.
+    """The results of a rank, and its actions while it trained.
 
     calls        number of calls of modules and functions
     chunks       model chunks, in the order of their forward passes
-    gathers      the same for chunks that are trained, with ``gather`` where an all-gather of weights starts
-    kept         bytes of the hidden states that each checkpoint of activations keeps
-    buckets      number of buckets of gradients, of values in them, and of values that this rank's optimizer updates
+    gathers      chunks that are trained, in the order of their forward passes, and ``gather`` at each start of an
+                 all-gather of weights
+    kept         bytes of the hidden states that each activation checkpoint keeps
+    buckets      numbers of gradient buckets, of values in the buckets, and of values that this rank's optimizer updates
     """
 
     result: dict
@@ -80,7 +81,7 @@ def observed(config, **arguments):
     calls, chunks, gathers, kept, buckets = Counter(), [], [], [], []
 
     def watch(owner, name, event, before=True):
-        """Call ``event`` with the arguments of each call of a method or function."""
+        """Make each call of a method or function also call ``event`` with the same arguments."""
         real = getattr(owner, name)
 
         def watched(*inputs, **more):
@@ -132,7 +133,7 @@ def expected(tiny_hf, tmp_path_factory):
 def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, tmp_path):
     layout, model, transformer, ddp = CASES[name]
     sections = {"parallel": layout, "logging": {"num_zeros": True}, "model": {"path": str(tiny_hf("llama")), **model}}
-    if "reduce_scatter_with_fp32_accumulation" in ddp:  # required; gradients of this fp32 model remain fp32
+    if "reduce_scatter_with_fp32_accumulation" in ddp:  # this option requires it; an fp32 model keeps fp32 gradients
         sections["optim"] = {"gradients": "bf16"}
     megatron = {"transformer": transformer, "ddp": ddp}
     ranks, out = world(name, layout), str(tmp_path / "hf")
@@ -148,7 +149,7 @@ def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, 
 
 
 def some_layers(one, usual):
-    """One layer of four is recomputed instead of all, in the forward passes that train."""
+    """In the forward passes that train, one of four layers is recomputed instead of all layers."""
     again = (usual.calls["Layer.forward"] - 4 * usual.calls["Policy.forward"]) // 4
     return again > 0 and one.calls["Layer.forward"] == 4 * usual.calls["Policy.forward"] + again
 
@@ -168,7 +169,7 @@ def other_order(one, usual):
 
 
 def aligned(one, usual):
-    """In each step, the gathers of both chunks start before the first forward pass, not one after the other."""
+    """In each step, the gathers of both chunks start before the first forward pass, instead of one before each pass."""
     starts = [[*pairwise(found)] for found in (one.gathers, usual.gathers)]
     both = [pairs.count(("gather", "gather")) for pairs in starts]
     return both == [len(SIZES), 0] and one.gathers[:3] == ["gather", "gather", 0] and usual.gathers[0] == 0
@@ -188,7 +189,10 @@ ACTS = {
     "dp2 padded buckets": lambda one, usual: one.buckets[1] > usual.buckets[1] and one.buckets[1] % 2**16 == 0,
     "dp2 sums in fp32": lambda one, usual: one.calls[SUMS] > usual.calls[SUMS] == 0,
 }
-"""For each case, whether a rank with the options did something else than one without them."""
+"""For each case, a function that returns whether the options had their effect on a rank.
+
+The function's arguments are the rank's :class:`Observed` with the options and without the options.
+"""
 
 
 def config_of(parallel=None, recompute="none", **megatron):
@@ -336,7 +340,7 @@ def test_a_run_with_instances_resumes_bitwise_also_in_another_layout(files, tiny
 
 
 def test_reasons_are_about_fields_that_exist():
-    """Each reason is about fields of a supported version; at most two of a part are missing from the installed one."""
+    """Each listed field exists in a supported version. At most two per part are missing in the installed version."""
     from dataclasses import fields
     from fnmatch import fnmatch
 

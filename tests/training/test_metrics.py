@@ -1,4 +1,4 @@
-"""Tests of every metric of the global batch against its definition, pair by pair."""
+"""Tests of every metric of the global batch, compared with its definition computed pair by pair."""
 
 import math
 import statistics
@@ -24,7 +24,7 @@ PAIRS = range(4)
 def metrics_of(
     parts=(slice(None),), *, reference=True, entropy=False, sources=("only",), averages=False, tolerance=0.0
 ) -> dict[str, float]:
-    """Return the metrics of the pairs above, added up over the micro-batches ``parts``."""
+    """Return the metrics of the pairs above, summed over the micro-batches ``parts``."""
     known = Reported(reference=reference, entropy=entropy, sources=sources, averages=averages)
     total = 0
     for part in parts:
@@ -108,7 +108,7 @@ def test_margin_of_a_loss_that_averages():
 
 
 def test_averages_and_sums_can_disagree():
-    """The chosen reward is larger in total (1.0 to 0.5), but smaller per token (0.1 to 0.5)."""
+    """The chosen reward is larger in total (1.0 compared with 0.5), but smaller per token (0.1 compared with 0.5)."""
     one = torch.ones(1)
     policy = PairLogps(-one, -one, 10 * one, one)
     known = Reported(reference=False, entropy=False, sources=("only",), averages=True)
@@ -151,9 +151,9 @@ def test_each_source_has_its_own_metrics(parts):
 @pytest.mark.parametrize("size", [0.0, 1.0, -1e3, 1e6])
 @pytest.mark.parametrize("wide", [1.0, 1e-3])
 def test_standard_deviations_are_accurate_for_large_rewards(size, wide):
-    """Rewards may be far from 0 and close together.
+    """Rewards can be far from 0 and close together.
 
-    In fp32, the mean of squares minus the squared mean would then lose all digits to cancellation.
+    In fp32, the mean of squares minus the squared mean would then lose all digits by cancellation.
     """
     rewards = (size + wide * torch.from_numpy(np.random.default_rng(0).normal(size=4096))).float()
     ones, known = torch.ones(4096), Reported(reference=False, entropy=False, sources=())

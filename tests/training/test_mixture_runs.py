@@ -1,4 +1,4 @@
-"""Tests of what a run of a mixture needs besides its steps: references, adapters, the check of ranks, and overlap."""
+"""Tests of runs of mixtures of experts: references, adapters, the rank guard, and overlap."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_overlapped_communication_gives_the_same_numbers(ranks, parallel, tiny_h
 
 @pytest.mark.parametrize("sizes", [(1, 3, 1)], ids=str)
 def test_offloaded_reference_scores_ahead_with_ranks_that_have_only_dummies(sizes, tiny_hf, tmp_path):
-    """With a batch of one pair, a rank has only dummies, but must take part in every forward pass of the others."""
+    """With a batch of one pair, a rank has only dummies, but must take part in the other ranks' forward passes."""
     model = checkpoint(tiny_hf, "mixtral")
     config = offloaded(model, tmp_path, {"ep": 2})
     outcomes = run_ranks(offloaded_losses, 2, timeout_s=60, config=config, sizes=sizes)
@@ -70,7 +70,7 @@ def offloaded(model, tmp_path, parallel):
 
 
 def offloaded_losses(config, sizes):
-    """Train with an offloaded reference that scores all steps ahead; return the loss of each step."""
+    """Train with an offloaded reference that scores all steps ahead. Return the loss of each step."""
     from dpo_engine.testing.pairs import global_batches
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.references import open_reference

@@ -1,4 +1,4 @@
-"""Tests of training steps of mixtures of experts in fp64, against transformers' models and torch's autograd."""
+"""Tests of training steps of mixtures of experts in fp64, compared with transformers' models and torch's autograd."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ BALANCE, Z = 0.5, 0.1
 
 
 def router_losses(gates, hidden, prompt, config):
-    """Return a response's balance and z losses, averaged over the layers, from the inputs of the routers."""
+    """Compute a response's balance loss and z loss from the routers' inputs. Both are averages over the layers."""
     found = []
     for gate, states in zip(gates, hidden, strict=True):
         states = states.reshape(-1, states.shape[-1])[prompt - 1 : -1]
@@ -57,7 +57,7 @@ def router_losses(gates, hidden, prompt, config):
 
 
 def train_with_router_losses(directory, sizes):
-    """Train with transformers; return the loss, the gradient norm and the losses of routers of each step."""
+    """Train with transformers. Return the loss, the gradient norm and the router losses of each step."""
     policy, reference = (wide_model(directory, 32) for _ in range(2))
     gates = [module for name, module in policy.named_modules() if name.endswith((".gate", ".router"))]
     hidden = []

@@ -14,7 +14,7 @@ from support.small_run import config_of, log_of
 
 class TestOneAhead:
     def made(self, stop, fails_at=None):
-        """Return a :class:`OneAhead` that makes squares, and the list of (number, thread) for each square it makes."""
+        """Return a :class:`OneAhead` that computes squares, and a list that gets (number, thread) for each square."""
         made = []
 
         def square(number):
@@ -74,7 +74,7 @@ class TestOneAhead:
 
 
 def alone(config):
-    """Prepare a step on rank 0 while the other ranks do nothing; return its number of micro-batches on each rank."""
+    """Prepare a step on rank 0 while other ranks do nothing, and then on the others. Return the micro-batch count."""
     import torch.distributed as dist
 
     from dpo_engine.training.engine import Engine
@@ -96,7 +96,7 @@ def test_preparing_a_step_needs_no_other_rank(layout, tiny_hf, tmp_path):
 
 
 def failing_third_step(config):
-    """Train with pairs that cannot be read for step 3. Return the error, and whether each other thread is alive."""
+    """Train with pairs that cannot be read for step 3. Return the error, and whether each step's thread is alive."""
     from dpo_engine.errors import DataError
     from dpo_engine.training.engine import Engine
     from dpo_engine.verbs.train import train

@@ -12,7 +12,10 @@ HOST = re.escape(os.uname().nodename)
 
 
 def shared(folder, keys, apart=(), late_s=0.0):
-    """Check directories under ``folder``. On rank 1, the keys in ``apart`` have other directories. Return the notes."""
+    """Check the directories of ``keys`` under ``folder``. Return the notes.
+
+    apart   keys whose directories are different on rank 1
+    """
     import threading
 
     import torch.distributed as dist
@@ -101,7 +104,7 @@ def test_directories_that_the_ranks_share(mode, expected):
 
 
 def two_exports(folder):
-    """Export from both ranks, as two jobs, to one directory; the second export begins while the first one runs."""
+    """Export to one directory from both ranks, as if from two jobs. The second export begins during the first one."""
     import torch.distributed as dist
 
     from dpo_engine.errors import EngineError

@@ -39,7 +39,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_hf, tmp_path_factory):
-    """Return a function that trains on one rank, once for each combination of model family and settings.
+    """Return a function that trains on one rank. It trains only once for each combination of arguments.
 
     The function returns the trajectory and the directory of the exported weights.
     """
@@ -68,9 +68,9 @@ def check_layout(one_rank, tiny_hf, tmp_path, name, layout, *, family="llama", m
 
 
 REPEATED = ("tp2", "pp2", "cp2", "dp2", "cp4", "pp2 vpp2", "tp2 pp2", "pp2 dp2", "dp2 plain optimizer")
-"""Layouts that others contain."""
+"""Layouts that other layouts include."""
 IN_FP64 = ("tp2 cp2", "cp2 dp2")
-"""Layouts that test_fp64_layouts.py covers, in fp64, in the default suite."""
+"""Layouts that test_fp64_layouts.py tests in fp64 in the default suite."""
 SOME = [
     pytest.param(name, marks=pytest.mark.slow if name in REPEATED + IN_FP64 else ())
     for name in LAYOUTS
@@ -114,7 +114,7 @@ def test_families_in_layouts(family, options, name, one_rank, tiny_hf, tmp_path)
     ],
 )
 def test_micro_batch_size_changes_nothing(name, size, one_rank, tiny_hf, tmp_path):
-    """260 tokens fit one pair of long rows or several pairs of short rows, so micro-batches differ in size."""
+    """260 tokens suffice for one pair of long rows, or for several pairs of short rows, so micro-batch sizes differ."""
     expected, expected_dir = one_rank()
     model = tiny_hf("llama")
     tokens = {"batch": {"layout": "stacked", "tokens_per_micro_batch": 260}, "train": {"micro_batch_size": None}}
@@ -175,7 +175,7 @@ def test_same_layout_is_bitwise_reproducible(name, tiny_hf, tmp_path):
 
 @pytest.mark.parametrize("name", ["dp2", "dp2 plain optimizer", "tp2 pp2"])
 def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
-    """bf16 rounds every intermediate to 8 bits; the tolerance is the resulting error in a loss near ln 2."""
+    """bf16 rounds every intermediate value to 8 bits. The tolerance is the resulting error in a loss near ln 2."""
     expected, expected_dir = one_rank()
     model = tiny_hf("llama")
     config = run_config(model, tmp_path, parallel=LAYOUTS[name], model={"path": str(model), "dtype": "bf16"})
@@ -193,7 +193,7 @@ def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
 
 
 def gradient_norm(scale_weights: float, config):
-    """Return loss and gradient norm of one step, with the weights of all pairs multiplied by ``scale_weights``."""
+    """Return loss and gradient norm of one step in which all pair weights are multiplied by ``scale_weights``."""
     from dpo_engine.testing.pairs import RandomPairs
     from dpo_engine.testing.trajectory import VOCAB
     from dpo_engine.training.engine import Engine, batch_facts

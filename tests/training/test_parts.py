@@ -64,7 +64,7 @@ def test_terms_of_a_mixed_loss():
 
 def test_terms_of_a_coupled_loss():
     (got,) = run_ranks(metrics_of, 1, name="mix", options={"losses": AOT}, coupled=True)
-    # A pair of weight w is 2w copies of a pair of weight 1/2, and the loss compares two sorted lists.
+    # A pair of weight w counts as 2w copies of a pair of weight 1/2. The loss compares two sorted lists of such copies.
     above, below = (
         sorted(v - r for v, r, w in zip(column, REFERENCE, WEIGHTS, strict=True) for _ in range(int(2 * w)))
         for column in (CHOSEN, REJECTED)
@@ -80,7 +80,8 @@ def test_terms_of_a_coupled_loss():
 def test_terms_of_losses_with_a_likelihood(name, weighting):
     got = metrics_of(name, {"nll": "response_mean"}, use_weighting=weighting)
     nll = [-c / n for c, n in zip(CHOSEN, LENGTHS, strict=True) if n]
-    # use_weighting: exp of the sum, over both responses, of (log p + a collision entropy of 1 nat) / tokens
+    # A factor of use_weighting is exp of the sum, over both responses, of (log p + a collision entropy of 1 nat) /
+    # tokens.
     factors = [math.exp((c + 1) / n + (r + 1) / n) for c, r, n in zip(CHOSEN, REJECTED, LENGTHS, strict=True) if n]
     factors = factors if weighting else [1.0] * 3
     assert got["loss/likelihood"] == pytest.approx(mean([f * v for f, v in zip(factors, nll, strict=True)]), rel=1e-5)
@@ -105,7 +106,7 @@ LAYOUTS = {
     "name", [pytest.param(name, marks=() if name == "tp2 pp2" else pytest.mark.slow) for name in LAYOUTS]
 )
 def test_zeros_are_those_of_tokens_that_do_not_occur(name, tied, tiny_hf, tmp_path):
-    """In a dense, untied model, only the embedding rows of tokens that are never read have gradients of exactly 0."""
+    """In a dense, untied model, gradients are exactly 0 only in embedding rows of tokens that are not in the input."""
     ranks, parallel = LAYOUTS[name]
     model = tiny_hf("llama", tie_word_embeddings=tied)
     config = run_config(model, tmp_path, parallel=parallel, logging={"num_zeros": True})

@@ -1,4 +1,4 @@
-"""Tests of `logging.profile`: the files, the marked ranges, the refusals, and that steps compute the same numbers."""
+"""Tests of `logging.profile`: files, marked ranges, refused settings, and steps that compute the same numbers."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from support.small_run import config_of, log_of, run
 
 
 def train(files, tiny_hf, output, asked, ranks=1, **sections):
-    """Train 4 steps of at most 8 pairs; evaluate 7 pairs, and save, after every second step."""
+    """Train 4 steps of at most 8 pairs. After every second step, evaluate 7 pairs and save."""
     base = {
         "parallel": {"pp": ranks},
         "batch": {"layout": "stacked"},
@@ -30,7 +30,7 @@ def train(files, tiny_hf, output, asked, ranks=1, **sections):
 
 
 def events(path):
-    """Return the ranges in a trace that the engine marked: (name, start, end), in microseconds."""
+    """Return the ranges that the engine marked in a trace, as (name, start, end) in microseconds."""
     found = json.loads(path.read_text())["traceEvents"]
     marked = [one for one in found if one.get("cat") == "user_annotation"]
     return [(one["name"], one["ts"], one["ts"] + one["dur"]) for one in marked]
@@ -51,7 +51,7 @@ def test_trace_names_the_parts_of_steps_and_changes_no_number(files, tiny_hf, tm
     marked = events(file)
     counts = {name: sum(one == name for one, *_ in marked) for name, *_ in marked}
     twice = dict.fromkeys(("step", "batches", "reference", "reduce", "metrics", "optimizer"), 2)
-    # The steps have 8 and 6 pairs, so 4 and 3 micro-batches, and the evaluation has 4.
+    # The steps have 8 and 6 pairs, which are 4 and 3 micro-batches. The evaluation has 4 micro-batches.
     wanted = twice | {"forward": 11, "loss": 7, "backward": 7, "evaluate": 1, "save": 1}
     assert {name: counts.get(name) for name in wanted} == wanted
     assert all(inside(one, marked, "forward") for one in marked if one[0] == "loss")
@@ -75,7 +75,7 @@ def test_resumed_run_profiles_only_its_own_steps(files, tiny_hf, tmp_path):
 
 
 def fake_run(folder):
-    """Return what the profiler reads of a run of one rank."""
+    """Return a stand-in for a run of one rank, with the attributes that the profiler reads."""
     engine = types.SimpleNamespace(
         platform=types.SimpleNamespace(synchronize=lambda: None),
         groups=types.SimpleNamespace(world=types.SimpleNamespace(rank=lambda: 0)),

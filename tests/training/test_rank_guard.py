@@ -1,4 +1,4 @@
-"""Tests of comparing ranks, through a store or by a collective: differences are named, and all ranks raise an error."""
+"""Tests of comparing ranks, through a store or by a collective: all ranks raise an error that names the difference."""
 
 import threading
 import time
@@ -54,7 +54,7 @@ class TestEnvironment:
 
 
 def at_rendezvous(facts, worlds):
-    """Run the ranks as threads that share a store; return for each rank the class and lines of its error, or None."""
+    """Run the ranks as threads that share a store. Return for each rank the class and lines of its error, or None."""
     store, found = dist.HashStore(), {}
 
     def rank_of(rank):
@@ -142,12 +142,12 @@ class TestFingerprint:
 
 
 def guarded(config, *, harm=None, facts=None, times=0):
-    """Build the policy, change something on one rank, and compare the ranks.
+    """Build the policy, change a parameter or a fact on one rank, and compare the ranks.
 
-    Then compare `times` more times; return the error, or how long each of these comparisons took.
+    Then repeat the comparison `times` times. Return the error, or the time that each of the repeated comparisons took.
 
-    harm   (rank, local parameter name): flip one bit of this parameter on this rank
-    facts  maps a rank to the facts that differ on this rank
+    harm   (rank, local parameter name): one bit of this parameter is flipped on this rank
+    facts  for a rank, the facts that differ on this rank
     """
     from dpo_engine.training.engine import Engine
 

@@ -35,16 +35,16 @@ def policy(tiny_hf):
 
 @pytest.fixture(scope="module")
 def other(tiny_hf):
-    """Return a model with weights other than the policy's, which is used as the reference."""
+    """Return a model for the reference. Its weights differ from the policy's."""
     return tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
 
 
 def counted(config, verb="train"):
-    """Run the verb on every rank, and count what the reference needs.
+    """Run the verb on every rank, and count the work for the reference.
 
     Returns a dictionary with the result (the verb's return value, or the class and text of the error), the lines of the
-    `reference` verb's report, and three counts: pairs scored by the modes that store or verify values, exchanges of
-    weights, and models built.
+    `reference` verb's report, and three counts: `scored` (pairs scored by the modes that store or verify values),
+    `exchanges` (exchanges of weights), and `models` (models built).
     """
     from dpo_engine.errors import EngineError
     from dpo_engine.scoring.reference import HostWeights
@@ -93,7 +93,7 @@ def assert_same(folder, expected, rtol=1e-5):
     lines, wanted = numbers(folder), numbers(expected)
     assert len(lines) == len(wanted)
     for line, want in zip(lines, wanted, strict=True):
-        if abs(want.get("rewards/margins", 1.0)) < 1e-6:  # all pairs are ties, up to rounding
+        if abs(want.get("rewards/margins", 1.0)) < 1e-6:  # all margins are ties, except for rounding
             line, want = ({k: v for k, v in one.items() if k not in TIES} for one in (line, want))
         assert line == pytest.approx(want, rel=rtol, abs=rtol)
 
@@ -136,8 +136,8 @@ def test_all_modes_train_identically(mode, weights, layout, files, policy, other
     assert outcome["result"]["step"] == 6 and outcome["models"] == 1, "only one model may be built"
     assert_same(tmp_path / "out", resident[weights])
     if mode == "offloaded":
-        # Six steps are scored two at a time. Each of these three times, and the evaluation, needs two exchanges of
-        # weights. Loading other weights needs one more exchange.
+        # Six steps are scored two at a time. Each of these three scorings and the evaluation need two exchanges of
+        # weights. If the reference has other weights, loading them needs one more exchange.
         assert outcome["exchanges"] == 2 * (3 + 1) + (weights == "other")
     if mode == "stored":
         assert outcome["scored"] == 22 + 7, "each training and held-out pair must be scored once, for both epochs"
@@ -146,7 +146,7 @@ def test_all_modes_train_identically(mode, weights, layout, files, policy, other
 
 
 def with_columns(files, model, folder):
-    """Write copies of the files that also have columns of log-probabilities, computed by transformers."""
+    """Write copies of the files with additional columns of log-probabilities, computed by transformers."""
     from transformers import AutoModelForCausalLM
 
     from dpo_engine.config.run import Config
@@ -255,7 +255,7 @@ class TestStored:
         assert again["scored"] == 0 and again["result"]["step"] == 6
 
     def test_stored_values_are_those_of_the_reference(self, files, policy, other, resident, tmp_path):
-        """The values and the key come from the reference, not from the policy."""
+        """The stored values and the store's key are those of the reference, not those of the policy."""
         for reference, verb in (({"path": str(other)}, "reference"), ({"path": str(other), "verify": 3}, "train")):
             config = self.config(files, policy, tmp_path / "out", tmp_path / "store", reference=reference)
             outcome = run_ranks(counted, 1, config=config, verb=verb)[0]
@@ -279,7 +279,7 @@ class TestStored:
 
         shutil.copytree(policy, tmp_path / "model")
         tensors = load_file(tmp_path / "model/model.safetensors")
-        tensors["model.norm.weight"].fill_(3e38)  # finite, but the results of the forward pass are not
+        tensors["model.norm.weight"].fill_(3e38)  # finite, but the forward pass overflows
         save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
         config = self.config(files, tmp_path / "model", tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(counted, 1, config=config, verb="reference")[0]["result"]
@@ -364,7 +364,7 @@ class TestStored:
 
     @pytest.mark.slow
     def test_concurrent_writers_one_of_them_killed(self, files, policy, tmp_path):
-        """Run three jobs at the same time and kill one. The store must then have all pairs."""
+        """Run three jobs at the same time, and kill one of them. The store must have all pairs at the end."""
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
         code = (
@@ -522,7 +522,7 @@ def test_stage_without_gradients_stops_the_run(files, policy, tmp_path):
 
 
 def evaluated(config):
-    """Evaluate the newest checkpoint with the verb; on rank 0, return the verb's report."""
+    """Evaluate the newest checkpoint with the verb `eval`. On rank 0, return the verb's report."""
     from dpo_engine.verbs.evaluate import evaluate
 
     return evaluate(config, to=f"{config.train.output_dir}/again.parquet")
@@ -543,7 +543,7 @@ def test_eval_uses_the_runs_reference(reference, files, policy, other, tmp_path)
 
 
 def test_zero_gradients_are_allowed_if_the_weights_differ(files, policy, other, tmp_path):
-    """Such a run can be correct: a hinge loss has zero gradients if the first batch already satisfies the margin."""
+    """Zero gradients can be correct in this case: a hinge loss has none if the first batch satisfies the margin."""
     sections = {"loss": {"name": "flat"}, "reference": {"path": str(other)}, "train": {"max_steps": 1}}
     outcome = run_ranks(dead_gradients, 1, config=config_of(files, policy, tmp_path, **sections))[0]["result"]
     assert outcome["step"] == 1 and outcome["train"]["grad_norm"] == 0.0

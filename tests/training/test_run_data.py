@@ -52,7 +52,7 @@ def test_the_date_of_a_template_stays_that_of_the_first_start(dated, tmp_path, m
     today = datetime.date.today().isoformat()
     outcome = run_ranks(run, 1, config=dated(1, "first"))[0]
     assert isinstance(outcome, dict) and outcome["step"] == 1, outcome
-    # The next start is on another day, and its cache of tokenized data is empty.
+    # The next start is on another day, with an empty cache of tokenized data.
     monkeypatch.setattr(run_data.datetime, "date", Later)
     outcome = run_ranks(run, 2, config=dated(2, "second"))[0]
     assert isinstance(outcome, dict) and outcome["step"] == 2, outcome

@@ -1,4 +1,4 @@
-"""Tests of the start of a run: resuming from the run's own config.yaml, and from an older checkpoint's identity."""
+"""Tests of the start of a run: resuming with the run's own config.yaml, and from a checkpoint of an older version."""
 
 import yaml
 
@@ -22,7 +22,7 @@ def test_run_of_a_mixed_loss_resumes_from_its_own_configuration_file(files, tiny
 
 
 def told(config):
-    """Train and return the lines of the log that are about micro-batches, and what the checkpoint records of them."""
+    """Train. Return the log lines about micro-batches, and the section `batch` that the checkpoint records."""
     from dpo_engine.batching import micro_batches
     from dpo_engine.checkpoint.directory import committed, read_manifest
     from dpo_engine.reporting.sinks import Sinks

@@ -1,4 +1,4 @@
-"""Tests of complete optimizer steps against two independent implementations: transformers with autograd, and TRL."""
+"""Tests of complete optimizer steps, compared with two independent implementations: transformers and TRL."""
 
 import math
 
@@ -106,7 +106,7 @@ def test_five_steps_against_transformers_and_autograd(world, layout, batch, mask
 
 
 def word_tokenizer():
-    """Return a tokenizer that maps ``t7 t9`` to the ids ``[7, 9]``, so that TRL can train on chosen ids."""
+    """Return a tokenizer that maps ``t7 t9`` to the ids ``[7, 9]``, so that a test can give TRL any ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -117,7 +117,7 @@ def word_tokenizer():
 
 
 def trl_run(directory, output):
-    """Run the same five steps with TRL's DPOTrainer; return its logged metrics and the final weights."""
+    """Run the same five steps with TRL's DPOTrainer. Return its logged metrics and the final weights."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
@@ -179,14 +179,14 @@ def test_five_steps_against_trl(tiny_hf, tmp_path):
 
 
 def token_statistics(model, prompt, response) -> torch.Tensor:
-    """Return the log-probability, the entropy and ``log sum p^2`` for each response token: [3, tokens], fp64."""
+    """Return log-probability, entropy and ``log sum p^2`` of each response token, in fp64. The shape is [3, tokens]."""
     logits = model(torch.tensor([*prompt, *response])[None]).logits[0, len(prompt) - 1 : -1].double()
     p, targets = logits.softmax(-1), torch.tensor(response).long()[:, None]
     return torch.stack([p.gather(1, targets)[:, 0].log(), -(p * p.log()).sum(1), p.square().sum(1).log()])
 
 
 def independent_step(directory, reference_directory, name: str, ld_alpha: float, weighted_by_likelihood: bool) -> dict:
-    """Compute one step of a token-weighted loss over 6 pairs of two sources with transformers and autograd."""
+    """Compute a step of a token-weighted loss with transformers and autograd, on 6 pairs from two sources."""
     from transformers import AutoModelForCausalLM
 
     policy = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -268,9 +268,9 @@ def test_token_weights_and_metrics_against_transformers(
 
 
 def evaluate_then_step(config) -> tuple[dict, dict, dict]:
-    """Evaluate some pairs and train a step on them.
+    """Evaluate some pairs, and train a step on the same pairs.
 
-    Returns the metrics of the evaluation, those of the step, and the means of the evaluation's columns.
+    Returns the evaluation's metrics, the step's metrics, and the means of the evaluation's columns.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Tests of complete runs of the trainer on files: outputs, resuming, evaluation, and the check of the first step."""
+"""Tests of complete runs of the trainer with files: outputs, resuming, evaluation, and the check of the first step."""
 
 import json
 import math
@@ -109,7 +109,7 @@ def test_directory_of_another_run_is_refused(files, tiny_hf, tmp_path):
 
 
 def run_with_wrong_reference(config):
-    """Train with a reference whose weights are changed after loading, as a bug could do."""
+    """Train with a reference whose weights change after loading, as if by a bug."""
     from dpo_engine.scoring import reference
 
     original = reference.ResidentReference.__init__
@@ -181,7 +181,7 @@ def test_loss_without_its_columns_names_file_and_field(files, tiny_hf, tmp_path)
 
 @pytest.fixture(scope="module")
 def one_step(files, tiny_hf, tmp_path_factory):
-    """Run one training step; return the run's directory."""
+    """Run one training step. Return the run's directory."""
     output = tmp_path_factory.mktemp("one_step")
     run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), output, train={"max_steps": 1}))
     return output
@@ -229,7 +229,7 @@ def test_explicit_default_is_the_same_run(files, tiny_hf, tmp_path):
 
 
 def test_evaluation_means_are_weighted_by_pair(files, tiny_hf, tmp_path):
-    """Each held-out pair counts in proportion to its weight, so tripling all weights does not change the mean."""
+    """Each held-out pair counts in proportion to its weight, so the mean stays the same if all weights are tripled."""
     path = tmp_path / "heavy.jsonl"
     lines = [json.loads(line) for line in open(files["validation"], encoding="utf-8")]
     path.write_text("".join(json.dumps({**row, "weight": 3.0}) + "\n" for row in lines), encoding="utf-8")
@@ -261,14 +261,14 @@ def test_throughput_counts_the_whole_global_batch(files, tiny_hf, tmp_path):
 
     indices = Plan(pairs, global_batch_size=8).pairs(2)
     assert line["pairs_per_s"] * line["step_time_s"] == pytest.approx(len(indices))
-    # Each pair is a micro-batch of two rows, both as long as the longer one.
+    # Each pair is a micro-batch of two rows. Both rows have the length of the longer one.
     expected = sum(2 * (len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected))) for i in indices)
     assert line["tokens_per_s"] * line["step_time_s"] == pytest.approx(expected)
     assert line["layout_gain"] == pytest.approx(1)
 
 
 def test_non_finite_values_stop_the_run(files, tiny_hf, tmp_path):
-    """A run that diverged must not replace its good checkpoints with bad ones."""
+    """A run that has diverged must not save bad checkpoints, which would replace good ones."""
     config = config_of(files, tiny_hf("llama"), tmp_path, optim={"lr": 1e30, "clip_grad": 0.0})
     outcome = run_ranks(run, 1, config=config)[0]
     assert outcome[0] == "NumbersError" and "step" in outcome[1]
@@ -296,7 +296,7 @@ def test_loss_must_return_one_value_per_pair(files, tiny_hf, tmp_path, monkeypat
 
 
 def test_metrics_by_source_and_token_weights_on_resume(files, tiny_hf, tmp_path):
-    """With `loss.use_weighting`, the expected value of the first loss is unknown, which must not stop the run."""
+    """With `loss.use_weighting`, the expected value of the first loss is unknown. This must not stop the run."""
     other = write_pairs(tmp_path / "other.jsonl", 6, start=50)
     sections = {
         "data": {"train": [files["train"], other]},

@@ -1,4 +1,4 @@
-"""Tests of the warnings about runs that train wrongly, and that a healthy run has none."""
+"""Tests of the warnings about runs that train wrongly. A healthy run must have no warnings."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from support.small_run import config_of, run, write_pairs
 
 @pytest.fixture(autouse=True, scope="module")
 def plugin_schedules():
-    """Register a schedule that is always 0, and one that is 0 at first."""
+    """Register a schedule that is always 0, and a schedule that is 0 in the first steps."""
     SCHEDULES.register("nothing")(lambda step, total_steps: 0.0)
     SCHEDULES.register("later")(lambda step, total_steps: float(step > 1))
     yield
@@ -85,7 +85,7 @@ def test_shared_pairs_are_counted_by_their_whole_digest():
 
 
 def told(*steps, evaluations=(), vocab=100):
-    """Return the warnings of a run whose steps have these metrics; ``evaluations`` follow after the last step."""
+    """Return the warnings of a run whose steps have these metrics. ``evaluations`` come after the last step."""
     lines, callback = [], Warnings()
     seen = SimpleNamespace(
         step=0, engine=SimpleNamespace(arch=SimpleNamespace(vocab_size=vocab)), sinks=SimpleNamespace(say=lines.append)
@@ -157,7 +157,7 @@ def resumed(folder, log):
 
 
 def test_a_bad_run_is_warned_about_and_a_healthy_run_is_not(files, tiny_hf, tmp_path):
-    """The bad run evaluates on training pairs and ends during the warmup."""
+    """The bad run evaluates training pairs, and ends during the warmup of the learning rate."""
     model = tiny_hf("llama", num_hidden_layers=2)
     shared = write_pairs(tmp_path / "both.jsonl", 12)
     common = {"checkpoint": {"export": False}}

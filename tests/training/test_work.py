@@ -1,4 +1,4 @@
-"""Tests of the counts of tokens and operations against torch's counter, and against the formula of the benchmarks."""
+"""Tests of the counts of tokens and operations, compared with torch's counter and the benchmarks' formula."""
 
 import importlib.util
 from pathlib import Path
@@ -61,7 +61,7 @@ def counted(config):
 
 @pytest.mark.parametrize("name, family", [*((name, "llama") for name in LAYOUTS), ("one", "starcoder2")])
 def test_operations_are_those_that_torch_executes(name, family, tiny_hf, tmp_path):
-    """The MLPs of StarCoder2 have no gate."""
+    """The cases include StarCoder2, because its MLPs have no gate."""
     ranks, parallel = LAYOUTS[name]
     config = run_config(tiny_hf(family), tmp_path, parallel=parallel, train={"micro_batch_size": 2})
     results = run_ranks(counted, ranks, config=config)
@@ -85,7 +85,7 @@ def test_trees_count_what_is_computed(tiny_hf, tmp_path):
 
 @pytest.mark.parametrize("layout", ["stacked", "tree"])
 def test_windows_bound_the_keys_that_are_counted(layout, tiny_hf):
-    """The keys of each token are counted one by one."""
+    """The expected value counts the keys of each token one by one."""
     from dpo_engine.batching.batches import collate
     from dpo_engine.batching.trees import needed_columns, plant
     from dpo_engine.model.architecture import read_architecture
@@ -121,8 +121,8 @@ STEPS = {
     "tree, stored": ("tree", 1, {}, "stored", "sigmoid"),
     "tree tp2": ("tree", 2, {"tp": 2}, "resident", "sigmoid"),
     "tree pp2, no reference": ("tree", 2, {"pp": 2}, "none", "simpo"),
-    # On the first of two stages, the embedding's output has a gradient, so no product of the backward pass is omitted.
-    # Projections that are not fused have no zeros in the products with B.
+    # On the first of two stages, the embedding's output has a gradient, so the backward pass omits no product. The
+    # adapted projections are not fused, so the products with B contain no zeros.
     "stacked pp2, adapter": ("stacked", 2, {"pp": 2}, "shared", "sigmoid"),
 }
 
@@ -130,8 +130,8 @@ STEPS = {
 def step_operations(config):
     """Run one training step. Return torch's counts of this rank's products and attention, and the engine's count.
 
-    The engine's count is that of ``mfu``, for all ranks. Torch's count of attention has two parts: the forward passes,
-    and the backward passes.
+    The engine's count is the one in ``mfu``, for all ranks. Torch's count of attention has two parts: the forward
+    passes and the backward passes.
     """
     from dpo_engine.training import work
     from dpo_engine.training.engine import Engine, batch_facts
@@ -161,7 +161,7 @@ def tree_attention(shape):
     """Return the operations of attention in one forward pass over the pairs as trees.
 
     The last layer computes only the tokens that predict a token of a response: the prompt's last token, and all tokens
-    of a response but the last one.
+    of each response except the last one.
     """
     area = last = 0
     for pair in RandomPairs(6, VOCAB).pairs:
@@ -177,9 +177,9 @@ def tree_attention(shape):
 def test_mfu_counts_what_a_whole_step_executes(name, tiny_hf, tmp_path):
     """For stacked rows, the engine counts attention's backward pass as 2 forward passes; torch's kernel computes 2.5.
 
-    For trees, torch counts every (query, key) pair of a row, because of the mask, so that only the other products can
-    be compared with torch. The operations of attention are counted by a formula. The engine omits the small products
-    of the metrics, which are 0.25 % of the work of this tiny model.
+    For trees, attention has a mask, and torch counts every (query, key) pair of a row. The test therefore compares only
+    the other products with torch, and compares attention with a formula. The engine omits the small products of the
+    metrics, which are 0.25 % of the work of this tiny model.
     """
     layout, ranks, parallel, mode, loss = STEPS[name]
     reference = {"mode": mode, **({"store": str(tmp_path / "store")} if mode == "stored" else {})}
@@ -246,9 +246,9 @@ def test_mfu_is_reported_only_if_all_weights_are_trained(freeze, files, tiny_hf,
 
 
 def counted_products(config):
-    """Return torch's count of this rank's products with matrices, and the engine's count for all ranks.
+    """Return torch's count of this rank's products with weight matrices, and the engine's count for all ranks.
 
-    Each count is for one forward pass. Products in attention have batches (``bmm``), or belong to a kernel.
+    Each count is for one forward pass. Products in attention are left out: they are batched (``bmm``) or in a kernel.
     """
     import torch.distributed as dist
 
@@ -279,7 +279,7 @@ def counted_products(config):
     ],
 )
 def test_products_of_a_forward_pass_are_those_that_torch_executes(family, ranks, parallel, layout, tiny_hf, tmp_path):
-    """With experts, only the products of the experts that a token uses are executed."""
+    """In a mixture of experts, a token needs only the products of its own experts."""
     sizes = {"num_hidden_layers": 2, **CASES.get(family, (family, {}))[1]}
     config = run_config(tiny_hf(family, **sizes), tmp_path, parallel=parallel, batch={"layout": layout})
     results = run_ranks(counted_products, ranks, config=config)

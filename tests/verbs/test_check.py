@@ -1,4 +1,4 @@
-"""Tests of `check`: it reports all problems with files, layout and data at once, and does not import Megatron."""
+"""Tests of `check`: it reports all problems with files, layout and data together, and does not import Megatron."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ def checkpoint(tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def raw(checkpoint, tmp_path):
-    """Return the config of a valid run as nested dicts."""
+    """Return the configuration of a valid run as nested dictionaries."""
     rows = [{"prompt": f"w{i} w1", "chosen": "w2", "rejected": "w3 w4"} for i in range(10)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
@@ -48,7 +48,7 @@ def raw(checkpoint, tmp_path):
 
 
 def problems(raw: dict, world_size: int | None = None, **changes) -> list[str]:
-    """Check the run, changed by `section__key=value` arguments; return the problems."""
+    """Check the run after changes by `section__key=value` arguments. Return the problems."""
     return check(changed(raw, **changes), world_size)
 
 
@@ -136,7 +136,7 @@ def test_missing_model_is_refused(raw, tmp_path):
 
 
 def test_weight_files_are_checked_against_the_architecture(raw, tmp_path):
-    """`check` must read the headers of the weight files; test_weight_files.py tests the possible problems in them."""
+    """`check` must read the headers of the weight files. test_weight_files.py tests problems in these headers."""
     directory = tmp_path / "bare"
     shutil.copytree(raw["model"]["path"], directory)
     raw["model"] = {"path": str(directory)}
@@ -258,7 +258,7 @@ def test_check_never_imports_megatron(raw, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(raw))
     code = (
-        "import sys; sys.modules['megatron'] = None\n"  # any import of megatron then raises an error
+        "import sys; sys.modules['megatron'] = None\n"  # importing megatron raises an error
         "from dpo_engine.cli import main\n"
         f"sys.exit(main(['check', {str(path)!r}, 'parallel.tp=2', '--world-size', '4']))"
     )
@@ -307,7 +307,8 @@ def test_summary_of_micro_batches_whose_size_is_chosen(raw, monkeypatch):
         "batch.tokens_per_micro_batch: 16,384 on a GPU with enough memory, 4,096 on a CPU; fewer if pipeline "
         "stages would wait, but at least the longest pair; this machine has no GPU\n"
     ) in text
-    # A run for an unknown GPU needs room for the longest pair of 2 x 128 tokens. A rank has 2 such pairs in a step.
+    # On an unknown GPU, micro-batches have room for at least the longest pair of 2 x 128 tokens. A rank has 2 such
+    # pairs in a step.
     assert "bf16: " in text and "; rows of 256 tokens per micro-batch at least; " in text
     assert "fp32: " in text and "; rows of 512 tokens per micro-batch; " in text
     monkeypatch.setattr("dpo_engine.verbs.summary.gpu_present", lambda: True)

@@ -1,4 +1,4 @@
-"""Tests of what `check` tries: the loss, resuming from the checkpoint, and the trackers."""
+"""Tests of parts of a run that `check` tries out: the loss, resuming from the checkpoint, and the trackers."""
 
 import json
 
@@ -14,7 +14,7 @@ from support.small_run import config_of, run, write_pairs
 
 @pytest.fixture(scope="module")
 def saved_run(files, tiny_hf, tmp_path_factory):
-    """Return a function that makes the config of a run that has a checkpoint for step 3; it takes changed settings."""
+    """Return a function that takes changed settings, and returns the config of a run with a checkpoint for step 3."""
     folder = tmp_path_factory.mktemp("dry_run") / "run"
     model = tiny_hf("llama", num_hidden_layers=2)
     common = {"optim": {"lr": 1e-3, "warmup_steps": 1, "schedule": "cosine"}, "train": {"epochs": 1}}

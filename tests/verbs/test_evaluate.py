@@ -1,4 +1,4 @@
-"""Tests of `dpo-engine eval` and `compare`: pairs match transformers in every layout, and checkpoints are found."""
+"""Tests of `dpo-engine eval` and `compare`: pairs have transformers' values in every layout; checkpoints are found."""
 
 import json
 import math
@@ -139,7 +139,7 @@ def train_one_step(config):
 
 @pytest.fixture(scope="module")
 def trained(files, tiny_hf, tmp_path_factory):  # noqa: F811
-    """Train two steps, with a checkpoint after each; return the output directory."""
+    """Train two steps, with a checkpoint after each step. Return the output directory."""
     output = tmp_path_factory.mktemp("trained")
     config = config_of(
         files, tiny_hf("llama"), output, parallel={"tp": 2}, train={"max_steps": 2}, checkpoint={"save_interval": 1}
@@ -149,7 +149,7 @@ def trained(files, tiny_hf, tmp_path_factory):  # noqa: F811
 
 
 def test_checkpoint_in_another_layout_matches_training(trained, files, tiny_hf, tmp_path):  # noqa: F811
-    """Evaluate the newest checkpoint in one process, and compare with the file that training wrote on two ranks."""
+    """Evaluate the newest checkpoint in one process, and compare with the file that two ranks wrote in training."""
     config = config_of(files, tiny_hf("llama"), trained)
     seen = trained / "eval/step_00000002.parquet"
     to = tmp_path / "again.parquet"
@@ -197,7 +197,7 @@ def test_any_file_can_be_evaluated(trained, files, tiny_hf, tmp_path, capfd):  #
     assert "held-out pairs: 3 of 8 are also training pairs of the run\n" in capfd.readouterr().out
     rows = rows_of(path)
     assert [row["source"].rpartition("/")[2] for row in rows] == ["new.jsonl"] * 5 + ["known.jsonl"] * 3
-    # The plain likelihood accuracy, from the columns of the file.
+    # Compute the plain likelihood accuracy from the file's columns.
     share = sum(row["chosen_logps"] > row["rejected_logps"] for row in rows) / 8
     assert found["groups"][0]["likelihood_accuracy"]["mean"] == pytest.approx(share)
     (tmp_path / "other").mkdir()
@@ -214,7 +214,7 @@ def test_any_file_can_be_evaluated(trained, files, tiny_hf, tmp_path, capfd):  #
 
 @pytest.mark.slow
 def test_eval_of_another_file_by_command(trained, files, tiny_hf, tmp_path):  # noqa: F811
-    """The run's own held-out file need not exist. A source may be a mapping that names columns."""
+    """The run's own held-out file need not exist. A source can be a mapping that names columns."""
     run = tmp_path / "run.yaml"
     gone = {"validation": str(tmp_path / "gone.jsonl")}
     run.write_text(config_of(files, tiny_hf("llama"), trained, data=gone).to_yaml(), encoding="utf-8")
@@ -274,7 +274,7 @@ def judge_broken(config):
 
     def spoiled(self, path, **rest):
         chunks = load(self, path, **rest)
-        if "key" not in rest:  # the policy
+        if "key" not in rest:  # only for the policy
             for chunk in chunks:
                 list(chunk.parameters())[-1].data[5] = float("nan")
         return chunks

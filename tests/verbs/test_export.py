@@ -1,4 +1,4 @@
-"""Tests of the exports of `export` and `train`: checkpoint, dtype, tokenizer, chat template, and model card."""
+"""Tests of exports by `export` and `train`: checkpoint, dtype, tokenizer, chat template, and model card."""
 
 import hashlib
 import json

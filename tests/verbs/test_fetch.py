@@ -20,7 +20,7 @@ from support.tiny_tokenizers import piece_model
 
 @pytest.fixture
 def published(server, tmp_path, tiny_hf):
-    """Publish a tiny model with its tokenizer, and a data set of two splits; return the model's commit."""
+    """Publish a tiny model with its tokenizer, and a data set of two splits. Return the model's commit."""
     model = tmp_path / "model"
     shutil.copytree(tiny_hf("llama", num_hidden_layers=2), model)
     piece_model(model / "tokenizer.model")

@@ -1,4 +1,4 @@
-"""Tests of `dpo-engine inspect`: pieces of pairs and their token counts, terminal colors, and unusable records."""
+"""Tests of `dpo-engine inspect`: the shown parts of pairs with their token counts, terminal colors, and bad records."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_terminal_output(run, tmp_path):
     while True:
         try:
             output += os.read(terminal, 65536)
-        except OSError:  # Linux reports the end of a pseudoterminal as an error
+        except OSError:  # on Linux, reading at the end of a pseudoterminal is an error
             break
     assert shown.wait(timeout=60) == 0, shown.stderr.read()
     text = output.decode()

@@ -1,4 +1,4 @@
-"""Tests of `dpo-engine parity`: equivalent layouts pass, and a planted difference is reported and fails."""
+"""Tests of `dpo-engine parity`: equivalent layouts pass, and a planted difference is reported with exit code 1."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
 )
 def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel, adapter):  # noqa: F811
     more = {"adapter": adapter} if adapter else {}
-    more["megatron"] = {"ddp": {"pad_buckets_for_high_nccl_busbw": True}}  # plain AdamW has no such buckets
+    more["megatron"] = {"ddp": {"pad_buckets_for_high_nccl_busbw": True}}  # plain AdamW must ignore this
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"}, **more)
     done = parity(config, tmp_path / "run", "--fp64", ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -162,7 +162,7 @@ def test_error_on_one_side_is_one_line_with_its_exit_code(files, tiny_hf, tmp_pa
 
 
 def measure_wrong_adapter(config):
-    """Measure a run whose second tensor-parallel rank reads a wrong matrix A."""
+    """Measure a run whose second tensor-parallel rank uses a wrong matrix A."""
     from dpo_engine.model.adapters import Adapter
     from dpo_engine.training.short_run import measure
 
@@ -172,7 +172,7 @@ def measure_wrong_adapter(config):
 
 
 def test_wrong_matrix_of_a_new_adapter_is_found(files, tiny_hf, tmp_path):  # noqa: F811
-    """If the matrices B of a new adapter stayed zero, an error in A would have no effect."""
+    """The B matrices of a new adapter must not stay zero, because an error in A would then have no effect."""
     from dpo_engine.training.short_run import measure
 
     def config(**parallel):
@@ -256,7 +256,7 @@ def honest(policy, reference):
 
 
 def command(files, model, folder, loss, *, ranks=1, before=None, **sections):
-    """Run `dpo-engine parity` with a loss of the plugin above. Pairs of a step have equal weights and small margins."""
+    """Run `dpo-engine parity` with a loss of the plugin above. All pairs have equal weights and small margins."""
     folder.mkdir(exist_ok=True)
     (folder / "parity_losses.py").write_text(LOSSES)
     sections = {"batch": {"layout": "stacked"}, "train": {"micro_batch_size": 1}, "optim": {"lr": 1e-6}, **sections}
@@ -275,7 +275,7 @@ def command(files, model, folder, loss, *, ranks=1, before=None, **sections):
 
 
 def in_forks():
-    """Make `parity` measure in forked processes, which import nothing. Works only for runs of a single rank."""
+    """Make `parity` measure in forked processes, which need no imports. This works only for runs of a single rank."""
 
     def measure_in_fork(config, ranks, folder, *, fp64):
         folder.mkdir()
@@ -293,7 +293,7 @@ def in_forks():
 
 
 def verdicts(done):
-    """Return the verdict of each kind of number that the command printed."""
+    """Return the verdicts that the command printed, by kind of number."""
     lines = done.output[0].splitlines()[2:]
     return {
         line[:28].strip(): line[line.index(found) :] for line in lines for found in ("equal", "DIFF") if found in line
@@ -301,7 +301,10 @@ def verdicts(done):
 
 
 def test_loss_that_reads_its_micro_batch_is_found(files, tiny_hf, tmp_path):
-    """One rank, stacked rows and one pair per micro-batch: only the other side's micro-batches can reveal the loss."""
+    """The run has one rank, stacked rows, and one pair per micro-batch.
+
+    Only the different micro-batches of the run that it is compared with can reveal the loss.
+    """
     done = command(files, tiny_hf("llama", num_hidden_layers=2), tmp_path / "run", "secret_mean", before=in_forks)
     assert done.codes == [1], done.said
     found = verdicts(done)
@@ -354,7 +357,7 @@ short_run.open_reference = planted
     ],
 )
 def test_reference_that_reads_the_policy_is_found(mode, reference, plant, files, tiny_hf, tmp_path):
-    """Both sides have the bug, so only the numbers from before the change of the policy's weights can reveal it."""
+    """Both compared runs have the bug, so only the numbers before the change of the policy's weights can reveal it."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "planted_reference.py").write_text(REFERENCES.format(reference=reference, plant=plant))
@@ -435,7 +438,10 @@ def test_changed_policy_is_the_same_in_every_layout(files, tiny_hf, tmp_path):
 
 
 def test_policy_and_reference_differ_until_the_last_step(files, tiny_hf, tmp_path):
-    """Equal numbers of equal models would prove little. Warmup must not apply, because its first learning rate is 0."""
+    """Policy and reference must differ, because equal numbers of equal models would prove little.
+
+    Warmup must not apply, because its first learning rate is 0.
+    """
     from dpo_engine.training.short_run import measure
 
     config = config_of(files, tiny_hf("llama", num_hidden_layers=2), tmp_path, optim={"warmup_steps": 3, "lr": 1e-6})
@@ -448,7 +454,8 @@ def test_policy_and_reference_differ_until_the_last_step(files, tiny_hf, tmp_pat
         assert row["ref_chosen_logps"] == pytest.approx(unchanged[row["index"]]["chosen_logps"], rel=1e-2)
         assert 1e-2 < abs(row["chosen_logps"] - row["ref_chosen_logps"]) < 10, row
     assert all(step["metrics"]["learning_rate"] > 0 for step in found["steps"])
-    # In bf16, the optimizer has fp32 main weights. If these did not change too, the first step would undo the change.
+    # In bf16, the optimizer has fp32 main weights. They must change too, because the first step would otherwise undo
+    # the change.
     after = {row["index"]: row["chosen_logps"] for row in found["after"]}
     changed = {row["index"]: row["chosen_logps"] for step in found["steps"] for row in step["pairs"]}
     moved = sum(abs(changed[index] - row["chosen_logps"]) for index, row in unchanged.items())

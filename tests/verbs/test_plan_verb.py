@@ -1,4 +1,4 @@
-"""Tests of planned layouts: which layouts fit, what they cost, and what the report suggests if none fits."""
+"""Tests of planned layouts: the layouts that fit, their costs, and the suggestions in the report if none fits."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def test_layouts_are_ranked_and_fit(run):
     assert len(found) == 5 and re.match(r"llama on 8 x H100 with 80 GiB: \d+ layouts fit; rows of 4,096", lines[0])
     assert all(tp * pp * cp * dp == 8 and size <= 80 for tp, pp, cp, dp, size, _ in found)
     assert [seconds for *_, seconds in found] == sorted(seconds for *_, seconds in found)
-    # 6 x 7.5e9 operations per token for training and 2 x 7.5e9 for the reference, at half of the peak of 8 GPUs.
+    # Training takes 6 x 7.5e9 operations per token, and the reference 2 x 7.5e9, at half of the peak of 8 GPUs.
     least = 64 * 2 * 4096 * 8 * 7.5e9 / (8 * 989e12 / 2)
     assert all(least < seconds < 1.3 * least for *_, seconds in found)
 
@@ -93,7 +93,7 @@ def test_reasons_against_layouts(run):
 
 
 def test_windows_reduce_the_operations(run, tmp_path):
-    """With a window of w in rows of n tokens, a token sees w - w * w / 2n keys on average, instead of n / 2."""
+    """With a window of w tokens in rows of n tokens, a token sees w - w * w / 2n keys on average, instead of n / 2."""
 
     def operations():
         first, *lines = plan(run(data={"max_length": 65536}), 64)[1:4]
@@ -111,7 +111,7 @@ def test_windows_reduce_the_operations(run, tmp_path):
 
 
 def test_131072_tokens_are_planned_within_memory(run, tmp_path):
-    """An 8B model with sliding windows fits on eight GPUs with cp 8, in memory, for rows of up to 131,072 tokens."""
+    """With cp 8, an 8B model with sliding windows fits in the memory of eight GPUs for rows of up to 131,072 tokens."""
     narrow = LLAMA_8B | {"model_type": "mistral", "sliding_window": 4096}
     (tmp_path / "config.json").write_text(json.dumps(narrow))
     config = run(

@@ -22,7 +22,7 @@ def test_train_reads_the_cache(run_yaml, capsys, tmp_path):
     assert said.endswith(f"cache: {tmp_path / 'cache'}\n")
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("pairs-*.arrow")}
     assert len(made) == 2
-    # Train in a separate process. If this process had process groups, the ranks that later tests fork would hang.
+    # Train in a separate process, because ranks that later tests fork would hang if this process had process groups.
     trained = run_job(["train", path, "train.max_steps=2"], 1, tmp_path / "log")
     assert trained.codes == [0], trained.said
     assert "training pairs: 24 pairs from 24 records, from the cache" in trained.output[0]
@@ -54,7 +54,7 @@ def test_bad_record_is_named(run_yaml, tmp_path, capsys):
 
 
 def test_field_that_the_loss_reads_is_required(run_yaml, tmp_path, capsys):
-    """The check before the start reads only the first records; tokenizing then checks all records."""
+    """The check before the start reads only the first records, and then tokenizing checks all records."""
     rows = [{"prompt": f"{n} ?", "chosen": " a", "rejected": " b", "margin": 1.0} for n in range(20)]
     del rows[15]["margin"]
     data = tmp_path / "d.jsonl"

@@ -1,9 +1,9 @@
-"""Let whole programs run on the null GPU: Python imports this file when it starts, if this folder is on PYTHONPATH.
+"""Let whole programs run on the null GPU. Python imports this file when it starts if this folder is on PYTHONPATH.
 
-Kernels do not run there, so numbers on the device are arbitrary. This file replaces all that would stop a program
-because of such a number: the numbers that control a step (lone_rank.py), checks of values, and comparisons of results.
-Everything else runs as on a GPU: each program's arguments, imports, allocations, launches, compilation, files and exit
-codes.
+The null GPU runs no kernels, so numbers on the device are arbitrary. This file replaces everything that could stop a
+program because of an arbitrary number: the numbers that control a step (lone_rank.py), checks of values, and
+comparisons of results. Everything else is as on a GPU: each program's arguments, imports, allocations, launches,
+compilation, files and exit codes.
 """
 
 import importlib.abc
@@ -28,7 +28,7 @@ def trainer(module: ModuleType) -> None:
 
 
 def results(module: ModuleType) -> None:
-    module._write_pairs = lambda *rest: "not written"  # the original selects rows by a mask on the device
+    module._write_pairs = lambda *rest: "not written"  # the original would select rows by a mask of arbitrary numbers
 
 
 def torch(module: ModuleType) -> None:
@@ -84,11 +84,11 @@ class Changing(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         if name not in CHANGES:
             return None
-        change = CHANGES.pop(name)  # so that find_spec asks the other finders
+        change = CHANGES.pop(name)  # so that the call of find_spec below uses the other finders
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            CHANGES[name] = change  # finding a module does not always mean importing it
+            CHANGES[name] = change  # a program can find a module without importing it, and import it later
         execute = spec.loader.exec_module
 
         def changed(module: ModuleType) -> None:

@@ -65,7 +65,7 @@ EXPORT int cuModuleLoadDataEx(void **module, const void *image, unsigned count, 
 EXPORT int cuModuleGetFunction(void **function, void *module, const char *name) {
   char text[256];
   snprintf(text, sizeof text, "triton:%s", name);
-  char *kept = strdup(text);  // a kernel lives as long as the process
+  char *kept = strdup(text);  // never freed: a kernel lives as long as the process
   nullgpu_register_kernel(kept, kept);
   *function = kept;
   return 0;
@@ -90,7 +90,7 @@ EXPORT int cuLaunchKernelEx(const void *config, void *function, void **arguments
   return 0;
 }
 EXPORT int cuPointerGetAttribute(void *value, int attribute, unsigned long long pointer) {
-  *(unsigned long long *)value = pointer;  // Triton asks for the address on the device
+  *(unsigned long long *)value = pointer;  // Triton requests the address on the device
   return 0;
 }
 EXPORT int cuGetExportTable(const void **table, const void *id) { return NOT_FOUND; }

@@ -4,8 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-// ---- NCCL for a single process. Each collective answers as if every other rank had this rank's data. ----
-#define LARGEST_ANSWER ((size_t)1 << 20)  // larger results stay unwritten, like those of kernels
+// ---- NCCL for a single process. Each collective returns its result as if every other rank had this rank's data. ----
+#define LARGEST_ANSWER ((size_t)1 << 20)  // larger results are not written, like the results of kernels
 
 typedef struct {
   int rank, ranks;
@@ -15,7 +15,7 @@ typedef struct {
 } UniqueId;
 static int next_rank, next_ranks;
 
-// A communicator that is split off does not state its size, so Python announces rank and size before the split.
+// ncclCommSplit does not get the size of the new communicator, so Python announces its rank and size before the split.
 EXPORT void nullgpu_announce_group(int rank, int ranks) {
   next_rank = rank;
   next_ranks = ranks;
@@ -124,7 +124,7 @@ static int zero(int *value) {
 }
 EXPORT int cublasGetMathMode(void *handle, int *mode) { return zero(mode); }
 EXPORT int cublasGetPointerMode_v2(void *handle, int *mode) { return zero(mode); }
-// One algorithm is found, with an empty description and without workspace.
+// Return one algorithm, with an empty description and without workspace.
 EXPORT int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void *b, void *c, void *d,
                                           void *preference, int wanted, void *results, int *found) {
   enum { RESULT_BYTES = 104 };
@@ -190,7 +190,7 @@ EXPORT int cudnnBackendExecute(void *handle, void *plan, void *pointers) {
   return 0;
 }
 EXPORT int cudnnBackendGetAttribute(void *descriptor, int name, int type, int64_t wanted, int64_t *found, void *out) {
-  // Bytes of an attribute by its type; types that are not in the list have 4.
+  // Size of an attribute in bytes, by its type. Attributes of all later types have 4 bytes.
   static const unsigned char size[] = {8, 4, 1, 8, 4, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 8, 4, 4, 4, 4, 4, 4, 4, 4, 1};
   int counted = name == HEURISTIC_RESULTS || name == CONFIGURATION_ENGINE;
   int none = name == CONFIGURATION_KNOBS || name == PLAN_WORKSPACE || name == ENGINE_KNOBS ||

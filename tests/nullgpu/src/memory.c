@@ -1,4 +1,4 @@
-// Memory of the null GPU. Device memory is address space without pages: nothing writes to it except small copies.
+// Memory of the null GPU. Device memory is reserved address space, of which only small copies touch any pages.
 #define _GNU_SOURCE
 #include "nullgpu.h"
 #include <cuda_runtime_api.h>
@@ -11,7 +11,7 @@
 #define GRANULE ((size_t)2 << 20)  // a GPU maps memory in pages of 2 MiB
 #define MIB ((size_t)1 << 20)
 
-// Copies up to these sizes are made, so that lengths, flags and indices that a program reads back are correct.
+// Copies up to these sizes are executed, so that lengths, flags and indices that a program reads back are correct.
 #define LARGEST_HOST_COPY (16 * MIB)
 #define LARGEST_DEVICE_COPY ((size_t)64 << 10)
 
@@ -153,8 +153,8 @@ EXPORT cudaError_t cudaGetSymbolAddress(void **pointer, const void *symbol) {
   return cudaSuccess;
 }
 
-// Expandable segments: the allocator reserves addresses once, and creates and maps memory piece by piece. The reserved
-// region is usable at once, so mapping needs no work; only created memory counts as used.
+// Expandable segments: torch's allocator reserves addresses once, and creates and maps memory piece by piece. Here, the
+// reserved region is usable at once, so mapping does nothing. Only created memory counts as used.
 static int reserve_addresses(unsigned long long *pointer, size_t size, size_t alignment, unsigned long long wanted,
                              unsigned long long flags) {
   pthread_mutex_lock(&lock);
@@ -170,7 +170,7 @@ static int create_memory(unsigned long long *handle, size_t size, const void *pr
   if (fits) device_used += size;
   pthread_mutex_unlock(&lock);
   if (!fits) return cudaErrorMemoryAllocation;
-  size_t *created = malloc(sizeof *created);  // the handle points to the size, which the release needs
+  size_t *created = malloc(sizeof *created);  // the handle points to the size, which release_memory needs
   *created = size;
   *handle = (unsigned long long)(uintptr_t)created;
   return cudaSuccess;

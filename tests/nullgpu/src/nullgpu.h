@@ -1,21 +1,21 @@
-// Declarations that the source files of the null GPU share. docs/gpu.md explains what the null GPU is.
+// Declarations shared by the source files of the null GPU. docs/gpu.md explains what the null GPU is.
 #pragma once
 #include <stddef.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
-// Events that are counted. The order is that of COUNTER_NAMES in record.c.
+// Events that are counted, in the same order as COUNTER_NAMES in record.c.
 typedef enum {
-  LAUNCHES,          // kernels, without those inside cuBLAS and cuDNN
+  LAUNCHES,          // launches of kernels, except for kernels inside cuBLAS and cuDNN
   PRODUCTS,          // calls of cuBLAS
   CUDNN_CALLS,       // executions of a cuDNN plan
   CUDNN_PLANS,       // cuDNN plans built
   COLLECTIVES,       // NCCL operations, including sends and receives
-  COMMUNICATORS,     // NCCL communicators
+  COMMUNICATORS,     // NCCL communicators opened
   STREAM_WAITS,      // the host waits for a stream
   DEVICE_WAITS,      // the host waits for the device
   EVENT_WAITS,       // the host waits for an event
-  BLOCKING_COPIES,   // copies that return only when they are done
+  BLOCKING_COPIES,   // copies for which the host waits until they are done
   PAGEABLE_COPIES,   // asynchronous copies from or to pageable host memory, which block the host in part
   COPIES,            // all copies
   ALLOCATIONS,       // requests of the caching allocator to the device
@@ -31,10 +31,10 @@ const char *kernel_name(const void *key);
 void count_collective(const char *operation, size_t bytes, int ranks);
 
 MemoryKind memory_kind(const void *address);
-size_t device_memory(void);        // bytes of the card
-size_t free_device_memory(void);   // bytes that are left
+size_t device_memory(void);        // total memory of the card in bytes
+size_t free_device_memory(void);   // free memory of the card in bytes
 
-long setting(const char *variable, long otherwise);  // a number from the environment
+long setting(const char *variable, long otherwise);  // an environment variable's value, or `otherwise`
 
-// The driver's functions for reserving addresses and mapping memory, which torch requests by name.
+// Return the driver's function with this name. torch requests the functions that reserve addresses and map memory.
 void *memory_function(const char *name);

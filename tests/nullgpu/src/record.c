@@ -74,7 +74,7 @@ const char *kernel_name(const void *key) {
 EXPORT void nullgpu_register_kernel(const void *key, const char *name) { register_kernel(key, name); }
 EXPORT void nullgpu_count_kernel(const void *key) { count_kernel(key); }
 
-// Collectives: few kinds, so a list suffices.
+// Collectives: there are few kinds of calls, so a list suffices.
 #define KINDS 4096
 static struct {
   const char *operation;
@@ -102,7 +102,7 @@ void count_collective(const char *operation, size_t bytes, int ranks) {
   pthread_mutex_unlock(&collectives_lock);
 }
 
-// Write one line for each kernel that was launched and each kind of collective: what, calls, name, bytes and ranks.
+// Write one line for each launched kernel (calls and name), and for each kind of collective (also bytes and ranks).
 EXPORT int nullgpu_write(const char *path) {
   FILE *file = fopen(path, "w");
   if (!file) return -1;

@@ -19,7 +19,7 @@
 #define LARGEST_GRID_YZ 65535
 #define LARGEST_BLOCK 1024
 
-// ---- Devices: by default, eight H100 with 80 GB, of which CUDA_VISIBLE_DEVICES hides some ----
+// ---- Devices: by default, eight H100 GPUs with 80 GB; CUDA_VISIBLE_DEVICES selects some of them ----
 static __thread int current_device;
 static int compute_capability(void) { return (int)setting("NULLGPU_SM", 90); }
 
@@ -185,7 +185,7 @@ EXPORT cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, c
 }
 
 // ---- Kernels ----
-// When a library is loaded, it registers the address of each host function together with its kernel's name.
+// When a library is loaded, it registers the address of each kernel's host function together with the kernel's name.
 EXPORT void __cudaRegisterFunction(void **binary, const char *host, char *device, const char *name, int limit,
                                    void *thread, void *block, void *block_size, void *grid_size, int *warp_size) {
   typedef void Register(void **, const char *, char *, const char *, int, void *, void *, void *, void *, int *);
@@ -277,7 +277,7 @@ EXPORT cudaError_t cudaGetDriverEntryPoint(const char *name, void **function, un
   return cudaGetDriverEntryPointByVersion(name, function, 0, flags, result);
 }
 
-// ---- dlsym: libraries that look CUDA's functions up by name, as cuDNN's front end does, must find these ----
+// ---- dlsym: libraries that look up CUDA's functions by name, such as cuDNN's front end, must find these ----
 static void *(*real_dlsym)(void *, const char *);
 static void *this_library;
 

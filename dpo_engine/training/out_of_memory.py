@@ -18,11 +18,17 @@ SHOWN = 6
 """Maximum number of changes that the error names."""
 
 
+SCORING = ("reference.", "train.micro_batch_size", "batch.", "parallel.")
+"""Starts of the changes that help a command which only scores pairs, and has no gradients and no optimizer."""
+
+
 @contextmanager
-def explained(engine: Engine) -> Iterator[None]:
+def explained(engine: Engine, *, scoring: bool = False) -> Iterator[None]:
     """Inside the block, turn an out-of-memory error of the GPU into an error that explains it.
 
     The traceback is printed to stderr, because it shows which operation needed the memory.
+
+    scoring  whether the block only scores pairs
 
     Raises :class:`~dpo_engine.errors.EngineError`, on this rank alone, for ``torch.OutOfMemoryError``.
     """
@@ -30,7 +36,7 @@ def explained(engine: Engine) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         traceback.print_exc()
-        failure = EngineError(explanation(engine, error))
+        failure = EngineError(explanation(engine, error, scoring))
         failure.alone = True
         raise failure from None
 
@@ -50,14 +56,19 @@ def _largest_rows(engine: Engine) -> tuple[str, int]:
     return dtype, largest_micro_batch(engine.config, engine.arch, engine.groups.dims, dtype=dtype, device_memory=None)
 
 
-def explanation(engine: Engine, error: torch.OutOfMemoryError) -> list[str]:
+def explanation(engine: Engine, error: torch.OutOfMemoryError, scoring: bool) -> list[str]:
     """Return the lines of the message: the failed allocation, this rank's plan, and changes that need less memory."""
     allocated, _, _ = str(error).partition(" If reserved but")  # the rest is advice about the allocator's options
-    lines = [allocated, f"planned for this rank: {planned_memory(engine)}"]
-    dtype, tokens = _largest_rows(engine)
-    found = savings(engine.config, engine.arch, engine.groups.dims, dtype=dtype, tokens=tokens)
-    names = ", ".join(f"{change.name} ({gib(cost.peak)})" for change, cost in found[:SHOWN])
-    way_out = f"next: one of {names}" if found else "no key lowers the plan; use more ranks, or lower data.max_length"
-    if found:
-        way_out += "; in order of increasing cost in speed, each with the memory planned for the rank that needs most"
-    return [*lines, way_out]
+    dims, (dtype, tokens) = engine.groups.dims, _largest_rows(engine)
+    found = savings(engine.config, engine.arch, dims, dtype=dtype, tokens=tokens)
+    if scoring:
+        weights = stage_memory(engine.config, engine.arch, dims, engine.groups.pp.rank(), dtype, tokens).weights
+        plan = f"weights of a model on this rank: {gib(weights)}; rows of {tokens:,} tokens per micro-batch"
+        names = ", ".join(change.name for change, _ in found if change.name.startswith(SCORING))
+        order = ""
+    else:
+        plan = f"planned for this rank: {planned_memory(engine)}"
+        names = ", ".join(f"{change.name} ({gib(cost.peak)})" for change, cost in found[:SHOWN])
+        order = "; in order of increasing cost in speed, each with the memory planned for the rank that needs most"
+    way_out = f"next: one of {names}{order}" if names else "no key lowers this; use more ranks, or lower data.max_length"
+    return [allocated, plan, way_out]

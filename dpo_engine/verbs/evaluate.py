@@ -18,6 +18,7 @@ from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.evaluate import evaluation_path, held_out_evaluator, judged_pairs
 from dpo_engine.training.metrics import source_names
+from dpo_engine.training.out_of_memory import explained
 from dpo_engine.training.references import following, open_reference, reference_identity
 from dpo_engine.training.run_data import count_trained, open_held_out
 from dpo_engine.training.start import saved
@@ -93,9 +94,10 @@ def evaluate(
             without_time_limit(
                 world, lambda: require_same_data(path, pairs, data) if writer else None, Meter(f"reading {path}")
             )
-        chunks, reference = load_step(engine, found, pairs, say)
-        evaluator = held_out_evaluator(engine, pairs, reference)
-        evaluator.evaluate(chunks)
+        with explained(engine, scoring=True):
+            chunks, reference = load_step(engine, found, pairs, say)
+            evaluator = held_out_evaluator(engine, pairs, reference)
+            evaluator.evaluate(chunks)
         evaluation = judged_pairs(engine, evaluator, pairs, step)
         meter = Meter(f"writing {path}")
         without_time_limit(world, lambda: write_evaluation(path, evaluation) if writer else None, meter)

@@ -7,6 +7,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.fill_store import Say, fill, leave_if_asked, look, open_store, wanted_keys
 from dpo_engine.training.interruption import Interruption
+from dpo_engine.training.out_of_memory import explained
 from dpo_engine.training.run_data import open_data
 from dpo_engine.verbs import console
 
@@ -38,7 +39,8 @@ def score_reference(config: Config, say: Say = console.say, interruption: Interr
         say(f"reference: {len(missing) - int(missing.sum()):,} of {len(missing):,} pairs are in {store.folder}")
         if not missing.any():
             return
-        chunks = engine.load_reference()
-        fill(engine, chunks, store, data.all_pairs, say, partial(leave_if_asked, engine, interruption))
+        with explained(engine, scoring=True):
+            chunks = engine.load_reference()
+            fill(engine, chunks, store, data.all_pairs, say, partial(leave_if_asked, engine, interruption))
     finally:
         engine.close()

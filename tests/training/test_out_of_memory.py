@@ -73,6 +73,46 @@ def test_the_run_ends_with_the_plan_and_what_to_change(files, tiny_hf, tmp_path)
         assert float(sizes[name]) == pytest.approx(each * numbers / 2**20, abs=0.006), name
 
 
+def scored(verb, path):
+    """Run ``dpo-engine eval`` or ``reference``; scoring raises torch's error. Return the exit code and stderr."""
+    import importlib
+
+    import torch
+
+    from dpo_engine.cli import main
+
+    def too_large(*rest, **named):
+        raise torch.OutOfMemoryError(TORCHS + ADVICE)
+
+    name = {"eval": "held_out_evaluator", "reference": "fill"}[verb]
+    setattr(importlib.import_module(f"dpo_engine.verbs.{verb.replace('eval', 'evaluate')}"), name, too_large)
+    sys.stderr = io.StringIO()
+    return main([verb, str(path), *(["--step", "0"] if verb == "eval" else [])]), sys.stderr.getvalue()
+
+
+@pytest.mark.parametrize(
+    "verb, size, next_line",
+    [
+        ("eval", 2, "next: one of reference.mode=stored, train.micro_batch_size=1"),
+        ("reference", 2, "next: one of train.micro_batch_size=1"),
+        ("reference", 1, "no key lowers this; use more ranks, or lower data.max_length"),
+    ],
+)
+def test_scoring_ends_with_what_to_change(verb, size, next_line, files, tiny_hf, tmp_path):
+    sections = {"train": {"micro_batch_size": size}, "model": {"dtype": "fp32"}}
+    sections["reference"] = {"mode": "stored" if verb == "reference" else "resident"}
+    path = write_run(tmp_path, "run", files, tiny_hf, sections)
+    ((code, errors),) = run_ranks(scored, 1, verb=verb, path=path)
+    assert code == 1, errors
+    trace, first, kept, change = errors.rstrip().rsplit("\n", 3)
+    assert trace.startswith("Traceback") and first == TORCHS and change == next_line
+    numbers = sum(
+        tensor.numel() for tensor in load_file(tiny_hf("llama", num_hidden_layers=2) / "model.safetensors").values()
+    )
+    found = re.fullmatch(r"weights of a model on this rank: ([\d.]+) MiB; rows of [\d,]+ tokens per micro-batch", kept)
+    assert float(found[1]) == pytest.approx(4 * numbers / 2**20, abs=0.006)
+
+
 @pytest.fixture
 def arch(tiny_hf):
     return read_architecture(str(tiny_hf("llama")))

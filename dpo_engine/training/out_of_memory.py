@@ -70,5 +70,6 @@ def explanation(engine: Engine, error: torch.OutOfMemoryError, scoring: bool) ->
         plan = f"planned for this rank: {planned_memory(engine)}"
         names = ", ".join(f"{change.name} ({gib(cost.peak)})" for change, cost in found[:SHOWN])
         order = "; in order of increasing cost in speed, each with the memory planned for the rank that needs most"
-    way_out = f"next: one of {names}{order}" if names else "no key lowers this; use more ranks, or lower data.max_length"
-    return [allocated, plan, way_out]
+    if not names:
+        return [allocated, plan, "no key lowers this; use more ranks, or lower data.max_length"]
+    return [allocated, plan, f"next: one of {names}{order}"]

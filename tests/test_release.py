@@ -1,4 +1,8 @@
-"""Tests of a release: no file names a particular machine, and the constraints pin every requirement."""
+"""Tests of a release.
+
+No file mentions a particular machine or package index, the constraints pin every requirement, and wheels contain every
+file of the package.
+"""
 
 import re
 import subprocess
@@ -34,7 +38,10 @@ def test_files_name_no_machine_and_no_package_index():
 
 
 def requirements(text: list[str]) -> set[str]:
-    """Return the package names in requirement lines, except the project's own name, which refers to its extras."""
+    """Return the package names in requirement lines, except the project's own name.
+
+    The project's own name occurs where one extra includes another.
+    """
     return {re.match(r"[A-Za-z0-9-]+", line)[0] for line in text} - {"dpo-engine"}
 
 

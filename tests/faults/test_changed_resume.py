@@ -89,7 +89,10 @@ def write(run_yaml, run_files, tiny_hf, tmp_path):
 
 
 def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
-    """Copy a stopped run, and resume the copy with changes. Return the job, its output and the pairs of its steps."""
+    """Copy a stopped run, and resume the copy with changes. Return the job, its output and the pairs of its steps.
+
+    If the expected exit code is not 0, no pairs are returned.
+    """
     ranks, parallel = LAYOUTS[name]
     output, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(stopped, output)

@@ -13,7 +13,7 @@ from dpo_engine.errors import ConfigError, EngineError
 from dpo_engine.verbs import rehearse as rehearsal
 from support.jobs import run_job
 
-# This loss depends on how often the process has called it, so a resumed run has different metrics.
+# This loss depends on how many times the process has called it, so a resumed run has different metrics.
 FORGETFUL = """
 import torch.nn.functional as F
 from dpo_engine.objective.losses import LOSSES

@@ -1,4 +1,7 @@
-"""Tests of the image, built on this machine's Debian: its contents, and training in containers, also on two nodes."""
+"""Tests of the image, with a base made from this machine's Debian.
+
+They cover its contents, and training in containers on one node and on two.
+"""
 
 import re
 import time

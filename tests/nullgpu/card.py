@@ -50,7 +50,7 @@ class Card:
 
 
 def waits(counts: Counter[str]) -> int:
-    """Return how often the host waited for the device."""
+    """Return the number of times that the host waited for the device."""
     return sum(counts[name] for name in WAITS)
 
 

@@ -38,7 +38,8 @@ def test_micro_batches_need_no_waits_and_no_plans(layout):
     last = report["last"]
     assert last["micro_batches"] >= 2 or "cp2" in layout
     assert last["waits_in_micro_batches"] == 0, last["phases"]
-    assert last["waits_besides"] <= 4, last["phases"]  # for metrics, norm, and the flags of bad steps and of a stop
+    # One wait each for the metrics, the gradient norm, the bad-step flag and the stop flag.
+    assert last["waits_besides"] <= 4, last["phases"]
     assert last["counts"]["cudnn_plans"] == 0
     for phase in ("pipeline", "reference"):
         assert last["phases"].get(phase, {}).get("pageable_copies", 0) == 0
@@ -48,7 +49,9 @@ def test_the_counters_see_what_a_step_does():
     """Check lower bounds, because counters that always stay zero would pass the upper bounds of the other tests."""
     last = run(*LAYOUTS["tp2"])["last"]
     assert last["waits_besides"] >= 3 and last["waits_of_the_clock"] == 1
-    assert last["counts"]["products"] > 4 * 4 * 7  # 4 per layer and forward pass, and 8 per layer in the backward pass
+    # 2 micro-batches x 4 layers x (2 forward passes x 4 products + 8 products in the backward pass) = 128 products.
+    # Require most of them.
+    assert last["counts"]["products"] > 4 * 4 * 7
     assert last["attention_launches"] > 0
     assert any(name.startswith("all_gather") and name.endswith("over 2") for name in last["collectives"])
 
@@ -95,7 +98,10 @@ def test_launches_per_layer_with_transformer_engine():
     "keys", [("model.recompute=full",), ("adapter.kind=dora", "parallel.tp=2", "batch.layout=tree")], ids=" ".join
 )
 def test_transformer_engine_with_adapters(keys):
-    """Transformer Engine's linear layers reject submodules of another dtype, and can contain their input's norm."""
+    """Test special cases of Transformer Engine's linear layers.
+
+    They reject submodules of another dtype, and may include the normalization layer that precedes them.
+    """
     world = ("--world", "2") if "parallel.tp=2" in keys else ()
     last = run("--model", "llama3_8b", "--layers", "2", *world, "model.spec=te", "adapter.rank=16", *keys)["last"]
     assert last["waits_in_micro_batches"] == 0

@@ -129,9 +129,9 @@ class TestReport:
         assert lines[7] == f"intervals: 2,000 bootstrap resamples of prompts, seed 0; {exact}".split()
 
     def test_likelihood_accuracies(self):
-        """The chosen log-probabilities are larger, smaller, equal, and smaller than the rejected ones.
+        """In the four pairs, the chosen log-probability is larger, smaller, equal, and smaller than the rejected one.
 
-        Per token, they are smaller, equal, equal, and equal.
+        Per token, it is smaller, equal, equal, and equal.
         """
         chosen, rejected = [-6.0, -9.0, -4.0, -8.0], [-7.0, -8.0, -4.0, -6.0]
         tokens = {"chosen_tokens": [2, 9, 4, 4], "rejected_tokens": [7, 8, 4, 3]}

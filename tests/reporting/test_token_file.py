@@ -54,7 +54,7 @@ def test_unusable_files_are_refused(change, says, tmp_path):
 
 
 def test_pairs_are_chosen_by_kind():
-    # change of the log-probability margin: policy minus reference
+    # log-probability margins of eight pairs under each model; their change is policy minus reference
     reference, policy = np.array([1, 1, -1, -1, 2, 0.5, 3, 3]), np.array([-1, 1, 2, -1, 9, 0.6, 3, 3])
     columns = evaluation(
         0.1 * (policy - reference),

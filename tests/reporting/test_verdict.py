@@ -57,7 +57,7 @@ def free(right, tokens, step, count=40, **more):
     """Return an evaluation without a reference.
 
     Per token, the chosen response is more likely in ``right`` pairs. As a whole, the chosen response is more likely in
-    all pairs, because it has 2 tokens, and the rejected response has ``tokens``.
+    all pairs, because it has 2 tokens, and the rejected response has ``tokens`` of them.
     """
     each = np.where(np.arange(count) < right, -1.0, -2.0)
     chosen, rejected = 2 * each, np.full(count, -1.5 * tokens)
@@ -68,7 +68,7 @@ def free(right, tokens, step, count=40, **more):
 
 
 def first(found, earlier=None, per_token=True, start=0):
-    """Return the findings about a run without a reference whose first evaluation is ``earlier``."""
+    """Return the findings about a reference-free run whose first evaluation is ``earlier``, after step ``start``."""
     measures = Measures(found, lambda step: earlier if step == start else None, start, per_token)
     return {one.title: one for one in findings(run_of(found), measures)}
 
@@ -146,7 +146,7 @@ def test_an_evaluation_with_bad_numbers():
     assert (told[0].kind, told[0].title) == ("bad", "The held-out loss after step 3 is not a finite number.")
     assert told[0].evidence.endswith("The other numbers are those after step 2.")
     assert not any("overfitting" in one.title.lower() for one in told) and {one.kind for one in told[1:]} == {"note"}
-    # Now the loss of step 3 is finite, but the pairs of step 3 are unknown, and differ from those of step 2.
+    # Now the loss of step 3 is finite, but the results of step 3 for single pairs are unknown.
     known = findings(run_of(found, eval__loss=series(0.6, 0.4, 0.7)), Measures(found, lambda step: found))
     (rises,) = [one for one in known if one.title.startswith("Overfitting since step 2")]
     assert "paired" not in rises.evidence and known[0].kind == "note"
@@ -186,7 +186,7 @@ def test_displacement(chosen, rejected, start, kind):
 
 
 def sure(found):
-    """Return an evaluation with reward margins of 8 and the chosen log-probabilities of ``found``."""
+    """Return an evaluation with reward margins of 8 and the same chosen log-probabilities as ``found``."""
     return evaluation([8.0] * 20, chosen_logps=found.columns["chosen_logps"], rejected_logps=[-5.0] * 20)
 
 
@@ -253,7 +253,8 @@ def test_training_pairs_fit_better():
 def length_case(right_longer, right_shorter, count=40):
     """Return an evaluation. In 75% of its pairs, the chosen response is longer.
 
-    The arguments are the shares of correctly ranked pairs among the pairs with a longer and a shorter chosen response.
+    ``right_longer`` and ``right_shorter`` are the shares of correctly ranked pairs among pairs whose chosen response is
+    longer, and among pairs whose chosen response is shorter.
     """
     longer = np.arange(count) < 0.75 * count
     right = np.where(longer, np.arange(count) % 10 < 10 * right_longer, np.arange(count) % 10 < 10 * right_shorter)

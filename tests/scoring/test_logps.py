@@ -164,7 +164,10 @@ def measure_case(layout: Layout, case: Case, groups):
 
 
 def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
-    """Return the optimizer's gradient: autograd's gradient plus the sum in the buffer, whose initial value is 3."""
+    """Return the gradient that the optimizer gets for the output layer, or None if the layer is frozen.
+
+    It is the sum of the gradients in the buffer, whose initial value is 3, and of autograd's gradient if that counts.
+    """
     if case.head == "frozen":
         assert head.grad is None
         return None

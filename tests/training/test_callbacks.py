@@ -15,7 +15,10 @@ from support.small_run import config_of, log_of, run
 
 @dataclasses.dataclass
 class Recorder(Callback):
-    """A callback that writes every call to a file, adds a metric, and ends the run."""
+    """A callback that writes every call to a file, and adds a metric to every step.
+
+    After step ``last_step``, it returns ``returned`` on the ranks ``asking_ranks``. By default, this ends the run.
+    """
 
     folder: str
     last_step: int = 0

@@ -28,7 +28,7 @@ HIGH = KeepBest(metric="loss", mode="max")
         (LOW, [0.5, 0.4, 0.4, 0.41], 2),
         (HIGH, [0.5, 0.4, 0.3], 2),
         (HIGH, [0.5, 0.4, 0.6], 0),
-        (LOW, [0.5, 0.4999999, 0.5000001], 2),  # rounding
+        (LOW, [0.5, 0.4999999, 0.5000001], 2),  # differences within rounding error are no gain
         (LOW, [None, None, 0.5, None], 1),
         (LOW, [None, None], 2),
         (HIGH, [-0.5, -0.4, -0.45], 1),

@@ -13,7 +13,7 @@ LOGGING = {"page": True, "token_samples": 3, "progress": "plain"}
 
 
 def train_watched(config):
-    """Train, and record the files from which the page was written."""
+    """Train. Return the run's summary and, each time the page was written, the files in eval/ and the page's start."""
     from dpo_engine.training import evaluation_files
 
     seen = []

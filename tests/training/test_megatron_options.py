@@ -53,8 +53,8 @@ class Observed(NamedTuple):
 
     calls        number of calls of modules and functions
     chunks       model chunks, in the order of their forward passes
-    gathers      chunks that are trained, in the order of their forward passes, and ``gather`` at each start of an
-                 all-gather of weights
+    gathers      events in order: a trained chunk's number at each of its forward passes, and ``gather`` whenever an
+                 all-gather of weights starts
     kept         bytes of the hidden states that each activation checkpoint keeps
     buckets      numbers of gradient buckets, of values in the buckets, and of values that this rank's optimizer updates
     """
@@ -68,7 +68,7 @@ class Observed(NamedTuple):
 
 
 def observed(config, **arguments):
-    """Train, and watch the modules and Megatron's functions."""
+    """Train, and watch the modules and Megatron's functions. Return an :class:`Observed`."""
     from megatron.core.distributed import DistributedDataParallel, param_and_grad_buffer
     from megatron.core.tensor_parallel.random import CheckpointFunction
 
@@ -81,7 +81,7 @@ def observed(config, **arguments):
     calls, chunks, gathers, kept, buckets = Counter(), [], [], [], []
 
     def watch(owner, name, event, before=True):
-        """Make each call of a method or function also call ``event`` with the same arguments."""
+        """Make each call of a method or function also call ``event`` with the same positional arguments."""
         real = getattr(owner, name)
 
         def watched(*inputs, **more):
@@ -133,7 +133,9 @@ def expected(tiny_hf, tmp_path_factory):
 def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, tmp_path):
     layout, model, transformer, ddp = CASES[name]
     sections = {"parallel": layout, "logging": {"num_zeros": True}, "model": {"path": str(tiny_hf("llama")), **model}}
-    if "reduce_scatter_with_fp32_accumulation" in ddp:  # this option requires it; an fp32 model keeps fp32 gradients
+    # The option requires optim.gradients=bf16. The gradients of an fp32 model are fp32 nevertheless, so the results
+    # stay comparable.
+    if "reduce_scatter_with_fp32_accumulation" in ddp:
         sections["optim"] = {"gradients": "bf16"}
     megatron = {"transformer": transformer, "ddp": ddp}
     ranks, out = world(name, layout), str(tmp_path / "hf")
@@ -149,7 +151,7 @@ def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, 
 
 
 def some_layers(one, usual):
-    """In the forward passes that train, one of four layers is recomputed instead of all layers."""
+    """For each training micro-batch, the backward pass recomputes one of the four layers instead of all four."""
     again = (usual.calls["Layer.forward"] - 4 * usual.calls["Policy.forward"]) // 4
     return again > 0 and one.calls["Layer.forward"] == 4 * usual.calls["Policy.forward"] + again
 
@@ -169,7 +171,10 @@ def other_order(one, usual):
 
 
 def aligned(one, usual):
-    """In each step, the gathers of both chunks start before the first forward pass, instead of one before each pass."""
+    """In each step, the gathers of both chunks start before the first forward pass.
+
+    Without the option, each gather starts only once its chunk's pass has begun.
+    """
     starts = [[*pairwise(found)] for found in (one.gathers, usual.gathers)]
     both = [pairs.count(("gather", "gather")) for pairs in starts]
     return both == [len(SIZES), 0] and one.gathers[:3] == ["gather", "gather", 0] and usual.gathers[0] == 0

@@ -85,7 +85,7 @@ def counted(config, verb="train"):
 
 
 def numbers(folder):
-    """Return the metrics of all steps and evaluations, without times."""
+    """Return the metrics of all steps and evaluations, without those of time, speed and memory."""
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in log_of(folder)]
 
 

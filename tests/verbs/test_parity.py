@@ -303,7 +303,7 @@ def verdicts(done):
 def test_loss_that_reads_its_micro_batch_is_found(files, tiny_hf, tmp_path):
     """The run has one rank, stacked rows, and one pair per micro-batch.
 
-    Only the different micro-batches of the run that it is compared with can reveal the loss.
+    Only the comparison with a run that has different micro-batches can reveal such a loss.
     """
     done = command(files, tiny_hf("llama", num_hidden_layers=2), tmp_path / "run", "secret_mean", before=in_forks)
     assert done.codes == [1], done.said

@@ -1,4 +1,4 @@
-"""Tests that settings reach Megatron and torch, and that some weights are not trained or not decayed."""
+"""Tests that settings reach Megatron and torch, that the reference is not trained, and that norms do not decay."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Tests of the order of pairs, the blending of sources, and the distribution of pairs over ranks.
 
-The tests also check how many times each pair is used.
+The tests also check how many times each pair is used, and how a plan continues when a run resumes.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Tests of rotary embedding, head splitting and gated activation in every backend, against formulas in fp64."""
+"""Tests of rotary embedding, head splitting, norms and gated activation in every backend, with formulas in fp64."""
 
 import math
 

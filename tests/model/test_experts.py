@@ -1,4 +1,4 @@
-"""Tests of routers and of the weights of experts."""
+"""Tests of routers, of the weights of experts, and of layers that are exported but not trained."""
 
 import json
 import shutil

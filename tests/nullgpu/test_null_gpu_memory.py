@@ -1,4 +1,4 @@
-"""Tests of the memory that a rank needs: state, activations, and the allocator's reserve."""
+"""Tests of the memory that a rank needs: state, activations, the allocator's reserve, and the out-of-memory report."""
 
 import re
 

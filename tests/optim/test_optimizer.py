@@ -1,4 +1,4 @@
-"""Tests of learning-rate schedules against their formulas, and of the choice of weights with weight decay."""
+"""Tests of learning-rate schedules against their formulas, of the warmup's length, and of each group's weight decay."""
 
 import math
 

@@ -1,4 +1,8 @@
-"""Tests of the start of a run: resuming with the run's own config.yaml, and from a checkpoint of an older version."""
+"""Tests of the start of a run.
+
+They cover resuming with the run's own config.yaml and from a checkpoint of an older version, and the choice of
+micro-batches in the log and in checkpoints.
+"""
 
 import yaml
 

@@ -1,4 +1,4 @@
-"""Tests of parts of a run that `check` tries out: the loss, resuming from the checkpoint, and the trackers."""
+"""Tests of parts of a run that `check` tries: loss, resuming, trackers and intervals; and of its warnings."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tests of training the text part of a model that also reads images, in a whole run."""
+"""Tests of training the text part of a model that also reads images, and of models whose adapters are refused."""
 
 import json
 

@@ -35,7 +35,10 @@ def open_console(progress: str, total_steps: int, start_step: int) -> ConsoleSin
 
 
 class Clock:
-    """The local time for lines on the console: `HH:MM:SS`, and also the date in the first line of a new day."""
+    """The local time at the end of lines about metrics: `HH:MM:SS`, and also the date in the first line of a new day.
+
+    The time is not at the start of a line, so that the lines of a kind can be found by their first word.
+    """
 
     def __init__(self) -> None:
         self._day = datetime.now().date()
@@ -65,7 +68,9 @@ class PlainConsole:
         if self._quiet:
             return
         line = step_line(step, self._total, values, prefix)
-        self.say(line if prefix else f"{line}  eta {self._remaining(step)}")
+        if not prefix:
+            line += f"  eta {self._remaining(step)}"
+        self.say(f"{line}  {self._clock.stamp()}")
 
     def _remaining(self, step: int) -> str:
         """Estimate the remaining time from the pace since the first printed step; earlier steps are often slower."""
@@ -77,7 +82,7 @@ class PlainConsole:
         return clock((now - since) / (step - first) * (self._total - step))
 
     def say(self, text: str) -> None:
-        sys.stdout.write(f"{self._clock.stamp()} {text}\n")
+        sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
 
     def close(self) -> None:
@@ -106,12 +111,12 @@ class RichConsole:
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         if prefix:
-            self.say(step_line(step, self._total, values, prefix))
+            self.say(f"{step_line(step, self._total, values, prefix)}  {self._clock.stamp()}")
         else:
             self._progress.update(self._task, completed=step, metrics="  ".join(_shown(values, LIVE)))
 
     def say(self, text: str) -> None:
-        self._console.print(f"{self._clock.stamp()} {text}", markup=False, soft_wrap=True)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()

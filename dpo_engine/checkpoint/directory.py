@@ -11,7 +11,7 @@ checkpoints/
   step_00000008.2/             step 8, saved again because the first checkpoint is damaged; loading tries this one first
   step_00000012.tmp.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is writing
   step_00000004.old.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is removing
-  latest                       the name of the newest checkpoint, for people; the engine does not read this file
+  latest                       the name of the newest checkpoint, for people; the engine never reads this file
   best                         the name of the best checkpoint (checkpoint.keep_best), in the same form as `latest`
 ```
 

@@ -91,7 +91,7 @@ def fill(
 
 
 def leave_if_asked(engine: Engine, interruption: Interruption) -> None:
-    """Stop if a signal was received. Call this before the first segment of a store and between segments.
+    """Stop if any rank received a signal. Call this before the first segment of a store and between segments.
 
     *Collectives*: one MAX of a number over all ranks.
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.

@@ -1,4 +1,4 @@
-"""Make a run the only writer of its output directory, and check that all ranks see the same directories.
+"""Make a run or an export the only writer of its directory, and check that all ranks see the same directories.
 
 If `train.output_dir` is on a local disk of each node, the parts of a checkpoint are on different disks. Such a run
 trains to its end, but its checkpoints cannot be loaded. Therefore rank 0 writes a file with a random name to each
@@ -185,7 +185,7 @@ def _sees(path: Path, limit_s: float) -> bool:
         if time.monotonic() > deadline:
             return False
         with suppress(OSError):
-            # An NFS client can cache that a directory does not exist. Creating the directory makes it ask the server.
+            # An NFS client can cache that a directory does not exist. On mkdir, the client asks the server.
             path.parent.mkdir()
         time.sleep(pause)
         pause = min(2 * pause, longest)

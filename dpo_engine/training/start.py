@@ -67,20 +67,21 @@ def saved(
 ) -> Checkpoint:
     """Find the checkpoint for ``step`` (None: the newest intact checkpoint), and check that it fits the model.
 
-    All other settings of this run may differ from the settings in the checkpoint.
+    The optimizer and the frozen weights must also match. All other settings may differ from the checkpoint's settings.
 
     say      called on every rank with a line for each skipped checkpoint
     way_out  advice in the error message if there is no checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`.
-    Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint, or if it has another model.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint, or if its model,
+    optimizer or frozen weights differ from this run's.
     """
     folder = engine.config.checkpoint_dir
     found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
     if found is None:
         raise CheckpointError(f"{folder}: contains no checkpoint; train first, or {way_out}")
     optim = engine.config.optim
-    mine = {"optim.optimizer": optim.optimizer, "optim.freeze": frozen(engine.config)}  # they select the saved state
+    mine = {"optim.optimizer": optim.optimizer, "optim.freeze": frozen(engine.config)}  # saved state depends on them
     mine |= model_identity(engine.arch, engine.adapter_identity)
     compare(found.manifest["identity"], mine, where=found.directory)
     return found

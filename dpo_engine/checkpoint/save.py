@@ -330,7 +330,7 @@ class Saver:
         return self.history.stat().st_size if self._first and self.history.exists() else 0
 
     def _state(self) -> dict[str, Tensor]:
-        """Return the flat tensors that this rank writes, by key. Trained weights and moments are views."""
+        """Return this rank's flat tensors by key: views of trained weights and moments, and frozen weights in fp32."""
         groups, trained = self.groups, self.trained
         rank = groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}

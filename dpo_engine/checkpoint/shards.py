@@ -5,8 +5,7 @@ position of the tensor's first element in the flattened shard. For a matrix of a
 the rank among the ranks that the matrix is split over. The kinds are:
 
 - ``main``: the fp32 weights, trained and frozen
-- ``exp_avg`` and ``exp_avg_sq``: Adam's moments. For another optimizer, the names of its tensors, such as
-  ``momentum_buffer``
+- ``exp_avg`` and ``exp_avg_sq``: Adam's moments. Another optimizer has other kinds, such as ``momentum_buffer``
 - ``reference``: the weights of a reference that is periodically updated from the policy (``reference.sync_every``)
 - ``random``: the state of a random number generator. The key contains the generator's name instead of a parameter, and
   the global rank instead of the tensor-parallel rank.

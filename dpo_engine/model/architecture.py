@@ -227,12 +227,15 @@ class Architecture:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of all fields: two architectures have the same digest if and only if all fields are equal."""
+        """Digest of :attr:`facts`. Two architectures have the same digest if and only if their facts are equal."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The fields as JSON values. A field that has its default is omitted, except ``sliding_window``."""
+        """The fields as JSON values. Fields that have their defaults are omitted, except ``sliding_window``.
+
+        An empty ``sliding_layers``, () or None, is also omitted, and so are newer fields of ``experts`` with defaults.
+        """
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
         if not self.sliding_layers:  # () and None need no distinction: no family with windows uses both

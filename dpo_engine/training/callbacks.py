@@ -63,7 +63,7 @@ class Callback:
         """Called after each step. Numbers that rank 0 adds to ``metrics`` are logged with the step's metrics."""
 
     def on_eval(self, run: Run, metrics: dict[str, float]) -> str | None:
-        """Called after each evaluation, like :meth:`on_step`. The metrics are logged with the prefix ``eval/``."""
+        """Called after each evaluation, with metrics named as in a step. In logs, they have the prefix ``eval/``."""
 
     def on_save(self, run: Run, directory: Path) -> str | None:
         """Called after a checkpoint is complete in ``directory``. Saves may take several steps."""

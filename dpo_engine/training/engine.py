@@ -138,7 +138,7 @@ class Engine:
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether activations between tensor-parallel regions are split along the sequence."""
+        """Whether sequence parallelism shards the activations outside the tensor-parallel regions."""
         asked = self.config.parallel.sequence_parallel
         return self.groups.dims.tp > 1 if asked == "auto" else asked
 
@@ -204,7 +204,7 @@ class Engine:
         return bool(adapted) and min(map(layer_of, adapted)) > 0
 
     def load_start(self, *, recompute: str = "none") -> list[Policy]:
-        """Load the model that the run starts from. If it trains adapters, they are new or from ``adapter.path``."""
+        """Load the model that the run starts from. If the run has adapters, they are new or from adapter.path."""
         chunks = self.load_model(self.config.model.path, recompute=recompute)
         if self.adaptation:
             dtype = torch.promote_types(self.dtype, torch.float32)

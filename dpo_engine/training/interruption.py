@@ -141,7 +141,7 @@ class Interruption:
         self._met.set()
         due = after is not None and self._due(after) and group.rank() == 0
         mine = TIME if due else self.received or FINISH * self.finish
-        flag = torch.full((), mine, dtype=torch.int64, device=device)  # a copy from the host would wait
+        flag = torch.full((), mine, dtype=torch.int64, device=device)  # torch.tensor would make the host wait
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
         number = int(flag)
         if number == FINISH:

@@ -19,7 +19,7 @@ SHOWN = 6
 
 
 SCORING = ("reference.", "train.micro_batch_size", "batch.", "parallel.")
-"""Prefixes of the changes that also help a command that only scores pairs, without gradients and optimizer."""
+"""Prefixes of the names of changes that also help a command that only scores pairs, without gradients and optimizer."""
 
 
 @contextmanager

@@ -147,8 +147,8 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
     with a different number of ranks, rank 0 answers at once, because later ranks may not exist. ``wait`` waits for
     a key and returns its value; None: ``store.get``, with the store's own time limit.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` with a line for each difference, on every rank. If a rank was started
-    with more ranks than rank 0, and rank 0 does not expect this rank, only this rank raises the error.
+    Raises :class:`~dpo_engine.errors.ConfigError` with a line for each difference, on every rank. If all
+    ranks that rank 0 expects agree, an additional rank, started with another number of ranks, raises the error alone.
     """
     if world == 1:
         return

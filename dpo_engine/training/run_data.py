@@ -81,7 +81,7 @@ def open_data(
 
 
 def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -> Config:
-    """Return the configuration with a fixed date, which the run's chat template reads.
+    """Return the configuration with a fixed date for the run's chat template.
 
     The date is the one in the newest checkpoint that records a date, or else today's date. Without a fixed date, a
     template that writes the date would produce different tokens after midnight. If data.template_date is set, or if the

@@ -129,7 +129,7 @@ def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def fused_of(arch: Architecture) -> tuple[Fused, ...]:
-    """Return the tensors that contain all experts of a layer, which checkpoints of a family may have."""
+    """Return the other forms in which checkpoints of a family may store the tensors of a layer with experts."""
     return getattr(FAMILIES[arch.model_type], "fused", ())
 
 

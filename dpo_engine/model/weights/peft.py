@@ -2,7 +2,7 @@
 
 An adapter is accepted only if it consists of tensors that the engine's adapters also have, and is to be added to the
 checkpoint's unchanged weights. PEFT can load other adapters without an error, but may ignore some of their tensors and
-then compute another model.
+then compute a different model.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ def _is_name(value: Any) -> bool:
 def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str:
     """Return the text of the ``adapter_config.json`` for adapters of the checkpoint ``base``.
 
-    PEFT sorts the patterns by name, so another pattern may match first. Patterns are therefore written as whole names.
+    PEFT sorts the patterns by name, so a different pattern could match first. Patterns are therefore written as whole
+    names.
     """
     adapted = adapter_shapes(adaptation, arch)
     # An expression may also match modules that are not projections. PEFT would add adapters to them.
@@ -293,7 +294,7 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
 
 
 def other_base(asked: AdapterConfig | None, path: str) -> list[str]:
-    """Return a warning if the adapter to start from names another base model than ``path``.
+    """Return a warning if the adapter to start from names a base model other than ``path``; else an empty list.
 
     Only the last parts of the names are compared, because each machine has its own directories.
     """

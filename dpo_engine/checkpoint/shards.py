@@ -36,7 +36,7 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write flat tensors to one safetensors file and sync it to disk. Return the file's size and SHA-256.
 
-    The tensors may be on a GPU; they are copied one at a time. The hash is computed while writing.
+    The tensors can be on a GPU; they are copied one at a time. The hash is computed while writing.
 
     written  called after each block with the number of its bytes
     """
@@ -133,7 +133,7 @@ class Pieces:
     def elements(self, kind: str, placed: Placed, start: int, stop: int) -> Tensor:
         """Return elements ``start`` to ``stop`` of this rank's flattened shard, in this run's layout.
 
-        The checkpoint may have been saved with a different tensor-parallel size.
+        The checkpoint can be from a run with a different tensor-parallel size.
 
         Raises ``KeyError`` with the parameter's name if elements are missing.
         """

@@ -93,7 +93,7 @@ class Adaptation:
         return AdapterShape(rank, alpha / (math.sqrt(rank) if self.rslora else rank))
 
     def setting(self, name: str, projection: str) -> Any:
-        """Return the ``rank`` or ``alpha`` of a projection's adapter, which a pattern may set."""
+        """Return the ``rank`` or ``alpha`` of a projection's adapter, which a pattern can set."""
         patterns: Sequence[tuple[str, Any]] = getattr(self, f"{name}_pattern")
         return next((value for pattern, value in patterns if matches(pattern, projection)), getattr(self, name))
 
@@ -123,7 +123,7 @@ def layer_of(projection: str) -> int:
 def projection_rules(arch: Architecture) -> list[Rule]:
     """Return the weight table's rules for the matrices that can be adapted.
 
-    These are the matrices of the layers' sharded linear modules, without those of experts.
+    These are the matrices of the layers' sharded linear modules, except the matrices of experts.
     """
     return [
         rule

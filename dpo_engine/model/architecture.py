@@ -22,7 +22,7 @@ FAMILIES = Registry("model family")
 class Architecture:
     """The properties that determine a decoder's computation and the shapes of its weights.
 
-    head_dim         may differ from hidden_size / num_attention_heads
+    head_dim         size of a head, which can differ from hidden_size / num_attention_heads
     norm_eps         epsilon of every norm, which is added to the mean square or to the variance
     qkv_bias         whether the query, key and value projections have biases
     qk_norm          whether queries and keys are normalized per head

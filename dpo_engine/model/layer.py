@@ -108,7 +108,7 @@ class Attention(SelfAttention):
 class Layer(TransformerLayer):
     """A layer of any architecture.
 
-    The inputs of attention and MLP may be normalized, and their outputs may be normalized and scaled. The MLP reads
+    The inputs of attention and MLP can be normalized, and their outputs can be normalized and scaled. The MLP reads
     either the sum of the hidden states and the attention's output, or the same hidden states as attention.
     """
 

@@ -61,7 +61,7 @@ def schedule_problems(config: Config) -> list[str]:
             factors(name, options, TRIED_STEPS)
         except ValueError as error:
             return [str(error)]
-        except Exception as error:  # a plugin's code may raise anything
+        except Exception as error:  # a plugin's code can raise anything
             return [f"optim.schedule={name}: failed: {type(error).__name__}: {error}; fix the schedule"]
     return problems
 

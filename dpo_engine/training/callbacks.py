@@ -51,7 +51,7 @@ class Run(Protocol):
 class Callback:
     """Base class of callbacks. The training loop calls its methods on every rank; a subclass overrides some of them.
 
-    ``on_step``, ``on_eval`` and ``on_save`` may return a reason to end the run, such as ``"no gain in 3 evaluations"``.
+    ``on_step``, ``on_eval`` and ``on_save`` can return a reason to end the run, such as ``"no gain in 3 evaluations"``.
     The run then ends after the current step, or after the next step for ``on_save``. It ends with a last evaluation, a
     checkpoint, and an export, even if only one rank returned a reason.
     """
@@ -66,7 +66,7 @@ class Callback:
         """Called after each evaluation, with metrics named as in a step. In logs, they have the prefix ``eval/``."""
 
     def on_save(self, run: Run, directory: Path) -> str | None:
-        """Called after a checkpoint is complete in ``directory``. Saves may take several steps."""
+        """Called after a checkpoint is complete in ``directory``. A save can take several steps."""
 
     def on_end(self, run: Run) -> None:
         """Called when training ends, also after an error. This method must not communicate with other ranks."""

@@ -228,7 +228,7 @@ class Engine:
         return build_optimizer(wrapped, self.config.optim, parallel=parallel, total_steps=total_steps)
 
     def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
-        """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, which may be DDP-wrapped."""
+        """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, which can be DDP-wrapped."""
         plain = [getattr(chunk, "module", chunk) for chunk in chunks]
         load_hf(plain, self.arch, path, groups=self.groups, key=key)
 

@@ -108,7 +108,7 @@ def wanted_keys(pairs: Sequence[PairDataset]) -> np.ndarray:
 def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Find which keys are missing from the store.
 
-    Other jobs may add segments at any time, so rank 0 reads the store for all ranks.
+    Other jobs can add segments at any time, so rank 0 reads the store for all ranks.
 
     wanted   keys to look for [n]
 

@@ -30,9 +30,9 @@ from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.rank_guard import PER_NODE, ranks_text
 
 LOOK_S = 10.0
-"""Seconds for which a rank looks for a file, because NFS may show a new directory only after a while."""
+"""Seconds for which a rank looks for a file, because NFS can show a new directory with a delay."""
 LOOK_PER_NODE_S = 1.0
-"""Seconds for which a rank looks for a file in a directory that may be a different one on each node."""
+"""Seconds for which a rank looks for a file in a directory that is possibly a different one on each node."""
 POLL_S = (0.05, 1.0)
 """Initial and maximum number of seconds between two attempts to read a file."""
 MOST_HOSTS = 3

@@ -186,7 +186,7 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
 
 
 def _measure_in_processes(config: Config, ranks: int, folder: Path, *, fp64: bool) -> dict[str, Any]:
-    """Run :func:`measure` in new processes on this machine, so that this process does not occupy device memory."""
+    """Run :func:`measure` in new processes on this machine, because this process must not occupy device memory."""
     folder.mkdir()
     (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []

@@ -214,7 +214,7 @@ def _most_steps(config: Config, pairs: int | None) -> tuple[int | None, int | No
 
 
 def _steps(config: Config, pairs: int | None) -> str:
-    """Describe the numbers of steps and pairs. Tokenization may drop some records later."""
+    """Describe the numbers of steps and pairs. Tokenization can drop some records later."""
     steps, epoch = _most_steps(config, pairs)
     if pairs is None or steps is None:
         return f"at most {steps}" if steps else "unknown until the pairs are counted"

@@ -66,7 +66,7 @@ REASONS = {
 
 
 def read_adaptation(directory: str | Path, arch: Architecture) -> Adaptation:
-    """Read the settings of the PEFT adapter in ``directory``, which may be a Hub id.
+    """Read the settings of the PEFT adapter in ``directory``, which can also be a Hub id.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with all problems: files that cannot be read, features that the
     engine's adapters do not have, and targets that the model does not have.
@@ -173,7 +173,7 @@ def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str
     names.
     """
     adapted = adapter_shapes(adaptation, arch)
-    # An expression may also match modules that are not projections. PEFT would add adapters to them.
+    # An expression can also match modules that are not projections. PEFT would add adapters to them.
     targets = list(adapted) if isinstance(adaptation.targets, str) else sorted(adaptation.targets)
     values = {
         "alpha_pattern": _deviations(adaptation, adapted, "alpha"),
@@ -203,7 +203,7 @@ def _deviations(adaptation: Adaptation, projections: Sequence[str], setting: str
 
 
 class AdapterFiles(CheckpointFiles):
-    """The tensors of the PEFT adapter in ``directory``, which may be a Hub id."""
+    """The tensors of the PEFT adapter in ``directory``, which can also be a Hub id."""
 
     def __init__(self, directory: str | Path):
         super().__init__(directory, KEY)

@@ -11,8 +11,8 @@ checkpoints/
   step_00000008.2/             step 8, saved again because the first checkpoint is damaged; loading tries this one first
   step_00000012.tmp.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is writing
   step_00000004.old.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is removing
-  latest                       the name of the newest checkpoint, for people; the engine does not read this file
-  best                         the name of the best checkpoint (checkpoint.keep_best), in the same form as `latest`
+  latest                       the name of the newest checkpoint, for people; the engine never reads this file
+  best                         the name of the best checkpoint (checkpoint.keep_best), in the form of `latest`
 ```
 
 Once a directory has its final name, nothing writes to it.
@@ -227,7 +227,7 @@ def verify(directory: Path, *, part: int = 0, parts: int = 1, meter: Meter | Non
 
 
 def _patiently(read: Callable[[], T]) -> T:
-    """Return ``read()``. Retry after errors that may be temporary (:data:`PASSING`)."""
+    """Return ``read()``. Retry after errors that can be temporary (:data:`PASSING`)."""
     for again_s in TRY_AGAIN_S:
         try:
             return read()

@@ -15,8 +15,8 @@ lease if there is no lease, if the last lease was released, or if the holder of 
    every `RENEW_S` seconds in a thread: it sets the file's modification time. The watcher compares this time only with
    the time that it read before, never with its own clock, and watches longer if the storage answers slowly.
 
-A new holder removes the older files before it writes anything else. A former holder may only have been suspended, or
-cut off from the storage. At its next renewal or before its next save, it finds that its file is gone, and ends at once.
+Before a new holder writes anything else, it removes the older files. A former holder may still be alive: it was merely
+suspended, or cut off from the storage. At its next renewal or save, it finds that its file is gone, and ends at once.
 
 Why this way: locks (flock) do not work on all network storage, and can be lost silently there. Creating a file
 exclusively works on NFS since version 3. No process ever replaces a file of another process, and a number is never used
@@ -57,7 +57,7 @@ SLOWEST_READS = 3
 POLL_S = (0.02, 1.0)
 """Initial and maximum number of seconds between two reads of another run's lease."""
 QUIET_S = 1.0
-"""Seconds of waiting after which one line reports that this process waits."""
+"""Seconds after which a waiting process says, once, that it is waiting."""
 LARGEST = 1 << 16
 _NAME = re.compile(r"(\d{8})\.json")
 _FIELDS = {"host": str, "pid": int, "started": str, "machine": str, "since": str, "job": str, "restarts": int}
@@ -71,7 +71,7 @@ class Holder:
     machine   text that identifies the running system and the process namespace in which ``pid`` is valid
     since     time at which the lease was taken (UTC)
     job       cluster and number of the Slurm job; empty outside Slurm
-    restarts  how often Slurm has restarted the job
+    restarts  number of times that Slurm has restarted the job
     token     random text that no other lease contains
     """
 
@@ -261,7 +261,7 @@ def take(
 def refuse_if_held(output: Path) -> None:
     """Raise the error of :func:`take` if a process on this machine holds the lease. Write nothing, and do not wait.
 
-    This needs no process groups and no torch, so that a second start is refused within a second.
+    This needs no process groups and no torch. A second start is therefore refused within a second.
     """
     with suppress(OSError):  # take() reports a directory that cannot be read
         last = _newest(output / FOLDER)
@@ -272,7 +272,7 @@ def refuse_if_held(output: Path) -> None:
 
 def _refusal(name: str, holder: Holder | str) -> CheckpointError:
     return CheckpointError(
-        f"{name}: another run is writing there ({holder}); stop it or wait for its end, or set another "
+        f"{name}: another run is writing there ({holder}); stop it, wait until it ends, or set another "
         f"{name.partition('=')[0]}"
     )
 

@@ -134,7 +134,7 @@ def load_checkpoint(
     following: Sequence[torch.nn.Module] = (),
     random: bool = True,
 ) -> None:
-    """Load a checkpoint's state into ``trained``. The checkpoint may have been saved in any parallel layout.
+    """Load a checkpoint's state into ``trained``. The checkpoint can be from any parallel layout.
 
     following  model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
                their weights are loaded, too

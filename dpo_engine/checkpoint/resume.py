@@ -38,7 +38,7 @@ UNRECORDED = {"adapter": None, "optim.optimizer": "adamw", "optim.freeze": [], "
 """Values of the keys that checkpoints of earlier versions do not record."""
 
 RESTARTING = ("train_data", "order")
-"""Keys whose change makes the saved data position invalid, so that training starts at the beginning of the data."""
+"""Keys whose change makes the saved data position invalid. Training then starts at the beginning of the data."""
 
 COUNTING = (*RESTARTING, "global_batch_size")
 """Keys whose change also changes the number of steps. Accepting such a change also accepts a new ``total_steps``."""

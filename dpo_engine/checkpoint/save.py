@@ -110,7 +110,7 @@ class Saver:
         self._kept = {"keep_last": keep_last, "keep_best": keep_best, "damaged": self.damaged}
         self.confirm = confirm
         self.saved = saved
-        self.took_s = 0.0  # how long the last completed save took on the slowest rank
+        self.took_s = 0.0  # duration of the last completed save, on the slowest rank
         self._spent_s = 0.0  # time spent so far on the current save
         self._first = groups.world.rank() == 0
         self._flag = torch.zeros((), dtype=torch.int64, device=device)
@@ -301,7 +301,8 @@ class Saver:
     def _publish(self, work: Path, manifest: dict[str, Any]) -> tuple[Path | None, Path | None, list[str]]:
         """On rank 0, complete the checkpoint.
 
-        Returns its directory, the directory of the best checkpoint, and the names of the checkpoints to remove
+        Returns its directory, the directory of the best checkpoint, and the names of the checkpoints to remove. On the
+        other ranks, these are None, None and no names.
         """
         final, best, old = None, None, []
         if self._first:
@@ -329,7 +330,7 @@ class Saver:
         return self.history.stat().st_size if self._first and self.history.exists() else 0
 
     def _state(self) -> dict[str, Tensor]:
-        """Return the flat tensors that this rank writes, by key. Weights and moments are views, not copies."""
+        """Return this rank's flat tensors by key: views of trained weights and moments, and frozen weights in fp32."""
         groups, trained = self.groups, self.trained
         rank = groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}

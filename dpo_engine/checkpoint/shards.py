@@ -4,8 +4,8 @@ All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel ra
 position of the tensor's first element in the flattened shard. For a matrix of an expert, the tensor-parallel rank is
 the rank among the ranks that the matrix is split over. The kinds are:
 
-- ``main``: the fp32 weights
-- ``exp_avg`` and ``exp_avg_sq``: Adam's moments
+- ``main``: the fp32 weights, trained and frozen
+- ``exp_avg`` and ``exp_avg_sq``: Adam's moments. Another optimizer has other kinds, such as ``momentum_buffer``
 - ``reference``: the weights of a reference that is periodically updated from the policy (``reference.sync_every``)
 - ``random``: the state of a random number generator. The key contains the generator's name instead of a parameter, and
   the global rank instead of the tensor-parallel rank.
@@ -36,7 +36,7 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write flat tensors to one safetensors file and sync it to disk. Return the file's size and SHA-256.
 
-    The tensors may be on a GPU; they are copied one at a time. The hash is computed while writing.
+    The tensors can be on a GPU; they are copied one at a time. The hash is computed while writing.
 
     written  called after each block with the number of its bytes
     """
@@ -68,7 +68,7 @@ def write_shard(
 
 
 def copy_to_host(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy ``tensors`` to ``buffers`` in host memory. Return the buffers. A buffer of another shape is replaced."""
+    """Copy ``tensors`` to ``buffers`` in host memory. Return the buffers. Buffers of other shapes are replaced."""
     for key, tensor in tensors.items():
         if key not in buffers or buffers[key].shape != tensor.shape:
             buffers[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
@@ -127,13 +127,13 @@ class Pieces:
         return {name: self.files[piece.file].get_tensor(piece.key) for name, piece in pieces.items()}
 
     def size(self, kind: str, name: str, tp_rank: int) -> int:
-        """Return the number of elements in the shard that ``tp_rank`` wrote."""
+        """Return the number of elements in the shard that ``tp_rank`` wrote; 0 if there is no such shard."""
         return max((piece.stop for piece in self.found.get((kind, name, tp_rank), ())), default=0)
 
     def elements(self, kind: str, placed: Placed, start: int, stop: int) -> Tensor:
         """Return elements ``start`` to ``stop`` of this rank's flattened shard, in this run's layout.
 
-        The checkpoint may have been saved with a different tensor-parallel size.
+        The checkpoint can be from a run with a different tensor-parallel size.
 
         Raises ``KeyError`` with the parameter's name if elements are missing.
         """

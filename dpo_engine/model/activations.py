@@ -1,4 +1,4 @@
-"""Activations of MLPs. Plugins may register others."""
+"""Activations of MLPs. Plugins can register others."""
 
 from functools import partial
 

@@ -42,9 +42,9 @@ class AdapterShape(NamedTuple):
 class Adaptation:
     """The settings of all adapters of a model, with PEFT's semantics.
 
-    targets        names, which select the projections whose names are equal to them or end with them; or a regular
-                   expression, which must match the whole name of a projection
-    layers         indices of the adapted layers; None: all
+    targets        names of projections, or last parts of names such as ``q_proj``; or a regular expression that must
+                   match a projection's whole name
+    layers         indices of the adapted layers; None: all. Targets that are whole names are adapted in any layer
     rank_pattern   pairs of a regular expression and a rank; the rank of the first pair whose expression matches the
                    name of a projection, or the end of the name, replaces ``rank``
     alpha_pattern  pairs of a regular expression and a value that replaces ``alpha`` in the same way
@@ -93,7 +93,7 @@ class Adaptation:
         return AdapterShape(rank, alpha / (math.sqrt(rank) if self.rslora else rank))
 
     def setting(self, name: str, projection: str) -> Any:
-        """Return the ``rank`` or ``alpha`` of a projection's adapter, which a pattern may set."""
+        """Return the ``rank`` or ``alpha`` of a projection's adapter, which a pattern can set."""
         patterns: Sequence[tuple[str, Any]] = getattr(self, f"{name}_pattern")
         return next((value for pattern, value in patterns if matches(pattern, projection)), getattr(self, name))
 
@@ -123,7 +123,7 @@ def layer_of(projection: str) -> int:
 def projection_rules(arch: Architecture) -> list[Rule]:
     """Return the weight table's rules for the matrices that can be adapted.
 
-    These are the matrices of the layers' sharded linear modules, without those of experts.
+    These are the matrices of the layers' sharded linear modules, except the matrices of experts.
     """
     return [
         rule
@@ -245,7 +245,7 @@ class LayerAdapters(NamedTuple):
     parameters  number of parameters of the adapters
     attention   difference in the number of activations per token that attention keeps for the backward pass, compared
                 with training all weights: adapters keep more, but frozen linears do not keep their inputs
-    mlp         the same for the MLP
+    mlp         the same difference for the MLP
     """
 
     parameters: int = 0
@@ -256,7 +256,7 @@ class LayerAdapters(NamedTuple):
 def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: int, *, split: bool) -> LayerAdapters:
     """Return the memory that the adapters of a layer add on each of ``tp`` ranks.
 
-    split   whether sequence parallelism splits the activations between tensor-parallel regions
+    split   whether sequence parallelism shards the activations outside the tensor-parallel regions
     """
     parameters, kept = 0, {"attention": 0, "mlp": 0}
     for rule in layer_rules(arch, layer):

@@ -70,6 +70,7 @@ class Adapter(nn.Module):
     linear   the adapted linear, already on its device
     base     rule of the linear's weight
     shapes   for each projection of the rule, by the last part of its name: its adapter, or None
+    parts    names of the parts that each adapter has, from :func:`~dpo_engine.model.adaptation.parts_of`
     dtype    dtype of the adapter's parameters
 
     All parameters belong to this module directly, and not to child modules. When a module is called, DDP waits for the
@@ -122,7 +123,7 @@ class Adapter(nn.Module):
 
     @property
     def adapted(self) -> list[tuple[str, AdapterShape]]:
-        """The projections that have an adapter."""
+        """The projections that have an adapter, each with the adapter's rank and scale."""
         return [(name, shape) for name, shape in self.shapes.items() if shape is not None]
 
     def share(self, name: str, part: str) -> nn.Parameter:
@@ -231,9 +232,10 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def reset_magnitude(self, weight: Tensor) -> None:
-        """Set the magnitudes to the norms of the linear's rows. Call this after the linear's weights are loaded.
+        """With DoRA, set the magnitudes to the norms of the linear's rows. Call this after the weights are loaded.
 
-        *Collectives*: with sharded columns, a SUM of one number per row over tp; if ranks gather ``B``, an all-gather.
+        *Collectives* with DoRA: if columns are sharded, a SUM of one number per row over tp; if ranks gather ``B``, an
+        all-gather of these numbers.
         """
         if not self.dora:
             return
@@ -298,7 +300,7 @@ def adapters(chunks: Sequence[nn.Module]) -> Iterator[Adapter]:
 
 @contextmanager
 def adapters_off(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Make the model compute without its adapters inside a ``with`` block."""
+    """Make the model compute without its adapters inside a ``with`` block. On exit, all adapters are turned on."""
     found = list(adapters(chunks))
     for adapter in found:
         adapter.active = False
@@ -322,7 +324,7 @@ class AdapterValues:
         self._values = {name: parameter.detach().clone() for name, parameter in self._own.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the values under the names of the chunk's parameters."""
+        """Yield the values under the names of the chunk's trained parameters."""
         yield from self._values.items()
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ FAMILIES = Registry("model family")
 class Architecture:
     """The properties that determine a decoder's computation and the shapes of its weights.
 
-    head_dim         may differ from hidden_size / num_attention_heads
+    head_dim         size of a head, which can differ from hidden_size / num_attention_heads
     norm_eps         epsilon of every norm, which is added to the mean square or to the variance
     qkv_bias         whether the query, key and value projections have biases
     qk_norm          whether queries and keys are normalized per head
@@ -227,12 +227,15 @@ class Architecture:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of all fields: two architectures have the same digest if and only if all fields are equal."""
+        """Digest of :attr:`facts`. Two architectures have the same digest if and only if their facts are equal."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The fields as JSON values. A field that has its default is omitted, except ``sliding_window``."""
+        """The fields as JSON values. Fields that have their defaults are omitted, except ``sliding_window``.
+
+        An empty ``sliding_layers``, () or None, is also omitted, and so are newer fields of ``experts`` with defaults.
+        """
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
         if not self.sliding_layers:  # () and None need no distinction: no family with windows uses both

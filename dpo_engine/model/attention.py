@@ -202,7 +202,7 @@ class CoreAttention(nn.Module):
         """Compute attention of this rank's queries over the whole row.
 
         query           [s/cp, b, n/t, d], or [q, b, n/t, d] with ``columns``     key, value  [s/cp, b, n_kv/t, d].
-                        Heads of values may have another size than heads of queries and keys
+                        The size of value heads can differ from the size of query and key heads
         attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees (b is 1), or
                         None for causal rows. This is not a mask; we use this argument because Megatron passes it
                         unchanged to every layer and to recomputation
@@ -247,7 +247,7 @@ class CoreAttention(nn.Module):
         return torch.cat(parts).flatten(2)
 
     def _options(self, tree: Tree, sinks: Tensor | None) -> dict[str, Any]:
-        """Return only the options of ``tree_attention`` that have an effect, because a backend may lack the others."""
+        """Return only the options of ``tree_attention`` that have an effect, because a backend can lack the others."""
         options = {"window": tree.effective(self.window), "softcap": self.softcap, "sinks": sinks}
         return {name: value for name, value in options.items() if value is not None}
 

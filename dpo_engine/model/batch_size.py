@@ -126,7 +126,7 @@ def choose_tokens(
 
 
 def _room(config: Config, arch: Architecture, dims: ParallelDims, dtype: str, device_memory: int, most: int) -> int:
-    """Return ``most`` if so many tokens fit into the memory, else the largest multiple of 256 that fits."""
+    """Return ``most`` if that many tokens fit into the memory, else the largest multiple of 256 that fits, or 0."""
 
     def too_large(tokens: int) -> bool:
         return memory(config, arch, dims, dtype=dtype, tokens=tokens).needed > USABLE * device_memory

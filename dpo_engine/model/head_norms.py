@@ -15,7 +15,7 @@ from dpo_engine.model.norms import RMSNorm, norm_of, norm_parameter
 
 
 class HeadNorm(RMSNorm):
-    """Root-mean-square norm of each head before it is rotated, which :func:`dpo_kernels.split_heads` computes."""
+    """Root-mean-square norm of each head before the rotation. :func:`dpo_kernels.split_heads` computes this norm."""
 
     def forward(self) -> Tensor:
         """Return the weight. Calling the module runs Megatron's hook that waits until the weight is gathered."""

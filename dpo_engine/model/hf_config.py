@@ -13,7 +13,7 @@ LARGEST = 2**24
 
 
 class HFConfig:
-    """Typed access to the fields of a ``config.json``, which collects all problems instead of raising at the first one.
+    """Typed access to the fields of a ``config.json``. It collects all problems instead of raising the first.
 
     A field that is absent or null gets its default; a field without a default is required. If a field has a problem,
     its accessor returns a placeholder, and :meth:`finish` raises the error later.
@@ -75,7 +75,7 @@ MEGATRON_FILES = (".metadata", "metadata.json", "common.pt", "latest_checkpointe
 
 
 def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig:
-    """Read the ``config.json`` in ``directory``, which may be a Hub id.
+    """Read the ``config.json`` in ``directory``, which can also be a Hub id.
 
     key   configuration key whose value is the directory, for error messages
 

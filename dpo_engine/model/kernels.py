@@ -24,18 +24,20 @@ def choose_kernels(
     """Set the backend for each group of operations in this process.
 
     asked  ``model.attention`` and ``model.head``, by group. With ``auto``, a plugin or the environment variable
-           ``DPO_KERNELS`` can choose the backend. If neither does, attention runs on ``varlen`` if flash attention
-           supports the dtype and the head size, else on ``sdpa``. There are two exceptions, for which attention runs on
-           ``triton`` if the group ``layer`` does (see below): soft caps, because flash attention does not have them,
-           and context parallelism, because ``varlen`` then copies the keys of a path for each block of queries
+           ``DPO_KERNELS`` can choose the backend. If neither does, the head runs on ``eager``. Attention runs on
+           ``varlen`` if flash attention supports the device, dtype and head size, else on ``sdpa``. There are two
+           exceptions, for which attention runs on ``triton`` if the group ``layer`` does by default (see below): soft
+           caps, because flash attention does not have them (without ``triton``: ``sdpa``), and context parallelism,
+           because ``varlen`` then copies the keys of a path for each block of queries
     needs  options of ``tree_attention`` that the model's layers use, from
            :func:`~dpo_engine.model.attention.attention_options`
     cp     number of ranks of context parallelism
 
-    On a GPU, the group ``layer`` (head splitting, rotary embedding, gated activation) runs on ``triton`` if the package
-    triton can run there and the dtype is not fp64. In all other cases, it runs on ``eager``.
+    On a GPU, the default of the group ``layer`` (head splitting, rotary embedding, gated activation, norms) is
+    ``triton`` if the package triton can run there and the dtype is not fp64. In all other cases, it is ``eager``.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown or cannot be used on this machine.
+    Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown, cannot be used on this machine, or
+    does not support the dtype, the head size or the options that the model needs.
     """
     flash = platform.gpu and dtype is torch.bfloat16 and arch.head_dim <= WIDEST_HEAD
     fused = platform.gpu and dtype is not torch.float64 and triton_can_run()

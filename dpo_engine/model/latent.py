@@ -1,7 +1,8 @@
 """Multi-head latent attention: queries, keys and values are computed from much smaller vectors.
 
-Megatron's own module cannot be used. It computes rotary angles from indices in the row, but rows of trees and shares of
-context-parallel ranks have other positions. The names of the parameters are Megatron's.
+Megatron's own module cannot be used. It computes rotary angles from a token's index, but in a row of trees, or in a
+context-parallel rank's share of a row, a token's position differs from its index. The names of the parameters are
+Megatron's.
 
 Not covered: Transformer Engine's modules, and the smaller cache that this attention allows in inference.
 """
@@ -35,8 +36,8 @@ class Replicated(nn.Module):
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype, device=device))
         # With sequence parallelism, a rank computes the gradient from its own tokens, and Megatron sums it over tp.
-        # Without sequence parallelism, the next layer is a sharded linear layer, whose backward pass sums the gradient
-        # of this layer's output over tp.
+        # Without it, the backward pass of the sharded linear layer that follows sums the gradient of this layer's
+        # output over tp.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,8 +114,8 @@ class LatentAttention(nn.Module):
         plain, rotary = query.unflatten(-1, (-1, self.width)).split([inside.plain, inside.rotary], dim=-1)
         query = torch.cat([plain, rotate(rotary, table, self.neighbors)], dim=-1)
         small, shared = self.linear_kv_down_proj(hidden).split([inside.rank, inside.rotary], dim=-1)
-        # All heads share this part of the keys. A tp rank computes its gradient from the rank's own heads only, so the
-        # gradients of all tp ranks are summed.
+        # All heads share this part of the keys. Each tp rank computes the gradient of this part from its own heads
+        # only, so the gradients of all tp ranks are summed.
         if self.config.sequence_parallel:
             shared = gather_from_sequence_parallel_region(shared, group=self.tp)
         else:

@@ -79,7 +79,7 @@ class Attention(SelfAttention):
         return self.linear_proj(core(query, key, value, attention_mask))
 
     def _heads(self, hidden_states: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries [s/cp, r, n/t, d], rotated keys and values [s/cp, r, n_kv/t, d]."""
+        """Return rotated queries [s/cp, r, n/t, d], rotated keys [s/cp, r, n_kv/t, d], and values like the keys."""
         mixed, _ = self.linear_qkv(hidden_states)
         groups, ranks = self.config.num_query_groups, self.pg_collection.tp.size()
         shared = max(ranks // groups, 1)  # number of ranks that share a key head
@@ -108,7 +108,7 @@ class Attention(SelfAttention):
 class Layer(TransformerLayer):
     """A layer of any architecture.
 
-    The inputs of attention and MLP may be normalized, and their outputs may be normalized and scaled. The MLP reads
+    The inputs of attention and MLP can be normalized, and their outputs can be normalized and scaled. The MLP reads
     either the sum of the hidden states and the attention's output, or the same hidden states as attention.
     """
 

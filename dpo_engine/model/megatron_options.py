@@ -127,7 +127,9 @@ def _problem(part: str, name: str, value: Any) -> str | None:
         return f"no such field of {owner.__name__} in megatron-core {__version__}; {hint}"
     if name not in ACCEPTED[part]:
         known = ((reason, one) for reason, fields in REFUSED[part].items() for one in fields)
-        reason = next((reason for reason, one in known if fnmatch(name, one)), "it was never tested with the engine")
+        reason = next(
+            (reason for reason, one in known if fnmatch(name, one)), "it has never been tested with the engine"
+        )
         if reason.startswith("use "):
             return f"the engine has its own key; {reason}"
         return f"cannot be set, because {reason}" + ("" if "; use " in reason else "; remove it")

@@ -219,7 +219,7 @@ def _stage_memory(
 
 
 def splits_sequence(config: Config, dims: ParallelDims) -> bool:
-    """Whether sequence parallelism splits the activations between tensor-parallel regions."""
+    """Whether sequence parallelism shards the activations outside the tensor-parallel regions."""
     asked = config.parallel.sequence_parallel
     return dims.tp > 1 if asked == "auto" else asked
 
@@ -230,7 +230,7 @@ def stage_adapter_memory(
 ) -> LayerAdapters:
     """Return the memory that the adapters of a stage add on each of its ranks, over all its layers.
 
-    split   whether sequence parallelism splits the activations between tensor-parallel regions
+    split   whether sequence parallelism shards the activations outside the tensor-parallel regions
     """
     if adaptation is None:
         return LayerAdapters()
@@ -242,7 +242,7 @@ def stage_adapter_memory(
 def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bool, recompute: str) -> tuple[int, int]:
     """Return the bytes per token that a layer keeps for its backward pass, and the bytes of a layer being recomputed.
 
-    split      whether sequence parallelism splits the activations between tensor-parallel regions
+    split      whether sequence parallelism shards the activations outside the tensor-parallel regions
     recompute  ``model.recompute``
     """
     number = BYTES[dtype]

@@ -1,4 +1,4 @@
-"""Norms of hidden states, with Megatron's constructor arguments. Plugins may register others in `NORMS`.
+"""Norms of hidden states, with Megatron's constructor arguments. Plugins can register others in `NORMS`.
 
 Megatron's own torch norm does not support sequence parallelism, in which each rank normalizes only its share of the
 tokens. The gradient of a weight must then be summed over the tensor-parallel group. Megatron does this for parameters

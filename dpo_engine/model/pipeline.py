@@ -19,7 +19,7 @@ from dpo_engine.platform.progress_line import advance
 class KnownShapes(P2PCommunicator):
     """Megatron's communication between pipeline stages, for micro-batches whose shapes every stage knows.
 
-    Micro-batches of a non-interleaved schedule may have different lengths. Megatron then sends the shape of each tensor
+    Micro-batches of a non-interleaved schedule can have different lengths. Megatron then sends the shape of each tensor
     before the tensor, and the host waits for the device to read the shape. Here, every stage has all micro-batches, so
     it knows the shapes without this exchange.
 

@@ -47,7 +47,7 @@ class Policy(GPTModel):
         # DDP waits for gathered parameters in a hook that runs before a module's forward(). The output layer's
         # forward() is never called, so `head` must wait explicitly.
         self.await_head: Callable[[], None] = lambda: None
-        # Whether some weights are frozen. The embedding's output may then not require a gradient.
+        # Whether some weights are frozen. If the embedding is among them, its output does not require a gradient.
         self.frozen_input = False
         self.adapted = False  # whether all weights are frozen, and adapters are trained instead
 

@@ -81,7 +81,7 @@ class RouterLosses:
     split       whether sequence parallelism splits the tokens over tp
     layer       number of the layer in the whole model
     sums        [2] fp64, this rank's summands of both losses, summed over the micro-batches of the step
-    counts      [experts] fp64, how often this rank's tokens used each expert
+    counts      [experts] fp64, number of uses of each expert by this rank's tokens in the step
     """
 
     def __init__(self, groups: Any, count: int, *, split: bool):

@@ -1,4 +1,4 @@
-"""List the changes to a run that lower the memory of its ranks, in order of increasing cost in speed."""
+"""List changes to a run that reduce the memory use of its ranks, those that slow it down least first."""
 
 from __future__ import annotations
 

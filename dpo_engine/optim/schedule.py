@@ -31,8 +31,9 @@ class RegisteredSchedule(OptimizerParamScheduler):
 def build_schedule(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> OptimizerParamScheduler:
     """Return a schedule with linear warmup to ``optim.lr``, and then the configured decay to ``optim.min_lr``.
 
-    The decay of ``cosine``, ``linear`` and ``wsd`` ends at ``total_steps``; ``constant`` does not decay. With warmup,
-    the learning rate for step 0 is 0, as in Megatron and transformers.
+    The decay of ``cosine``, ``linear`` and ``wsd`` ends at ``total_steps``. The decay of ``inverse_sqrt`` does not
+    depend on ``total_steps``, and ``constant`` does not decay. With warmup, the learning rate for step 0 is 0, as in
+    Megatron and transformers.
 
     Raises :class:`~dpo_engine.errors.ConfigError` if a registered schedule returns an invalid factor.
     """

@@ -47,7 +47,7 @@ SCHEDULES["inverse_sqrt"] = MegatronSchedule("inverse-square-root", False)
 
 
 TRIED_STEPS = 10
-"""Number of steps of a run for which `check` calls a registered schedule."""
+"""Number of steps of an assumed run with which :func:`schedule_problems` tries a registered schedule."""
 
 
 def schedule_problems(config: Config) -> list[str]:
@@ -61,7 +61,7 @@ def schedule_problems(config: Config) -> list[str]:
             factors(name, options, TRIED_STEPS)
         except ValueError as error:
             return [str(error)]
-        except Exception as error:  # a plugin's code may raise anything
+        except Exception as error:  # a plugin's code can raise anything
             return [f"optim.schedule={name}: failed: {type(error).__name__}: {error}; fix the schedule"]
     return problems
 
@@ -85,7 +85,7 @@ def factors(name: str, options: Mapping[str, Any], total_steps: int) -> list[flo
 
 
 def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
-    """Return the number of warmup steps: ``optim.warmup_steps``, or ``optim.warmup_ratio`` of all steps, rounded up."""
+    """Return the number of warmup steps: ``warmup_steps``, else ``warmup_ratio`` of all steps, rounded up, else 0."""
     if optim.warmup_steps is not None:
         return optim.warmup_steps
     return -int(-total_steps * optim.warmup_ratio // 1) if optim.warmup_ratio else 0

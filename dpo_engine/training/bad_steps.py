@@ -1,4 +1,4 @@
-"""Detect steps with bad numbers (non-finite values or spikes), so that all ranks skip the update of such a step."""
+"""Detect steps with bad numbers (non-finite values or spikes), and make all ranks skip the update of a bad step."""
 
 import math
 from collections import deque
@@ -37,7 +37,7 @@ class BadSteps:
     asked     the ``bad_steps`` section of the configuration
     group     the group of all ranks; if one rank has a bad number, all ranks skip the update
     skipped   number of bad steps so far
-    good      number of good steps so far, which is also the number of Adam updates
+    good      number of good steps so far, which is also the number of optimizer updates
     in_a_row  number of consecutive bad steps, up to the latest step
     causes    keys of :data:`CAUSES` that apply to the latest step; empty for a good step
     """
@@ -88,6 +88,8 @@ class BadSteps:
     def _spike(self, value: float, before: Sequence[float]) -> bool:
         """Whether ``value`` is more than ``spike_sigma`` standard deviations above the mean of previous good steps.
 
+        False if ``spike_sigma`` is null, or while fewer than half of ``spike_window`` good steps are known.
+
         *Source*: OLMo 2 (arXiv 2501.00656) skips a step whose value is more than 6 standard deviations above the mean
         of the last 128 steps.
         """
@@ -107,7 +109,7 @@ class BadSteps:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that :meth:`state` returned, possibly with another ``bad_steps.spike_window``."""
+        """Restore a state that :meth:`state` returned, possibly in a run with another ``bad_steps.spike_window``."""
         self.skipped, self.good, self.in_a_row = (int(state[name]) for name in ("skipped", "good", "in_a_row"))
         for name, values in self._good.items():
             values.extend(state[name])
@@ -152,7 +154,7 @@ class BadSteps:
 def write_bad_step(
     file: Path, step: int, causes: Sequence[str], metrics: Mapping[str, float], pairs: PairDataset, indices: np.ndarray
 ) -> None:
-    """Write a JSON file with a skipped step's causes, its metrics, and the `file:line` and ID of each of its pairs."""
+    """Write a JSON file with a bad step's causes, its metrics, and the `file:line` and ID of each of its pairs."""
     named = [{"place": pairs.place(int(index)), "id": pairs[int(index)].digest} for index in indices]
     values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     write_json(file, {"step": step, "causes": [CAUSES[cause] for cause in causes], "metrics": values, "pairs": named})

@@ -1,4 +1,4 @@
-"""Callbacks: objects that the training loop calls after steps, evaluations, and saves.
+"""Callbacks: objects that the training loop calls at the start and end, and after steps, evaluations and saves.
 
 A callback observes a run and can end it. It does not change what a step computes: the weights after a step are the
 same with and without callbacks, unless a callback writes to the weights.
@@ -51,7 +51,7 @@ class Run(Protocol):
 class Callback:
     """Base class of callbacks. The training loop calls its methods on every rank; a subclass overrides some of them.
 
-    ``on_step``, ``on_eval`` and ``on_save`` may return a reason to end the run, such as ``"no gain in 3 evaluations"``.
+    ``on_step``, ``on_eval`` and ``on_save`` can return a reason to end the run, such as ``"no gain in 3 evaluations"``.
     The run then ends after the current step, or after the next step for ``on_save``. It ends with a last evaluation, a
     checkpoint, and an export, even if only one rank returned a reason.
     """
@@ -63,10 +63,10 @@ class Callback:
         """Called after each step. Numbers that rank 0 adds to ``metrics`` are logged with the step's metrics."""
 
     def on_eval(self, run: Run, metrics: dict[str, float]) -> str | None:
-        """Called after each evaluation, with metrics named as in a step; they are logged with the prefix ``eval/``."""
+        """Called after each evaluation, with metrics named as in a step. In logs, they have the prefix ``eval/``."""
 
     def on_save(self, run: Run, directory: Path) -> str | None:
-        """Called after a checkpoint is complete in ``directory``. Saves may take several steps."""
+        """Called after a checkpoint is complete in ``directory``. A save can take several steps."""
 
     def on_end(self, run: Run) -> None:
         """Called when training ends, also after an error. This method must not communicate with other ranks."""
@@ -75,7 +75,8 @@ class Callback:
 class Callbacks:
     """The callbacks of a run, by the name of the key that enables each one.
 
-    asked   the first request to end the run on this rank: the key of the callback and its reason
+    asked   the first request to end the run on this rank: the key of the callback and its reason; None if there is
+            none
     """
 
     def __init__(self, callbacks: Mapping[str, Callback]):
@@ -125,7 +126,7 @@ class Callbacks:
             for name in metrics.keys() - before.keys():
                 if not (isinstance(name, str) and isinstance(metrics[name], numbers.Real)):
                     raise ConfigError(f"{key}: {event} set the metric {name} to {show(metrics[name])}; set a number")
-                metrics[name] = float(metrics[name])  # JSON has no numpy numbers
+                metrics[name] = float(metrics[name])  # JSON files cannot contain numpy numbers
 
 
 def callback_problems(config: Config) -> list[str]:
@@ -141,7 +142,7 @@ def open_callbacks(config: Config) -> Callbacks:
 
 
 def setting(config: Config, key: str) -> Any:
-    """Return the value at a dotted key, as JSON; None if there is no such key."""
+    """Return the value at a dotted key, converted to JSON types; None if the key does not exist."""
     value: Any = config.model_dump(mode="json")
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -149,5 +150,5 @@ def setting(config: Config, key: str) -> Any:
 
 
 def still_stopped(record: dict[str, Any] | None, config: Config) -> dict[str, Any] | None:
-    """Return the record of a run's early end, unless the setting that ended the run has changed since."""
+    """Return ``record``, which describes a run's early end, or None if the setting that ended the run has changed."""
     return record if record and setting(config, record["by"]) == record["setting"] else None

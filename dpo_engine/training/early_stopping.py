@@ -1,4 +1,4 @@
-"""Follow the metric that compares checkpoints: check that it is reported, and end a run that does not improve.
+"""Follow the metric that compares checkpoints: check that it is reported, and end a run whose metric does not improve.
 
 The callbacks save no state. `StopAfterNoGain` reads past evaluations from metrics.jsonl, which a resumed run restores
 from the copy in its checkpoint. A run that is killed and resumed, even in another layout, therefore ends at the same
@@ -74,7 +74,7 @@ def _first(run: Run) -> bool:
 def evaluations_without_gain(values: Sequence[float | None], by: KeepBest) -> int:
     """Return the number of evaluations after the latest one that had a new best value.
 
-    values   the metric's value in each evaluation, in order; None and nan do not count as a gain
+    values   the metric's value in each evaluation, in order; None (not finite) does not count as a gain
     """
     sign = -1 if by.direction == "min" else 1
     best, since = None, 0

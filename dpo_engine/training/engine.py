@@ -1,4 +1,4 @@
-"""Build one rank's platform, process groups, models, and objective from the configuration."""
+"""Build one rank's platform, process groups, models, objective, and micro-batches from the configuration."""
 
 import gc
 import hashlib
@@ -77,8 +77,8 @@ class Engine:
 
         fp64  compute in fp64, whatever ``model.dtype`` is; only ``dpo-engine parity`` uses this
 
-        Raises :class:`~dpo_engine.errors.ConfigError`, before any process group exists, if a plugin, layout, optimizer,
-        schedule, adapter, kernel or frozen weight cannot be used, or if settings differ between ranks.
+        Raises :class:`~dpo_engine.errors.ConfigError`, before any process group exists, if a setting does not fit the
+        model, the layout or the machine, or if settings differ between ranks.
         """
         if problems := import_plugins(config.plugins):
             raise ConfigError(problems)
@@ -138,12 +138,12 @@ class Engine:
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether activations between tensor-parallel regions are split along the sequence."""
+        """Whether sequence parallelism shards the activations outside the tensor-parallel regions."""
         asked = self.config.parallel.sequence_parallel
         return self.groups.dims.tp > 1 if asked == "auto" else asked
 
     def describe(self) -> list[str]:
-        """Return lines for the log: the software versions, the parallel layout, and the values chosen for ``auto``."""
+        """Return lines for the log: versions, layout, kernels, loss, reference, model, adapters, and Hub commits."""
         dims, loss = self.groups.dims, self.config.loss
         layout = dims.describe(experts=self.arch.experts is not None)
         return [
@@ -204,7 +204,7 @@ class Engine:
         return bool(adapted) and min(map(layer_of, adapted)) > 0
 
     def load_start(self, *, recompute: str = "none") -> list[Policy]:
-        """Load the model that the run starts from, with adapters that are new or from ``adapter.path``."""
+        """Load the model that the run starts from. If the run has adapters, they are new or from adapter.path."""
         chunks = self.load_model(self.config.model.path, recompute=recompute)
         if self.adaptation:
             dtype = torch.promote_types(self.dtype, torch.float32)
@@ -228,7 +228,7 @@ class Engine:
         return build_optimizer(wrapped, self.config.optim, parallel=parallel, total_steps=total_steps)
 
     def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
-        """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, which may be DDP-wrapped."""
+        """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, which can be DDP-wrapped."""
         plain = [getattr(chunk, "module", chunk) for chunk in chunks]
         load_hf(plain, self.arch, path, groups=self.groups, key=key)
 
@@ -239,7 +239,7 @@ class Engine:
 
     @property
     def same_weights(self) -> bool:
-        """Whether policy and reference start as the same model."""
+        """Whether policy and reference start as the same model, according to their paths; weights are not compared."""
         if self.config.adapter and self.config.adapter.path and not self.config.reference_has_adapter:
             return False
         reference = model_directory(self.config.reference_path, self.reference_key)

@@ -1,4 +1,4 @@
-"""Evaluate the policy on all held-out pairs, including the pairs of an incomplete last batch."""
+"""Evaluate the policy on all held-out pairs. Return the metrics, and a table with one row per pair."""
 
 import hashlib
 from collections.abc import Sequence

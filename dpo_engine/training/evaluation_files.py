@@ -26,7 +26,7 @@ class EvaluatingRun(Run, Protocol):
 
 
 def page_lines(config: Config) -> list[str]:
-    """Return the log lines, for the start of a run, that say where the run's page is, or why the run has no page."""
+    """Return a log line with the path of the run's page, or about missing plotly; no line if the page is turned off."""
     if not config.logging.page:
         return []
     if find_spec("plotly") is None:

@@ -39,8 +39,8 @@ def intervals_in_steps(config: Config, steps_per_epoch: int) -> list[str]:
 def metric_problems(config: Config) -> list[str]:
     """Return an error line if no evaluation reports the metric of ``checkpoint.keep_best``.
 
-    A run with callbacks is not checked here, because callbacks can add metrics. These are known only after the first
-    evaluation.
+    A run with callbacks is not checked here, because callbacks can add metrics, which are known only after the
+    first evaluation. If the loss is invalid, the metric is not checked either.
     """
     by = config.checkpoint.keep_best
     if by is None or config.callbacks or (known := evaluation_metrics(config)) is None or by.metric in known:

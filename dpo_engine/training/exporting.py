@@ -43,9 +43,12 @@ def export_policy(
     dtype, card  as for :func:`~dpo_engine.model.weights.save.save_hf`
     tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared
     say          called on the first rank with a line if the tokenizer differs from the one used in training, and
-                 with a line for each property of the tokenizer that the export cannot keep
+                 with a line for each property of the tokenizer that the export cannot keep; with adapters, called on
+                 every rank with a line about the PEFT adapter
 
-    *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and two all-gathers of objects over world.
+    *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf` and
+    :func:`~dpo_engine.training.output_lease.sole_exporter`, and two all-gathers of objects over world. With adapters,
+    also those of :func:`merge_of`, :func:`save_adapter`, a second ``sole_exporter``, and ``Merge.rounding``.
     """
     await_weights(trained.chunks)
     config, world = engine.config, engine.groups.world

@@ -91,7 +91,7 @@ def fill(
 
 
 def leave_if_asked(engine: Engine, interruption: Interruption) -> None:
-    """Stop if a signal was received. Call this before the first segment of a store and between segments.
+    """Stop if any rank received a signal. Call this before the first segment of a store and between segments.
 
     *Collectives*: one MAX of a number over all ranks.
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.
@@ -108,7 +108,7 @@ def wanted_keys(pairs: Sequence[PairDataset]) -> np.ndarray:
 def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Find which keys are missing from the store.
 
-    Other jobs may add segments at any time, so rank 0 reads the store for all ranks.
+    Other jobs can add segments at any time, so rank 0 reads the store for all ranks.
 
     wanted   keys to look for [n]
 

@@ -55,8 +55,8 @@ def require_first_step(engine: Engine, trained: Trained, metrics: dict[str, floa
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     """Return a line for each problem with the metrics of a run's first step.
 
-    If the policy and the reference are equal, the mean reward margin must be 0, and the loss must have its initial
-    value, if it declares one.
+    If the policy and the reference are equal, the mean reward margin must be 0. The loss must then also have its
+    initial value, if the loss declares one.
     """
     facts, config = engine.objective.facts, engine.config
     if not known_equal(engine):

@@ -9,7 +9,7 @@ The solution: the signal handler only records the first signal. Between steps, a
 raise `Interrupted`, whose exit code tells the launcher to requeue the job. Later signals are ignored, so they cannot
 interrupt the save that the first signal requested. `train.save_by` works the same way: rank 0 reads its clock and
 requests a stop if one more step or evaluation, followed by a save, might exceed the time limit. The same number also
-tells all ranks that a callback on one rank ends the run, so that a step needs only one such reduction.
+tells all ranks that a callback on one rank ends the run. Therefore one such reduction per step is enough.
 
 During startup, this solution is not enough. Python runs a signal handler only between bytecode instructions, and a rank
 that waits for other ranks inside a C call executes no bytecode. Therefore the C-level handler also writes the signal's
@@ -141,7 +141,7 @@ class Interruption:
         self._met.set()
         due = after is not None and self._due(after) and group.rank() == 0
         mine = TIME if due else self.received or FINISH * self.finish
-        flag = torch.full((), mine, dtype=torch.int64, device=device)  # a copy would make the host wait
+        flag = torch.full((), mine, dtype=torch.int64, device=device)  # torch.tensor would make the host wait
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
         number = int(flag)
         if number == FINISH:

@@ -65,7 +65,7 @@ METRICS = {
     "without its suffix; reported if the data has several sources",
     "source/NAME/rewards/margins": "`rewards/margins` over the pairs from this source",
     "source/NAME/rewards/accuracies": "`rewards/accuracies` over the pairs from this source",
-    "source/NAME/pairs": "number of pairs from this source in the step",
+    "source/NAME/pairs": "number of pairs from this source in the step or the evaluation",
     "entropy/chosen": "entropy of the policy's distribution over the vocabulary, in nats; unweighted mean over all "
     "tokens of the chosen responses; reported if `logging.entropy` is set",
     "entropy/rejected": "like `entropy/chosen`, for the rejected responses",
@@ -75,8 +75,8 @@ METRICS = {
     "`loss.balance` times this number is part of the training objective, but not of `loss`",
     "router/z": "for models with experts: squared logarithm of the sum of exponentials of the routers' logits, "
     "averaged like `router/balance`; its coefficient is `loss.router_z`",
-    "router/load": "for models with experts: how often the most used expert of any layer is used at the tokens that "
-    "predict responses, divided by the mean over the experts of its layer",
+    "router/load": "for models with experts: number of uses of an expert at the tokens that predict responses, divided "
+    "by the mean over the experts of its layer; the maximum over all experts of all layers",
     "sft_loss": "negative log-probability per token of the chosen responses",
     "grad_norm": "global gradient norm before clipping",
     "num_zeros_in_grad": "number of gradient values that are exactly 0, over all parameters of the model that are not "
@@ -264,8 +264,9 @@ _ENDING = re.compile(r"(\.(json|jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow))?(\[[^
 def source_names(paths: Sequence[str | Path]) -> tuple[str, ...]:
     """Return a short name for each data source, for use in metric names.
 
-    The name is the last part of the source's path without its suffix. If several sources have the same name, a number
-    is appended to all but the first.
+    The name is the last part of the source's path without its suffix. Characters other than letters, digits, ``_``,
+    ``.`` and ``-`` are replaced by ``_``. Parts without a letter or digit are passed over; if no part is left, the name
+    is ``data``. If several sources have the same name, a number is appended to all but the first.
 
     >>> source_names(["a/train.jsonl", "b/train.jsonl.gz[:10%]", "b/more pairs.parquet", "org/set:train"])
     ('train', 'train_2', 'more_pairs', 'set_train')

@@ -57,7 +57,8 @@ def card_writer(
 ) -> Callable[[str], str]:
     """Return a function that takes the name of a tokenizer class and returns a run's model card.
 
-    The function reads ``metrics`` when it is called.
+    With the keyword argument ``adapter=True``, the function returns the card of the run's PEFT adapter. The function
+    reads ``metrics`` when it is called.
 
     config, identity, step, dtype, chosen  as for :class:`RunFacts`
     layout                                 as for :class:`RunFacts`, or a ``ParallelDims``
@@ -74,6 +75,8 @@ def card_writer(
 
 def last_metrics(lines: Sequence[Mapping[str, Any]], step: int) -> tuple[dict[str, Any], int, dict[str, Any], int]:
     """Return the last training metrics up to ``step`` and their step, and the last evaluation and its step.
+
+    If there are none, the metrics are empty and the step is 0.
 
     lines  the lines of a run's metrics.jsonl
     """
@@ -204,7 +207,7 @@ def _settings(run: RunFacts) -> list[tuple[str, str]]:
         *([("adapter", _adapter(identity["adapter"]))] if identity.get("adapter") else []),
         ("loss", code(name) + (f" with {code(options)}" if options else "")),
         ("reference", code(reference["mode"]) + (f", {code(shown(reference['path']))}" if reference["path"] else "")),
-        ("steps", f"{run.step:,} of {identity['global_batch_size']:,} pairs"),
+        ("steps", f"{run.step:,}, each on {identity['global_batch_size']:,} pairs"),
         *([("step chosen by", code(run.chosen))] if run.chosen else []),
         ("learning rate", f"{optim['lr']:g}, {optim['schedule']}"),
         ("dtype", code(identity["dtype"]) + (f", exported as {code(run.dtype)}" if run.dtype else "")),

@@ -1,7 +1,8 @@
 """Prepare the data of the next step on a second thread while the current step runs.
 
 Problem. Planning a global batch and building its micro-batches takes the host between a few and several hundred
-milliseconds. A GPU would be idle in this time: the previous step has ended, and no micro-batch of the next step exists.
+milliseconds. During this time, a GPU would be idle, because the previous step has ended and no micro-batch of the next
+step exists.
 
 Solution. While a step runs, a second thread makes the next step's :class:`StepData` in host memory, page-locked if the
 device is a GPU. The main thread only starts the copies to the device, which do not block.
@@ -13,7 +14,7 @@ main thread raises the error at the step that needs the data. The thread ends wi
 fork does not copy a process in which the thread runs.
 
 Not covered. The interpreter runs one thread at a time. On a GPU, the main thread mostly waits for the device or for
-room in its queue of launches; if launches limit the speed of a step, preparing the next step still delays the launches.
+room in its queue of launches. If launches limit the speed of a step, preparing the next step still delays the launches.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class OneAhead(Generic[T]):
         self._coming: tuple[int, Future[T]] | None = None
 
     def take(self, number: int) -> T:
-        """Return the item with this number. If :meth:`begin` was not called for it, make it now.
+        """Return the item with this number. If the latest :meth:`begin` was for another number, make the item now.
 
         Raises the error that ``make`` raised.
         """
@@ -84,7 +85,7 @@ class OneAhead(Generic[T]):
         return ready.result()
 
     def begin(self, number: int) -> None:
-        """Begin to make the item with this number, if there is such an item."""
+        """Begin to make the item with this number, if the number is less than ``stop``."""
         if number < self._stop:
             self._coming = number, self._thread.submit(self._make, number)
 

@@ -19,7 +19,7 @@ SHOWN = 6
 
 
 SCORING = ("reference.", "train.micro_batch_size", "batch.", "parallel.")
-"""Starts of the changes that help a command which only scores pairs, and has no gradients and no optimizer."""
+"""Prefixes of the names of changes that also help a command that only scores pairs, without gradients and optimizer."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Make a run the only writer of its output directory, and check that all ranks see the same directories.
+"""Make a run or an export the only writer of its directory, and check that all ranks see the same directories.
 
 If `train.output_dir` is on a local disk of each node, the parts of a checkpoint are on different disks. Such a run
 trains to its end, but its checkpoints cannot be loaded. Therefore rank 0 writes a file with a random name to each
@@ -30,9 +30,9 @@ from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.rank_guard import PER_NODE, ranks_text
 
 LOOK_S = 10.0
-"""Seconds for which a rank looks for a file, because NFS may show a new directory only after a while."""
+"""Seconds for which a rank looks for a file, because NFS can show a new directory with a delay."""
 LOOK_PER_NODE_S = 1.0
-"""Seconds for which a rank looks for a file in a directory that may be a different one on each node."""
+"""Seconds for which a rank looks for a file in a directory that is possibly a different one on each node."""
 POLL_S = (0.05, 1.0)
 """Initial and maximum number of seconds between two attempts to read a file."""
 MOST_HOSTS = 3
@@ -185,7 +185,7 @@ def _sees(path: Path, limit_s: float) -> bool:
         if time.monotonic() > deadline:
             return False
         with suppress(OSError):
-            # An NFS client can cache that a directory does not exist. Creating the directory makes it ask the server.
+            # An NFS client can cache that a directory does not exist. On mkdir, the client asks the server.
             path.parent.mkdir()
         time.sleep(pause)
         pause = min(2 * pause, longest)

@@ -133,7 +133,7 @@ class Profiler(Callback):
         self._start_if_due(run)
 
     def on_end(self, run: Run) -> None:
-        """Write what has been profiled, if the run ends before the last step to be profiled."""
+        """Write what has been profiled, if the run ends, or fails, before the end of the last step to profile."""
         if self.began is not None:
             try:
                 line = self._stop(run)()

@@ -9,12 +9,13 @@ would hang while creating the groups. Each rank puts its facts into the rendezvo
 all ranks. `RankGuard.check` runs before the first step. It runs again every `train.guard_interval` steps, before
 scheduled saves, and after the last step; if the interval is 0, none of these later checks run. In addition to these
 facts, it compares facts about the data, and all weights of which several ranks have copies: data-parallel and
-context-parallel replicas, parameters that tensor parallelism does not split, and tied embeddings.
+context-parallel replicas, parameters that tensor parallelism does not split, experts, and tied embeddings.
 
 Why this way: a check costs one all-gather of a few integers per rank (a hash of the facts, and combined fingerprints
 of the weights). The ranks exchange the facts only if these integers differ, so that the error can name the difference.
 A fingerprint is a weighted sum of integers modulo 2^64. Equal tensors therefore have equal fingerprints on every
-device, in any order of additions. All ranks raise the same error. Facts are compared in the order of `KINDS`.
+device, in any order of additions. A failed check raises the same error on all ranks. Facts are compared in the order of
+`KINDS`.
 
 Not covered: mistakes that are the same on all ranks; weights that only one rank has; optimizer state; differences that
 appear and vanish between two checks; environment variables that `SWITCHES` does not list (some are omitted
@@ -146,7 +147,8 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
     with a different number of ranks, rank 0 answers at once, because later ranks may not exist. ``wait`` waits for
     a key and returns its value; None: ``store.get``, with the store's own time limit.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` with a line for each difference, on every rank.
+    Raises :class:`~dpo_engine.errors.ConfigError` with a line for each difference, on every rank. If all
+    ranks that rank 0 expects agree, an additional rank, started with another number of ranks, raises the error alone.
     """
     if world == 1:
         return

@@ -45,7 +45,7 @@ def open_reference(
 ) -> Reference:
     """Build the reference that ``reference.mode`` selects, or `NoReference` if the loss does not read a reference.
 
-    policy     this rank's chunks with the weights that the run starts from; these weights may be replaced temporarily,
+    policy     this rank's chunks with the weights that the run starts from; these weights can be replaced temporarily,
                and are restored before this function returns
     pairs      all pairs that the run will score: training and held-out pairs
     upcoming   returns the micro-batches of the next steps, for a reference that scores several steps ahead
@@ -184,7 +184,7 @@ def _given(pairs: PairDataset) -> _Known:
 
 
 def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str) -> int:
-    """Score some known pairs again (``reference.verify`` is their number), and compare the results with known values.
+    """Score some known pairs again (at most ``reference.verify``), and compare the results with the known values.
 
     where   the source of the known values, for error messages
 

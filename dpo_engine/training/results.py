@@ -1,4 +1,4 @@
-"""Write the results of a finished run: the last evaluation, with one row per pair, and the Hugging Face checkpoint."""
+"""Write the results of a finished run: its last evaluation, its Hugging Face checkpoint, and its page."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from dpo_engine.training.model_card import card_writer
 
 
 def write_results(run: Run, evaluator: Evaluator | None, identity: dict[str, Any]) -> dict[str, str]:
-    """Write the files that a finished run leaves in addition to its checkpoints. Return their paths.
+    """Write the files that a finished run leaves in addition to its checkpoints.
 
-    evaluator  evaluator of the held-out pairs, whose latest evaluation is written
+    evaluator  evaluator of the held-out pairs, whose latest evaluation is written; None without held-out pairs
     identity   the run's identity; see :mod:`~dpo_engine.checkpoint.identity`
 
-    *Collectives*: those of evaluating and exporting. Writing has no time limit.
+    Returns  the paths of the evaluation (``eval_pairs``) and of the export (``hf``), if they were written
+
+    *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`, and of exporting. Writing has no time
+    limit.
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks; the message says how to write the file later.
     """
     written = {}
@@ -93,5 +96,5 @@ def _saved_already(verb: str, step: int) -> Iterator[None]:
         raise
     except EngineError as error:
         *others, last = error.problems
-        later = f"the checkpoint for step {step} is saved, and `dpo-engine {verb} RUN.yaml` writes it later"
+        later = f"the checkpoint for step {step} is saved; `dpo-engine {verb} RUN.yaml` can do this later"
         raise type(error)([*others, f"{last}; {later}"]) from error

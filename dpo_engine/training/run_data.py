@@ -81,11 +81,11 @@ def open_data(
 
 
 def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -> Config:
-    """Fix the date that the run's chat template reads.
+    """Return the configuration with a fixed date for the run's chat template.
 
     The date is the one in the newest checkpoint that records a date, or else today's date. Without a fixed date, a
-    template that writes the date would produce other tokens after midnight. Returns the configuration unchanged if
-    data.template_date is set or if the template reads no date.
+    template that writes the date would produce different tokens after midnight. If data.template_date is set, or if the
+    template reads no date, the configuration is returned unchanged.
 
     *Collectives*: over ``world``, a broadcast of what rank 0 has read, without a time limit.
     """
@@ -217,11 +217,12 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
 
 
 def count_trained(config: Config, pairs: PairDataset) -> int:
-    """Return how many of ``pairs`` are also training pairs of the run.
+    """Return the number of ``pairs`` that are also training pairs of the run.
 
     config  the run's own configuration, with its own held-out pairs
 
-    Returns 0 if the cache lacks the training pairs, or if their files have more than `READ_LIMIT` bytes.
+    Returns 0 if the cache lacks the training pairs, or if their files have more than `READ_LIMIT` bytes or cannot be
+    read.
     """
     data = config.data
     try:

@@ -1,4 +1,4 @@
-"""Decide where a run starts: at step 0, or from the newest checkpoint that it may resume."""
+"""Decide where a run starts: at step 0, or from its newest intact checkpoint."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,20 +67,21 @@ def saved(
 ) -> Checkpoint:
     """Find the checkpoint for ``step`` (None: the newest intact checkpoint), and check that it fits the model.
 
-    All other settings of this run may differ from the settings in the checkpoint.
+    The optimizer and the frozen weights must also match. All other settings may differ from the checkpoint's settings.
 
     say      called on every rank with a line for each skipped checkpoint
     way_out  advice in the error message if there is no checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`.
-    Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint, or if it has another model.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint, or if its model,
+    optimizer or frozen weights differ from this run's.
     """
     folder = engine.config.checkpoint_dir
     found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
     if found is None:
         raise CheckpointError(f"{folder}: contains no checkpoint; train first, or {way_out}")
     optim = engine.config.optim
-    mine = {"optim.optimizer": optim.optimizer, "optim.freeze": frozen(engine.config)}  # they select the saved state
+    mine = {"optim.optimizer": optim.optimizer, "optim.freeze": frozen(engine.config)}  # saved state depends on them
     mine |= model_identity(engine.arch, engine.adapter_identity)
     compare(found.manifest["identity"], mine, where=found.directory)
     return found
@@ -152,7 +153,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
 def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
     """Return a line for each setting of micro-batches that differs from the checkpoint's setting.
 
-    On other devices, ``auto`` may choose other values. Checkpoints of earlier versions do not record the choice.
+    On other devices, ``auto`` can choose other values. Checkpoints of earlier versions do not record the choice.
     """
     now = config.batch.model_dump(include={"layout", "tokens_per_micro_batch"})
     return [

@@ -68,7 +68,7 @@ def train_step(
     count_zeros  whether to report ``num_zeros_in_grad``
 
     Returns  the metrics of the step, equal on every rank: the metrics of the pairs before the update, ``grad_norm``
-             before clipping, and the ``learning_rate`` used
+             before clipping, and the ``learning_rate`` used; for a model with experts, also the routers' metrics
 
     *Collectives*: those of the pipeline schedules; gradients over dp_cp (tied weights also over embd, replicated
     weights over tp); the gradient norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast

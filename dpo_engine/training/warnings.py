@@ -23,7 +23,8 @@ class Warnings(Callback):
     ``-ln(vocabulary)``, the log-probability under a uniform distribution. A language model gives meaningful text a
     higher log-probability, so a policy below this value has been pushed away from language, as in likelihood
     displacement (arXiv 2410.08847). Rewards and accuracy do not show this failure, and can look perfect. A model
-    with random weights starts near this value, so the warning also requires a fall of `FALL` nats since the first step.
+    with random weights starts near this value. The warning therefore also requires that the log-probability is at least
+    `FALL` nats lower than at the start of the run.
     """
 
     FALL = 1.0

@@ -30,7 +30,7 @@ from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.engine import Engine
 
 BACKWARD = 2
-"""Operations of a backward pass, divided by those of a forward pass: a matrix product needs two products backward.
+"""Operations of a backward pass, divided by the operations of a forward pass: for each matrix product, two products.
 
 With adapters, a product with a frozen matrix needs only one product in the backward pass, for the gradient of its
 input."""
@@ -95,7 +95,7 @@ def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
         rows, columns = batch.tokens.shape
         visible = (batch.positions + 1).double()  # a token sees itself and all earlier tokens of its sequence
         last = visible if batch.columns is None else visible[batch.columns]
-        tokens, layers = rows * columns, arch.num_layers - 1  # the last layer may compute fewer columns
+        tokens, layers = rows * columns, arch.num_layers - 1  # the last layer can compute fewer columns
         before, final = range(layers), [layers]
         head = 2 * arch.hidden_size * arch.vocab_size * len(batch.scored.sites)
         total[0] += tokens

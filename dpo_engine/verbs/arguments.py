@@ -98,7 +98,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
     compare.add_argument("first", type=_path, metavar="FIRST.parquet", help=".parquet file written by eval or train")
     compare.add_argument(
-        "second", type=_path, metavar="SECOND.parquet", help="another such file; differences are first minus second"
+        "second", type=_path, metavar="SECOND.parquet", help="the other .parquet file; differences: first minus second"
     )
     report = verbs.add_parser(
         "report", parents=[debug], help="write a page that shows what runs have learned (needs no GPU and no model)"

@@ -135,7 +135,7 @@ def examine(
 
 
 def _architecture(key: str, path: str, found: Findings) -> Architecture | None:
-    """Read a checkpoint's architecture, and check that the headers of its weight files list the tensors for it."""
+    """Read a checkpoint's architecture, and check that the headers of its weight files list its tensors."""
     try:
         arch = read_architecture(path, key)
     except ConfigError as error:

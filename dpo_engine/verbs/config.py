@@ -21,7 +21,7 @@ WIDTH = 110
 def commented(config: Config | None = None) -> str:
     """Return a run as YAML. A comment above each key gives the key's meaning and other allowed values.
 
-    Options of the loss have no such comments.
+    Options of the loss have no comments.
 
     config  the run; None: return the defaults, with the required keys commented out
 

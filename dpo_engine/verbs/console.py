@@ -1,4 +1,4 @@
-"""Print the output of the verbs: lines on rank 0 only, and an error that all ranks raise once per job or per node."""
+"""Print lines of the verbs, on rank 0 only, and errors. An error of all ranks is printed once per job or per node."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HELD_OUT = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins":
 def open_streams() -> None:
     """Make sure that this process can open files with any name, and write any text to the console.
 
-    In an ASCII locale, Python cannot open a file whose name contains other characters. Python's UTF-8 mode can open it,
+    In an ASCII locale, Python cannot open a file whose name contains other characters. In Python's UTF-8 mode, it can,
     but this mode must be selected when Python starts. This function therefore starts the same command again in the same
     process. The console keeps its encoding. Characters that this encoding lacks are written as escapes, and so are the
     bytes of a file name that are not valid UTF-8.

@@ -32,7 +32,7 @@ UNKNOWN = ("train_data", "reference")
 
 
 def dry_run(config: Config) -> list[tuple[str, str]]:
-    """Try the loss, the checkpoint, and the trackers of a run in which `check` has found no other problems.
+    """Try the loss, the intervals, the checkpoint, and the trackers of a run in which `check` has found no problems.
 
     Returns  the lines to print, each with its subject
 

@@ -1,4 +1,4 @@
-"""``dpo-engine eval``: evaluate a checkpoint of a run, or its initial weights, on all held-out pairs."""
+"""``dpo-engine eval``: evaluate a checkpoint of a run, or the run's initial weights, on held-out pairs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,7 +140,7 @@ def with_data(config: Config, data: str | Sequence[str | Mapping[str, Any]]) -> 
 def require_same_data(path: Path, pairs: PairDataset, data: str) -> None:
     """Raise :class:`~dpo_engine.errors.ConfigError` if ``path`` contains the evaluation of other data.
 
-    The default ``path`` contains only the names of the data files. Files in different directories may have equal names.
+    The default ``path`` contains only the names of the data files. Files in different directories can have equal names.
     """
     if path.exists() and read_evaluation(path).facts.get("data") != pairs.digest:
         raise ConfigError(f"--data={data}: {path} contains an evaluation of other data; pass --to FILE.parquet")

@@ -3,8 +3,8 @@
 Both runs take a few optimizer steps on pairs of the first global batches, and record the loss, the gradient norm, all
 metrics, and the log-probabilities of each pair before each step and after the last step
 (:mod:`~dpo_engine.training.short_run`). One run uses the configured layout. The other run uses a single process, padded
-rows, and micro-batches of another size. Equal numbers show that the results depend on none of these. Equal numbers in
-fp64 show that differences in the configured dtype are rounding errors.
+rows, and micro-batches of a different size. Equal numbers show that these differences do not affect the results. Equal
+numbers in fp64 show that differences in the configured dtype are rounding errors.
 """
 
 import json
@@ -186,7 +186,7 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
 
 
 def _measure_in_processes(config: Config, ranks: int, folder: Path, *, fp64: bool) -> dict[str, Any]:
-    """Run :func:`measure` in new processes on this machine, so that this process does not occupy device memory."""
+    """Run :func:`measure` in new processes on this machine, because this process must not occupy device memory."""
     folder.mkdir()
     (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []

@@ -11,7 +11,7 @@ from dpo_engine.verbs import console
 def report(directories: Sequence[str | Path], *, to: str | Path | None = None) -> Path:
     """Write a page about runs: verdict, curves, held-out pairs token by token, speed, and settings.
 
-    directories  train.output_dir of one or several runs, which may still be running
+    directories  train.output_dir of one or several runs, which can still be running
     to           HTML file to write; None: ``report.html``, in the run's directory or, for several runs, in the current
                  directory
 

@@ -1,4 +1,4 @@
-"""Build the summary that `check` prints: model, layout, batches, data, steps, loss, `auto` values, export, memory."""
+"""Build the summary that `check` prints, from the model and the layout to the planned memory and warnings."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _layout(config: Config, dims: ParallelDims, world_size: int | None, *, exper
     if config.parallel.distributed_optimizer and dims.dp * dims.cp > instances:
         parts.append(f"optimizer state sharded over {dims.dp * dims.cp // instances} ranks")
         if experts:
-            parts[-1] += f", that of experts over {dims.expert_dp // instances}"
+            parts[-1] += f", and the experts' state over {dims.expert_dp // instances}"
     return ", ".join(parts)
 
 
@@ -130,7 +130,7 @@ def _data(config: Config) -> list[str]:
         f"checked the first {FIRST_RECORDS} records of each source; training reads all records before its first step"
     )
     if config.data.validation_fraction:
-        lines.append(f"validation: about {config.data.validation_fraction:g} of the prompts in data.train, held out")
+        lines.append(f"validation: about {config.data.validation_fraction:g} of the prompts in data.train are held out")
     return lines
 
 
@@ -214,7 +214,7 @@ def _most_steps(config: Config, pairs: int | None) -> tuple[int | None, int | No
 
 
 def _steps(config: Config, pairs: int | None) -> str:
-    """Describe the numbers of steps and pairs. Tokenization may drop some records later."""
+    """Describe the numbers of steps and pairs. Tokenization can drop some records later."""
     steps, epoch = _most_steps(config, pairs)
     if pairs is None or steps is None:
         return f"at most {steps}" if steps else "unknown until the pairs are counted"

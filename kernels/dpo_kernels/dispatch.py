@@ -78,7 +78,7 @@ def backend_name(group: str) -> str:
 
     A choice made with :func:`use_backend` takes precedence over the environment variable ``DPO_KERNELS``, which is a
     comma-separated list of names. The last name in the list whose backend implements the group is used. The variable is
-    read at every call, because plugins may register backends at any time.
+    read at every call, because plugins can register backends at any time.
 
     Raises ``ValueError`` like :func:`use_backend`.
     """

@@ -1,6 +1,7 @@
 """The reference implementation of a layer's operations between its matrix products and attention, in plain torch.
 
-The autograd functions make few passes over memory, and save only their inputs for the backward pass.
+The autograd functions make few passes over memory. For the backward pass, they save at most their inputs, and the norm
+also saves one scale per row.
 """
 
 from typing import Any, NamedTuple

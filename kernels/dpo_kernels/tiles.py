@@ -82,7 +82,7 @@ def tile_matrix(
     window  as in :func:`dpo_kernels.eager.tree_attention`
 
     Returns  seen         [query blocks, key blocks] bool: whether any (query, key) pair of the tile is visible. With a
-                          window, a few tiles that contain ends of segments may be marked although no pair is visible
+                          window, a few tiles that contain ends of segments can be marked although no pair is visible
              full         [query blocks, key blocks] bool: whether all pairs of the tile are visible
              first, stop  [key blocks, keys]
     """
@@ -93,7 +93,7 @@ def tile_matrix(
     stop = np.pad(tree.stop, behind).reshape(key_blocks, blocks.keys)
     low = np.arange(0, n_q, blocks.queries)[:, None]
     high = np.minimum(low + blocks.queries, n_q)
-    # A key that no query sees has first == stop, and this value may be inside a block of queries. Exclude such keys.
+    # A key that no query sees has first == stop, and this value can be inside a block of queries. Exclude these keys.
     furthest = np.where(first < stop, stop, 0).max(axis=1)
     # The tile is visible even if different keys satisfy the two conditions, because `first` ascends along the row: if
     # only some keys of a block have first < high, then query high - 1 is itself a token of the block and sees itself.

@@ -135,7 +135,7 @@ class Tree:
         reached = self.first < self.stop
         if window is not None:
             first, stop = self.first[reached], self.stop[reached]
-            # Positions do not ascend over all queries that see a token, because these may be on several paths.
+            # Positions do not ascend over all queries that see a token, because these queries can be on several paths.
             nearest = _minima(self.positions[self.rows], first, stop)
             reached[reached] = nearest - self.positions[reached] < window
         return reached

@@ -1,6 +1,6 @@
 """Tree attention in Triton: each block of queries visits only the blocks of keys with a visible (query, key) pair.
 
-A block of neighboring tokens may span several segments and trees, so segments need no padding. The backward pass uses
+A block of neighboring tokens can span several segments and trees, so segments need no padding. The backward pass uses
 no atomics. Each block of queries sums its dQ over its blocks of keys, and each block of keys sums its dK and dV over
 the blocks of queries that visit it, in a fixed order. Block sizes come from a table. Autotuning could choose other
 block sizes in another run, and results would then differ by rounding.

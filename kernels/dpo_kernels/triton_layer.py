@@ -71,7 +71,7 @@ def _normalize_backward(
     source, grad, target, sums, norm, offset, eps, inside, token, table, tokens,
     D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the head in ``source`` to ``target``. SUMS: write that of the weight, summed over rows."""
+    """Write the head's gradient to ``target``. SUMS: write the weight's gradient, summed over the rows, to ``sums``."""
     columns = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (columns < D)
     g = tl.load(grad[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
@@ -278,7 +278,7 @@ def _split(
     norms: HeadNorms | None,
     sums: Tensor | None,
 ) -> None:
-    """Run the kernel forward or, with ``d_mixed``, backward. It does not use the arguments that are None."""
+    """Run the kernel forward or, with ``d_mixed``, backward. The kernel does not use arguments that are None."""
     tokens, rows, groups, slots, width = (mixed if d_mixed is None else d_mixed).shape
     strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:3]]
     unused = query

@@ -10,7 +10,7 @@ each other. All runs of all trees of a micro-batch are computed by one call. The
 key's copies in a fixed order and in fp32, without atomics, so results do not change from call to call.
 
 Why this way. Keys and values are smaller than queries if heads share them, and only prompts are copied more than once:
-twice for a pair. Any subset of a row's tokens may be queries, so context parallelism, and a last layer that computes
+twice for a pair. Any subset of a row's tokens can be queries, so context parallelism, and a last layer that computes
 only some tokens, need no special code.
 
 With a window, a run has only the keys that at least one of its queries sees. Sinks are added afterwards: a sink scales

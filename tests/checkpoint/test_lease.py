@@ -18,7 +18,7 @@ from dpo_engine.errors import CheckpointError, Interrupted
 
 REFUSED = (
     r"train\.output_dir={output}: another run is writing there \(host {host}, process {pid}(, Slurm job 7)?, since "
-    r"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC\); stop it or wait for its end, or set another train\.output_dir"
+    r"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC\); stop it, wait until it ends, or set another train\.output_dir"
 )
 
 

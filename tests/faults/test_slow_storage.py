@@ -184,7 +184,7 @@ def test_failed_export_of_a_finished_run_is_written_later(name, run_yaml, tmp_pa
     done = run_job(["train", str(run)], 2, tmp_path / "log", **options)
     lines = [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
     assert done.codes == [4, 4] and len(lines) == 1 and what in lines[0], done.said
-    assert lines[0].endswith(f"; the checkpoint for step 2 is saved, and `dpo-engine {verb} RUN.yaml` writes it later")
+    assert lines[0].endswith(f"; the checkpoint for step 2 is saved; `dpo-engine {verb} RUN.yaml` can do this later")
     assert not list((tmp_path / "run").glob(".hf*")) and not (tmp_path / "run/hf").exists()
     later = run_job([verb, str(run)], 2, tmp_path / "later")
     assert later.codes == [0, 0], later.said

@@ -201,7 +201,7 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
     assert (output / "checkpoints/best").read_text() == "step_00000002\n"
     assert (output / "checkpoints/latest").read_text() == "step_00000006\n"
     card = (output / "hf/README.md").read_text()
-    assert "| steps | 2 of 4 pairs |" in card and "| step chosen by | `highest eval/loss` |" in card
+    assert "| steps | 2, each on 4 pairs |" in card and "| step chosen by | `highest eval/loss` |" in card
     assert "held-out, step 2" in card
 
     again = run_job(["export", str(whole), "--best", "--to", str(tmp_path / "again")], 1, tmp_path / "log2")
@@ -260,7 +260,7 @@ def test_best_is_chosen_again_after_the_last_evaluation(run_yaml, tmp_path):
     assert min(losses, key=losses.get) == 8
     assert (output / "checkpoints/best").read_text() == "step_00000008\n"
     assert checkpoints(output) == ["step_00000006", "step_00000008"]
-    assert "| steps | 8 of 4 pairs |" in (output / "hf/README.md").read_text()
+    assert "| steps | 8, each on 4 pairs |" in (output / "hf/README.md").read_text()
     # Without keep_best, the pointer `best` is removed.
     shutil.rmtree(output / "hf")
     change = ["checkpoint.keep_best=null", "checkpoint.export=false", "train.max_steps=10"]

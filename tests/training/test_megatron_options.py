@@ -220,7 +220,7 @@ REFUSALS = [
     ({"transformer": {"nothing": 1}}, "nothing=1: no such field of TransformerConfig in megatron-core"),
     (
         {"transformer": {"use_te_rng_tracker": True}},
-        f"use_te_rng_tracker=true: {NOT_SET}it was never tested with the engine; remove it",
+        f"use_te_rng_tracker=true: {NOT_SET}it has never been tested with the engine; remove it",
     ),
     (
         {"transformer": {"recompute_method": "some"}},

@@ -135,8 +135,8 @@ def test_second_export_to_a_directory_is_refused(tmp_path):
         ((code, text),) = said
         assert code == 4
         assert re.fullmatch(
-            rf"--to={tmp_path}/hf: another run is writing there \(host {HOST}, process \d+, since .* UTC\); stop it or "
-            "wait for its end, or set another --to",
+            rf"--to={tmp_path}/hf: another run is writing there \(host {HOST}, process \d+, since .* UTC\); stop it, "
+            "wait until it ends, or set another --to",
             text,
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link"]

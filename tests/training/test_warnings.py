@@ -56,8 +56,8 @@ def test_forecast_agrees_with_the_real_schedule(schedule):
 def test_lines_about_schedules():
     ratio = OptimConfig(warmup_ratio=0.99)
     assert schedule_warnings(ratio, 40) == [
-        "optim.warmup_ratio=0.99: the run ends during the warmup (40 steps), so its learning rate is never optim.lr; "
-        "lower it"
+        "optim.warmup_ratio=0.99: the run ends during the warmup (40 steps) and never reaches optim.lr; shorten "
+        "the warmup"
     ]
     assert schedule_warnings(OptimConfig(warmup_steps=3), 1) == [
         "optim.warmup_steps=3: warmup starts at 0, so the learning rate is 0 in every step of this run (1 step); "

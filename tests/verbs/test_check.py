@@ -333,7 +333,7 @@ def test_summary_counts_only_what_is_cheap(raw, tmp_path, monkeypatch):
     changes = {"data__train": sources, "data__validation_fraction": 0.1, "optim__warmup_ratio": 0.5}
     text = "\n".join(summarize(changed(raw, **changes), 1))
     assert "b.parquet: 7 records, format text (auto), weight 2" in text and "c.jsonl.gz: 3 records" in text
-    assert "validation: about 0.1 of the prompts in data.train, held out" in text
+    assert "validation: about 0.1 of the prompts in data.train are held out" in text
     assert "about 5 steps over 18 pairs, 5 per epoch, 3 warmup steps" in text
     monkeypatch.setattr("dpo_engine.verbs.summary.COUNTED_BYTES", 1)
     assert "unknown until the pairs are counted" in "\n".join(summarize(changed(raw), 1))

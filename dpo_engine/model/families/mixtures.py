@@ -19,7 +19,7 @@ def gated(parameter: str, tensor: str, size: str, names: tuple[str, str, str] = 
 
     parameter, tensor  first part of the MLP's names in the model and in the checkpoint
     size               Architecture attribute with the MLP's width
-    names              names of gate, up and down projection in the checkpoint
+    names              names of the gate, up and down projections in the checkpoint
     """
     gate, up, down = (f"{HF_LAYER}{tensor}{name}.weight" for name in names)
     fc1, fc2 = (f"{LAYER}mlp.{parameter}linear_{name}.weight" for name in ("fc1", "fc2"))
@@ -35,7 +35,7 @@ def mixture(
     """Return the rules for a router, its experts and, if there is one, the MLP that every token uses.
 
     inside  first part of the tensors' names
-    names   names of gate, up and down projection of an expert in the checkpoint
+    names   names of an expert's gate, up and down projections in the checkpoint
     shared  name of the MLP that every token uses; None: there is none
     """
 
@@ -58,9 +58,12 @@ def mixture(
 
 
 def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DOWN) -> tuple[Fused, ...]:
-    """Return the tensors that contain all experts of a layer, as in transformers' modules; see ``mixture``.
+    """Return the tensors that contain all experts of a layer, with their names in transformers' modules.
 
-    transformers also saves these tensors with ``save_original_format=False``.
+    With ``save_original_format=False``, transformers saves checkpoints in this form. If the router has a different name
+    there, its weight is also returned.
+
+    inside, names   as for :func:`mixture`
     """
     gate, up, down = (f"{HF_LAYER}{inside}experts.{{e}}.{name}.weight" for name in names)
     stored = f"{HF_LAYER}mlp.experts."
@@ -69,7 +72,7 @@ def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DO
 
 
 def named_count(config: HFConfig, *names: str, default: int | None = None) -> int:
-    """Read a count that is stored under any of several names; the first one is for error messages."""
+    """Read a count that is stored under any of several names. If none is present, an error names the first."""
     given = next((name for name in names if config.get(name) is not None), names[0])
     return config.count(given, default)
 
@@ -88,7 +91,7 @@ def sparse_layers(config: HFConfig) -> tuple[int, ...]:
 
 
 def checked(config: HFConfig, experts: Experts) -> Experts | None:
-    """Return the mixture, or None if no layer has experts. Record a problem if its numbers are inconsistent."""
+    """Return the mixture; None if no layer has experts. If its numbers disagree, record a problem and return None."""
     size = experts.count // experts.groups
     for found, limit, what in (
         (experts.chosen, experts.count, "experts per token, but there are only {} experts"),
@@ -120,9 +123,15 @@ def deepseek_experts(
 ) -> Experts:
     """Read the mixture of DeepSeek-V3 and similar models: sigmoid scores, groups, and an MLP that every token uses.
 
-    The keyword arguments are the defaults of fields that ``config.json`` omits: ``n_routed_experts``,
-    ``num_experts_per_tok``, ``moe_intermediate_size``, ``n_shared_experts``, ``first_k_dense_replace``, ``n_group`` and
-    ``topk_group``, and ``routed_scaling_factor``.
+    The keyword arguments are the values of fields that ``config.json`` omits:
+
+    count         ``n_routed_experts``
+    chosen        ``num_experts_per_tok``; None: the field is required
+    width         ``moe_intermediate_size``
+    shared        ``n_shared_experts``
+    dense_layers  ``first_k_dense_replace``
+    groups        ``n_group`` and ``topk_group``
+    scale         ``routed_scaling_factor``
     """
     layers, first = config.count("num_hidden_layers"), config.get("first_k_dense_replace", dense_layers)
     if type(first) is not int or not 0 <= first <= layers:

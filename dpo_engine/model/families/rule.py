@@ -44,7 +44,7 @@ class Rule:
     interleaved  whether the rows of the parts alternate in the only tensor: the first row of each part, then the second
                  row of each part
 
-    An attribute of the Architecture may be nested, such as ``experts.count``. If there are more ``rows`` than
+    An attribute of the Architecture can be nested, such as ``experts.count``. If there are more ``rows`` than
     ``tensors``, the only tensor contains all parts, one after the other, unless they are interleaved.
     """
 

@@ -163,9 +163,9 @@ class Merge:
         return rounded
 
     def rounding(self, group: dist.ProcessGroup) -> str:
-        """Return a sentence that says how much of the adapters' change is lost by rounding the merged weights.
+        """Return a sentence about the part of the adapters' change that rounding the merged weights loses.
 
-        The loss is the norm of the rounding errors, relative to the norm of the change of all merged weights.
+        This part is the norm of the rounding errors, relative to the norm of the change of all merged weights.
 
         *Collectives*: one all-gather of objects over ``group``.
         """

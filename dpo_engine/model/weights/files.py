@@ -47,7 +47,7 @@ class Header(NamedTuple):
 
 
 class CheckpointFiles:
-    """The tensors of the safetensors checkpoint in ``directory``, which may be a Hub id.
+    """The tensors of the safetensors checkpoint in ``directory``, which can also be a Hub id.
 
     key   configuration key whose value is the directory, for error messages
 

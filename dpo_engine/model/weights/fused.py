@@ -1,7 +1,7 @@
 """Read tensors that contain all experts of a layer, and quantized tensors, as tensors of single experts.
 
 The weight table has tensors for each expert. Some checkpoints have one tensor for all experts of a layer instead:
-checkpoints of gpt-oss, and checkpoints that transformers saves with ``save_original_format=False``. A part of such a
+checkpoints of gpt-oss, and checkpoints that transformers saves with ``save_original_format=False``. A part of a fused
 tensor is read like a tensor of its own, without the other parts. The published checkpoints of gpt-oss also store the
 matrices of experts in the format MXFP4. These matrices are dequantized when they are read; every value is exact in
 bf16.
@@ -20,8 +20,8 @@ from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.families.rule import Fused, expected_tensors
 
 MAYBE = re.compile(r"\.(experts\.[a-z_]+|mlp\.gate\.weight)$")
-"""Matches the names of tensors that may contain all experts of a layer, and of the router's weight, which has another
-name in some checkpoints with such tensors."""
+"""Matches the names of tensors that can contain all experts of a layer, and the name that the router's weight has in
+some checkpoints with such tensors."""
 BLOCKS, SCALES = "_blocks", "_scales"
 """Suffixes of the names of the two tensors of a quantized matrix."""
 SIZE = 32
@@ -129,7 +129,7 @@ def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def fused_of(arch: Architecture) -> tuple[Fused, ...]:
-    """Return the tensors that contain all experts of a layer, which checkpoints of a family may have."""
+    """Return the other forms in which checkpoints of a family can store the tensors of a layer with experts."""
     return getattr(FAMILIES[arch.model_type], "fused", ())
 
 

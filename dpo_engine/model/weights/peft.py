@@ -2,7 +2,7 @@
 
 An adapter is accepted only if it consists of tensors that the engine's adapters also have, and is to be added to the
 checkpoint's unchanged weights. PEFT can load other adapters without an error, but may ignore some of their tensors and
-then compute another model.
+then compute a different model.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ REASONS = {
 
 
 def read_adaptation(directory: str | Path, arch: Architecture) -> Adaptation:
-    """Read the settings of the PEFT adapter in ``directory``, which may be a Hub id.
+    """Read the settings of the PEFT adapter in ``directory``, which can also be a Hub id.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with all problems: files that cannot be read, features that the
     engine's adapters do not have, and targets that the model does not have.
@@ -169,10 +169,11 @@ def _is_name(value: Any) -> bool:
 def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str:
     """Return the text of the ``adapter_config.json`` for adapters of the checkpoint ``base``.
 
-    PEFT sorts the patterns by name, so another pattern may match first. Patterns are therefore written as whole names.
+    PEFT sorts the patterns by name, so a different pattern could match first. Patterns are therefore written as whole
+    names.
     """
     adapted = adapter_shapes(adaptation, arch)
-    # An expression may also match modules that are not projections. PEFT would add adapters to them.
+    # An expression can also match modules that are not projections. PEFT would add adapters to them.
     targets = list(adapted) if isinstance(adaptation.targets, str) else sorted(adaptation.targets)
     values = {
         "alpha_pattern": _deviations(adaptation, adapted, "alpha"),
@@ -202,7 +203,7 @@ def _deviations(adaptation: Adaptation, projections: Sequence[str], setting: str
 
 
 class AdapterFiles(CheckpointFiles):
-    """The tensors of the PEFT adapter in ``directory``, which may be a Hub id."""
+    """The tensors of the PEFT adapter in ``directory``, which can also be a Hub id."""
 
     def __init__(self, directory: str | Path):
         super().__init__(directory, KEY)
@@ -293,7 +294,7 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
 
 
 def other_base(asked: AdapterConfig | None, path: str) -> list[str]:
-    """Return a warning if the adapter to start from names another base model than ``path``.
+    """Return a warning if the adapter to start from names a base model other than ``path``; else an empty list.
 
     Only the last parts of the names are compared, because each machine has its own directories.
     """

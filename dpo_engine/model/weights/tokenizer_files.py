@@ -6,7 +6,7 @@ therefore produce other ids. To detect this, the exported files are loaded next 
 result is compared with the run's tokenizer: the ids of a few texts, the special tokens, and the chat template. If they
 differ, other forms of the same tokenizer are tried: saved again by transformers, or converted to a `tokenizer.json`. If
 `AutoTokenizer` cannot reproduce the run's tokenizer from any of these forms, the log describes the first difference.
-The export then uses a form from which `PreTrainedTokenizerFast` reproduces the tokenizer, if there is such a form.
+If `PreTrainedTokenizerFast` reproduces the tokenizer from one of the forms, the export then uses this form.
 """
 
 import json
@@ -181,7 +181,7 @@ class Sample:
         turns = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": TEXTS[1]}]
         try:
             text = self.tokenizer.chat(turns, add_generation_prompt=False)
-        except (TemplateError, ConfigError):  # a template may reject this conversation but accept the records
+        except (TemplateError, ConfigError):  # a template can reject this conversation but accept the records
             return []
         return [(text, self.tokenizer.encode_all([text], rendered=True)[0])]
 

@@ -18,6 +18,7 @@ from dpo_engine.checkpoint.resume import COUNTING, MISSING, compare, refuse_unas
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.weights.peft import adaptation_of, adapter_digest
 from dpo_engine.objective.losses import LOSSES, loss_facts
 from dpo_engine.objective.options import all_options
 from dpo_engine.objective.trial import trial_problems
@@ -79,11 +80,18 @@ def try_resume(config: Config) -> list[str]:
 
 
 def _identity(config: Config, saved: dict[str, Any], position: Position) -> dict[str, Any]:
-    """Return the known part of the run's identity. The training data is assumed to be the data of the checkpoint."""
-    pairs = saved["train_data"]["pairs"]
+    """Return the known part of the run's identity.
+
+    The training data and, with adapters, the base weights are assumed to be those of the checkpoint.
+    """
+    pairs, arch, adapter = saved["train_data"]["pairs"], read_architecture(config.model.path), None
+    if config.adapter:
+        start = adapter_digest(config.adapter.path) if config.adapter.path else None
+        base = (saved.get("adapter") or {}).get("base")
+        adapter = {**adaptation_of(config.adapter, arch).facts, "base": base, "start": start}
     found = identity(
         config,
-        read_architecture(config.model.path),
+        arch,
         dtype=DTYPES.get(config.model.dtype, "unknown"),
         loss_options=all_options(config.loss.name, config.loss.options),
         reference=None,
@@ -97,6 +105,7 @@ def _identity(config: Config, saved: dict[str, Any], position: Position) -> dict
             max_steps=config.train.max_steps,
             start=position,
         ).num_steps,
+        adapter=adapter,
     )
     unknown = {*UNKNOWN, *(("dtype",) if found["dtype"] == "unknown" else ())}
     if any(saved.get(key, MISSING) != found[key] for key in COUNTING if key not in unknown):

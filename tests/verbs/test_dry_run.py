@@ -61,6 +61,25 @@ def test_a_run_that_may_resume(saved_run):
     assert try_resume(saved_run(train={"output_dir": "/nonexistent/run"})) == []
 
 
+def test_a_run_with_adapters_may_resume(files, tiny_hf, tmp_path):
+    """`train` writes an adapter, from which the next run starts."""
+
+    def make(folder, **adapter):
+        sections = {"adapter": adapter, "train": {"max_steps": 1}, "checkpoint": {"save_interval": 1}}
+        return config_of(files, tiny_hf("llama", num_hidden_layers=2), tmp_path / folder, **sections)
+
+    first = make("first", rank=4)
+    run_ranks(run, 1, config=first)
+    assert try_resume(first)[0].startswith("would resume after step 1; train also")
+    with pytest.raises(CheckpointError, match="adapter.rank was 4 and is now 8; the saved weights do not fit; restore"):
+        try_resume(make("first", rank=8))
+    with pytest.raises(CheckpointError, match="adapter was .* and is now null; the saved weights do not fit; restore"):
+        try_resume(first.model_copy(update={"adapter": None}))
+    second = make("second", path=str(tmp_path / "first" / "hf_adapter"))
+    run_ranks(run, 1, config=second)
+    assert try_resume(second)[0].startswith("would resume after step 1; train also")
+
+
 def test_a_damaged_checkpoint_is_named(saved_run, tmp_path):
     broken = tmp_path / "checkpoints" / "step_00000009"
     broken.mkdir(parents=True)

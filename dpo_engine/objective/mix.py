@@ -77,7 +77,7 @@ def _entry_problems(entry: Options, above: str) -> list[str]:
         ]
     found = option_problems(name, {k: v for k, v in entry.items() if k not in ("name", "weight")}, above)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-        found.insert(0, f"{above}.weight={show(weight)}: must be a number, greater than 0; the default is 1.0")
+        found.insert(0, f"{above}.weight={show(weight)}: must be a number greater than 0; the default is 1.0")
     return found
 
 

@@ -216,7 +216,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the order of pairs in the plan's first epoch, and of the settings that divide the pairs into steps."""
+        """Hash of the pairs' order in the plan's first epoch, and of the settings that divide the pairs into steps."""
         digest = hashlib.blake2b(f"{self.start} {self.global_batch_size} {self.num_steps}".encode(), digest_size=16)
         digest.update(self.epoch(self.start.epoch).astype("<i8").tobytes())
         return digest.hexdigest()

@@ -53,7 +53,10 @@ def _at_init(options: Options) -> float | None:
 
 
 def _reward(options: Options) -> LossFacts:
-    """Return the facts of the loss that defines the rewards: the first with an option ``beta``, or the first of all."""
+    """Return the facts of the loss that defines the rewards: the first loss with an option ``beta``.
+
+    If no loss has this option, return the facts of the first loss.
+    """
     parts = [_part(entry) for entry in options["losses"]]
     _, loss, own = next((part for part in parts if "beta" in part[2]), parts[0])
     return loss_facts(loss, own)

@@ -128,7 +128,8 @@ def _clopper_pearson(hits: int, count: int) -> tuple[float, float]:
 
 
 def _binomial(count: int) -> Callable[[int, float], float]:
-    """Return a function that computes the probability of at most `hits` hits in `count` trials, given the share."""
+    """Return a function of `hits` and `share`: the probability of at most `hits` hits in `count` trials, if each trial
+    is a hit with the probability `share`."""
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
     number = np.arange(count + 1)
     ways = logs[-1] - logs - logs[::-1]

@@ -1,4 +1,4 @@
-"""Time causal attention in stacked rows, with flash attention (deterministic and not) and with cuDNN and its plans."""
+"""Time attention in stacked causal rows: flash attention, deterministic or not, and cuDNN, and the cost of its plans."""
 
 import argparse
 import sys
@@ -80,7 +80,7 @@ def measure(asked: argparse.Namespace, name: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, and save it if ``--save`` is given. A CPU has only flash attention."""
+    """Print the table, and save it if ``--save`` is given. On a CPU, only flash attention is measured."""
     asked = arguments(argv)
     torch.manual_seed(0)
     sizes = [cell for length in asked.lengths for cell in (f"{length:,} tokens ms", "TFLOP/s")]

@@ -251,8 +251,8 @@ class CheckpointConfig(Section):
     keep_last: Annotated[int, Field(ge=2)] = 2
     """number of the newest checkpoints to keep; at least 2"""
     keep_best: KeepBest | None = None
-    """settings for saving the evaluated steps with the best values of a metric on held-out pairs, which are kept in
-    addition to the newest checkpoints; null: no such steps are saved"""
+    """whether to save and keep, in addition to the newest checkpoints, the evaluated steps with the best values of a
+    metric on held-out pairs: a mapping {metric, mode, count}; null: no"""
     async_save: bool = True
     """whether to write checkpoints in the background from a copy in host memory; false: training waits for each save"""
     resume: bool = True

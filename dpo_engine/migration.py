@@ -30,7 +30,7 @@ class Entry:
 
     @property
     def target(self) -> str | None:
-        """Our dotted key, without a value."""
+        """Our dotted key, without a value; None if we have no equivalent."""
         return self.here and self.here.partition("=")[0]
 
     @property

@@ -54,7 +54,7 @@ def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tu
 
 
 def is_settled(config: Config) -> bool:
-    """Whether the configuration gives the layout and the size of micro-batches, so that no ``auto`` is left."""
+    """Whether the configuration gives the layout and the size of micro-batches, without any ``auto``."""
     sized = config.train.micro_batch_size is not None or config.batch.tokens_per_micro_batch != "auto"
     return sized and config.batch.layout != "auto"
 

@@ -18,7 +18,7 @@ from dpo_engine.errors import ConfigError, DataError
 
 
 def at_limit(pair: TokenPair, data: DataConfig) -> bool:
-    """Whether a pair reaches a length limit, so that the start of its prompt may have been cut."""
+    """Whether a pair reaches a length limit, in which case the start of its prompt may have been cut."""
     if data.truncation == "drop":
         return False
     prompt = data.max_prompt_length is not None and (len(pair.prompt) == data.max_prompt_length or data.score == "all")

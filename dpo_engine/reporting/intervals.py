@@ -48,8 +48,8 @@ def estimates(
     prompts is the same as drawing pairs.
 
     Bootstrap intervals are too narrow if few values differ. For example, the bootstrap interval of 255 values that are
-    all 1 is 1 to 1, and that of four positive differences among zeros excludes 0. Intervals of columns with a center
-    are therefore widened to contain the exact interval of :func:`_exact_bounds`.
+    all 1 is 1 to 1, and the bootstrap interval of four positive differences among zeros excludes 0. Intervals of
+    columns with a center are therefore widened to contain the exact interval of :func:`_exact_bounds`.
 
     Returns  c estimates, one per column; the same arguments give the same estimates
 

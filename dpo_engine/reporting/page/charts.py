@@ -151,7 +151,7 @@ def _line(run: RunFiles, metric: str) -> Chart | None:
 
 
 def _outside(run: RunFiles) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the time between two consecutive logged steps that is not part of the later step."""
+    """Return the time between two consecutive logged steps that is not part of the later step; None if unknown."""
     ends, took = run.series.get("time"), run.series.get("step_time_s")
     if ends is None or took is None or len(ends.steps) < 2 or not np.array_equal(ends.steps, took.steps):
         return None

@@ -76,7 +76,7 @@ def free(right, tokens, step, count=40, **more):
 
 
 def first(found, earlier=None, per_token=True, start=0):
-    """Return the findings about a reference-free run whose first evaluation is ``earlier``."""
+    """Return the findings about a reference-free run whose first evaluation is ``earlier``, after step ``start``."""
     measures = Measures(found, lambda step: earlier if step == start else None, start, per_token)
     return {one.title: one for one in findings(run_of(found), measures)}
 
@@ -266,8 +266,8 @@ def test_training_pairs_fit_better():
 def length_case(right_longer, right_shorter, count=40):
     """Return an evaluation. In 75% of its pairs, the chosen response is longer.
 
-    The arguments are the shares of correctly ranked pairs among pairs whose chosen response is longer, and among
-    pairs whose chosen response is shorter.
+    ``right_longer`` and ``right_shorter`` are the shares of correctly ranked pairs among pairs whose chosen response is
+    longer, and among pairs whose chosen response is shorter.
     """
     longer = np.arange(count) < 0.75 * count
     right = np.where(longer, np.arange(count) % 10 < 10 * right_longer, np.arange(count) % 10 < 10 * right_shorter)

@@ -16,7 +16,7 @@ from dpo_kernels import BACKENDS, Tree, use_backend
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 PAIRS = ["4,3,3", "10,5,5", "30,20,20", "127,62,52", "669,94,116"]
-"""Token counts of prompt, chosen and rejected: three pairs of short texts, and the median pairs of generated data."""
+"""Token counts of prompt, chosen and rejected: three pairs of short texts, and the medians of two generated sets."""
 
 TARGET_S = 0.2
 """Approximate duration of one measurement. Each reported time is the median of five measurements."""

@@ -1,4 +1,7 @@
-"""Time causal attention in stacked rows, with flash attention (deterministic and not) and with cuDNN and its plans."""
+"""Time causal attention in stacked rows, with flash attention (deterministic and not) and with cuDNN.
+
+For cuDNN, the cost of creating its plans is measured, too.
+"""
 
 import argparse
 import sys
@@ -80,7 +83,7 @@ def measure(asked: argparse.Namespace, name: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, and save it if ``--save`` is given. A CPU has only flash attention."""
+    """Print the table, and save it if ``--save`` is given. On a CPU, only flash attention is measured."""
     asked = arguments(argv)
     torch.manual_seed(0)
     sizes = [cell for length in asked.lengths for cell in (f"{length:,} tokens ms", "TFLOP/s")]

@@ -94,7 +94,7 @@ def from_file(
     template    file with a chat template, for records that are conversations
     max_length  maximum number of tokens in prompt plus response; longer pairs are left out
 
-    Prompts are drawn with a fixed seed. Raises an `EngineError` for an unusable file or tokenizer.
+    The order of the prompts depends only on `seed`. Raises an `EngineError` for an unusable file or tokenizer.
     """
     config = Config.parse(
         {

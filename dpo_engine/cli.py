@@ -60,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _users(error: Exception) -> EngineError | None:
-    """Convert an exception to an error that a user can act on. Return ``None`` for any other exception."""
+    """Convert a failed file operation, or a failed communication between ranks, to an error that a user can act on.
+
+    Return ``None`` for any other exception.
+    """
     if isinstance(error, OSError) and error.filename is not None:
         return EngineError(f"{error.filename}: {error.strerror}")
     if "torch.distributed" not in sys.modules:
@@ -282,8 +285,8 @@ NOTE_SIGNALS = ("train", "reference")
 def _checked(asked: argparse.Namespace) -> Config:
     """Load and check the run.
 
-    Raises `ConfigError` with all problems, `DataError` if only records have problems, or `CheckpointError` if another
-    run on this machine is writing to this run's output directory.
+    Raises `ConfigError` with all problems, or `DataError` if only records have problems. For `train`, also raises
+    `CheckpointError` if another run on this machine is writing to this run's output directory.
     """
     read = draft(asked.run, asked.overrides)
     if read.config is None:
@@ -316,7 +319,7 @@ def _others_wait(verb: str, config: Config) -> AbstractContextManager[None]:
 
 
 def _unread(verb: str, config: Config) -> frozenset[str]:
-    """Return the keys whose files the verb does not use, so that problems with these files do not stop the verb."""
+    """Return the keys that the verb does not use, so that problems with these keys or their files do not stop it."""
     unread = set() if verb in ("train", "check") else {"checkpoint.export"}
     if verb == "export":
         unread |= {"data.train", "data.validation"}

@@ -67,7 +67,7 @@ class DataError(EngineError):
 
 
 class CheckpointError(EngineError):
-    """A checkpoint is missing, damaged, or from another run."""
+    """A checkpoint is missing, damaged or from another run, or an output directory cannot be used."""
 
     exit_code = 4
 

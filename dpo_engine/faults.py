@@ -1,9 +1,9 @@
-"""Fault injection: `DPO_FAULT=<phase>:<rank>:<nth>:<action>` makes a rank fail at a chosen point of the run.
+"""Fault injection: `DPO_FAULT=<phase>:<rank>:<nth>:<action>` makes a rank fail, or changes a value, at a chosen point.
 
-The rank (a number, or `*` for every rank) performs the action when it reaches the phase for the n-th time. Several
-faults are separated by commas. :func:`arm` reads the variable once. In a job that Slurm or torchrun has restarted, no
-faults are set, so that the restarted job can finish. Without faults, reaching a phase costs one lookup in an empty
-dictionary.
+The rank (a number, or `*` for every rank) performs the action when it reaches the phase for the n-th time. Instead of a
+phase, a fault can name a value, whose n-th occurrence the action multiplies by a factor. Several faults are separated
+by commas. :func:`arm` reads the variable once. In a job that Slurm or torchrun has restarted, no faults are set, so
+that the restarted job can finish. Without faults, reaching a phase costs one lookup in an empty dictionary.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ _armed: dict[str, list[Fault]] = {}
 
 
 def arm(rank: int, world: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Set the faults of `DPO_FAULT` that name this rank. Raises :class:`ConfigError` if the variable is invalid."""
+    """Set the faults of `DPO_FAULT` for this rank, unless Slurm or torchrun has restarted the job.
+
+    Raises :class:`ConfigError` if the variable is invalid.
+    """
     _armed.clear()
     text = environment.get("DPO_FAULT", "")
     again = any(int(environment.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))

@@ -30,7 +30,7 @@ class Entry:
 
     @property
     def target(self) -> str | None:
-        """Our dotted key, without a value."""
+        """Our dotted key, without a value; None if we have no equivalent."""
         return self.here and self.here.partition("=")[0]
 
     @property
@@ -49,7 +49,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class System:
-    """Another system: its name, the versions and files that the table is based on, its keys, and other differences."""
+    """Another system: its name, the versions and files that its table is based on, its keys, and differences in
+    meaning."""
 
     name: str
     versions: str
@@ -58,7 +59,7 @@ class System:
 
 
 def foreign_key(path: str) -> str | None:
-    """Return the end of an error message about an unknown key, which explains the key if another system has it.
+    """Return the explanation of another system's key, as the end of an error message about an unknown key.
 
     path  dotted key that a user wrote; list indices are ignored
 

@@ -1,5 +1,5 @@
-"""Registries, which map names to implementations of losses, data formats, model families, kernels, callbacks, sinks,
-schedules and optimizers.
+"""Registries, which map names to implementations of losses, data formats, model families, activations, norms,
+callbacks, sinks, schedules and optimizers.
 """
 
 import difflib

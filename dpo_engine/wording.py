@@ -55,7 +55,7 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
 
 
 def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
-    """Describe in words which values a type annotation allows, such as `a whole number, at least 1`."""
+    """Describe in words which values a type annotation allows, such as `null, or a whole number of at least 1`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [c for a in arguments[1:] for c in (a.metadata if isinstance(a, FieldInfo) else [a])]
@@ -63,7 +63,8 @@ def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     if origin in (Union, types.UnionType):
         if bool in arguments:
             return join([True, False, *[word for a in arguments for word in get_args(a)]])
-        return " or ".join(describe(a, constraints) for a in arguments)
+        names_first = sorted(arguments, key=lambda a: a is not type(None) and get_origin(a) is not Literal)
+        return ", or ".join(describe(a, constraints) for a in names_first)
     if origin is Literal:
         return join(arguments)
     if origin is tuple:
@@ -78,8 +79,8 @@ def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
         return "a mapping"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     text = words.get(annotation, str(annotation))
-    limits = list(_limits(constraints)) if annotation in (int, float) else []
-    return ", ".join([text, " and ".join(limits)] if limits else [text])
+    limits = " and ".join(_limits(constraints)) if annotation in (int, float) else ""
+    return f"{text} of {limits}" if limits.startswith("at ") else f"{text} {limits}".rstrip()
 
 
 def _limits(constraints: Sequence[Any]) -> Iterator[str]:

@@ -37,16 +37,16 @@ seconds_left() { # until the time limit; prints nothing if there is no limit, or
   if [[ $end =~ ^[0-9]+$ ]]; then echo $((end - now)); fi
 }
 
-# Seconds between Slurm's warning and the time limit. This may be too low, because Slurm does not report the value of
-# `sbatch --signal`.
+# Prints the number of seconds between Slurm's warning and the time limit. The number may be too low, because Slurm does
+# not report the value of `sbatch --signal`.
 warning_s() {
   local asked
   asked=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$0" 2>/dev/null)} || asked=
   if [[ $asked =~ @([0-9]+)$ ]]; then echo "${BASH_REMATCH[1]}"; else echo 300; fi
 }
 
-# Seconds for the save in a job whose limit is shorter than Slurm's warning: a third of the limit, but at least a minute
-# (or half of the limit, if that is shorter).
+# Prints the number of seconds for the save in a job whose limit is shorter than Slurm's warning: a third of the limit,
+# but at least a minute (or half of the limit, if that is shorter).
 reserve_s() {
   local least=$((limit / 2 < 60 ? limit / 2 : 60))
   echo $((limit / 3 > least ? limit / 3 : least))

@@ -94,7 +94,7 @@ def test_every_problem_is_on_its_own_line(run, capsys):
     assert code == 2 and captured.out == ""
     starts = ["parallel.tp=0", "data.tain=x", "optim.decay_steps=3", "model.path=m"]
     assert [line.split(":")[0] for line in lines[:4]] == starts
-    assert lines[0] == "parallel.tp=0: must be a whole number, at least 1; the default is 1"
+    assert lines[0] == "parallel.tp=0: must be a whole number of at least 1; the default is 1"
     assert "Traceback" not in captured.err
 
 
@@ -348,7 +348,7 @@ def test_problem_is_printed_once_under_torchrun(run):
         [*command, "-m", "dpo_engine", "train", run, "parallel.tp=0"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0
-    assert done.stderr.count("parallel.tp=0: must be a whole number, at least 1; the default is 1") == 1
+    assert done.stderr.count("parallel.tp=0: must be a whole number of at least 1; the default is 1") == 1
 
 
 @pytest.mark.slow
@@ -356,7 +356,7 @@ def test_module_of_the_command_line_runs_verbs_too(run):
     command = [sys.executable, "-m", "dpo_engine.cli", "check", run, "parallel.tp=0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "parallel.tp=0: must be a whole number, at least 1; the default is 1" in done.stdout + done.stderr
+    assert "parallel.tp=0: must be a whole number of at least 1; the default is 1" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

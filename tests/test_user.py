@@ -328,7 +328,7 @@ def check_page(page: Path, ranked: re.Match, rewarded: str) -> None:
         show(driver, page)
         check_charts(driver)
         text = driver.find_element("id", "verdict").text
-        assert f"Better held out: in {rewarded}% of 255 pairs" in text
+        assert f"Better on held-out pairs: in {rewarded}% of 255 pairs" in text
         assert f"by likelihood: {ranked[1]}% → {ranked[2]}%." in text
         assert len(driver.find_elements("css selector", "#pair-table tr.pair")) == 15
         driver.find_element("css selector", "#pair-table tr.pair").click()
@@ -359,7 +359,7 @@ def test_quickstart_runs_twice(tmp_path):
     for prompt, wrong, right in samples:
         assert wrong != answer(prompt) == right
     if shutil.which("chromedriver"):
-        rewarded = re.search(r"reward accuracy \(a tie counts half\)\s+[\d.]+%\s+([\d.]+)%", out)[1]
+        rewarded = re.search(r"reward accuracy \(a tie counts as half\)\s+[\d.]+%\s+([\d.]+)%", out)[1]
         check_page(tmp_path / "runs/quickstart/dpo/report.html", ranked, rewarded)
     again = quickstart("parallel.tp=1", "parallel.pp=4", "train.max_steps=9")
     assert "already exists" in again and "step 9/9" in again

@@ -180,7 +180,7 @@ def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.
 
 
 def scored_offsets(response: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """Return the offsets of the scored tokens in a response, ascending."""
+    """Return the offsets of the scored tokens in a response, in ascending order. A mask of None means all tokens."""
     return np.arange(len(response)) if mask is None else np.flatnonzero(mask)
 
 

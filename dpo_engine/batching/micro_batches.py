@@ -14,7 +14,7 @@ PLANNED_TOGETHER = 512
 """Maximum number of pairs that are planned together. A larger global batch is planned in several parts."""
 
 WORTH_IT = 1.05
-"""Smallest ratio of ``stacked``'s to ``tree``'s token count for which ``auto`` chooses ``tree``."""
+"""``auto`` chooses ``tree`` if ``stacked`` computes at least this many times the tokens of ``tree``."""
 
 
 def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tuple[str, str]:
@@ -54,7 +54,7 @@ def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tu
 
 
 def is_settled(config: Config) -> bool:
-    """Whether the configuration gives the layout and the size of micro-batches, so that no ``auto`` is left."""
+    """Whether the configuration gives the layout and the size of micro-batches, without any ``auto``."""
     sized = config.train.micro_batch_size is not None or config.batch.tokens_per_micro_batch != "auto"
     return sized and config.batch.layout != "auto"
 
@@ -73,8 +73,9 @@ def pair_tokens(pairs: PairDataset, config: Config, layout: str) -> np.ndarray:
 def visible_share(config: Config, pairs: PairDataset, dp_size: int) -> float:
     """Estimate the attention density in rows of trees: the fraction of (query, key) pairs that are visible.
 
-    The estimate assumes that a row has as many tokens as the budget allows, or, if that is less, all tokens that a
-    data-parallel rank has in an average global batch. It ignores that different pairs may share prompts and responses.
+    The estimate assumes that a row has as many tokens as the budget allows or, if that is less, all tokens that a
+    data-parallel rank gets from an average global batch. It ignores that different pairs may share prompts and
+    responses.
     """
     prompt, chosen, rejected = (column.astype(np.float64) for column in pairs.lengths.T)
     with_chosen, alone = prompt + chosen, rejected + (0 if config.shares_prompts else prompt)

@@ -70,10 +70,11 @@ class CostModel:
     ) -> CostModel:
         """Return the cost model for a decoder.
 
-        Each argument is the attribute of :class:`~dpo_engine.model.architecture.Architecture` with the same name.
-
         matrix_parameters  number of parameters in the matrices of the layers and of the output layer that a token uses
         windows            sliding windows that are shorter than some rows, one entry for each layer with such a window
+
+        Each of the other arguments is the attribute of :class:`~dpo_engine.model.architecture.Architecture` with the
+        same name.
         """
         head, pair = hidden_size * vocab_size, 4 * num_attention_heads * head_dim
         near = tuple((window, pair * count) for window, count in sorted(Counter(windows).items()))
@@ -206,8 +207,8 @@ def deal_trees(
                       (:func:`~dpo_engine.data.dataset.part_digests`)
     tokens_per_micro_batch  the budget
     share     whether repeated prompts and responses occur only once in a row
-    multiple  the number of micro-batches must be divisible by this; for an interleaved schedule, the number of pipeline
-              stages
+    multiple  a divisor of the number of micro-batches: the number of pipeline stages for an interleaved schedule,
+              otherwise 1
 
     Returns  for each rank, its micro-batches: arrays of pairs [b] int64, b >= 0; pairs of one tree are adjacent
     """

@@ -130,7 +130,9 @@ START = Position()
 
 
 class Plan:
-    """The pairs for each optimizer step of a run, from `start` on. They do not depend on layout or number of ranks.
+    """The pairs for each optimizer step of a run, from `start` on.
+
+    The pairs of a step depend on neither the layout nor the number of ranks.
 
     steps_per_epoch  number of steps in a full epoch; the last step uses the remaining pairs, at least one
     num_steps        total number of steps: the steps of `epochs` epochs, or `max_steps` if that is less
@@ -214,7 +216,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the order of pairs in the first epoch, and of the settings that divide the pairs into steps."""
+        """Hash of the pairs' order in the plan's first epoch, and of the settings that divide the pairs into steps."""
         digest = hashlib.blake2b(f"{self.start} {self.global_batch_size} {self.num_steps}".encode(), digest_size=16)
         digest.update(self.epoch(self.start.epoch).astype("<i8").tobytes())
         return digest.hexdigest()

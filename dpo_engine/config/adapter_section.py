@@ -22,14 +22,16 @@ class AdapterConfig(Section):
     rslora: bool = False
     """whether to multiply the low-rank product by alpha / sqrt(rank) instead of alpha / rank"""
     targets: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] | Text = "all-linear"
-    """projections to adapt: a list of names, such as [q_proj, v_proj]; a regular expression that matches whole names,
-    such as model.layers.0.self_attn.q_proj; or all-linear, for all projections of all layers"""
+    """projections to adapt: a list of names or name endings, such as [q_proj, v_proj]; a regular expression that must
+    match a whole name, such as model.layers.0.self_attn.q_proj; or all-linear, for all projections of all layers"""
     layers: Annotated[tuple[Natural, ...], Field(min_length=1, strict=False)] | None = None
     """indices of the layers to adapt, counted from 0; null: all layers"""
     rank_pattern: dict[Text, Count] = {}
-    """mapping from regular expressions to the rank of the projections whose names match, such as {q_proj: 64}"""
+    """mapping from regular expressions to ranks, such as {q_proj: 64}; the first expression that matches a projection's
+    name, or the end of the name, sets its rank"""
     alpha_pattern: dict[Text, Alpha] = {}
-    """mapping from regular expressions to the alpha of the projections whose names match, such as {q_proj: 128}"""
+    """mapping from regular expressions to values of alpha, such as {q_proj: 128}; the first expression that matches a
+    projection's name, or the end of the name, sets its alpha"""
     path: Place | None = None
     """directory or Hub id of a PEFT adapter that training starts from; the adapter sets all other keys of this
     section"""

@@ -47,9 +47,10 @@ class TrainSource(Source):
 
 class DataConfig(Section):
     train: Annotated[tuple[TrainSource, ...], Field(min_length=1, strict=False)]
-    """a source of preference records, or a list of sources: paths or mappings {path, format, columns, weight}"""
+    """a source of preference records, or a list of sources; a source is a path or a mapping {path, format, columns,
+    weight}"""
     validation: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
-    """a source of preference records for evaluation only, or a list as in data.train, without weights; null: none"""
+    """a source or a list of sources, as in data.train but without weights, for evaluation only; null: none"""
     validation_fraction: Fraction = 0.0
     """approximate fraction of the prompts in data.train to hold out for evaluation; requires data.validation=null"""
     max_pairs: Count | None = None
@@ -76,7 +77,8 @@ class DataConfig(Section):
     """what to do if a chat template drops text or writes the role into responses: end the run (error), or use these
     pairs and count them in the log (allow)"""
     template_date: Text | None = None
-    """date that chat templates read instead of the current date, YYYY-MM-DD; null: the date of the run's first start"""
+    """date, in the form YYYY-MM-DD, that chat templates read instead of the current date; null: the date of the run's
+    first start"""
     cache_dir: Place | None = None
     """directory for tokenized data; null: <train.output_dir>/cache"""
     workers: Count | None = None
@@ -90,7 +92,8 @@ class DataConfig(Section):
     seed: Natural = 0
     """random seed for the order of the pairs"""
     shuffle: bool = True
-    """whether to put the pairs into a new random order in each epoch; false: the order of the sources and files"""
+    """whether to put the pairs into a new random order in each epoch; false: the pairs keep the order of the sources
+    and files"""
     group_by_prompt: bool = False
     """whether to keep the pairs of a source that share a prompt together, so that the tree layout computes each prompt
     once per step"""

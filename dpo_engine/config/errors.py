@@ -73,9 +73,9 @@ def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
         text = f"{path}={value}: no such key; {_suggest(root, owner, path, str(keys[-1]))}"
     elif report["type"] == "missing" and isinstance(keys[-1], int):
         path, _, _ = path.rpartition("[")
-        text = f"{path}: must be {describe(field.annotation)}; {_default(field)}"
+        text = f"{path}: must be {describe(field.annotation)}; {_default(field, keys)}"
     elif report["type"] == "missing":
-        text = f"{path}: is required; {_default(field)}"
+        text = f"{path}: is required; {_default(field, keys)}"
     else:
         text = f"{path}={value}: must be {_rule(field, keys, report)}"
     return SchemaProblem(path, tuple(keys), text)
@@ -119,14 +119,16 @@ def _rule(field: FieldInfo, keys: Sequence[str | int], report: Any) -> str:
     }
     if report["type"] == "value_error":  # raised by a validator of the section
         rule = str(report["ctx"]["error"])
-        return rule if "; " in rule else f"{rule}; {_default(field)}"
+        return rule if "; " in rule else f"{rule}; {_default(field, keys)}"
     if report["type"] in words:
-        return f"{words[report['type']]}; {_default(field)}"
-    if any(_models(a) for a in sequences):
-        return f"{field.description}; {_default(field)}"
+        return f"{words[report['type']]}; {_default(field, keys)}"
+    if sources := [model for a in sequences for model in _models(a)]:
+        parts = ", ".join(sources[0].model_fields)
+        return f"a source or a list of sources; a source is a path or a mapping {{{parts}}}"
     names = [a for literal in _literals(annotation) for a in get_args(literal)]
     near = nearest(report["input"], names) if isinstance(report["input"], str) else None
-    return f"{describe(annotation, field.metadata)}; " + (f"did you mean {near}?" if near else _default(field))
+    way_out = f"did you mean {near}?" if near else _default(field, keys)
+    return f"{describe(annotation, field.metadata)}; {way_out}"
 
 
 def _literals(annotation: Any) -> list[Any]:
@@ -135,10 +137,12 @@ def _literals(annotation: Any) -> list[Any]:
     return [literal for argument in get_args(annotation) for literal in _literals(argument)]
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required() or isinstance(field.default, BaseModel):
-        return f"give {field.description or 'these keys, indented below it'}"
-    return f"the default is {show(field.default)}"
+def _default(field: FieldInfo, keys: Sequence[str | int]) -> str:
+    if not field.is_required() and not isinstance(field.default, BaseModel):
+        return f"the default is {show(field.default)}"
+    if not field.description:
+        return f"write the keys to set, indented below `{keys[-1]}:`"
+    return f"give {' '.join(field.description.split())}"
 
 
 def erase(raw: dict[str, Any], problem: SchemaProblem) -> None:

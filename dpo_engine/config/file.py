@@ -1,4 +1,4 @@
-"""Read a run's YAML file (YAML 1.2 scalars, no duplicate keys) and apply `a.b=c` overrides."""
+"""Read a run's YAML file (YAML 1.2 scalars, no duplicate keys) with its base files, and apply `a.b=c` overrides."""
 
 from __future__ import annotations
 
@@ -133,9 +133,9 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file. If the file has a key `base`, merge its mapping into that of the base file.
+    """Return the mapping in a YAML file. If the file has a key `base`, return its mapping merged into the base file's.
 
-    below  files that inherit from this file, used to detect a cycle
+    below  files that inherit from this file; they are needed to detect a cycle
 
     Raises `ConfigError` if a file cannot be read or does not contain a mapping, or if the base files form a cycle.
     """
@@ -162,8 +162,8 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
 def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return `own` merged into `base`. Mappings are merged key by key; other values, such as lists, are replaced.
 
-    The section `loss` is special, because its options belong to one loss. If `own` names another loss than `base`, the
-    `loss` section of `own` replaces the one of `base`. If `own` sets an option to null, the option has its default.
+    The section `loss` is special, because its options belong to one loss. If `own` names a different loss, its `loss`
+    section replaces that of `base`. If `own` sets a key of the section to null, the key gets its default.
     """
     merged = {**base}
     for key, value in own.items():

@@ -29,7 +29,7 @@ class Key:
 
 
 def keys(section: type[BaseModel] = Config, above: str = "") -> Iterator[Key]:
-    """Yield every key of a run in schema order. An optional section is also yielded as a key."""
+    """Yield every key of a run in schema order. An optional section is yielded as a key, followed by its own keys."""
     for name, field in section.model_fields.items():
         parts = _flat(field.annotation)
         if field.description:

@@ -19,9 +19,11 @@ class OptimConfig(Section):
     schedule_options: dict[str, Any] = {}
     """options of a registered schedule"""
     warmup_steps: Natural | None = None
-    """number of steps of linear warmup from zero; null: set by warmup_ratio, or no warmup"""
+    """number of steps of linear warmup from zero; null: warmup_ratio sets the length of the warmup; if both are null,
+    there is no warmup"""
     warmup_ratio: Fraction | None = None
-    """length of the linear warmup, as a fraction of all steps, rounded up; null: set by warmup_steps, or no warmup"""
+    """length of the linear warmup as a fraction of all steps; the number of steps is rounded up; null: warmup_steps
+    sets the length"""
     decay_steps: Count | None = None
     """wsd schedule only: number of steps in the final decay; null: a tenth of all steps"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -11,7 +11,8 @@ from pydantic import AfterValidator
 from dpo_engine.config.section import Text
 
 REFERENCE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\}|\()", re.ASCII)
-"""A variable in a path, as in a shell: `$NAME` or `${NAME}`. A dollar sign before any other character is literal."""
+"""A variable in a path, as in a shell: `$NAME` or `${NAME}`. The pattern also matches `$(`, which paths must not
+contain. A dollar sign before any other character is literal."""
 
 
 def expand(text: str) -> str:

@@ -17,7 +17,8 @@ from dpo_engine.wording import join, show
 def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list[str]:
     """List keys that contradict each other and keys that have no effect, one line per problem.
 
-    broken  keys whose values were invalid and have been replaced or ignored; rules that read them are not checked
+    broken  keys whose values were invalid and have been replaced or ignored, and keys that the verb does not use; rules
+            that read any of these keys are not checked
     """
     found = []
     rules = (
@@ -272,7 +273,7 @@ def _profile_rules(config: Config) -> Iterator[Rule]:
         elif config.train.max_steps is not None and last > config.train.max_steps:
             yield (
                 ("logging.profile.steps", "train.max_steps"),
-                f"must end with step train.max_steps={config.train.max_steps} or an earlier one; lower it",
+                f"the last step must be at most train.max_steps={config.train.max_steps}; lower it",
             )
 
 
@@ -293,14 +294,14 @@ def facts_of(loss: LossConfig) -> LossFacts | None:
 
 
 def with_loss_options(config: Config) -> Config:
-    """Return a checked configuration in which every loss option has a value; unset options get their defaults."""
+    """Return a checked configuration with a value for every loss option: options that are not set get their default."""
     loss = config.loss
     values = {**loss.model_dump(exclude=set(loss.options)), **all_options(loss.name, loss.options)}
     return config.model_copy(update={"loss": LossConfig.model_validate(values)})
 
 
 def loss_problems(config: Config) -> list[str]:
-    """List all problems of `loss`: those of its name, of its options' names and types, and of the loss's own checks."""
+    """List all problems of `loss`: an unknown name, wrong options, and problems that the loss's own check reports."""
     name = config.loss.name
     if name not in LOSSES:
         return [name_problem(LOSSES, name, f"loss.name={show(name)}", plugins=bool(config.plugins))]

@@ -57,8 +57,8 @@ class Config(Section):
     callbacks: dict[Text, dict[str, Any]] = {}
     """callbacks of the training loop that plugins have registered, by name, each with its options"""
     plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """Python modules to import at the start, which register losses, data formats, model families, kernels, callbacks,
-    sinks, schedules or optimizers"""
+    """Python modules to import at the start, which register losses, data formats, model families, activations, norms,
+    kernels, callbacks, sinks, schedules or optimizers"""
 
     @property
     def shares_prompts(self) -> bool:
@@ -110,12 +110,15 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
-        """Read a YAML file and `a.b=c` overrides. Raises a `ConfigError` that lists all problems."""
+        """Read a YAML file and `a.b=c` overrides. Raises a `ConfigError` that lists all problems.
+
+        Rules that involve several keys are not checked; see `rules.py`.
+        """
         return draft(path, overrides).finished()
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Config:
-        """Build a `Config` from nested mappings. Raises a `ConfigError` that lists all problems."""
+        """Build a `Config` from nested mappings. Raises a `ConfigError` with the problems that :meth:`load` finds."""
         return _draft(raw, []).finished()
 
     def to_yaml(self) -> str:
@@ -175,7 +178,7 @@ def _draft(raw: Mapping[str, Any], problems: list[str]) -> Draft:
 
 
 def import_plugins(names: Sequence[str]) -> list[str]:
-    """Import the plugin modules, also from the current directory. Return the problems found."""
+    """Import the plugin modules from `sys.path` and from the current directory. Return the problems found."""
     if names and "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     problems = []

@@ -25,7 +25,7 @@ def _interval(value: Any) -> Any:
     steps = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     part = _EPOCHS.fullmatch(value) if isinstance(value, str) else None
     if not steps and not (part and Exact(part[1])):
-        raise ValueError("a number of steps, or a part of an epoch such as 0.25epoch")
+        raise ValueError("a number of steps, or a number of epochs such as 0.25epoch")
     return value
 
 

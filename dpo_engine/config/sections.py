@@ -44,16 +44,18 @@ class ModelConfig(Section):
     """data type of weights and activations (with bf16, the optimizer keeps fp32 main weights); auto: bf16 on a
     GPU, fp32 on a CPU"""
     spec: Literal["auto", "native", "te"] = "auto"
-    """layer implementation: native (Megatron-Core) or te (Transformer Engine); auto: te if it is available,
-    otherwise native"""
+    """layer implementation: native (Megatron-Core) or te (Transformer Engine); auto: te if it is installed and supports
+    the model, otherwise native"""
     recompute: Literal["none", "selective", "full"] = "none"
     """what to recompute in the backward pass instead of storing it: none, the MLP of each layer (selective), or
     whole layers (full)"""
     attention: Text = "auto"
     """kernels for attention in rows of trees and in sliding windows: varlen (flash attention), triton, sdpa, eager or
-    a plugin's; auto: varlen on a GPU in bf16 (triton if parallel.cp is above 1), otherwise sdpa"""
+    the name that a plugin registers; auto: the fastest kernels that support the model, dtype and layout; the log names
+    them"""
     head: Text = "auto"
-    """kernels for the log-probabilities of the output layer: eager, triton or a plugin's; auto: eager"""
+    """kernels for the log-probabilities of the output layer: eager, triton or the name that a plugin registers; auto:
+    eager"""
 
 
 class BatchConfig(Section):
@@ -64,8 +66,8 @@ class BatchConfig(Section):
     """tree layout only: whether all responses to a prompt share one copy of the prompt; false: plain packing, with
     one copy per response"""
     tokens_per_micro_batch: Count | Literal["auto"] = "auto"
-    """maximum number of tokens in a micro-batch, with padding; a longer pair is a micro-batch of its own; auto: as many
-    as make a step efficient and fit into the device's memory"""
+    """maximum number of tokens in a micro-batch, including padding; a longer pair is a micro-batch of its own; auto:
+    enough for an efficient step, within the device's memory"""
 
 
 class LossConfig(Section):
@@ -83,11 +85,11 @@ class LossConfig(Section):
     """whether to weight each pair's loss by the likelihood of its responses under the policy (WPO)"""
 
     balance: Annotated[float, Field(ge=0)] = 0.0
-    """mixture-of-experts models only: coefficient of the load-balancing loss of routers at the tokens of responses; see
+    """mixture-of-experts models only: coefficient of the routers' load-balancing loss, computed on response tokens; see
     router/balance in the metrics"""
     router_z: Annotated[float, Field(ge=0)] = 0.0
-    """mixture-of-experts models only: coefficient of the z-loss, which limits the size of routers' logits; see router/z
-    in the metrics"""
+    """mixture-of-experts models only: coefficient of the routers' z-loss, which limits the size of their logits; see
+    router/z in the metrics"""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -139,8 +141,8 @@ class TrainConfig(Section):
     global_batch_size: Count = 64
     """number of pairs per optimizer step, over all ranks"""
     micro_batch_size: Count | None = None
-    """number of pairs per micro-batch on one data-parallel rank; in the tree layout, a micro-batch may have more pairs,
-    but at most as many tokens as this number of the longest pairs; null: as many pairs as
+    """number of pairs per micro-batch on one data-parallel rank; in the tree layout, a micro-batch may hold more pairs,
+    but no more tokens than this many of the longest pairs would have; null: as many pairs as
     batch.tokens_per_micro_batch allows"""
     epochs: Count = 1
     """number of passes over data.train"""
@@ -150,12 +152,12 @@ class TrainConfig(Section):
     """time limit within which the run saves and exits with code 75: [D-]H:MM:SS or seconds, counted from the start of
     the Slurm job or, without Slurm, of the process; null: no limit"""
     eval_interval: Interval = 0
-    """number of steps between evaluations, or a part of an epoch such as 0.25epoch; 0: only at the end"""
+    """number of steps between evaluations, or number of epochs such as 0.25epoch; 0: only at the end"""
     eval_at_start: bool = False
     """whether to evaluate before the first step as well"""
     stop_after_no_gain: Count | None = None
-    """number of consecutive evaluations without a new best value of checkpoint.keep_best's metric (null: eval/loss)
-    after which the run ends early; null: never"""
+    """number of consecutive evaluations without a new best value, of the metric in checkpoint.keep_best (eval/loss if
+    that is null), after which the run ends early; null: never"""
     seed: Natural = 1234
     """random seed for everything except the order of the pairs"""
     deterministic: bool = True
@@ -163,8 +165,8 @@ class TrainConfig(Section):
     freeze_router: bool = False
     """mixture-of-experts models only: whether to exclude the weights of routers from training"""
     guard_interval: Natural = 100
-    """number of steps between checks that all ranks agree on settings, code, data, and weights; a check also
-    precedes each scheduled save; 0: only at the start"""
+    """number of steps between checks that all ranks agree on settings, code, data and weights; the ranks are also
+    checked at the start, before each scheduled save and after the last step; 0: only at the start"""
 
     @field_validator("save_by", mode="before")
     @classmethod
@@ -183,8 +185,8 @@ class BadStepsConfig(Section):
     pairs."""
 
     stop_after: Count = 3
-    """number of consecutive bad steps that ends the run; a bad step updates nothing, and its pairs are not used
-    again"""
+    """number of consecutive bad steps that ends the run; a bad step updates nothing, and the run does not retry its
+    pairs in the same epoch"""
     spike_sigma: Annotated[float, Field(gt=0)] | None = None
     """a step is bad if its loss or gradient norm exceeds the mean of recent good steps by more than this many standard
     deviations; null: no limit"""
@@ -244,13 +246,13 @@ FORMER_NAMES = {"loss": "eval/loss", "accuracy": "eval/rewards/accuracies", "mar
 
 class CheckpointConfig(Section):
     save_interval: Interval = 0
-    """number of steps between checkpoints, or a part of an epoch such as 0.5epoch; the run also saves at the end, when
-    it is interrupted, and for checkpoint.keep_best; 0: no other saves"""
+    """number of steps between checkpoints, or number of epochs such as 0.5epoch; the run also saves at the end, when it
+    is interrupted, and for checkpoint.keep_best; 0: no other saves"""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """number of the newest checkpoints to keep; at least 2"""
     keep_best: KeepBest | None = None
-    """which evaluated steps to save, and to keep in addition to the newest checkpoints: those with the best values of a
-    metric on held-out pairs; null: none"""
+    """whether to save and keep, in addition to the newest checkpoints, the evaluated steps with the best values of a
+    metric on held-out pairs: a mapping {metric, mode, count}; null: no"""
     async_save: bool = True
     """whether to write checkpoints in the background from a copy in host memory; false: training waits for each save"""
     resume: bool = True
@@ -292,8 +294,8 @@ class ProfileConfig(Section):
     steps: Annotated[tuple[Count, Count], Field(strict=False)]
     """the first and the last step to profile; the first step of a run is 1"""
     tool: Literal["torch", "nsys", "memory"] = "torch"
-    """torch: a trace of all operations; nsys: ranges for Nsight Systems, which must be started with the run; memory: a
-    record of GPU allocations. torch and memory write to <train.output_dir>/profile"""
+    """torch: a trace of all operations; nsys: ranges for Nsight Systems, for a run that is started under
+    `nsys profile`; memory: a record of GPU allocations. torch and memory write to <train.output_dir>/profile"""
 
 
 class LoggingConfig(Section):
@@ -319,4 +321,4 @@ class LoggingConfig(Section):
     """number of held-out pairs for which the log-probability of each token is written at every evaluation, for
     report.html"""
     profile: ProfileConfig | None = None
-    """steps to profile, such as {steps: [10, 12], tool: torch}; null: none"""
+    """steps to profile and the tool, such as {steps: [10, 12], tool: torch}; null: none"""

@@ -51,7 +51,8 @@ CONTROLS = re.compile(
 def target_problems(columns: Mapping[str, str | None], format_name: str) -> list[tuple[str, str]]:
     """Return the names in `data.columns` that the format does not read, each with an error message.
 
-    If a format does not declare its fields, any name is allowed.
+    For the format `auto`, these are the names that no format reads. If a format does not declare its fields, any name
+    is allowed.
     """
     formats = [FORMATS[format_name]] if format_name != "auto" else list(FORMATS.values())
     declared = [getattr(entry, "fields", None) for entry in formats]
@@ -169,7 +170,7 @@ def opens(part: Any) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a value is empty: null, an empty text or list, or a list or object of such values.
+    """Return whether a value is empty: null, an empty text, list or object, or a list or object of empty values.
 
     In a table, a field that a record lacks has an empty value.
     """
@@ -191,7 +192,10 @@ def without_nulls(value: Any) -> Any:
 
 
 def from_json(name: str, value: Any) -> Any:
-    """Parse a value that is JSON text; return other values unchanged. Raises :class:`BadRecord`."""
+    """Parse a value that is JSON text; return None for blank text, and other values unchanged.
+
+    Raises :class:`BadRecord` if a text is not JSON.
+    """
     if not isinstance(value, str):
         return value
     if not value.strip():

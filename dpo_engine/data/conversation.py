@@ -176,7 +176,10 @@ def _list(here: str, key: str, message: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _content(here: str, content: Any) -> Any:
-    """Return the content; join a list of text parts. Raises :class:`BadRecord` for parts of other types."""
+    """Return the content; join a list of text parts.
+
+    Raises :class:`BadRecord` for a part of another type, or for a part that is excluded from the loss.
+    """
     if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) and "type" in part for part in content):
         return content
     for part in content:

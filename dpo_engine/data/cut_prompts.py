@@ -18,7 +18,7 @@ from dpo_engine.errors import ConfigError, DataError
 
 
 def at_limit(pair: TokenPair, data: DataConfig) -> bool:
-    """Whether a pair reaches a length limit, so that the start of its prompt may have been cut."""
+    """Whether a pair reaches a length limit, in which case the start of its prompt may have been cut."""
     if data.truncation == "drop":
         return False
     prompt = data.max_prompt_length is not None and (len(pair.prompt) == data.max_prompt_length or data.score == "all")
@@ -35,7 +35,8 @@ def cut_prompts(
     pairs    held-out pairs
     indices  indices of pairs in ``pairs``
 
-    Returns  the cut ids of each pair; None if the record of the pair can no longer be found
+    Returns  a mapping from each index to the ids that were cut, which is an empty list if nothing was cut, and None if
+             the record of the pair can no longer be found
     """
     found: dict[int, list[int] | None] = {int(index): [] for index in indices}
     wanted: dict[int, dict[int, list[int]]] = {}
@@ -61,7 +62,7 @@ def cut_prompts(
 
 
 def _records(data: DataConfig, number: int, lines: set[int]) -> Iterator[tuple[int, list[Pair]]]:
-    """Yield the records on some lines of a source."""
+    """Yield the line and the pairs of each record that is on one of the given lines of a source."""
     source = (data.validation or data.train)[number]
     left = set(lines)
     for line, pairs in read_pairs(source.path, source.format, BadLines(skip=True), source.columns):
@@ -73,7 +74,7 @@ def _records(data: DataConfig, number: int, lines: set[int]) -> Iterator[tuple[i
 
 
 def _cut(whole: object, fitted: object, bos_id: int | None) -> tuple[str, list[int]] | None:
-    """Return the digest of a pair and the ids that were cut from its prompt."""
+    """Return the digest of a pair and the ids that were cut from its prompt, or None if a result is not a pair."""
     if not (isinstance(whole, Encoded) and isinstance(fitted, Encoded)) or whole.pair is None or fitted.pair is None:
         return None
     prompt, kept = whole.pair.prompt, fitted.pair

@@ -34,7 +34,7 @@ class TokenPair(NamedTuple):
 
     prompt    [p]  int32, p >= 1
     chosen    [c]  int32, c >= 1, including the end token unless `data.add_eos` is false
-    rejected  [r]  int32, r >= 1, also including the end token
+    rejected  [r]  int32, r >= 1, including the end token under the same condition
     weight         factor of this pair's loss, > 0
     margin         how much better the chosen response is; nan if not given
     digest         hash of the three id lists and the masks, hexadecimal
@@ -101,7 +101,7 @@ def digest_halves(digest: str) -> np.ndarray:
 def part_digests(pairs: PairDataset, indices: np.ndarray) -> np.ndarray:
     """Hash each part of the pairs `indices`: [n, 3] int64.
 
-    Prompts with equal ids have equal hashes, and so have responses with equal ids and masks.
+    Prompts have equal hashes if their ids are equal. Responses have equal hashes if their ids and masks are equal.
     """
 
     def keys(pair: TokenPair) -> list[int]:

@@ -130,8 +130,9 @@ def encode_pairs(
     Conversations: the chat template renders the prompt, with the generation prompt, and both whole conversations. In a
     response of several turns, only assistant turns whose weight is not 0 are scored.
 
-    With `limits.add_eos`, a response ends at the EOS or other end-of-turn token that the text already has. Whitespace
-    after this token is dropped. If there is no such token, the EOS is appended.
+    With `limits.add_eos`, a response ends at the EOS that its text already has. In conversations, it can also end at
+    another end-of-turn token that the chat template wrote, unless `limits.add_eos` is "always". Whitespace after the
+    token is dropped. If the response has no such token at its end, the EOS is appended.
 
     Returns  one result per pair, which is a :class:`BadRecord` if the pair cannot be used
 
@@ -186,7 +187,7 @@ def _encode(
         if conversation:
             raise BadRecord("the chat template renders the prompt and the conversations without a common prefix")
         raise BadRecord(
-            "the prompt and the prompt with a response start with different tokens; add a space after the prompt"
+            "the prompt alone and the prompt with a response start with different tokens; add a space after the prompt"
         )
     turns = (*(pair.prompt if conversation else ()), *as_turns(pair.chosen), *as_turns(pair.rejected))
     if limits.score == "all" and any(turn.get("weight") == 0 for turn in turns):
@@ -257,7 +258,11 @@ def _fit(
     limits: Limits,
     source: int,
 ) -> Encoded:
-    """Apply the length limits and `score`. Raises :class:`BadRecord` for unusable tokens and for equal responses."""
+    """Apply the length limits and `score`.
+
+    Raises :class:`BadRecord` for a part without tokens, for a token that is not in the model's embedding, for equal
+    responses, and for a response without scored tokens.
+    """
     whole, chosen, rejected = ids
     for name, present in (
         ("prompt", whole),

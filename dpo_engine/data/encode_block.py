@@ -61,7 +61,7 @@ class EncodeBlock:
     """Converter of blocks of raw records of one source to token pairs, in this process or in a worker.
 
     number  index of the source
-    chunk   number of pairs to tokenize together
+    chunk   number of pairs to tokenize together; the last record of a chunk may exceed it
     """
 
     tokenizer: Tokenizer

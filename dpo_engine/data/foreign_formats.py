@@ -68,7 +68,7 @@ def alpaca(row: dict[str, Any]) -> Pair:
 def orca(row: dict[str, Any]) -> Pair:
     """Intel/orca_dpo_pairs: `question` and the text of both responses, with an optional `system`.
 
-    The prompt is one user turn, as in LLaMA-Factory and Megatron-SWIFT, which include this data set.
+    The prompt is one user turn, as in LLaMA-Factory and Megatron-SWIFT, which support this data set.
     """
     question, chosen, rejected = required(row, ("question", *RESPONSES), str)
     return _single(row, [{"role": "user", "content": check_text("question", question)}], chosen, rejected)
@@ -127,7 +127,7 @@ def swift(row: dict[str, Any]) -> Pair:
 def nemo_rl(row: dict[str, Any]) -> Pair | None:
     """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}. The lower rank is the chosen one.
 
-    A record with equal ranks is left out; NeMo-RL would end the run.
+    A record with equal ranks is left out here; in NeMo-RL, it ends the run.
     """
     context, completions = required(row, ("context",), (str, list))[0], required(row, ("completions",), list)[0]
     if len(completions) != 2:
@@ -150,7 +150,7 @@ def helpsteer3(row: dict[str, Any]) -> Pair | None:
     """HelpSteer3's preferences: `context`, `response1`, `response2`, and `overall_preference` from -3 to 3.
 
     If the preference is negative, `response1` is chosen; if it is positive, `response2` is. The absolute value of the
-    preference is the margin. A record with preference 0 is left out; NeMo-RL would turn it into a pair of two equal
+    preference is the margin. A record with preference 0 is left out here; NeMo-RL turns it into a pair of two equal
     responses.
     """
     first, second = required(row, ("response1", "response2"), str)

@@ -23,8 +23,9 @@ PROMPT = frozenset(
     "problem problems request requests message messages conversation conversations dialog dialogs dialogue dialogues "
     "history turn turns utterance utterances ask inquiry human q".split()
 )
-"""Words in the names of prompts. A field with one of these words in its name counts as a prompt, whatever it contains,
-unless the last word of the name is in `OTHER` or `VAGUE`, as in prompt_id or question_type."""
+"""Words in the names of prompts. A field with one of these words in its name counts as a prompt, whatever text, list or
+object it contains. The exceptions are names whose last word is in `OTHER` or `VAGUE`, such as prompt_id and
+question_type."""
 TEXT = frozenset("text texts content document article passage paragraph sentence post email story title body".split())
 """Words in the names of fields with text, which may or may not be a prompt."""
 VAGUE = frozenset("source sources src origin info note notes topic subject name task goal scenario".split())

@@ -105,7 +105,8 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     Downloads a snapshot that is not in the Hub's cache, unless HF_HUB_OFFLINE is set. The `datasets` library decides
     which files belong to a config and split. The code of a data set never runs: `datasets` 4 and later cannot run it.
 
-    Raises :class:`DataError` if the snapshot is neither in the cache nor can be downloaded, or has no such split.
+    Raises :class:`DataError` if the snapshot is neither in the cache nor can be downloaded, if it has no such config or
+    split, or if `datasets` cannot read it.
     """
     read = data_repo(base)
     if read is None:

@@ -29,8 +29,8 @@ ARRAY_OF_OBJECTS = re.compile(rb"\[\s*(?:\{|\Z)")
 NO_SPACE = re.compile(rb"\S")
 
 Records = Iterator[tuple[int, bytes | str]]
-"""Raw records, each after its place, which is its line number or item number, from 1. If a record cannot be used, a
-string with the reason replaces its bytes."""
+"""Pairs of a place (line number or item number, from 1) and a raw record. If a record cannot be used, a string with the
+reason replaces its bytes."""
 
 
 @contextmanager
@@ -124,7 +124,10 @@ def _lines(path: Path, stream: BinaryIO) -> Records:
 
 
 def _start_of_array(path: Path) -> int | None:
-    """Return the byte offset of the first bracket if the file is an array, and None otherwise."""
+    """Return the byte offset of the first bracket if the file is an array, or None if it is not.
+
+    Raises :class:`DataError` if the array follows a byte-order mark.
+    """
     with path.open("rb") as stream:
         before = 0
         while part := stream.read(4096):
@@ -159,7 +162,7 @@ class _Array:
             elif mark in (b"]", b"}"):
                 depth -= 1
             if depth == 0 and mark == b"}":
-                raise DataError(f"{self._path}:{number + 1}: there is a brace without its opening brace; correct it")
+                raise DataError(f"{self._path}:{number + 1}: a closing brace has no opening brace; correct it")
             if depth == 0 or (depth == 1 and mark == b","):
                 item: bytes | str
                 if self.at - 1 - start > MAX_RECORD_BYTES:
@@ -170,7 +173,7 @@ class _Array:
                 if not item and depth == 0 and number == 0:
                     break  # an empty array
                 number += 1
-                yield number, item or f"there is no record {'between two commas' if depth else 'after the last comma'}"
+                yield number, item or f"there is no record {'before this comma' if depth else 'after the last comma'}"
         if NO_SPACE.search(self._content, self.at):
             raise DataError(
                 f"{self._path}:{number}: there is more text after the end of the array; write all records as one array"

@@ -63,7 +63,8 @@ FORMATS = Registry("data format")
 
 If a format returns None or no pairs, the record is left out of training; such records are counted and reported. A
 format that may return several pairs must be registered with ``several=True``; otherwise `check` counts each record as
-one pair. ``fields=(...)`` lists the fields that a format reads; the keys of `data.columns` must be in this list.
+one pair. ``fields=(...)`` lists the fields that a format reads; the keys of `data.columns` must be in this list or in
+:data:`~dpo_engine.data.columns.OPTIONAL`.
 
 A format raises :class:`BadRecord` for a record that it cannot use. A format need not check texts, turns, weight or
 margin, because :func:`checked` checks them for every format.
@@ -74,8 +75,9 @@ def checked(pair: Pair) -> Pair:
     """Check a pair, and split conversations into the prompt and the responses.
 
     Raises :class:`BadRecord` for a text that :func:`check_text` rejects; for conversations that
-    :func:`split_conversations` rejects; for equal responses; for tools or template options with plain text, because no
-    chat template renders plain text; for an invalid weight or other number.
+    :func:`split_conversations` rejects; for responses that are equal up to surrounding whitespace; for tools or
+    template options with plain text, because no chat template renders plain text; for an invalid weight or other
+    number.
     """
     prompt, chosen, rejected = parts = (pair.prompt, pair.chosen, pair.rejected)
     if all(isinstance(part, str) for part in parts):

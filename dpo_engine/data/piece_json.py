@@ -1,4 +1,4 @@
-"""Convert a bare sentencepiece model to a `tokenizer.json` file of the tokenizers library.
+"""Convert a bare sentencepiece model to a tokenizer of the tokenizers library, which can be saved as `tokenizer.json`.
 
 If a directory has only a `*.model` file, transformers reads it with the settings of the model family's tokenizer class.
 The token ids therefore often differ from those of sentencepiece. A `tokenizer.json` contains its own settings.

@@ -139,11 +139,12 @@ class _Lines(BadLines):
 
 
 def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the records of a source, each after its place, which is the number of the JSON line, array item or table
+    """Yield pairs of a place and a record of a source. The place is the number of the JSON line, array item or table
     row, from 1.
 
-    source  a file, directory, glob or saved data set, with or without a slice; see :func:`find_shards`. In file number
-            n of a source, from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and line.
+    source  a file, directory, glob, saved data set or Hub id, with or without a slice; see :func:`find_shards`. In file
+            number n of a source, counted from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and
+            line.
     bad     collects lines that are not records; by default, the first one raises :class:`DataError`
 
     For memory use and other errors, see :func:`read_blocks`.

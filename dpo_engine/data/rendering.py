@@ -21,7 +21,7 @@ DROPS_RESPONSE = "drops text of a response"
 DROPS_PROMPT = "drops text of the prompt"
 DROPS_EARLIER = "drops text of an earlier assistant turn"
 DROPS_TOOLS = "drops tools"
-NO_HEADER = "has no generation prompt, so that the response begins with its role"
+NO_HEADER = "has no generation prompt, so each response begins with the role header"
 NEXT_HEADER = "writes the header of another turn after each response"
 HARMLESS = (DROPS_EARLIER,)
 """Faults that are only counted. Templates of reasoning models cause them on purpose, in inference as well."""
@@ -96,7 +96,7 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
 
 
 def _common_start(first: str, *others: str) -> str:
-    """Return the common prefix. This is fast if the whole first text is the prefix, as with most templates."""
+    """Return the common prefix. The function is fast if the prefix is the whole first text, as with most templates."""
     return first if all(text.startswith(first) for text in others) else os.path.commonprefix([first, *others])
 
 

@@ -90,7 +90,7 @@ def is_valid(batch: pa.RecordBatch) -> bool:
 def to_python(batch: pa.RecordBatch, *, validate: bool) -> list[dict[str, Any]]:
     """Convert rows to dictionaries; values that cannot be converted become :class:`Unreadable`.
 
-    validate  whether to check the offsets first, because those of a damaged Arrow file may point beyond its end
+    validate  whether to check the offsets first, because offsets in a damaged Arrow file may point beyond the file
     """
     if not batch.num_columns:
         return [{} for _ in range(len(batch))]

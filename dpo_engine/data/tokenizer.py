@@ -38,7 +38,8 @@ class Tokenizer(ABC):
     date           the date that chat templates read; None means the current date
     rows           number of embedding rows of the model, or None if unknown; ids must be smaller than this number
     note           a line for the log about how the tokenizer was read, or None
-    content        digest of the tokenizer's files, of a chat template that replaces its own, and of the date
+    content        digest of the tokenizer's files, of a chat template that replaces its own, and of a fixed date that
+                   the template reads
     digest         digest of everything that affects the ids, including the version of the tokenizer library
     """
 

@@ -40,8 +40,8 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
     Returns  the tokenizer, the names of its vocabulary files, and a line for the log if `AutoTokenizer` disagrees with
              tokenizer.json
 
-    Raises :class:`ConfigError` if transformers cannot load the directory, if the directory contains no tokenizer, or if
-    transformers cannot use tokenizer.json unchanged.
+    Raises :class:`ConfigError` if a settings file is not a JSON object, if transformers cannot load the directory, if
+    the directory contains no tokenizer, or if transformers cannot use tokenizer.json unchanged.
     """
     own_code = _check_settings(path)
     try:

@@ -1,8 +1,9 @@
 """The interface of a loss: its inputs, its options and facts, and the metrics that are computed for every loss.
 
-A loss is registered under one or more names. Its keyword-only parameters are its options: their annotations and
-defaults define the keys that the section ``loss`` of a run's file accepts. The parameter ``data`` is not an option: a
-loss with this parameter receives the columns of :class:`PairData`.
+A loss is registered under one or more names. Its named parameters after the first two, which are the log-probabilities
+of policy and reference, are its options: their annotations and defaults define the keys that the section ``loss`` of a
+run's file accepts. The parameter ``data`` is not an option: a loss with this parameter receives the columns of
+:class:`PairData`.
 
 The registration also states facts about the loss that the engine needs. Each fact is a constant or a function of the
 loss's options:

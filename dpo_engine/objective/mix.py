@@ -53,7 +53,10 @@ def _at_init(options: Options) -> float | None:
 
 
 def _reward(options: Options) -> LossFacts:
-    """Return the facts of the loss that defines the rewards: the first with an option ``beta``, or the first of all."""
+    """Return the facts of the loss that defines the rewards: the first loss with an option ``beta``.
+
+    If no loss has this option, return the facts of the first loss.
+    """
     parts = [_part(entry) for entry in options["losses"]]
     _, loss, own = next((part for part in parts if "beta" in part[2]), parts[0])
     return loss_facts(loss, own)
@@ -77,7 +80,7 @@ def _entry_problems(entry: Options, above: str) -> list[str]:
         ]
     found = option_problems(name, {k: v for k, v in entry.items() if k not in ("name", "weight")}, above)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-        found.insert(0, f"{above}.weight={show(weight)}: must be a number, greater than 0; the default is 1.0")
+        found.insert(0, f"{above}.weight={show(weight)}: must be a number greater than 0; the default is 1.0")
     return found
 
 

@@ -147,7 +147,7 @@ def cpo(
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """Compute ``log(1 - exp(x))`` for ``x < 0``, elementwise, with the one of two forms that avoids cancellation."""
+    """Compute ``log(1 - exp(x))`` for ``x < 0``, elementwise. Of two equal forms, use the one without cancellation."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = torch.log(-torch.expm1(x))
     return torch.where(x > -0.6931471805599453, near, torch.log1p(-torch.exp(x)))

@@ -76,8 +76,8 @@ def sppo_hard(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) 
 def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """APO-zero: ``1 - sigmoid(beta a) + sigmoid(beta b)``.
 
-    It raises the log-ratio of the chosen response and lowers that of the rejected response. Use it if the chosen
-    responses are better than the model's own.
+    It raises the log-ratio of the chosen response and lowers the log-ratio of the rejected response. Use it if the
+    chosen responses are better than the model's own.
 
     a, b  log-ratios of chosen and rejected
 
@@ -93,8 +93,8 @@ def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -
 def apo_down(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
     """APO-down: ``sigmoid(beta a) + 1 - sigmoid(beta (a - b))``.
 
-    It lowers the log-ratios of both responses, and that of the rejected response more. Use it if the chosen responses
-    are worse than the model's own.
+    It lowers the log-ratios of both responses, and lowers the log-ratio of the rejected response more. Use it if the
+    chosen responses are worse than the model's own.
 
     a, b  log-ratios of chosen and rejected
 

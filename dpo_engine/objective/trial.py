@@ -27,11 +27,12 @@ REFERENCE = ([-21.25, -29.5], [-24.0, -27.0])
 
 
 def trial_problems(name: str, options: Mapping[str, Any]) -> list[str]:
-    """Return a line for each problem of a registered loss, called with complete ``options`` on two example pairs.
+    """Call a registered loss with complete ``options`` on two example pairs. Return a line for each problem.
 
-    The loss must return one finite value per pair, with a gradient for the policy's log-probabilities. It must return
-    the value ``at_init`` if policy and reference are equal. Unless it declares ``couples_pairs``, the loss of a pair
-    must not depend on the other pair, because the layout decides which pairs share a micro-batch. Columns of
+    The loss must return one finite value per pair, with a gradient for the policy's log-probabilities. If it declares a
+    value ``at_init``, it must return this value when policy and reference are equal. Unless it declares
+    ``couples_pairs``, the loss of a pair must not depend on the other pair, because the layout decides which pairs
+    share a micro-batch. Columns of
     :class:`~dpo_engine.objective.contract.PairData` that ``needs_data`` does not list are nan, as in a data set without
     them.
     """

@@ -80,7 +80,7 @@ def release() -> None:
 def await_key(store: dist.Store, key: str, timeout_s: float, progress: Callable[[], None] = lambda: None) -> bytes:
     """Return the value of ``key`` as soon as another rank has set it.
 
-    timeout_s   time limit in seconds, counted from the latest increment by a rank that is :func:`preparing`
+    timeout_s   time limit in seconds, which starts again with each increment by a rank that is :func:`preparing`
     progress    function that is called after each increment
 
     Raises :class:`~dpo_engine.errors.PeerError` after the time limit.

@@ -51,7 +51,8 @@ def gpu_present() -> bool:
 def open_platform(*, deterministic: bool) -> Platform:
     """Choose this rank's device and prepare Megatron-Core for it.
 
-    deterministic   use torch's deterministic kernels, so that the same layout and seed give bitwise the same losses
+    deterministic   whether to use torch's deterministic kernels, with which the same layout and seed give bitwise the
+                    same losses
 
     On a GPU, nothing is patched. Without a GPU, this function calls :func:`dpo_engine.platform.host.install`, which no
     other function calls.
@@ -64,8 +65,8 @@ def open_platform(*, deterministic: bool) -> Platform:
         # Strict: an operation without a deterministic kernel raises an error, and attention chooses a deterministic
         # kernel. With warn_only, torch would choose cuDNN's attention, which is not deterministic.
         torch.use_deterministic_algorithms(True)
-        # By default, deterministic mode also fills every new buffer. That only helps debugging, and costs memory
-        # passes.
+        # By default, deterministic mode also fills every new buffer. This costs memory passes, and helps only with
+        # debugging.
         torch.utils.deterministic.fill_uninitialized_memory = False
     if gpu_present():
         for name, value in GPU_SETTINGS.items():
@@ -124,7 +125,8 @@ def apex_state() -> str:
 def describe_stack(platform: Platform) -> list[str]:
     """Return log lines with library versions and with the implementations of Adam, matrix products and gradient fusion.
 
-    Gradient fusion means that linear layers add weight gradients directly to ``main_grad``.
+    Gradient fusion means that linear layers add weight gradients directly to ``main_grad``. Further lines report a
+    package ``apex`` that is not NVIDIA's, and a short time limit of torchrun.
     """
     te, apex = has_transformer_engine() and platform.gpu, apex_state()
     adam = "Transformer Engine" if te else "Apex" if apex == "nvidia" and platform.gpu else "torch"

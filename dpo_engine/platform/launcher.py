@@ -78,11 +78,11 @@ def master_port(env: Mapping[str, str] | None = None) -> int:
 
 
 def whole_number(name: str, env: Mapping[str, str], *, least: int = 0) -> int:
-    """Return the value of a variable. Raises :class:`ConfigError` unless it is a whole number, at least ``least``."""
+    """Return the value of a variable. Raises :class:`ConfigError` unless it is a whole number of at least ``least``."""
     text = env[name].strip()
     if not (text.isascii() and text.isdecimal()) or int(text[:20]) < least:
         raise ConfigError(
-            f"{name}={shorten(printable(env[name]), 40)}: must be a whole number, at least {least}; {WAY_OUT}"
+            f"{name}={shorten(printable(env[name]), 40)}: must be a whole number of at least {least}; {WAY_OUT}"
         )
     return int(text)
 

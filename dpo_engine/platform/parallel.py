@@ -187,6 +187,9 @@ def open_groups(
 def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     """Run ``work`` on this rank and return its result. If ranks fail, all ranks raise the error of the first of them.
 
+    If the error is not an :class:`EngineError`, the rank raises it unchanged, and the other ranks raise a
+    :class:`PeerError` instead.
+
     Use this for work that may fail on only some ranks. Otherwise the remaining ranks would wait in their next
     collective for a rank that has left. The time limit of collectives applies. For work on files, use
     :func:`~dpo_engine.platform.long_work.without_time_limit` instead.

@@ -95,8 +95,9 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
              (for each evaluation, the number of pairs that the other evaluation does not contain); ``other_weights``
              (number of common pairs whose weights differ); ``won``, ``lost``, ``tied`` (numbers of pairs);
              ``sign_test`` (p-value of a sign test of the accuracies, by prompt); ``other_units`` (names of the facts
-             in :data:`UNITS` that differ, so that margins cannot be compared); and for each of :data:`MEASURES`, the
-             two means ``first`` and ``second``, and their difference as ``mean``, ``low``, and ``high``
+             in :data:`UNITS` that differ; if any differ, margins cannot be compared); and for each of
+             :data:`MEASURES`, the two means ``first`` and ``second``, and their difference as ``mean``, ``low``, and
+             ``high``
 
     Raises :class:`DataError` if the evaluations have no pair in common.
     """

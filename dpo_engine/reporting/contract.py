@@ -31,7 +31,10 @@ class Opening(NamedTuple):
     start_step: int
 
     def recall(self, name: str) -> str | None:
-        """Return the text that :meth:`remember` stored for the sink ``name``, or None if the run does not resume."""
+        """Return the text that :meth:`remember` stored for the sink ``name``.
+
+        Return None if the run does not resume, or if no text is stored.
+        """
         path = self._path(name)
         return path.read_text(encoding="utf-8").strip() if self.start_step and path.exists() else None
 

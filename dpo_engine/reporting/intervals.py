@@ -48,8 +48,8 @@ def estimates(
     prompts is the same as drawing pairs.
 
     Bootstrap intervals are too narrow if few values differ. For example, the bootstrap interval of 255 values that are
-    all 1 is 1 to 1, and that of four positive differences among zeros excludes 0. Intervals of columns with a center
-    are therefore widened to contain the exact interval of :func:`_exact_bounds`.
+    all 1 is 1 to 1, and the bootstrap interval of four positive differences among zeros excludes 0. Intervals of
+    columns with a center are therefore widened to contain the exact interval of :func:`_exact_bounds`.
 
     Returns  c estimates, one per column; the same arguments give the same estimates
 
@@ -128,7 +128,8 @@ def _clopper_pearson(hits: int, count: int) -> tuple[float, float]:
 
 
 def _binomial(count: int) -> Callable[[int, float], float]:
-    """Return a function that computes the probability of at most `hits` hits in `count` trials, given the share."""
+    """Return a function of `hits` and `share`: the probability of at most `hits` hits in `count` trials, if each trial
+    is a hit with the probability `share`."""
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
     number = np.arange(count + 1)
     ways = logs[-1] - logs - logs[::-1]

@@ -105,7 +105,8 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 def read_evaluation(path: str | Path) -> Evaluation:
     """Read an evaluation from a Parquet file.
 
-    Raises :class:`DataError` if the file is missing, damaged, empty, in another format, or contains non-finite values.
+    Raises :class:`DataError` if the file is missing, damaged, empty or in another format, or if a column other than the
+    reference's columns contains non-finite values.
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; give a file written by `dpo-engine eval` or `train`")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-LOWEST, TO_WRONG, TO_RIGHT = "lowest reward margin", "flipped to wrong", "flipped to right"
+LOWEST, TO_WRONG, TO_RIGHT = "lowest reward margin", "became wrong", "became right"
 RANDOM = "random"
 
 
@@ -19,12 +19,12 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
     Pairs are chosen kind by kind, in this order, and a pair that has been chosen keeps its first kind:
 
     - ``lowest reward margin``: the pairs with the smallest reward margins
-    - ``flipped to wrong``: pairs whose chosen response is more likely than the rejected one under the reference, but
+    - ``became wrong``: pairs whose chosen response is more likely than the rejected one under the reference, but
       less likely under the policy; the largest changes come first
-    - ``flipped to right``: pairs whose chosen response is less likely than the rejected one under the reference, but
+    - ``became right``: pairs whose chosen response is less likely than the rejected one under the reference, but
       more likely under the policy; the largest changes come first
     - ``most changed``: the pairs with the largest change of the log-probability margin by training, up or down
-    - ``random``: pairs drawn with a fixed seed
+    - ``random``: pairs that are drawn with the random seed ``seed``
 
     Without a reference, only the first and the last kind exist.
 

@@ -17,8 +17,8 @@ class TrackioSink:
 
     project   Trackio project
     name      name of the Trackio run; None: the name of the output directory and a random suffix
-    space_id  Hugging Face Space that stores the metrics; None: a local database in the folder that the environment
-              variable ``TRACKIO_DIR`` names, which needs no network
+    space_id  Hugging Face Space that stores the metrics; None: a local database, which needs no network, in the folder
+              that the environment variable ``TRACKIO_DIR`` names or, if it is not set, in Trackio's default folder
     """
 
     def __init__(

@@ -22,9 +22,9 @@ communicate, so they need no process groups.
 
 Not covered. Losses that couple pairs run in two passes (see ``training/step.py``): the first pass scores without
 gradients, and the second pass multiplies each log-probability by a fixed coefficient. A pair that has more sites than a
-chunk (in a row of trees, all pairs of one prompt count together) is scored in pieces, whose logits are computed again
-for the gradient. The incoming gradient of the result must be 1, because the weight's gradient has already been added.
-Entropies have no gradient, and second derivatives are not available.
+chunk is scored in pieces, whose logits are computed again for the gradient. In a row of trees, the sites of all pairs
+of one prompt count together. The incoming gradient of the result must be 1, because the weight's gradient has already
+been added. Entropies have no gradient, and second derivatives are not available.
 """
 
 from collections.abc import Callable, Sequence
@@ -307,7 +307,7 @@ class _Chunk:
 
 
 def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the tensor to which the weight's gradient must be added, and the gradient to return to autograd.
+    """Return the tensor to which the weight's gradient must be added, and the gradient (or None) to return to autograd.
 
     Megatron's DDP accumulates gradients in its own buffer, ``main_grad``. If it reduces this buffer while backward is
     still running (``weight.counted``), DDP waits until autograd has returned a gradient for every weight. DDP then adds

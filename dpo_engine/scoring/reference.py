@@ -70,7 +70,7 @@ def score(
 
 
 class ResidentReference:
-    """A frozen model in device memory next to the policy, sharded the same way and run by the same code."""
+    """A frozen model in device memory next to the policy, which is sharded like the policy and run by the same code."""
 
     passes = 1
 

@@ -53,7 +53,7 @@ def keys(digests: np.ndarray) -> np.ndarray:
 
 
 def find(sorted_keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the index of each wanted key in ``sorted_keys`` [n]; -1 for a key that is absent."""
+    """Return the index in ``sorted_keys`` of each wanted key, [n]; -1 for a key that is absent."""
     if not len(sorted_keys):
         return np.full(len(wanted), -1)
     place = np.searchsorted(sorted_keys, wanted).clip(max=len(sorted_keys) - 1)
@@ -108,8 +108,8 @@ class ReferenceStore:
     def read(self, wanted: np.ndarray) -> Rows:
         """Return the stored rows for ``wanted``, including those from segments that were added since the last call.
 
-        A segment that cannot be read, is damaged, or belongs to another reference is added to :attr:`refused` and
-        otherwise ignored.
+        A segment that cannot be used, for example because it is damaged or belongs to another reference, is added to
+        :attr:`refused` and otherwise ignored.
 
         wanted   sorted keys of pairs [n]; must be the same in every call
 

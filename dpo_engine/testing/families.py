@@ -186,6 +186,7 @@ def train(
     """Train on all ranks in fp64, and export to ``folder``; return the results of the ranks.
 
     start       directory of the checkpoint
+    ranks       as in :func:`check_logits`
     sizes, few  as in :func:`~dpo_engine.testing.trajectory.train_steps`
     sections    sections of the run, such as ``batch``
     """

@@ -12,7 +12,7 @@ from dpo_engine.testing.trajectory import VOCAB
 def sequence_logp(model, prompt, response, mask=None) -> torch.Tensor:
     """Return the log-probability of ``response`` given ``prompt``, from one unpadded row; the sum is in fp64.
 
-    mask   which tokens of ``response`` to sum; None: all tokens
+    mask   whether to include each token of ``response`` in the sum; None: all tokens
     """
     row = torch.tensor([*prompt, *response])[None]
     logits = model(row).logits[0, len(prompt) - 1 : -1].double()

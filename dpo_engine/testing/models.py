@@ -45,7 +45,8 @@ class TinyModels:
 
         config   fields of ``config.json`` in addition to `TINY`
 
-        The weights, and the biases of norms and of routers, are large, so that logits differ clearly.
+        The matrices are enlarged, and all vectors, such as biases, differ from their initial values, so that every
+        mistake clearly changes the logits.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -10,7 +10,9 @@ EOS = 2
 
 
 class RandomPairs:
-    """A data set of ``count`` random pairs. Prompts have 1 to 12 tokens; responses have 2 to 16, including EOS.
+    """A data set of ``count`` random pairs.
+
+    Unless ``sizes`` is given, prompts have 1 to 12 tokens, and responses have 2 to 16 tokens, including EOS.
 
     weighted  whether the pairs have different weights; otherwise all weights are 1
     judged    whether the pairs have margins and ground-truth rewards
@@ -77,7 +79,8 @@ class RandomPairs:
 
     @staticmethod
     def _masks(pair: TokenPair, generator: np.random.Generator) -> dict[str, np.ndarray | None]:
-        """Draw masks with at least one scored token. A quarter of the responses get no mask: all tokens are scored."""
+        """Draw masks with at least one scored token. About a quarter of the responses get no mask, so all their tokens
+        are scored."""
 
         def mask(ids: np.ndarray) -> np.ndarray | None:
             drawn = generator.random(len(ids)) < 0.6

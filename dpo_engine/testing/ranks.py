@@ -21,10 +21,11 @@ import torch.distributed as dist
 def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240, **kwargs: Any) -> list[Any]:
     """Call ``fn(**kwargs)`` on every rank; return the results as a list, indexed by rank.
 
-    If a rank fails, raises ``AssertionError`` with the traceback of the first failing rank. Forking a rank takes 0.1 s,
-    because this process has already imported Megatron; spawning one would take 15 s. The ranks find each other through
-    a file.
+    Forking a rank takes 0.1 s, because this process has already imported Megatron; spawning one would take 15 s. The
+    ranks find each other through a file.
 
+    If a rank fails, raises ``AssertionError`` with the traceback of the first failing rank. If a rank does not return
+    within ``timeout_s`` seconds, the ``AssertionError`` names that rank.
     Raises ``RuntimeError`` if this process can use a CUDA device, which does not survive a fork.
     """
     import dpo_engine.verbs.evaluate

@@ -8,10 +8,11 @@ import torch.distributed as dist
 
 
 def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_directory=None, groups=None):
-    """Build this rank's model for the architecture in ``arch_directory``; return ``(chunks, architecture, groups)``.
+    """Build this rank's model, with all parameters set to nan; return ``(chunks, architecture, groups)``.
 
-    dtype   "fp32", "bf16" or "fp64"
-    groups  process groups of an earlier call with the same layout
+    dtype           "fp32", "bf16" or "fp64"
+    arch_directory  directory whose ``config.json`` describes the architecture; None: ``directory``
+    groups          process groups of an earlier call with the same layout
     """
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.policy import build_chunks, transformer_config

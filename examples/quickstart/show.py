@@ -120,7 +120,7 @@ def result(task: Path, run: Path) -> int:
     for name, first, last in (
         ("pairs ranked correctly (by likelihood)", before.ranked_correctly, after.ranked_correctly),
         ("questions answered correctly (greedy)", before.answered_correctly, after.answered_correctly),
-        ("reward accuracy (a tie counts half)", rewards[0], rewards[-1]),
+        ("reward accuracy (a tie counts as half)", rewards[0], rewards[-1]),
     ):
         print(f"  {name:<42}{first:>8.1%}  {last:>8.1%}")
 
@@ -129,7 +129,7 @@ def result(task: Path, run: Path) -> int:
         for place, question in enumerate(held_out)
         if before.answers[place] == question.wrong and after.answers[place] == question.right
     ]
-    print("\nsamples (held out, greedy)")
+    print("\nsample answers to held-out questions (greedy)")
     for place in corrected[:2]:
         print(f"  {held_out[place].prompt:<22} before: {before.answers[place]:<10} after: {after.answers[place]}")
 

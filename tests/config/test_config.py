@@ -151,29 +151,29 @@ def test_override_past_the_end_of_a_list_is_refused(run):
 
 
 ONE_KEY = {
-    "parallel: {tp: 0}": "parallel.tp=0: must be a whole number, at least 1; the default is 1",
-    "parallel: {tp: '2'}": "parallel.tp=2: must be a whole number, at least 1; the default is 1",
-    "parallel: {tp: true}": "parallel.tp=true: must be a whole number, at least 1; the default is 1",
-    "parallel: {tp: 2.0}": "parallel.tp=2.0: must be a whole number, at least 1; the default is 1",
-    "parallel: {vpp: 1}": "parallel.vpp=1: must be a whole number, at least 2 or null; the default is null",
+    "parallel: {tp: 0}": "parallel.tp=0: must be a whole number of at least 1; the default is 1",
+    "parallel: {tp: '2'}": "parallel.tp=2: must be a whole number of at least 1; the default is 1",
+    "parallel: {tp: true}": "parallel.tp=true: must be a whole number of at least 1; the default is 1",
+    "parallel: {tp: 2.0}": "parallel.tp=2.0: must be a whole number of at least 1; the default is 1",
+    "parallel: {vpp: 1}": "parallel.vpp=1: must be null, or a whole number of at least 2; the default is null",
     "parallel: {sequence_parallel: maybe}": "parallel.sequence_parallel=maybe: must be true, false or auto; "
     "the default is auto",
     "parallel: {overlap: 1}": "parallel.overlap=1: must be true or false; the default is false",
     "optim: {schedule: 3}": "optim.schedule=3: must be text; the default is cosine",
     "batch: {layout: trees}": "batch.layout=trees: must be auto, stacked or tree; did you mean tree?",
-    "batch: {tokens_per_micro_batch: 0}": "batch.tokens_per_micro_batch=0: must be a whole number, at least 1 or auto; "
-    "the default is auto",
-    "optim: {lr: -1}": "optim.lr=-1: must be a number, greater than 0; the default is 1e-06",
+    "batch: {tokens_per_micro_batch: 0}": "batch.tokens_per_micro_batch=0: must be auto, or a whole number of at least "
+    "1; the default is auto",
+    "optim: {lr: -1}": "optim.lr=-1: must be a number greater than 0; the default is 1e-06",
     "optim: {lr: .nan}": "optim.lr=nan: must be a finite number; the default is 1e-06",
-    "optim: {warmup_ratio: 1.0}": "optim.warmup_ratio=1.0: must be a number, at least 0 and less than 1 or null; "
+    "optim: {warmup_ratio: 1.0}": "optim.warmup_ratio=1.0: must be null, or a number of at least 0 and less than 1; "
     "the default is null",
-    "optim: {betas: [0.9]}": "optim.betas: must be a list of 2 (each item a number, at least 0 and less than 1); "
+    "optim: {betas: [0.9]}": "optim.betas: must be a list of 2 (each item a number of at least 0 and less than 1); "
     "the default is [0.9, 0.999]",
-    "optim: {betas: [0.9, 2]}": "optim.betas[1]=2: must be a number, at least 0 and less than 1; fix this item",
-    "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 (each item a number, at least 0 and less than 1); "
+    "optim: {betas: [0.9, 2]}": "optim.betas[1]=2: must be a number of at least 0 and less than 1; fix this item",
+    "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 (each item a number of at least 0 and less than 1); "
     "the default is [0.9, 0.999]",
     "loss: sigmoid": "loss=sigmoid: must be a mapping with the keys name, ld_alpha, use_weighting, balance and "
-    "router_z; give these keys, indented below it",
+    "router_z; write the keys to set, indented below `loss:`",
     "lr: 1e-6": "lr=1e-06: no such key; did you mean optim.lr?",
     "optimm: {lr: 1}": "optimm={lr: 1}: no such key; did you mean optim?",
     "checkpoint: {global_batch_size: 2}": "checkpoint.global_batch_size=2: no such key; "
@@ -182,7 +182,7 @@ ONE_KEY = {
     "checkpoint.keep_last, checkpoint.keep_best, checkpoint.async_save, checkpoint.resume, "
     "checkpoint.accept_changes and checkpoint.export",
     "logging: {wandb: {name: x}}": "logging.wandb.project: is required; give the name of the W&B project",
-    "logging: {wandb: yes}": "logging.wandb=yes: must be a mapping with the keys project, name and mode or null; "
+    "logging: {wandb: yes}": "logging.wandb=yes: must be null, or a mapping with the keys project, name and mode; "
     "the default is null",
     "plugins: [1, a]": "plugins[0]=1: must be text; fix this item",
     "plugins: my.module": "plugins=my.module: must be a list (each item text); the default is []",
@@ -202,17 +202,16 @@ A_SOURCE = "the path of a file or directory, a glob, or a Hub id org/name:split;
     [
         (
             "3",
-            "data.train=3: must be a source of preference records, or a list of sources: paths or mappings {path, "
-            "format, columns, weight}; give a source of preference records, or a list of sources: paths or mappings "
-            "{path, format, columns, weight}",
+            "data.train=3: must be a source or a list of sources; a source is a path or a mapping {path, format, "
+            "columns, weight}",
         ),
         (
             "[]",
-            "data.train=[]: must be a non-empty list; give a source of preference records, or a list of "
-            "sources: paths or mappings {path, format, columns, weight}",
+            "data.train=[]: must be a non-empty list; give a source of preference records, or a list of sources; a "
+            "source is a path or a mapping {path, format, columns, weight}",
         ),
         ("[a, {path: b, wight: 2}]", "data.train[1].wight=2: no such key; did you mean data.train[1].weight?"),
-        ("[a, {path: b, weight: 0}]", "data.train[1].weight=0: must be a number, greater than 0; the default is 1.0"),
+        ("[a, {path: b, weight: 0}]", "data.train[1].weight=0: must be a number greater than 0; the default is 1.0"),
         ("[{weight: 2}]", f"data.train[0].path: is required; give {A_SOURCE}"),
         ("['']", f"data.train[0].path=: must be non-empty text; give {A_SOURCE}"),
     ],
@@ -225,8 +224,8 @@ def test_required_keys_are_described(run):
     assert problems(run("{}")) == [
         "model.path: is required; give the Hugging Face checkpoint that the policy starts from: a directory, or a Hub "
         "id org/name[@revision]",
-        "data.train: is required; give a source of preference records, or a list of sources: paths or mappings {path, "
-        "format, columns, weight}",
+        "data.train: is required; give a source of preference records, or a list of sources; a source is a path "
+        "or a mapping {path, format, columns, weight}",
         "train.output_dir: is required; give the directory for everything that the run writes",
     ]
 

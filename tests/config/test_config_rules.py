@@ -368,20 +368,20 @@ LOSS_PROBLEMS = [
     (
         {"name": "sigmoid", "beta": "high", "label_smoothing": True},
         [
-            "loss.beta=high: must be a number, greater than 0; the default is 0.1",
-            "loss.label_smoothing=true: must be a number, at least 0 and less than 0.5; the default is 0.0",
+            "loss.beta=high: must be a number greater than 0; the default is 0.1",
+            "loss.label_smoothing=true: must be a number of at least 0 and less than 0.5; the default is 0.0",
         ],
     ),
     (
         {"name": "sigmoid", "beta": float("inf")},
-        ["loss.beta=inf: must be a number, greater than 0; the default is 0.1"],
+        ["loss.beta=inf: must be a number greater than 0; the default is 0.1"],
     ),
     ({"name": "rich", "gamma": 0.5, "pair": [1, 2], "bare": 2, "anything": [1], "on": True}, []),
-    ({"name": "rich"}, ["loss.gamma: is required by loss rich; give a number, greater than 0 and at most 1"]),
+    ({"name": "rich"}, ["loss.gamma: is required by loss rich; give a number greater than 0 and at most 1"]),
     (
         {"name": "rich", "gamma": 2, "kind": "c", "steps": 1.5, "on": 1, "pair": [1], "bare": "x"},
         [
-            "loss.gamma=2: must be a number, greater than 0 and at most 1; fix the value",
+            "loss.gamma=2: must be a number greater than 0 and at most 1; fix the value",
             "loss.kind=c: must be a or b; the default is a",
             "loss.steps=1.5: must be a whole number; the default is 3",
             "loss.on=1: must be true or false; the default is false",
@@ -444,9 +444,9 @@ LOSS_PROBLEMS = [
             "loss.losses[0].name=sigmoyd: must be a registered loss other than mix; did you mean sigmoid?",
             "loss.losses[1].name=mix: must be a registered loss other than mix; for example sigmoid",
             "loss.losses[2].name=null: must be a registered loss other than mix; for example sigmoid",
-            "loss.losses[3].weight=0: must be a number, greater than 0; the default is 1.0",
+            "loss.losses[3].weight=0: must be a number greater than 0; the default is 1.0",
             "loss.losses[3].beta=1: loss sft has no such option; its options are nll",
-            "loss.losses[4].weight=true: must be a number, greater than 0; the default is 1.0",
+            "loss.losses[4].weight=true: must be a number greater than 0; the default is 1.0",
             "loss.losses[4].alpha=2: applies only to divergence alpha, but divergence is reverse_kl; remove it",
         ],
     ),
@@ -459,7 +459,7 @@ LOSS_PROBLEMS = [
             "to all losses",
         ],
     ),
-    ({"name": "sigmoid", "beta": 0}, ["loss.beta=0: must be a number, greater than 0; the default is 0.1"]),
+    ({"name": "sigmoid", "beta": 0}, ["loss.beta=0: must be a number greater than 0; the default is 0.1"]),
 ]
 
 

@@ -95,7 +95,7 @@ def test_ids_are_those_of_trl(make, tmp_path):
 
 
 def test_prompt_that_merges_into_the_response_is_refused(build):
-    message = "the prompt and the prompt with a response start with different tokens; add a space after the prompt"
+    message = "the prompt alone and the prompt with a response start with different tokens; add a space after the "
     with pytest.raises(DataError, match=message):
         build([{"prompt": "wh", "chosen": "ich", "rejected": "ich number"}])
 
@@ -256,7 +256,7 @@ class TestTemplateFaults:
                 CHATML.partition("{% if add_gen")[0],
                 {},
                 "has no generation prompt, so '<|im_start|>assistant' would be scored as part of each response",
-                "has no generation prompt, so that the response begins with its role",
+                "has no generation prompt, so each response begins with the role header",
             ),
         ],
     )

@@ -382,5 +382,5 @@ def test_check_names_the_key_of_a_source(tmp_path):
         f"data.train[0].path={tmp_path}/b*.jsonl: no such file, and no file matches it as a glob pattern; "
         "correct the path" in check(Config.parse(raw))
     )
-    with pytest.raises(ConfigError, match=r"data\.max_pairs=0: must be a whole number, at least 1"):
+    with pytest.raises(ConfigError, match=r"data\.max_pairs=0: must be null, or a whole number of at least 1"):
         Config.parse({**raw, "data": {**raw["data"], "max_pairs": 0}})

@@ -95,7 +95,7 @@ def config(distributed=False, **optim):
         ),
         (
             {"optimizer": "sgd", "optimizer_options": {"momentum": 1.0}},
-            "optim.optimizer_options.momentum=1.0: must be a number, at least 0 and less than 1; the default is 0.9",
+            "optim.optimizer_options.momentum=1.0: must be a number of at least 0 and less than 1; the default is 0.9",
         ),
         (
             {"optimizer": "sgd", "optimizer_options": {"momentum": 0.0, "nesterov": True}},

@@ -62,9 +62,9 @@ SET = "start with torchrun or launch/train.sbatch, which set it"
         ({"RANK": "1"}, f"RANK=1: is set, but WORLD_SIZE is not; {SET}, or set WORLD_SIZE, or unset RANK"),
         ({**BATCH, "RANK": "0"}, f"RANK=0: is set, but WORLD_SIZE is not; {SET}, or set WORLD_SIZE, or unset RANK"),
         ({**SRUN, "WORLD_SIZE": "8"}, f"RANK: is not set, but WORLD_SIZE is 8; {SET}, or set RANK to 0 to 7"),
-        ({"WORLD_SIZE": "2", "RANK": "abc"}, f"RANK=abc: must be a whole number, at least 0; {SET}"),
-        ({"WORLD_SIZE": "2", "RANK": "-1"}, f"RANK=-1: must be a whole number, at least 0; {SET}"),
-        ({"WORLD_SIZE": "2", "RANK": "١"}, f"RANK=١: must be a whole number, at least 0; {SET}"),
+        ({"WORLD_SIZE": "2", "RANK": "abc"}, f"RANK=abc: must be a whole number of at least 0; {SET}"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, f"RANK=-1: must be a whole number of at least 0; {SET}"),
+        ({"WORLD_SIZE": "2", "RANK": "١"}, f"RANK=١: must be a whole number of at least 0; {SET}"),
         (
             {"WORLD_SIZE": "2", "RANK": "2"},
             f"RANK=2: must be less than WORLD_SIZE=2, {COUNT}; {SET}",
@@ -73,8 +73,8 @@ SET = "start with torchrun or launch/train.sbatch, which set it"
             {**SRUN, "SLURM_PROCID": "4"},
             f"SLURM_PROCID=4: must be less than SLURM_NTASKS=4, {COUNT}; {SET}",
         ),
-        ({"WORLD_SIZE": "0", "RANK": "0"}, f"WORLD_SIZE=0: must be a whole number, at least 1; {SET}"),
-        ({"WORLD_SIZE": "", "RANK": "0"}, f"WORLD_SIZE=: must be a whole number, at least 1; {SET}"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, f"WORLD_SIZE=0: must be a whole number of at least 1; {SET}"),
+        ({"WORLD_SIZE": "", "RANK": "0"}, f"WORLD_SIZE=: must be a whole number of at least 1; {SET}"),
     ],
 )
 def test_wrong_variable_is_named(env, line):
@@ -84,14 +84,14 @@ def test_wrong_variable_is_named(env, line):
 
 
 def test_wrong_local_rank_is_named():
-    with pytest.raises(ConfigError, match=f"^LOCAL_RANK=x: must be a whole number, at least 0; {SET}$"):
+    with pytest.raises(ConfigError, match=f"^LOCAL_RANK=x: must be a whole number of at least 0; {SET}$"):
         local_rank({"LOCAL_RANK": "x"})
 
 
 @pytest.mark.parametrize(
     ("port", "line"),
     [
-        ("abc", f"MASTER_PORT=abc: must be a whole number, at least 0; {SET}"),
+        ("abc", f"MASTER_PORT=abc: must be a whole number of at least 0; {SET}"),
         ("65536", f"MASTER_PORT=65536: must be at most 65535; {SET}"),
     ],
 )
@@ -109,4 +109,4 @@ def test_wrong_variable_is_one_line_of_the_command_line():
     command = [sys.executable, "-m", "dpo_engine", "train", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"RANK=two: must be a whole number, at least 0; {SET}\n"
+    assert done.stderr == f"RANK=two: must be a whole number of at least 0; {SET}\n"

@@ -267,4 +267,4 @@ def test_without_decompression_the_verdict_is_still_shown(tmp_path):
 
         WebDriverWait(driver, 30).until(lambda driver: trouble.is_displayed())
         assert trouble.text.startswith("The charts cannot be shown (")
-        assert "Better held out" in driver.find_element("id", "verdict").text
+        assert "Better on held-out pairs" in driver.find_element("id", "verdict").text

@@ -47,8 +47,8 @@ def test_a_run_with_a_better_accuracy_that_broke():
     assert rows["held-out loss"].difference.mean == pytest.approx(loss[2] - first)
     assert told["summary"] == (
         "hot: +1.6 points of reward accuracy, which is no clear difference; the held-out loss is lower by "
-        f"{first - loss[2]:.3g}; but chosen responses fell by 2.67 nats relative to dpo, and it is very far from the "
-        "reference (3.2 nats per token; dpo: 0.3)."
+        f"{first - loss[2]:.3g}; but chosen responses became less likely by 2.67 nats compared with dpo, and the "
+        "policy is very far from the reference (3.2 nats per token; dpo: 0.3)."
     )
 
 
@@ -56,7 +56,10 @@ def test_a_run_with_a_clearly_worse_accuracy():
     told = comparison(judged("a", -1.0, -4.0), judged("b", 1.0, -1.0, wrong=40))
     share, rose = 100 * 40 / 255, told["found"]["margin"]
     assert told["summary"].startswith(f"b: \u2212{share:.1f} points of reward accuracy; the held-out loss is higher by")
-    assert told["summary"].endswith("; but chosen responses rose by 2.00 nats relative to a.") and rose["mean"] < 0
+    assert (
+        told["summary"].endswith("; but chosen responses became more likely by 2.00 nats compared with a.")
+        and rose["mean"] < 0
+    )
     assert {row.name for row in told["rows"] if row.clear} >= {"reward accuracy", "chosen, change in nats"}
 
 

@@ -56,7 +56,7 @@ def test_the_page_has_what_the_files_say(folder, tmp_path):
     assert 21 not in outside["X"], "before step 21, the run was restarted"
     counts = [sum(trace["Y"]) for trace in charts["margins"]["traces"]]
     assert counts == [60, 60] and [trace["name"] for trace in charts["margins"]["traces"]] == ["reference", "policy"]
-    assert len(data["pairs"]) == 12 and "Better held out" in html and "clip_grad" in html
+    assert len(data["pairs"]) == 12 and "Better on held-out pairs" in html and "clip_grad" in html
     for pair in data["pairs"]:
         for side in ("chosen", "rejected"):
             part = pair[side]
@@ -123,12 +123,12 @@ def test_pairs_have_every_kind_that_fits(tmp_path):
     folder = write_directory(tmp_path / "run", found=found, shown=12)
     judged = read_runs([folder])
     rows = pair_rows(judged)
-    right = [row["index"] for row in rows if "flipped to right" in row["kinds"]]
-    wrong = [row["index"] for row in rows if "flipped to wrong" in row["kinds"]]
+    right = [row["index"] for row in rows if "became right" in row["kinds"]]
+    wrong = [row["index"] for row in rows if "became wrong" in row["kinds"]]
     assert right == [row["index"] for row in rows if row["index"] < 18]
     assert wrong == [row["index"] for row in rows if row["index"] >= 20]
-    assert any(row["kinds"] == ["random", "flipped to right"] for row in rows)
-    assert flips(judged) == {"flipped to right": 18, "flipped to wrong": 4} == data_of(page(judged))["flips"]
+    assert any(row["kinds"] == ["random", "became right"] for row in rows)
+    assert flips(judged) == {"became right": 18, "became wrong": 4} == data_of(page(judged))["flips"]
     lowest = [row for row in rows if "lowest reward margin" in row["kinds"]]
     assert lowest and all(row["margin"] < 0 for row in lowest)
     old = dataclasses.replace(
@@ -204,8 +204,8 @@ def test_small_numbers_of_pairs_keep_their_digits(tmp_path):
     folder = write_directory(tmp_path / "run", found=evaluation([1.0, 0.0, 1.0], **logps), shown=3)
     rows = {row["index"]: row for row in pair_rows(read_runs([folder]))}
     assert [rows[i]["reference"] for i in range(3)] == [-0.00021, 0, -1] and rows[2]["policy"] == 0.0002
-    assert "-0.0," not in json.dumps(rows) and "flipped to right" in rows[0]["kinds"]
-    assert "flipped to right" not in rows[1]["kinds"]
+    assert "-0.0," not in json.dumps(rows) and "became right" in rows[0]["kinds"]
+    assert "became right" not in rows[1]["kinds"]
     tiny = TokenText("a", 0, "", "chosen", [1], ["a"], [-1e-9], scored=[True])
     assert json.dumps(tokens(tiny, 9)["v"]) == "[0]"
 
@@ -261,7 +261,7 @@ def test_the_text_for_a_terminal(folder, tmp_path):
         console = Console(file=io.StringIO(), width=140)
         show_runs(read_runs(directories), console)
         out = console.file.getvalue()
-        assert "✓ Better held out" in out and "eval/loss" in out and "▁" in out and "all pairs" in out
+        assert "✓ Better on held-out pairs" in out and "eval/loss" in out and "▁" in out and "all pairs" in out
     assert "one of the runs has no evaluation" in out and "loss.name" in out and "settings that differ" in out
     # The pairs of the newest evaluation cannot be read, so verdict and table are about the evaluation before it.
     bad = write_directory(tmp_path / "bad", count=20, shown=1)

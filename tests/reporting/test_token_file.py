@@ -66,7 +66,7 @@ def test_pairs_are_chosen_by_kind():
     assert choose_pairs(columns, 8) | {6: "", 7: "", 1: "", 3: "", 5: ""} == {
         0: "lowest reward margin",
         1: "",
-        2: "flipped to right",
+        2: "became right",
         3: "",
         4: "most changed",
         5: "",

@@ -34,18 +34,26 @@ def one(found, start):
 
 
 def test_better_worse_and_unclear():
-    assert one(verdict(evaluation([1.0] * 90 + [-1.0] * 10)), "Better held out: in 90.0% of 100 pairs").kind == "good"
     assert (
-        one(verdict(evaluation([1.0] * 10 + [-1.0] * 90)), "Worse held out: in only 10.0% of 100 pairs").kind == "bad"
+        one(verdict(evaluation([1.0] * 90 + [-1.0] * 10)), "Better on held-out pairs: in 90.0% of 100 pairs").kind
+        == "good"
+    )
+    assert (
+        one(verdict(evaluation([1.0] * 10 + [-1.0] * 90)), "Worse on held-out pairs: in only 10.0% of 100 pairs").kind
+        == "bad"
     )
     says = "prefers the chosen response more than the reference does."
     both_fell = evaluation([1.0] * 30, chosen_logps=[-6.0] * 30, rejected_logps=[-7.0] * 30)
-    assert one(verdict(both_fell), "Better held out").title.endswith(says), "this also holds if chosen responses fell"
-    assert one(verdict(evaluation([-1.0] * 30)), "Worse held out").title.endswith(says)
+    assert one(verdict(both_fell), "Better on held-out pairs").title.endswith(says), (
+        "this also holds if chosen responses became less likely"
+    )
+    assert one(verdict(evaluation([-1.0] * 30)), "Worse on held-out pairs").title.endswith(says)
     # For 255 of 255 correct pairs, the exact lower bound is the share whose 255th power is 2.5%.
     exact = 100 * 0.025 ** (1 / 255)
-    assert f"interval {exact:.1f}% to 100.0%" in one(verdict(evaluation([1.0] * 255)), "Better held out").evidence
-    unclear = one(verdict(evaluation([1.0] * 50 + [-1.0] * 50)), "No clear change held out")
+    assert (
+        f"interval {exact:.1f}% to 100.0%" in one(verdict(evaluation([1.0] * 255)), "Better on held-out pairs").evidence
+    )
+    unclear = one(verdict(evaluation([1.0] * 50 + [-1.0] * 50)), "No clear change on held-out pairs")
     # For a share of one half, compute the interval with the normal approximation.
     half = 1.96 * math.sqrt(0.25 / 100)
     low, high = (float(part.split("%")[0]) for part in unclear.evidence.partition("interval ")[2].split(" to "))
@@ -75,18 +83,23 @@ def first(found, earlier=None, per_token=True, start=0):
 
 def test_without_a_reference_the_first_evaluation_is_the_baseline():
     better = first(free(36, 9, 20), free(18, 9, 0))
-    told = one(better, "Better held out: the chosen response is more likely per token in 90.0% of 40 pairs, compared ")
+    told = one(
+        better, "Better on held-out pairs: the chosen response is more likely per token in 90.0% of 40 pairs, compared "
+    )
     assert told.kind == "good" and told.title.endswith("with 45.0% before training.")
     assert "difference +45.0 points" in told.evidence and "mean reward margin per token +0.040" in told.evidence
-    fell = one(first(free(26, 9, 20), free(37, 9, 5), start=5), "Worse held out: the chosen response")
+    fell = one(first(free(26, 9, 20), free(37, 9, 5), start=5), "Worse on held-out pairs: the chosen response")
     assert fell.kind == "bad" and fell.title.endswith("65.0% of 40 pairs, compared with 92.5% after step 5.")
-    assert one(first(free(26, 9, 20), free(25, 9, 0)), "No clear change held out").kind == "warn"
-    alone = one(first(free(36, 9, 20)), "Held out, the chosen response is more likely per token in 90.0% of 40 pairs.")
+    assert one(first(free(26, 9, 20), free(25, 9, 0)), "No clear change on held-out pairs").kind == "warn"
+    alone = one(
+        first(free(36, 9, 20)), "On held-out pairs, the chosen response is more likely per token in 90.0% of 40 pairs."
+    )
     assert alone.kind == "note" and "train.eval_at_start" in alone.advice
     others = free(18, 9, 0, ids=[f"{i:032x}" for i in range(100, 140)])
-    assert one(first(free(36, 9, 20), others), "Held out").kind == "note"
+    assert one(first(free(36, 9, 20), others), "On held-out pairs").kind == "note"
     whole = one(
-        first(free(18, 9, 20), free(18, 9, 0), per_token=False), "No clear change held out: the chosen response is"
+        first(free(18, 9, 20), free(18, 9, 0), per_token=False),
+        "No clear change on held-out pairs: the chosen response is",
     )
     assert "more likely in 100.0% of 40 pairs" in whole.title and "of whole responses" in whole.evidence
     assert not any("likelihood" in title or "Chosen" in title for title in better)
@@ -158,11 +171,11 @@ def test_ranking_counts_flips():
     policy = np.array([1.0] * 30 + [-1.0] * 10)
     logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5, "rejected_logps": [-5.0] * 40}
     better = one(verdict(evaluation(policy - reference + 0.1, **logps)), "The policy ranks more pairs correctly by")
-    assert better.title.endswith("25.0% → 75.0%.") and "20 pairs flipped to right, 0 to wrong" in better.evidence
+    assert better.title.endswith("25.0% → 75.0%.") and "20 pairs became right, 0 became wrong" in better.evidence
     assert "difference +50.0 points" in better.evidence
     swapped = {"ref_chosen_logps": policy - 5, "chosen_logps": reference - 5, "rejected_logps": [-5.0] * 40}
     worse = one(verdict(evaluation(reference - policy, **swapped)), "The policy ranks fewer pairs")
-    assert worse.kind == "bad" and "0 pairs flipped to right, 20 to wrong" in worse.evidence
+    assert worse.kind == "bad" and "0 pairs became right, 20 became wrong" in worse.evidence
     same = {"ref_chosen_logps": policy - 5, "chosen_logps": policy - 5, "rejected_logps": [-5.0] * 40}
     assert one(verdict(evaluation(policy, **same)), "By likelihood, the policy ranks about as many").kind == "note"
 
@@ -200,7 +213,7 @@ def test_a_policy_far_from_the_reference():
     for start in ("No overfitting so far", "The model's confidence matches"):
         kinds = [one(verdict(found, **falling), start).kind for found in (sure(near), sure(far))]
         assert kinds == ["good", "note"], "far from the reference, a good number says little"
-    headline = one(verdict(far), "Better held out by accuracy (100.0% of 20 pairs), but very far from the reference.")
+    headline = one(verdict(far), "Better on held-out pairs (accuracy 100.0% of 20 pairs), but the policy is very far")
     assert headline.kind == "warn" and "Read generations" in headline.advice
 
 
@@ -211,8 +224,8 @@ def test_overfitting():
     assert over.kind == "warn" and over.advice.startswith("Step 2 has no checkpoint, and no other step has one.")
     for kept, says in (
         ([2, 3], "Use the checkpoint of this step (`export --step 2`)"),
-        ([3], "Step 2 has no checkpoint, only step 3 has one."),
-        ([1, 3], "Step 2 has no checkpoint, only steps 1, 3 have one."),
+        ([3], "Step 2 has no checkpoint; only step 3 has one."),
+        ([1, 3], "Step 2 has no checkpoint; only steps 1 and 3 have one."),
     ):
         told = findings(dataclasses.replace(run_of(found, **rising), kept=kept), Measures(found))
         (advice,) = [one.advice for one in told if one.title.startswith("Overfitting since step 2")]
@@ -270,7 +283,10 @@ def test_length():
     assert one(verdict(evaluation([1.0] * 20)), "Both responses of every pair are equally long").kind == "note"
     few = evaluation([1.0] * 20, chosen_tokens=[9] * 2 + [8] * 18)
     short = one(verdict(few), "Too few pairs differ in length")
-    assert short.kind == "note" and "equal length count half. Only 2 pairs of 20 differ in length." in short.evidence
+    assert (
+        short.kind == "note"
+        and "equal length counts as half right. Only 2 pairs of 20 differ in length." in short.evidence
+    )
 
 
 def test_sources():

@@ -147,7 +147,7 @@ def test_interval_below_one_step(tmp_path):
     ]
     assert intervals_in_steps(small(tmp_path, train={"eval_interval": 5}), 10) == []
     for value in ("0epoch", "5", "1/3epoch", -1, True, 0.5):
-        with pytest.raises(ConfigError, match=r"must be a number of steps, or a part of an epoch such as 0.25epoch"):
+        with pytest.raises(ConfigError, match=r"must be a number of steps, or a number of epochs such as 0.25epoch"):
             small(tmp_path, train={"eval_interval": value})
 
 

@@ -123,7 +123,7 @@ def test_memory_snapshot_needs_a_gpu(tool, gpu, refused):
     "steps, line",
     [
         ([3, 2], "logging.profile.steps=[3, 2]: the first step must not be after the last step; swap them"),
-        ([3, 6], "logging.profile.steps=[3, 6]: must end with step train.max_steps=5 or an earlier one; lower it"),
+        ([3, 6], "logging.profile.steps=[3, 6]: the last step must be at most train.max_steps=5; lower it"),
     ],
 )
 def test_steps_are_checked_with_the_configuration(steps, line):

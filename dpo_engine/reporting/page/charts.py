@@ -32,7 +32,7 @@ CURVES = (
         "accuracy",
         "Reward accuracy",
         "share of pairs",
-        "Share of pairs whose chosen response gained more than the rejected one. 0.5 means no change.",
+        "Share of pairs whose chosen response gained more log-probability than the rejected one. 0.5 means no change.",
         ("rewards/accuracies",),
     ),
     ("margin", "Reward margin", "", "Chosen reward minus rejected reward, mean over pairs.", ("rewards/margins",)),
@@ -151,7 +151,7 @@ def _line(run: RunFiles, metric: str) -> Chart | None:
 
 
 def _outside(run: RunFiles) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the time between two consecutive logged steps that is not part of the later step."""
+    """Return the time between two consecutive logged steps that is not part of the later step; None if unknown."""
     ends, took = run.series.get("time"), run.series.get("step_time_s")
     if ends is None or took is None or len(ends.steps) < 2 or not np.array_equal(ends.steps, took.steps):
         return None
@@ -166,7 +166,10 @@ def _restarted(run: RunFiles, steps: np.ndarray) -> np.ndarray:
 
 
 def training_time(run: RunFiles) -> float | None:
-    """Return the seconds from the start of the first step to the end of the last one, excluding time between starts."""
+    """Return the seconds from the start of the first step to the end of the last one, excluding time between starts.
+
+    Return None if the times of the steps are unknown.
+    """
     ends, took = run.series.get("time"), run.series.get("step_time_s")
     if ends is None or took is None or not np.array_equal(ends.steps, took.steps):
         return None
@@ -191,7 +194,10 @@ def events(run: RunFiles, place: int | None = None) -> list[Chart]:
 
 
 def best_step(run: RunFiles) -> tuple[int, str] | None:
-    """Return the best evaluated step, and the metric that decides: checkpoint.keep_best.metric, or eval/loss."""
+    """Return the best evaluated step, and the metric that decides: checkpoint.keep_best.metric, or eval/loss.
+
+    Return None if there are fewer than two evaluations, or if none of their values is finite.
+    """
     asked = run.get("checkpoint.keep_best") or {}
     metric = str(asked.get("metric", "eval/loss"))
     lowest = asked.get("mode") == "min" or (asked.get("mode") is None and metric.endswith("loss"))
@@ -203,7 +209,7 @@ def best_step(run: RunFiles) -> tuple[int, str] | None:
 
 
 def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
-    """Yield the accuracy of each evaluation with its interval, for all pairs, sources, and groups of lengths."""
+    """Yield the charts of the accuracy of each evaluation with its interval: for all pairs, sources, and lengths."""
     many = len(judged) > 1
     what = {"accuracy": "Reward accuracy", "likelihood_accuracy_per_token": "Accuracy by log-probabilities per token"}
     measures = " or ".join(dict.fromkeys(what[run.accuracy] for run, _ in judged))
@@ -251,7 +257,7 @@ def _short(name: str, by: str) -> str:
 
 
 def numbers(values: Any) -> list[float | int | None]:
-    """Return numbers for JSON with six digits; numbers that are not finite become None."""
+    """Return numbers for JSON: integers unchanged, others with six significant digits, and None if not finite."""
     array = np.asarray(values)
     if array.dtype.kind in "iu":
         return array.tolist()

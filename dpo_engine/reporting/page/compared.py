@@ -114,11 +114,12 @@ def _summary(rows: dict[str, Row], later: str, first: str, *, same_reference: bo
     chosen, distance, loss = (rows.get(name) for name in (CHOSEN, DISTANCE, LOSS))
     if chosen and chosen.clear:
         fell = chosen.difference.mean < 0
-        size = f"{abs(chosen.difference.mean):.2f} nats relative to {first}"
-        (bad if fell else other).append(f"chosen responses {'fell' if fell else 'rose'} by {size}")
+        size = f"{abs(chosen.difference.mean):.2f} nats compared with {first}"
+        (bad if fell else other).append(f"chosen responses became {'less' if fell else 'more'} likely by {size}")
     if distance and distance.later > DRIFT:
         words = (
-            f"it is very far from the reference ({distance.later:.1f} nats per token; {first}: {distance.first:.1f})"
+            f"the policy is very far from the reference ({distance.later:.1f} nats per token; {first}: "
+            f"{distance.first:.1f})"
         )
         bad.append(words)
     if loss and loss.clear:

@@ -9,9 +9,11 @@ import numpy as np
 from dpo_engine.reporting.page.finding import Finding, good, interval
 from dpo_engine.reporting.page.measures import Measures, signed
 from dpo_engine.reporting.page.run_files import RunFiles
+from dpo_engine.wording import join
 
 RISE = 0.02
-"""Relative amount by which the held-out loss must exceed an earlier value to count as a rise, without an interval."""
+"""Relative amount by which the held-out loss must exceed an earlier value to count as a rise, if there is no interval
+of the difference."""
 
 
 def bad_numbers(run: RunFiles, m: Measures | None) -> Iterator[Finding]:
@@ -30,7 +32,7 @@ def bad_numbers(run: RunFiles, m: Measures | None) -> Iterator[Finding]:
 
 
 def start(run: RunFiles) -> Iterator[Finding]:
-    """Report a held-out loss that is higher than before training."""
+    """Report a held-out loss that is higher than before training by more than `RISE`."""
     held, train = run.series.get("eval/loss"), run.series.get("loss")
     first = held.values[0] if held is not None and held.steps[0] == 0 else train.values[0] if train else None
     if held is None or first is None or held.steps[-1] == 0 or not held.last > first * (1 + RISE):
@@ -82,11 +84,11 @@ def _use(run: RunFiles, step: int) -> str:
     if step == 0:
         return "Step 0 is the model before training. Train for fewer steps, or lower optim.lr."
     several = len(run.kept) > 1
-    known = f"only step{'s' * several} {', '.join(map(str, run.kept))}" if run.kept else "and no other step"
+    known = f"; only step{'s' * several} {join(run.kept, 'and')}" if run.kept else ", and no other step"
     known += " have one" if several else " has one"
     return (
-        f"Step {step:,} has no checkpoint, {known}. Train for fewer steps, or lower optim.lr. To keep such a "
-        "step next time, set checkpoint.keep_best={metric: eval/loss}."
+        f"Step {step:,} has no checkpoint{known}. Train for fewer steps, or lower optim.lr. To keep such a step next "
+        "time, set checkpoint.keep_best={metric: eval/loss}."
     )
 
 

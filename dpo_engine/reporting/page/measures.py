@@ -251,12 +251,12 @@ class Measures:
 
     @cached_property
     def along_length(self) -> Estimate | None:
-        """Reward accuracy over the pairs for which `length_rule` is right."""
+        """Reward accuracy over the pairs for which `length_rule` is right; None for fewer than `SMALLEST` pairs."""
         return self._by_length(1)
 
     @cached_property
     def against_length(self) -> Estimate | None:
-        """Reward accuracy over the pairs for which `length_rule` is wrong."""
+        """Reward accuracy over the pairs for which `length_rule` is wrong; None for fewer than `SMALLEST` pairs."""
         return self._by_length(-1)
 
     @cached_property

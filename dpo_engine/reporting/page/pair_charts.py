@@ -26,8 +26,8 @@ def pair_charts(judged: Sequence[Judged]) -> Iterator[Chart]:
         yield {
             "id": "flip",
             "title": "Before and after",
-            "note": "Log-probability difference of each pair. Top left: flipped to right; bottom right: to wrong. "
-            "Above the dashed diagonal, the difference grew.",
+            "note": "Log-probability difference of each pair. Top left: pairs that became right; bottom right: pairs "
+            "that became wrong. Above the dashed diagonal, the difference grew.",
             "x": "reference, nats",
             "y": "policy, nats",
             "traces": flips,
@@ -60,7 +60,7 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
         bars = {"X": numbers(middle), "Y": counts.tolist(), "text": text}
         traces.append({"type": "bars", "name": name, "color": color, **bars})
-    note = "Log-probability of chosen minus rejected; right of 0 the chosen response is more likely."
+    note = "Log-probability of chosen minus rejected. Right of 0, the chosen response is more likely."
     if below or above:
         ends = [f"from {edges[-2]:.3g} on"] * bool(above) + [f"up to {edges[1]:.3g}"] * bool(below)
         bars = "outermost bars contain" if len(ends) > 1 else "last bar contains" if above else "first bar contains"

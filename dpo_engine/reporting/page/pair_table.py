@@ -20,7 +20,7 @@ LONGEST_PROMPT = 2000
 LONGEST_CUT = 500
 LONGEST_TOKEN = 300
 """Maximum length of a text on the page, in characters."""
-OLD_KINDS = {"most wrong": LOWEST}
+OLD_KINDS = {"most wrong": LOWEST, "flipped to wrong": TO_WRONG, "flipped to right": TO_RIGHT}
 """Names of kinds in files that earlier versions wrote, and the current names."""
 NUMBERS = ("margin", "chosen_rewards", "rejected_rewards", "chosen_tokens", "rejected_tokens")
 
@@ -72,7 +72,7 @@ def _kinds(shown: str, reference: float, policy: float) -> list[str]:
 
 
 def flips(judged: Sequence[Judged]) -> dict[str, int]:
-    """Return how many pairs flipped to right and to wrong, over all pairs of the runs whose tokens are known."""
+    """Return the numbers of pairs that became right and that became wrong, over all runs whose tokens are known."""
     known = [m for run, m in judged if m and run.tokens and m.has_reference]
     return {TO_RIGHT: sum(m.to_right for m in known), TO_WRONG: sum(m.to_wrong for m in known)}
 

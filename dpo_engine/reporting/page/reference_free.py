@@ -17,12 +17,12 @@ def outcome(m: Measures) -> Finding:
     if change is None:
         evidence += f"; {margin}. The run has no reference, so 50% is no baseline, and no earlier evaluation is known."
         advice = "Set train.eval_at_start, so that the model is also evaluated before training."
-        return Finding("note", f"Held out, {share}.", evidence, advice, "held")
+        return Finding("note", f"On held-out pairs, {share}.", evidence, advice, "held")
     when = "before training" if change.step == 0 else f"after step {change.step:,}"
     evidence += f"; {points(change.difference)}; {margin}. The run has no reference, so 50% is no baseline."
     share += f", compared with {percent(change.before)} {when}."
     if change.difference.low > 0:
-        return Finding("good", f"Better held out: {share}", evidence, "", "held")
+        return Finding("good", f"Better on held-out pairs: {share}", evidence, "", "held")
     if change.difference.high < 0:
-        return Finding("bad", f"Worse held out: {share}", evidence, MORE, "held")
-    return Finding("warn", f"No clear change held out: {share}", evidence, MORE, "held")
+        return Finding("bad", f"Worse on held-out pairs: {share}", evidence, MORE, "held")
+    return Finding("warn", f"No clear change on held-out pairs: {share}", evidence, MORE, "held")

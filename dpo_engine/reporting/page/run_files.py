@@ -194,7 +194,7 @@ def _tokens(path: Path, directory: Path, step: int, *, saved: bool) -> tuple[lis
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
-    """Return the last components of each path, as few as distinguish all paths."""
+    """Return the last components of each path, as few as distinguish all paths. If paths are equal, add numbers."""
     parts = [path.resolve().parts for path in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

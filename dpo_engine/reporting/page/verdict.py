@@ -58,8 +58,8 @@ def _ended(run: RunFiles) -> Iterator[Finding]:
 def _untrained(m: Measures) -> Finding:
     """Describe an evaluation before training, in which policy and reference are usually equal."""
     title = "Not trained yet: the newest evaluation is from before the first step."
-    share = f"Chosen responses are more likely than rejected ones in {percent(m.policy_ranking)}"
-    return Finding("note", title, f"{share} of {pairs_text(m.count)} held out.", "", "held")
+    share = f"On held-out pairs, chosen responses are more likely than rejected ones in {percent(m.policy_ranking)}"
+    return Finding("note", title, f"{share} of {pairs_text(m.count)}.", "", "held")
 
 
 def _outcome(m: Measures) -> Finding:
@@ -70,16 +70,17 @@ def _outcome(m: Measures) -> Finding:
     margin = f"mean reward margin {signed(m.margin.mean)}"
     evidence = f"Reward accuracy after step {m.step:,}: {share}, {interval(estimate)}; {margin}; 50% means no change."
     if estimate.low > 0.5 and m.drift > DRIFT:
-        title = f"Better held out by accuracy ({share} of {pairs_text(m.count)}), but very far from the reference."
-        advice = "Read generations before you trust the accuracy: it counts pairs, not what the model writes."
+        accuracy = f"accuracy {share} of {pairs_text(m.count)}"
+        title = f"Better on held-out pairs ({accuracy}), but the policy is very far from the reference."
+        advice = "Read generations before you trust the accuracy, which does not evaluate what the model writes."
         return Finding("warn", title, evidence, advice, "accuracy")
     if estimate.low > 0.5:
-        title = f"Better held out: in {share} of {pairs_text(m.count)}, the model {MORE_THAN}."
+        title = f"Better on held-out pairs: in {share} of {pairs_text(m.count)}, the model {MORE_THAN}."
         return Finding("good", title, evidence, chart="accuracy")
     if estimate.high < 0.5:
-        title = f"Worse held out: in only {share} of {pairs_text(m.count)}, the model {MORE_THAN}."
+        title = f"Worse on held-out pairs: in only {share} of {pairs_text(m.count)}, the model {MORE_THAN}."
         return Finding("bad", title, evidence, MORE, "accuracy")
-    title = "No clear change held out: the interval of the reward accuracy contains 50%."
+    title = "No clear change on held-out pairs: the interval of the reward accuracy contains 50%."
     return Finding("warn", title, evidence, MORE, "accuracy")
 
 
@@ -93,14 +94,14 @@ def _ranking(m: Measures) -> Iterator[Finding]:
     gain, before, after = m.ranking_gain, percent(m.reference_ranking), percent(m.policy_ranking)
     evidence = (
         f"Chosen more likely than rejected: {before} under the reference, {after} under the policy; "
-        f"{points(gain)}. {m.to_right:,} pairs flipped to right, {m.to_wrong:,} to wrong."
+        f"{points(gain)}. {pairs_text(m.to_right)} became right, {m.to_wrong:,} became wrong."
     )
     if gain.low > 0:
         yield Finding(
             "good", f"The policy ranks more pairs correctly by likelihood: {before} → {after}.", evidence, "", "flip"
         )
     elif gain.high < 0:
-        advice = "Look at the pairs that flipped to wrong; lower optim.lr or raise loss.beta."
+        advice = "Look at the pairs that became wrong; lower optim.lr or raise loss.beta."
         title = f"The policy ranks fewer pairs correctly by likelihood: {before} → {after}."
         yield Finding("bad", title, evidence, advice, "flip")
     else:
@@ -164,7 +165,7 @@ def _gap(run: RunFiles, m: Measures) -> Iterator[Finding]:
             "warn",
             f"The model fits training pairs better than held-out ones: accuracy {percent(mean)} against "
             f"{percent(m.accuracy.mean)}.",
-            f"Mean of the last {len(recent):,} logged steps; held out: {interval(m.accuracy)}.",
+            f"Mean of the last {len(recent):,} logged steps; held-out pairs: {interval(m.accuracy)}.",
             "More pairs, or more varied ones, help most; fewer epochs or a lower optim.lr also help.",
             "accuracy",
         )
@@ -180,7 +181,7 @@ def _length(m: Measures) -> Finding:
     if with_rule is None or against is None:
         title = "Too few pairs differ in length to say whether length explains the accuracy."
         differ = f"{pairs_text(m.count - m.equal_lengths)} of {m.count:,} differ in length"
-        evidence = f"The rule {rule}; pairs of equal length count half. Only {differ}."
+        evidence = f"The rule {rule}; a pair of equal length counts as half right. Only {differ}."
         return Finding("note", title, evidence, "", "length")
     evidence = (
         f"The rule {rule}. Where it is right, the accuracy is {percent(with_rule.mean)}; where it is wrong, "

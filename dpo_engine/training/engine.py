@@ -338,7 +338,7 @@ class Engine:
         made = tree_batches(*asked, self.cost) if self.layout == "tree" else stacked_batches(*asked)
         shares = [batch.shard(self.groups.cp.rank(), dims.cp) for batch in made]
         if self.layout == "tree":
-            multiple = dims.tp if self.sequence_parallel else 1
+            multiple = dims.share_multiple(self.sequence_parallel, self.config.megatron.token_multiple)
             shares = [replace(share, columns=needed_columns(share, multiple)) for share in shares]
         return shares
 

@@ -6,18 +6,19 @@ DPO compares two models that are nearly equal. A recipe must not give equal mode
 depend on what a run did before.
 
 What runs in FP8. The linear layers of attention, the MLP and the experts: their inputs, weights and output gradients
-are rounded to FP8 just before each product, and products are summed in fp32. Megatron's block turns this on around
-every layer. Embedding, norms, attention itself, router, adapters and output layer remain in bf16, and so do weights,
-and activations between linear layers. Weights are loaded, saved and exported as without FP8. Transformer Engine keeps
-FP8 copies of the weights for all micro-batches of a pass. Megatron's schedules renew them at the first micro-batch of
-every pass, because the weights may have changed since the last one.
+are rounded to FP8 just before each product. Megatron's block turns this on around every layer. Embedding, norms,
+attention itself, router, adapters and output layer remain in bf16, and so do weights, and activations between linear
+layers. Weights are loaded, saved and exported as without FP8. Transformer Engine keeps FP8 copies of the weights for
+all micro-batches of a pass. Megatron's schedules renew them at the first micro-batch of every pass, because the weights
+may have changed since the last one.
 
 Recipes. ``tensorwise`` has one scale for each tensor, from the largest value of all tokens of a micro-batch, so a
 token's numbers depend on the other tokens. ``blockwise`` has a scale for every 128 numbers of a token, and ``mxfp8``
 for every 32: in a forward pass, a token's numbers do not depend on other sequences. All three compute scales from the
-tensor itself. ``delayed`` uses the largest values of earlier passes. They would differ between policy and reference
-(each has its own past, or one that contains both), every evaluation would change training, and a resumed run would
-start without them. It is refused.
+tensor itself. Products are summed in fp32, but with ``tensorwise`` in forward passes with fewer bits, which is faster
+(Transformer Engine's default). ``delayed`` uses the largest values of earlier passes. They would differ between policy
+and reference (each has its own past, or one that contains both), every evaluation would change training, and a resumed
+run would start without them. It is refused.
 
 Row lengths. FP8 products need numbers of tokens that are multiples of 16 or 32, so rows are padded to them
 (:attr:`~dpo_engine.config.parallel_section.MegatronConfig.token_multiple`). Padding is never scored, and no other token
@@ -183,12 +184,14 @@ def device_problem(config: Config) -> str | None:
     kind = {"blockwise": "fp8_block_scaling", "mxfp8": "mxfp8"}.get(recipe, "fp8")
     known = getattr(FP8GlobalStateManager, f"is_{kind}_available", None)
     usable, why = known() if known else (False, "this version of Transformer Engine does not have it")
-    generation, _ = torch.cuda.get_device_capability()
+    generation, minor = torch.cuda.get_device_capability()
     if usable and recipe == "blockwise" and generation >= 10:
         usable, why = False, "Transformer Engine would convert its scales to those of mxfp8 in every product"
     if usable:
         return None
-    others = {9: "blockwise or tensorwise", 10: "mxfp8 or tensorwise"}.get(generation, "a newer GPU")
+    others = {9: "blockwise or tensorwise", 10: "mxfp8 or tensorwise"}.get(generation, "tensorwise")
+    if (generation, minor) < (8, 9):
+        others = "a newer GPU"
     return (
         f"megatron.transformer.fp8_recipe={recipe}: cannot be used on this GPU: {why.rstrip('.')}; use {others}, or "
         "remove fp8"

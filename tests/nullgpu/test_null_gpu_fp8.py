@@ -38,6 +38,13 @@ CASES = {  # the keys, the GPU's generation, and the FP8 products of a micro-bat
     "interleaved": ((*BLOCKWISE, *PP2, "parallel.vpp=2", "--layers", "4"), 90, ALL),
     "recompute mlp": ((*BLOCKWISE, *TP2, "model.recompute=selective"), 90, ALL + MLP),
     "recompute full": ((*TENSORWISE, *TP2, "model.recompute=full"), 90, ALL + LINEARS * LAYERS),
+    "recompute trees": ((*BLOCKWISE, *TP2, "model.recompute=full", "batch.layout=tree"), 90, ALL + LINEARS * LAYERS),
+    "recompute adapters": (
+        (*BLOCKWISE, "model.recompute=full", "adapter.rank=16"),
+        90,
+        FROZEN + LINEARS * LAYERS + 1,  # recomputed layers always compute the gradient of their input
+    ),
+    "overlap": ((*BLOCKWISE, "--world", "2", "parallel.overlap=true"), 90, ALL),
     "two layers in bf16": (
         (*BLOCKWISE, "--layers", "4", "megatron.transformer.first_last_layers_bf16=true", "model.recompute=selective"),
         90,

@@ -341,8 +341,19 @@ def test_each_rank_has_a_multiple_of_tokens(tp, cp, split, recipe):
 
 def padded_training(config, multiple, **arguments):
     """Train with rows that are padded as for FP8, on a CPU, which cannot compute in FP8."""
+    from dpo_engine.training.engine import Engine
+
     MegatronConfig.token_multiple = multiple
-    assert config.megatron.token_multiple == multiple
+    built = Engine.host_batches
+
+    def checked(engine, *given):
+        wanted = multiple * (engine.groups.dims.tp if engine.sequence_parallel else 1)
+        for batch in (batches := built(engine, *given)):
+            assert batch.tokens.shape[1] % wanted == 0
+            assert batch.columns is None or len(batch.columns) % wanted == 0
+        return batches
+
+    Engine.host_batches = checked
     return train_steps(config, **arguments)
 
 

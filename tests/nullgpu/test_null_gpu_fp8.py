@@ -3,11 +3,14 @@
 Transformer Engine's own checks run, of shapes, types and the GPU. Nothing is computed, so numbers cannot be compared.
 """
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from runs import GIB, HERE, requires_null_gpu, requires_transformer_engine, run
 
@@ -113,6 +116,22 @@ def test_experts(recompute):
     assert last["counts"]["fp8_products"] == products * last["micro_batches"]
     assert last["waits_in_micro_batches"] == LAYERS * (passes - 2) * last["micro_batches"]
     assert last["waits_besides"] <= 5, last["phases"]
+
+
+def test_weights_are_loaded_and_exported_as_without_fp8(tiny_hf, tmp_path):
+    directory, found = tiny_hf("llama", pad_token_id=0, dtype=torch.bfloat16), {}
+    for name, keys in {"bf16": (), "fp8": BLOCKWISE}.items():
+        (tmp_path / name).mkdir()
+        command = [HERE / "nullgpu", sys.executable, HERE / "rank_weights.py", "--model", directory]
+        command += ["--out", tmp_path / name, "--world", "2", "--rank", "1", "model.spec=te", "parallel.tp=2", *keys]
+        done = subprocess.run(command, env=os.environ | {"NULLGPU_MIB": "81559"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2500:]
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        found[name] = report, load_file(tmp_path / name / "weights.safetensors")
+    assert found["bf16"][0] == found["fp8"][0]
+    assert found["bf16"][1].keys() == found["fp8"][1].keys()
+    for name, weight in found["bf16"][1].items():
+        assert torch.equal(weight, found["fp8"][1][name]), name
 
 
 REFUSED = {

@@ -38,8 +38,8 @@ def padded_length(n: int, cp_size: int, multiple: int = 1) -> int:
     The length of each rank's part is a multiple of `multiple`. If there are several ranks and the part is longer than
     `BLOCK`, the part can be cut into blocks of equal length, from `SMALLEST` to `BLOCK` tokens.
 
-    multiple  number of parts into which a rank's tokens are split: the tensor-parallel size with sequence parallelism,
-              otherwise 1
+    multiple  from :meth:`~dpo_engine.platform.dims.ParallelDims.share_multiple`: the tensor-parallel size with sequence
+              parallelism, and more with FP8
     """
     share = -(-n // (cp_size * multiple)) * multiple
     while cp_size > 1 and share > BLOCK and _block_length(share) < SMALLEST:

@@ -98,12 +98,12 @@ def stacked_batches(
     """Build a rank's micro-batches in layout ``stacked``.
 
     Pairs of similar length are in the same micro-batch, and the longest pairs come first. Rows are padded to the
-    longest row in their micro-batch, rounded up as the parallel layout requires. A micro-batch has
+    longest row in their micro-batch, rounded up as the parallel layout and FP8 require. A micro-batch has
     ``train.micro_batch_size`` pairs or, if that is null, as many as fit into ``batch.tokens_per_micro_batch``, and at
     least one. With an interleaved pipeline schedule, all micro-batches of a step have the same shape, because the
     stages then do not exchange tensor shapes.
     """
-    multiple = dims.sequence_multiple(sequence_parallel)
+    multiple = dims.sequence_multiple(sequence_parallel, config.megatron.token_multiple)
     places, length = _stacked_places(dataset, indices, config, dims, dp_rank, multiple)
     return [
         collate([dataset[i] if i >= 0 else None for i in place], place, pad_id=0, multiple=multiple, length=length)
@@ -115,7 +115,7 @@ def padded_rows(
     dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, sequence_parallel: bool
 ) -> np.ndarray:
     """Return the rows and columns of all micro-batches of all ranks in layout ``stacked``, [k, 2]."""
-    multiple = dims.sequence_multiple(sequence_parallel)
+    multiple = dims.sequence_multiple(sequence_parallel, config.megatron.token_multiple)
     places, length = _stacked_places(dataset, indices, config, dims, 0, multiple)
     sizes = np.array([len(place) for place in places])
     lengths = np.full((int(sizes.sum()), dims.dp), DUMMY_LENGTH)
@@ -188,7 +188,7 @@ def tree_batches(
     See :func:`~dpo_engine.batching.packing.deal_trees`. With an interleaved pipeline schedule, all rows of a step are
     padded to the longest row, because the stages then do not exchange tensor shapes.
     """
-    share, multiple = config.shares_prompts, dims.tp if sequence_parallel else 1
+    share, multiple = config.shares_prompts, dims.share_multiple(sequence_parallel, config.megatron.token_multiple)
     plans = [
         deal_trees(
             part,

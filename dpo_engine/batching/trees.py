@@ -24,8 +24,8 @@ kernels accept trees of any depth.
 
 Not covered. Common prefixes of different prompts (a system prompt, for example) or of different responses are not
 shared. A prompt is computed again in every micro-batch that has pairs with this prompt. Context parallelism, sequence
-parallelism, and interleaved schedules may need padding at the end of the row; this padding is a separate tree that no
-other token sees.
+parallelism, FP8, and interleaved schedules may need padding at the end of the row; this padding is a separate tree that
+no other token sees.
 """
 
 from __future__ import annotations

@@ -38,6 +38,13 @@ class ParallelConfig(Section):
     if either is exceeded. Work on files, such as tokenizing, saving or exporting, is not limited"""
 
 
+TOKEN_MULTIPLES = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+"""For each FP8 recipe, the number that must divide the number of tokens of a matrix product.
+
+The gradient of a weight is a sum over tokens. FP8 products need sums of a multiple of 16 numbers, and mxfp8 has one
+scale for 32 of them. Megatron and Transformer Engine pad the tokens of experts to the same multiples."""
+
+
 class MegatronConfig(Section):
     """Fields of Megatron-Core's own configuration for which the engine has no keys."""
 
@@ -45,3 +52,14 @@ class MegatronConfig(Section):
     """fields of TransformerConfig"""
     ddp: dict[Text, Any] = {}
     """fields of DistributedDataParallelConfig"""
+
+    @property
+    def fp8_recipe(self) -> str | None:
+        """Name of the recipe by which linear layers compute in FP8; None if they do not."""
+        recipe = self.transformer.get("fp8_recipe")
+        return recipe if self.transformer.get("fp8") and isinstance(recipe, str) else None
+
+    @property
+    def token_multiple(self) -> int:
+        """The number of tokens that a rank has of a row must be a multiple of this, which is 1 without FP8."""
+        return TOKEN_MULTIPLES.get(self.fp8_recipe, 1)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.tensor_parallel import (
     all_gather_last_dim_from_tensor_parallel_region,
     checkpoint,
@@ -164,8 +165,13 @@ class Layer(TransformerLayer):
         if context_mask is not None and columns is not None:
             context_mask = within(context_mask, indices_on(into.device, columns))
         args = (into, context_mask)
-        out = checkpoint(self._mlp, False, *args) if self.recompute_mlp else self._mlp(*args)
+        out = checkpoint(self._mlp_again, False, *args) if self.recompute_mlp else self._mlp(*args)
         return hidden + self._scaled(self.post_mlp_layernorm(out) if arch.post_norms else out), context
+
+    def _mlp_again(self, hidden: Tensor, entries: Tensor | None = None) -> Tensor:
+        # The block turns on FP8 only during its forward pass, but the MLP is computed again during the backward pass.
+        with get_fp8_context(self.config, self.layer_number - 1):
+            return self._mlp(hidden, entries)
 
     def _mlp(self, hidden: Tensor, entries: Tensor | None = None) -> Tensor:
         if isinstance(self.mlp, MoELayer):

@@ -23,6 +23,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.fp8 import FIELDS, fp8_model_problems, fp8_problems
 from dpo_engine.platform.dims import ParallelDims, choices, divisors
 from dpo_engine.wording import join, nearest, show
 
@@ -38,6 +40,7 @@ ACCEPTED = {
         "recompute_modules",
         "distribute_saved_activations",
         "microbatch_group_size_per_vp_stage",
+        *FIELDS,
     ),
     "ddp": (
         "num_distributed_optimizer_instances",
@@ -94,6 +97,14 @@ def instance_problems(config: Config, dims: ParallelDims) -> list[str]:
     ]
 
 
+def layout_problems(config: Config, arch: Architecture, dims: ParallelDims, *, ranks: bool) -> list[str]:
+    """List the problems of the section ``megatron`` with the model and the layout.
+
+    ranks   whether the number of ranks is that of the run
+    """
+    return fp8_model_problems(config, arch, dims) + (instance_problems(config, dims) if ranks else [])
+
+
 @lru_cache
 def dataclass_of(part: str) -> type:
     """Return Megatron's dataclass for a key of the section ``megatron``."""
@@ -146,6 +157,12 @@ def _without_effect(config: Config) -> list[str]:
     parallel, recompute = config.parallel, config.model.recompute
     full = recompute == "full", "model.recompute is full"
     interleaved = parallel.vpp is not None, "parallel.vpp is set"
+    transformer = config.megatron.transformer
+    fp8 = transformer.get("fp8") is not None, "megatron.transformer.fp8 is set"
+    some_in_bf16 = (
+        fp8[0] and transformer.get("first_last_layers_bf16") is True,
+        "megatron.transformer.fp8 is set, and first_last_layers_bf16 is true",
+    )
     needs = {
         "transformer": {
             "recompute_method": full,
@@ -156,6 +173,10 @@ def _without_effect(config: Config) -> list[str]:
                 "model.recompute is full, parallel.tp is above 1, and parallel.sequence_parallel is false",
             ),
             "microbatch_group_size_per_vp_stage": interleaved,
+            "fp8": (transformer.get("fp8") is not None, "its value is e4m3 or hybrid"),
+            "fp8_recipe": fp8,
+            "first_last_layers_bf16": fp8,
+            **dict.fromkeys(FIELDS[3:], some_in_bf16),
         },
         "ddp": {
             "num_distributed_optimizer_instances": (
@@ -188,7 +209,7 @@ def _without_effect(config: Config) -> list[str]:
 
 def _wrong_values(config: Config) -> list[str]:
     """Return a message for each value that Megatron's types allow, but that the engine does not support."""
-    asked, problems = config.megatron.transformer, []
+    asked, problems = config.megatron.transformer, [*fp8_problems(config)]
     modules = asked.get("recompute_modules")
     if modules is not None and not (modules and set(modules) <= set(MODULES)):
         problems.append(

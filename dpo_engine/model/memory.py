@@ -1,8 +1,10 @@
 """Estimate the memory that one rank needs: weights, optimizer, reference, activations, and logits.
 
-The formulas count the tensors that the native layers keep. On an emulated GPU that computes nothing
-(``tests/nullgpu``), they match the measured peaks of full micro-batches to 3 %. There is one exception: in rows of
-trees with context parallelism, ``varlen`` needs 6 % more than estimated. The allocator and CUDA need additional memory.
+The formulas count the tensors that the native layers keep, in ``model.dtype``. On an emulated GPU that computes nothing
+(``tests/nullgpu``), they match the measured peaks of full micro-batches to 3 %. There are two exceptions. In rows of
+trees with context parallelism, ``varlen`` needs 6 % more than estimated. With FP8, Transformer Engine keeps the inputs
+of linear layers in one byte per number, so the estimate of activations is too large. The allocator and CUDA need
+additional memory.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.model.adaptation import Adaptation, LayerAdapters, layer_adapters
 from dpo_engine.model.architecture import FAMILIES, Architecture
+from dpo_engine.model.fp8 import fp8_layers
 from dpo_engine.model.megatron_options import instances_of
 from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.platform.dims import ParallelDims
@@ -96,6 +99,7 @@ class Memory:
     """Memory of one rank of a pipeline stage, in bytes.
 
     weights, gradients, optimizer, reference  allocated during the whole run
+    fp8                                       FP8 copies of the policy's and the reference's weights, kept likewise
     activations                               tensors that forward passes in flight keep for their backward passes
     working                                   logits of one chunk and their gradients, or the activations of a layer
                                               that is recomputed, whichever is larger
@@ -109,11 +113,12 @@ class Memory:
     activations: int
     working: int
     formula: str
+    fp8: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
         """The parts that are not empty, by name."""
-        names = ("weights", "gradients", "optimizer", "reference", "activations", "working")
+        names = ("weights", "gradients", "optimizer", "reference", "fp8", "activations", "working")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property
@@ -124,7 +129,7 @@ class Memory:
     @property
     def constant(self) -> int:
         """Bytes that are allocated during the whole run."""
-        return self.weights + self.gradients + self.optimizer + self.reference
+        return self.weights + self.gradients + self.optimizer + self.reference + self.fp8
 
     @property
     def peak(self) -> int:
@@ -187,6 +192,10 @@ def _stage_memory(
     # The logits and their exponentials in fp32, and their gradient in the weights' dtype.
     logits = last * CHUNK_SITES * (dims.padded_vocab(arch.vocab_size) // dims.tp) * (2 * 4 + weight_bytes)
     activations, recomputed = _activations(config, arch, dims, stage, dtype, tokens, adapters)
+    own_layers = set(dims.layers_of(stage, arch.num_layers)) & set(fp8_layers(config, arch) if dtype == "bf16" else ())
+    # A product of a backward pass needs another copy of the weight than that of a forward pass, with other scales or in
+    # the order of columns. The resident reference has no backward pass.
+    fp8 = sum(sum(layer_parameters(arch, dims, layer)) for layer in own_layers) * (2 + resident)
     if config.adapter is not None:
         own = adapters.parameters  # in fp32, like their gradients and their two moments
         copied = config.reference_has_adapter or config.reference.sync_every is not None
@@ -198,6 +207,7 @@ def _stage_memory(
             reference=number * reference_bytes + 4 * own * copied,
             activations=activations,
             working=max(logits, recomputed),
+            fp8=fp8,
             formula=f"{number:,} frozen parameters x {weight_bytes + reference_bytes} bytes + {own:,} parameters of "
             "adapters x (4 weight + 4 gradient + 8 optimizer"
             f"{divided}) bytes",
@@ -210,6 +220,7 @@ def _stage_memory(
         reference=number * reference_bytes,
         activations=activations,
         working=max(logits, recomputed),
+        fp8=fp8,
         formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} optimizer"
         + divided
         + (f", for {counts.experts:,} of experts / {copies} (their copies)" if counts.experts and distributed else "")

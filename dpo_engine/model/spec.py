@@ -15,10 +15,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
 from dpo_engine.model.experts import Router
+from dpo_engine.model.fp8 import device_problem, fp8_line, fp8_model_problems
 from dpo_engine.model.head_norms import head_norms_of
 from dpo_engine.model.latent import LatentAttention
 from dpo_engine.model.layer import Attention, LastLayer, Layer
@@ -26,6 +28,37 @@ from dpo_engine.model.local_experts import LocalExperts
 from dpo_engine.model.norms import norm_of
 from dpo_engine.model.weights.freeze import freezes_some_experts
 from dpo_engine.platform.device import Platform, has_transformer_engine
+from dpo_engine.platform.dims import ParallelDims
+
+NORMS = {"native": "torch", "te": "Transformer Engine"}
+
+
+def choose_layers(
+    config: Config, arch: Architecture, dims: ParallelDims, platform: Platform, dtype: torch.dtype
+) -> str:
+    """Resolve ``model.spec``, and check that the layers can compute in FP8 if ``megatron.transformer.fp8`` is set.
+
+    Returns  ``native`` or ``te``, like :func:`choose_spec`
+
+    Raises :class:`ConfigError` if the layers or FP8 are requested but cannot be used.
+    """
+    spec = choose_spec(config.model.spec, arch, platform, dtype, config.optim.freeze)
+    if config.megatron.fp8_recipe is None:
+        return spec
+    line = f"megatron.transformer.fp8={config.megatron.transformer['fp8']}"
+    if spec != "te":
+        why = lack_of_transformer_engine(arch, platform, dtype, config.optim.freeze)
+        raise ConfigError(f"{line}: requires Transformer Engine's layers, but {why}; remove it")
+    if dtype is not torch.bfloat16:
+        raise ConfigError(f"{line}: requires weights in bf16, but they are in {dtype}; remove it")
+    if problems := fp8_model_problems(config, arch, dims) or [*filter(None, [device_problem(config)])]:
+        raise ConfigError(problems)
+    return spec
+
+
+def describe_layers(config: Config, arch: Architecture, spec: str, dtype: str) -> str:
+    """Describe the implementation and the precision of the layers for the log."""
+    return f"layer spec {spec} ({NORMS[spec]} norms), {dtype}{fp8_line(config, arch)}"
 
 
 def choose_spec(
@@ -37,7 +70,17 @@ def choose_spec(
 
     Raises :class:`ConfigError` if ``te`` is requested but cannot be used.
     """
-    lack = (
+    lack = lack_of_transformer_engine(arch, platform, dtype, frozen)
+    if asked == "te" and lack:
+        raise ConfigError(f"model.spec='te': {lack}; set 'native' or 'auto'")
+    return asked if asked != "auto" else "native" if lack else "te"
+
+
+def lack_of_transformer_engine(
+    arch: Architecture, platform: Platform, dtype: torch.dtype, frozen: Sequence[str] = ()
+) -> str | None:
+    """Return the reason why Transformer Engine's layers cannot be used, if any; arguments as for `choose_spec`."""
+    return (
         "this machine has no GPU"
         if not platform.gpu
         else "Transformer Engine is not installed"
@@ -52,9 +95,6 @@ def choose_spec(
         if freezes_some_experts(frozen, arch)
         else None
     )
-    if asked == "te" and lack:
-        raise ConfigError(f"model.spec='te': {lack}; set 'native' or 'auto'")
-    return asked if asked != "auto" else "native" if lack else "te"
 
 
 def layer_spec(

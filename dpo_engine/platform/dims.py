@@ -178,14 +178,24 @@ class ParallelDims:
             ]
         return []
 
-    def sequence_multiple(self, sequence_parallel: bool) -> int:
-        """Return the number of tokens that must divide the row length of every micro-batch.
+    def share_multiple(self, sequence_parallel: bool, tokens: int = 1) -> int:
+        """Return the number that must divide the tokens of a context-parallel rank's share of a row.
 
-        Context parallelism splits a row into ``2 cp`` equal chunks, two for each rank. Sequence parallelism splits each
-        rank's tokens into ``tp`` equal parts.
+        Sequence parallelism splits a share into ``tp`` equal parts.
+
+        tokens   number that must divide the tokens of each of these parts
         """
-        chunk = self.tp if sequence_parallel else 1
-        return 2 * self.cp * chunk if self.cp > 1 else chunk
+        return tokens * (self.tp if sequence_parallel else 1)
+
+    def sequence_multiple(self, sequence_parallel: bool, tokens: int = 1) -> int:
+        """Return the number that must divide the row length of every stacked micro-batch.
+
+        Context parallelism splits a row into ``2 cp`` equal chunks, two for each rank.
+
+        tokens   as for :meth:`share_multiple`
+        """
+        halves = tokens if self.cp == 1 else math.lcm(2, tokens)
+        return self.cp * self.share_multiple(sequence_parallel, halves)
 
     def padded_vocab(self, vocab_size: int) -> int:
         """Return ``vocab_size`` rounded up so that each tensor-parallel rank has a multiple of 8 rows."""

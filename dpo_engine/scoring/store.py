@@ -34,7 +34,7 @@ class Numerics(NamedTuple):
 
     weights   digest of the reference's tensors and architecture, independent of their path
     dtype     dtype of the reference's weights and activations
-    spec      layer implementation
+    spec      layer implementation, and how it uses FP8
     """
 
     weights: str

@@ -29,7 +29,7 @@ from dpo_engine.model.megatron_options import megatron_problems, optimizer_insta
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.router_losses import set_router_losses
 from dpo_engine.model.sizes import score_size
-from dpo_engine.model.spec import choose_spec
+from dpo_engine.model.spec import choose_layers, describe_layers
 from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines, frozen_patterns, router_problems
 from dpo_engine.model.weights.load import load_hf, weights_digest
@@ -49,8 +49,6 @@ from dpo_engine.training.metrics import source_names
 from dpo_engine.training.objective import BatchFacts, Objective
 from dpo_engine.training.rank_guard import compare_at_rendezvous, rank_facts
 from dpo_engine.training.run_data import with_template_date
-
-SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
 
 
 @dataclass
@@ -106,7 +104,7 @@ class Engine:
         choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length), cp=dims.cp)
         if fp64 and "triton" in kernels_in_use():
             raise ConfigError("kernels=triton: Triton computes sums in fp32, but --fp64 needs fp64; use eager and sdpa")
-        spec = choose_spec(config.model.spec, arch, platform, dtype, config.optim.freeze)
+        spec = choose_layers(config, arch, dims, platform, dtype)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
         facts = rank_facts(config, arch, platform, spec)
@@ -151,8 +149,8 @@ class Engine:
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
             f"kernels: {kernels_in_use()}",
             f"loss: {loss.name}, {loss.settings | self.objective.options}; {self._reference_line()}",
-            f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
-            f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
+            f"model: {self.arch.model_type}, {self.arch.num_layers} layers, "
+            + describe_layers(self.config, self.arch, self.spec, self.dtype_name),
             *frozen_lines(frozen_patterns(self.config, self.arch), self.arch),
             *adapter_lines(self.config.adapter, self.adaptation, self.arch),
             *(f"warning: {line}" for line in other_base(self.config.adapter, self.config.model.path)),
@@ -338,7 +336,7 @@ class Engine:
         made = tree_batches(*asked, self.cost) if self.layout == "tree" else stacked_batches(*asked)
         shares = [batch.shard(self.groups.cp.rank(), dims.cp) for batch in made]
         if self.layout == "tree":
-            multiple = dims.tp if self.sequence_parallel else 1
+            multiple = dims.share_multiple(self.sequence_parallel, self.config.megatron.token_multiple)
             shares = [replace(share, columns=needed_columns(share, multiple)) for share in shares]
         return shares
 

@@ -12,6 +12,7 @@ from dpo_engine.batching.batches import Batch
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import DataError, Interrupted, NumbersError
 from dpo_engine.exit_code import note_progress
+from dpo_engine.model.fp8 import spec_name
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
 from dpo_engine.platform.progress_line import counting
@@ -31,8 +32,8 @@ def open_store(engine: Engine) -> ReferenceStore:
 
     *Collectives*: those of :meth:`~dpo_engine.training.engine.Engine.reference_digest`.
     """
-    dtype = engine.dtype_name
-    return ReferenceStore(engine.config.store_path, Numerics(engine.reference_digest, dtype, engine.spec))
+    dtype, spec = engine.dtype_name, spec_name(engine.config, engine.spec)
+    return ReferenceStore(engine.config.store_path, Numerics(engine.reference_digest, dtype, spec))
 
 
 def fill(

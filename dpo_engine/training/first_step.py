@@ -26,6 +26,8 @@ CAUSES = {
 """Likely causes of a wrong first step, by ``reference.mode``."""
 ROUTING = "routers that chose other experts in bf16, because the reference scored the pairs in another layout"
 """A further cause for models with experts, if the reference scored the pairs earlier."""
+ROUNDING = "numbers that were rounded to other FP8 values, because the reference scored the pairs in another layout"
+"""A further cause with FP8, if the reference scored the pairs earlier."""
 
 
 def known_equal(engine: Engine) -> bool:
@@ -66,8 +68,9 @@ def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
         f"the policy and the reference are equal, so {{}} must be {{:.7f}}; likely causes: "
         f"{CAUSES[config.reference_mode]}"
     )
-    if engine.arch.experts and engine.dtype is torch.bfloat16 and config.reference_mode in ("stored", "dataset"):
-        equal += f", {ROUTING}"
+    if engine.dtype is torch.bfloat16 and config.reference_mode in ("stored", "dataset"):
+        equal += f", {ROUTING}" if engine.arch.experts else ""
+        equal += f", {ROUNDING}" if config.megatron.fp8_recipe else ""
     expected = {"loss": facts.at_init, "rewards/margins": 0.0}
     return [
         f"first {name}={metrics[name]:.7f}: " + equal.format("it", value)

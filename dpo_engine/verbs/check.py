@@ -22,7 +22,7 @@ from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
-from dpo_engine.model.megatron_options import instance_problems, megatron_problems
+from dpo_engine.model.megatron_options import layout_problems, megatron_problems
 from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
@@ -40,11 +40,12 @@ from dpo_engine.wording import join, nearest, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
 
+OF_MEGATRON = ("model.recompute", "model.spec", "model.dtype", "parallel", "optim.gradients", "reference", "adapter")
 REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("loss",): loss_problems,
     ("callbacks",): callback_problems,
     ("logging.sinks",): sink_problems,
-    ("megatron", "model.recompute", "parallel", "optim.gradients"): megatron_problems,
+    ("megatron", *OF_MEGATRON): megatron_problems,
     ("optim.schedule", "optim.schedule_options"): schedule_problems,
     ("optim.optimizer", "optim.optimizer_options", "parallel.distributed_optimizer"): optimizer_problems,
 }
@@ -189,8 +190,7 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
         dims = parallel_dims(config, arch, world)
         # contradictions() already reports parallel.vpp without pipeline stages.
         problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
-        if world_size is not None:
-            problems += instance_problems(config, dims)
+        problems += layout_problems(config, arch, dims, ranks=world_size is not None)
     return problems
 
 

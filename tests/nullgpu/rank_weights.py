@@ -52,8 +52,11 @@ def configuration(folder: str) -> Config:
     values |= {"train": {"output_dir": folder, "global_batch_size": 2 * asked.world}, "reference": {"verify": 0}}
     for text in asked.keys:
         key, value = text.split("=", 1)
-        section, name = key.split(".")
-        values.setdefault(section, {})[name] = yaml.safe_load(value)
+        *sections, last = key.split(".")
+        section = values
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[last] = yaml.safe_load(value)
     return Config.model_validate(values)
 
 

@@ -212,7 +212,7 @@ REFUSALS = [
         {"transformer": {"sequence_parallel": True}},
         "sequence_parallel=true: the engine has its own key; use parallel.sequence_parallel",
     ),
-    ({"transformer": {"fp8": "e4m3"}}, f"fp8=e4m3: {NOT_SET}FP8 and FP4 linear layers need row lengths"),
+    ({"transformer": {"fp8_param": True}}, f"fp8_param=true: {NOT_SET}weights are read and exported in the model's"),
     (
         {"transformer": {"recompute_methods": "block"}},
         "recompute_methods=block: no such field of TransformerConfig in megatron-core",

@@ -137,7 +137,30 @@ EXPORT int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a
     count(PRODUCTS); \
     return 0; \
   }
-PRODUCT(cublasLtMatmul)
+// The layout of a matrix holds its type, by which FP8 products are counted.
+typedef struct {
+  int type;
+} MatrixLayout;
+EXPORT int cublasLtMatrixLayoutCreate(void **layout, int type, uint64_t rows, uint64_t columns, int64_t stride) {
+  open_handle(layout);
+  ((MatrixLayout *)*layout)->type = type;
+  return 0;
+}
+EXPORT int cublasLtMatrixLayoutDestroy(void *layout) {
+  free(layout);
+  return 0;
+}
+static int is_fp8(const void *layout) {
+  enum { E4M3 = 28, E5M2 = 29 };  // values of cudaDataType
+  int type = layout ? ((const MatrixLayout *)layout)->type : 0;
+  return type == E4M3 || type == E5M2;
+}
+EXPORT int cublasLtMatmul(void *handle, void *operation, const void *alpha, const void *a, void *a_layout,
+                          const void *b, void *b_layout) {
+  count(PRODUCTS);
+  if (is_fp8(a_layout) && is_fp8(b_layout)) count(FP8_PRODUCTS);
+  return 0;
+}
 PRODUCT(cublasGemmEx)
 PRODUCT(cublasGemmStridedBatchedEx)
 PRODUCT(cublasSgemm_v2)

@@ -8,6 +8,7 @@
 typedef enum {
   LAUNCHES,          // launches of kernels, except for kernels inside cuBLAS and cuDNN
   PRODUCTS,          // calls of cuBLAS
+  FP8_PRODUCTS,      // those of two FP8 matrices
   CUDNN_CALLS,       // executions of a cuDNN plan
   CUDNN_PLANS,       // cuDNN plans built
   COLLECTIVES,       // NCCL operations, including sends and receives

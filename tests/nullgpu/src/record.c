@@ -7,7 +7,7 @@
 #include <string.h>
 
 static const char *const COUNTER_NAMES[COUNTERS] = {
-    "launches", "products", "cudnn_calls", "cudnn_plans", "collectives", "communicators", "stream_waits",
+    "launches", "products", "fp8_products", "cudnn_calls", "cudnn_plans", "collectives", "communicators", "stream_waits",
     "device_waits", "event_waits", "blocking_copies", "pageable_copies", "copies", "allocations",
 };
 static long counters[COUNTERS];

@@ -1,0 +1,198 @@
+"""FP8 matrix products in the linear layers of Transformer Engine: what can be set, and what it requires.
+
+Problem. A GPU multiplies FP8 numbers twice as fast as bf16 numbers. But FP8 has only 3 bits (e4m3) or 2 bits (e5m2)
+after the leading one, and a small range. Each tensor is therefore scaled before it is rounded, and a *recipe* says how.
+DPO compares two models that are nearly equal. A recipe must not give equal models different scales, and no scale may
+depend on what a run did before.
+
+What runs in FP8. The linear layers of attention, the MLP and the experts: their inputs, weights and output gradients
+are rounded to FP8 just before each product. Megatron's block turns this on around every layer. Embedding, norms,
+attention itself, router, adapters and output layer remain in bf16, and so do weights, and activations between linear
+layers. Weights are loaded, saved and exported as without FP8. Transformer Engine keeps FP8 copies of the weights for
+all micro-batches of a pass. Megatron's schedules renew them at the first micro-batch of every pass, because the weights
+may have changed since the last one.
+
+Recipes. ``tensorwise`` has one scale for each tensor, from the largest value of all tokens of a micro-batch, so a
+token's numbers depend on the other tokens. ``blockwise`` has a scale for every 128 numbers of a token, and ``mxfp8``
+for every 32: in a forward pass, a token's numbers do not depend on other sequences. All three compute scales from the
+tensor itself. Products are summed in fp32, but with ``tensorwise`` in forward passes with fewer bits, which is faster
+(Transformer Engine's default). ``delayed`` uses the largest values of earlier passes. They would differ between policy
+and reference (each has its own past, or one that contains both), every evaluation would change training, and a resumed
+run would start without them. It is refused.
+
+Row lengths. FP8 products need numbers of tokens that are multiples of 16 or 32, so rows are padded to them
+(:attr:`~dpo_engine.config.parallel_section.MegatronConfig.token_multiple`). Padding is never scored, and no other token
+sees it, but with ``tensorwise`` it can change a scale. Megatron pads the tokens of each expert.
+
+Not covered. FP8 weights, FP8 attention, FP8 output layers, FP4. Numbers: no test here has computed in FP8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dpo_engine.config.parallel_section import TOKEN_MULTIPLES
+from dpo_engine.config.run import Config
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.wording import join
+
+FIELDS = (
+    "fp8",
+    "fp8_recipe",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+)
+"""Fields of Megatron's ``TransformerConfig`` that can be set. All except ``fp8`` have no effect without it."""
+
+RECIPES = join(list(TOKEN_MULTIPLES), "or")
+PER_TOKEN = ("blockwise", "mxfp8")
+"""Recipes with which the numbers of a token do not depend on other sequences in a forward pass."""
+
+NOT_DELAYED = (
+    "delayed scaling is not supported, because its scales come from earlier passes, which differ between policy and "
+    "reference and are not in checkpoints"
+)
+
+
+def fp8_problems(config: Config) -> Iterator[str]:
+    """Yield the reasons why a run with this configuration cannot compute in FP8, whatever the model and the GPU."""
+    asked, recipe = config.megatron.transformer, config.megatron.fp8_recipe
+    if not asked.get("fp8"):
+        return
+    line = f"transformer.fp8={asked['fp8']}"
+    if asked.get("fp8_recipe") is None:
+        yield f"{line}: requires fp8_recipe, because Megatron's default is delayed, and {NOT_DELAYED}; use {RECIPES}"
+        return
+    if recipe not in TOKEN_MULTIPLES:
+        why = NOT_DELAYED if recipe == "delayed" else "it runs code that the engine does not know"
+        yield f"transformer.fp8_recipe={recipe}: {why}; use {RECIPES}"
+        return
+    if config.model.spec == "native":
+        yield f"{line}: requires Transformer Engine's layers, but model.spec is native; set model.spec=te, or remove it"
+    if config.model.dtype == "fp32":
+        yield f"{line}: requires weights in bf16, but model.dtype is fp32; set model.dtype=bf16, or remove it"
+    if config.reference_mode == "dataset":
+        yield (
+            f"{line}: the log-probabilities in the records were not computed with these FP8 products, so policy and "
+            "reference would differ before training; set reference.mode=resident, or remove it"
+        )
+    if config.reference_mode == "stored" and recipe not in PER_TOKEN:
+        yield (
+            f"transformer.fp8_recipe={recipe}: its scales depend on the micro-batch, and stored log-probabilities were "
+            f"computed in other micro-batches; use {join(PER_TOKEN, 'or')}, or set reference.mode=resident"
+        )
+    if asked.get("distribute_saved_activations"):
+        yield "transformer.distribute_saved_activations=true: was never tested with fp8; remove it"
+    for name in FIELDS[3:]:
+        if asked.get(name, 0) < 0:
+            yield f"transformer.{name}={asked[name]}: must be at least 0; correct it"
+
+
+def fp8_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -> list[str]:
+    """List the reasons why a model, divided in this way, cannot compute in FP8."""
+    if (multiple := TOKEN_MULTIPLES.get(config.megatron.fp8_recipe)) is None:
+        return []
+    asked, problems = config.megatron.transformer, []
+    line = f"megatron.transformer.fp8={asked['fp8']}"
+    if not arch.suits_transformer_engine:
+        problems.append(
+            f"{line}: requires Transformer Engine's layers, which do not support {arch.model_type} models; remove it"
+        )
+    for what, size in linear_sizes(arch, dims).items():
+        if size % multiple:
+            problems.append(
+                f"{line}: each rank's {what}, {size}, must be a multiple of {multiple}; lower parallel.tp or "
+                "parallel.etp, or remove it"
+            )
+    if asked.get("first_last_layers_bf16"):
+        most = arch.num_layers // dims.pp  # Megatron's limit
+        problems += [
+            f"megatron.transformer.{name}={asked[name]}: must be at most {most}, the number of layers of a pipeline "
+            "stage; lower it"
+            for name in FIELDS[3:]
+            if asked.get(name, 1) > most
+        ]
+        if not fp8_layers(config, arch):
+            problems.append(
+                f"megatron.transformer.first_last_layers_bf16=true: leaves no layer of {arch.num_layers} in fp8; lower "
+                f"{FIELDS[3]} or {FIELDS[4]}"
+            )
+    return problems
+
+
+def linear_sizes(arch: Architecture, dims: ParallelDims) -> dict[str, int]:
+    """Return the inputs and outputs that the linear layers have on each rank, by what they are."""
+    sizes = {
+        "hidden size": arch.hidden_size,
+        "width of queries, keys and values": arch.qkv_size // dims.tp,
+        "width of attention's output": arch.value_size // dims.tp,
+    }
+    if not arch.experts or arch.layers("dense"):
+        sizes["width of the MLP"] = arch.ffn_hidden_size // dims.tp
+    if arch.experts:
+        sizes["width of an expert"] = arch.experts.ffn_hidden_size // dims.etp
+        if arch.experts.shared_size:
+            sizes["width of the shared expert"] = arch.experts.shared_size // dims.tp
+    return sizes
+
+
+def fp8_layers(config: Config, arch: Architecture) -> range:
+    """Return the layers that compute in FP8."""
+    if config.megatron.fp8_recipe is None:
+        return range(0)
+    asked = config.megatron.transformer
+    if not asked.get("first_last_layers_bf16"):
+        return range(arch.num_layers)
+    start, end = (asked.get(name, 1) for name in FIELDS[3:])
+    return range(start, arch.num_layers - end)
+
+
+def fp8_line(config: Config, arch: Architecture) -> str:
+    """Describe the FP8 products for the log; an empty text without them."""
+    if (recipe := config.megatron.fp8_recipe) is None:
+        return ""
+    layers = fp8_layers(config, arch)
+    some = "" if len(layers) == arch.num_layers else f" in layers {layers.start} to {layers.stop - 1}"
+    return f", linear layers{some} in fp8 {config.megatron.transformer['fp8']} {recipe}"
+
+
+def spec_name(config: Config, spec: str) -> str:
+    """Return the name of the layers' numerics, for stored log-probabilities: the layer spec, and how it uses FP8."""
+    if (recipe := config.megatron.fp8_recipe) is None:
+        return spec
+    asked: dict[str, Any] = config.megatron.transformer
+    kept = [str(asked.get(name, 1)) for name in FIELDS[3:]] if asked.get("first_last_layers_bf16") else []
+    return "-".join([spec, asked["fp8"], recipe, *kept])
+
+
+def without_fp8(config: Config) -> Config:
+    """Return the configuration without FP8."""
+    kept = {name: value for name, value in config.megatron.transformer.items() if name not in FIELDS}
+    return config.model_copy(update={"megatron": config.megatron.model_copy(update={"transformer": kept})})
+
+
+def device_problem(config: Config) -> str | None:
+    """Return the reason why this GPU, or this version of Transformer Engine, cannot use the run's recipe, if any."""
+    if (recipe := config.megatron.fp8_recipe) is None:
+        return None
+    import torch
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    kind = {"blockwise": "fp8_block_scaling", "mxfp8": "mxfp8"}.get(recipe, "fp8")
+    known = getattr(FP8GlobalStateManager, f"is_{kind}_available", None)
+    usable, why = known() if known else (False, "this version of Transformer Engine does not have it")
+    generation, minor = torch.cuda.get_device_capability()
+    if usable and recipe == "blockwise" and generation >= 10:
+        usable, why = False, "Transformer Engine would convert its scales to those of mxfp8 in every product"
+    if usable:
+        return None
+    others = {9: "blockwise or tensorwise", 10: "mxfp8 or tensorwise"}.get(generation, "tensorwise")
+    if (generation, minor) < (8, 9):
+        others = "a newer GPU"
+    return (
+        f"megatron.transformer.fp8_recipe={recipe}: cannot be used on this GPU: {why.rstrip('.')}; use {others}, or "
+        "remove fp8"
+    )

@@ -1,0 +1,154 @@
+"""Tests of linear layers in FP8, with Transformer Engine: number of products, copies of weights, waits and memory.
+
+Transformer Engine's own checks run, of shapes, types and the GPU. Nothing is computed, so numbers cannot be compared.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from runs import GIB, HERE, requires_null_gpu, requires_transformer_engine, run
+
+pytestmark = [*requires_null_gpu, requires_transformer_engine]
+
+LAYERS, LINEARS = 2, 4
+SHAPE = ("--model", "llama3_8b", "--layers", str(LAYERS), "--lengths", "250,120,101", "model.spec=te")
+E4M3, HYBRID = (f"megatron.transformer.fp8={name}" for name in ("e4m3", "hybrid"))
+RECIPE = "megatron.transformer.fp8_recipe"
+BLOCKWISE, TENSORWISE = (E4M3, f"{RECIPE}=blockwise"), (HYBRID, f"{RECIPE}=tensorwise")
+MXFP8 = (E4M3, f"{RECIPE}=mxfp8")
+TP2, PP2 = ("--world", "2", "parallel.tp=2"), ("--world", "2", "--pairs", "4", "parallel.pp=2")
+ALL = 4 * LINEARS * LAYERS
+"""Products of a micro-batch: a forward pass of the reference, and a forward pass and two gradients of the policy."""
+MLP = 2 * LAYERS
+"""Products of a micro-batch that recompute the MLPs."""
+FROZEN = (3 * LINEARS - 1) * LAYERS + LAYERS - 1
+"""Products if weights have no gradients. Nothing needs the gradient of the first layer's input."""
+
+CASES = {  # the keys, the GPU's generation, and the FP8 products of a micro-batch
+    "tensorwise tp2": ((*TENSORWISE, *TP2), 90, ALL),
+    "blockwise tp2": ((*BLOCKWISE, *TP2), 90, ALL),
+    "mxfp8 tp2": ((*MXFP8, *TP2), 100, ALL),
+    "tensorwise on a newer GPU": (TENSORWISE, 100, ALL),
+    "trees tp2 cp2": ((*BLOCKWISE, "--world", "4", "parallel.tp=2", "parallel.cp=2", "batch.layout=tree"), 90, ALL),
+    "mxfp8 trees": ((*MXFP8, "batch.layout=tree"), 100, ALL),
+    "first stage": ((*BLOCKWISE, *PP2), 90, ALL // 2),
+    "interleaved": ((*BLOCKWISE, *PP2, "parallel.vpp=2", "--layers", "4"), 90, ALL),
+    "recompute mlp": ((*BLOCKWISE, *TP2, "model.recompute=selective"), 90, ALL + MLP),
+    "recompute full": ((*TENSORWISE, *TP2, "model.recompute=full"), 90, ALL + LINEARS * LAYERS),
+    "recompute trees": ((*BLOCKWISE, *TP2, "model.recompute=full", "batch.layout=tree"), 90, ALL + LINEARS * LAYERS),
+    "recompute adapters": (
+        (*BLOCKWISE, "model.recompute=full", "adapter.rank=16"),
+        90,
+        FROZEN + LINEARS * LAYERS + 1,  # recomputed layers always compute the gradient of their input
+    ),
+    "overlap": ((*BLOCKWISE, "--world", "2", "parallel.overlap=true"), 90, ALL),
+    "two layers in bf16": (
+        (*BLOCKWISE, "--layers", "4", "megatron.transformer.first_last_layers_bf16=true", "model.recompute=selective"),
+        90,
+        ALL + MLP,
+    ),
+    "stored reference": ((*BLOCKWISE, "reference.mode=stored"), 90, ALL * 3 // 4),
+    "adapters": ((*BLOCKWISE, *TP2, "adapter.rank=16"), 90, FROZEN),
+    "adapters trees": ((*TENSORWISE, *TP2, "adapter.kind=dora", "batch.layout=tree"), 90, FROZEN),
+}
+WEIGHTS = "quantize_transpose_square_blockwise"
+"""Part of the name of the kernel that rounds a weight, in blocks of 128 x 128 numbers."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_linear_layers_compute_in_fp8(name):
+    keys, capability, products = CASES[name]
+    last = run(*SHAPE, *keys, capability=capability)["last"]
+    assert last["counts"]["fp8_products"] == products * last["micro_batches"]
+    assert last["waits_in_micro_batches"] == 0, last["phases"]
+    assert last["waits_besides"] <= 4, last["phases"]
+
+
+def test_no_other_product_is_in_fp8():
+    """Those of attention and of the output layer, and of a run without FP8, are not."""
+    plain, fp8 = (run(*SHAPE, *TP2, *keys)["last"]["counts"] for keys in ((), BLOCKWISE))
+    assert plain["fp8_products"] == 0
+    assert plain["products"] == fp8["products"] > fp8["fp8_products"] > 0
+
+
+@pytest.mark.parametrize("mode", [(), ("reference.mode=offloaded", "reference.ahead=1")], ids=" ".join)
+@pytest.mark.parametrize("layout", [(), PP2, (*PP2, "parallel.vpp=2", "--layers", "4")], ids=" ".join)
+def test_each_pass_rounds_the_weights_once(layout, mode):
+    """Weights may have changed since the last pass: by the optimizer, or because those of the reference were loaded.
+
+    They do not change between the micro-batches of a pass.
+    """
+    report = run(*SHAPE, *layout, *BLOCKWISE, *mode, "--steps", "3")
+    layers = 1 if layout == PP2 else LAYERS
+    for figures in report["steps"]:
+        assert figures["micro_batches"] > 1
+        rounded = sum(calls for kernel, calls in figures["kernels"].items() if WEIGHTS in kernel)
+        assert rounded == 2 * LINEARS * layers, figures["kernels"]
+
+
+def test_memory():
+    """The estimate counts the copies of the weights, and activations as without FP8, which is too much."""
+    gib = {}
+    for name, keys in {"bf16": (), "tensorwise": TENSORWISE, "blockwise": BLOCKWISE}.items():
+        report = run("--model", "llama3_8b", "--world", "8", "model.spec=te", "parallel.tp=2", *keys)
+        measured = report["last"]["peak"] / report["expected_peak"]
+        assert (0.96 if keys else 0.99) < measured < (1.0 if keys else 1.01), name
+        gib[name] = report["last"]["peak"] / GIB
+    assert gib["bf16"] < gib["tensorwise"] < gib["bf16"] + 10
+
+
+MIXTURE = ("--model", "qwen3_30b_a3b", "--layers", "2", "--lengths", "64,32,32", "model.spec=te", "parallel.ep=2")
+LOCAL = 64
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_experts(recompute):
+    """Megatron pads the tokens of each expert. The host waits once in each forward pass, as without FP8."""
+    last = run(*MIXTURE, "--world", "4", "parallel.tp=2", *BLOCKWISE, f"model.recompute={recompute}")["last"]
+    passes = 5 if recompute == "selective" else 4
+    products = LAYERS * (4 * 2 + passes * 2 * LOCAL)
+    assert last["counts"]["fp8_products"] == products * last["micro_batches"]
+    assert last["waits_in_micro_batches"] == LAYERS * (passes - 2) * last["micro_batches"]
+    assert last["waits_besides"] <= 5, last["phases"]
+
+
+def test_weights_are_loaded_and_exported_as_without_fp8(tiny_hf, tmp_path):
+    directory, found = tiny_hf("llama", pad_token_id=0, dtype=torch.bfloat16), {}
+    for name, keys in {"bf16": (), "fp8": BLOCKWISE}.items():
+        (tmp_path / name).mkdir()
+        command = [HERE / "nullgpu", sys.executable, HERE / "rank_weights.py", "--model", directory]
+        command += ["--out", tmp_path / name, "--world", "2", "--rank", "1", "model.spec=te", "parallel.tp=2", *keys]
+        done = subprocess.run(command, env=os.environ | {"NULLGPU_MIB": "81559"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2500:]
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        found[name] = report, load_file(tmp_path / name / "weights.safetensors")
+    assert found["bf16"][0] == found["fp8"][0]
+    assert found["bf16"][1].keys() == found["fp8"][1].keys()
+    for name, weight in found["bf16"][1].items():
+        assert torch.equal(weight, found["fp8"][1][name]), name
+
+
+REFUSED = {
+    80: (
+        BLOCKWISE,
+        "FP8 block scaled GEMM requires compute capability 9.0 or higher and CUDA >= 12.9; use a newer GPU",
+    ),
+    90: (MXFP8, "Device compute capability 10.0 or higher required for MXFP8 execution; use blockwise or tensorwise"),
+    100: (BLOCKWISE, "Transformer Engine would convert its scales to those of mxfp8 in every product; use mxfp8 or"),
+}
+
+
+@pytest.mark.parametrize("capability", REFUSED)
+def test_recipes_that_the_gpu_does_not_have(capability):
+    keys, why = REFUSED[capability]
+    command = [HERE / "nullgpu", sys.executable, HERE / "one_rank.py", *SHAPE, *keys]
+    environment = os.environ | {"NULLGPU_MIB": "81559", "NULLGPU_SM": str(capability)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"cannot be used on this GPU: {why}" in done.stderr

@@ -1,7 +1,7 @@
 """Measure how much processor time `dpo-engine eval` spends outside forward passes, on many short pairs.
 
 A small Llama with random weights evaluates pairs of random words. The pairs are tokenized before the measurement. The
-evaluation runs in a process of its own with one thread, so that its processor time can be measured as a whole.
+evaluation runs in a process of its own, so that its processor time can be measured as a whole.
 """
 
 import argparse

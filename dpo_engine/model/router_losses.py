@@ -13,8 +13,8 @@ Solution. The losses are computed for each response, at the tokens that predict 
     z       = mean over the n tokens of (logsumexp of the token's logits) squared
 
 Both losses are averaged over the two responses of a pair, over the layers with experts, and, like the preference loss,
-over the pairs with their weights. The losses therefore do not depend on how often a row contains a prompt, on shared
-responses, on padding, or on the distribution of pairs and tokens over ranks. A definition over all tokens would depend
+over the pairs with their weights. The losses therefore do not depend on how often a row contains a prompt, on whether
+pairs share a response, on padding, or on the distribution of pairs and tokens over ranks. A definition over all tokens would depend
 on the batch layout: in rows of trees, the last layer does not compute the prompts. ``f`` is a constant in the backward
 pass.
 

@@ -129,7 +129,7 @@ def _rng_set(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _current(target: str) -> Any:
-    """Return the object with a dotted name, which a replacement wraps."""
+    """Return the object that the dotted name ``target`` refers to, so that a replacement can wrap it."""
     owner, name = resolve(target)
     return getattr(owner, name)
 

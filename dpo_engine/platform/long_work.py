@@ -50,8 +50,8 @@ class Meter:
     done   number of bytes that this rank has processed so far
     quiet  whether printing is suspended, because the task has its own progress display
 
-    One meter can be used for several calls of :func:`without_time_limit`, on all ranks. The times in its lines count
-    from the creation of the meter.
+    One meter can be used for several calls of :func:`without_time_limit`, if every rank uses its meter for the same
+    calls. The times in its lines count from the creation of the meter.
     """
 
     def __init__(self, what: str = "", total: int = 0):
@@ -105,7 +105,7 @@ def _progress(seconds: float, done: int, total: int, working: int, ranks: int) -
     amount = f"{total / 1e9:,.1f} GB" if total >= 1e9 else f"{total / 1e6:,.1f} MB"
     if 0 < done < total:
         return pace(done, total, amount, f"{done / seconds / 1e6:,.1f} MB/s", seconds)
-    waited = f"waiting for the storage of {working} of {ranks} ranks, {clock(seconds)} so far"
+    waited = f"waiting for {working} of {ranks} ranks, {clock(seconds)} so far"
     return f"100% of {amount}, {waited}" if done else waited
 
 
@@ -150,7 +150,7 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
     """Run ``work`` as :func:`~dpo_engine.platform.parallel.together` does, but without a time limit for ``work``.
 
     group   must contain all ranks, because all ranks share the store
-    meter   name and progress of the work, for the lines that rank 0 prints; all ranks or no rank must pass one
+    meter   name and progress of the work, for the lines that rank 0 prints; either all ranks pass a meter, or none does
 
     *Collectives* over ``group``: one all-gather of objects before the work and one after it, within the time limit.
     Raises, on all ranks and after all ranks have finished, the error of the first rank on which ``work`` failed. Raises

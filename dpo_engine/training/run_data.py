@@ -61,7 +61,7 @@ def open_data(
 
     *Collectives*: the other ranks wait, without a time limit, for the ranks that tokenize. If one rank fails, all ranks
     raise its error.
-    Raises :class:`~dpo_engine.errors.DataError`, which names the file and the line;
+    Raises :class:`~dpo_engine.errors.DataError`, which names the file and, if a record is at fault, its line;
     :class:`~dpo_engine.errors.Interrupted` on all ranks if a rank that tokenizes received a signal.
     """
     reach("data")
@@ -87,7 +87,7 @@ def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -
     template that writes the date would produce different tokens after midnight. If data.template_date is set, or if the
     template reads no date, the configuration is returned unchanged.
 
-    *Collectives*: over ``world``, a broadcast of what rank 0 has read, without a time limit.
+    *Collectives* over ``world``: those of :func:`~dpo_engine.platform.long_work.from_first`.
     """
     if config.data.template_date:
         return config
@@ -219,7 +219,7 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
 def count_trained(config: Config, pairs: PairDataset) -> int:
     """Return the number of ``pairs`` that are also training pairs of the run.
 
-    config  the run's own configuration, with its own held-out pairs
+    config  the run's configuration, with the held-out pairs that it names itself, even if ``pairs`` come from elsewhere
 
     Returns 0 if the cache lacks the training pairs, or if their files have more than `READ_LIMIT` bytes or cannot be
     read.

@@ -1,6 +1,7 @@
-"""A Triton kernel for root-mean-square norms over the last axis.
+"""Triton kernels for root-mean-square norms over the last axis.
 
-All arithmetic is in fp32. A program sums the gradient of the weight over its own rows, so results are deterministic.
+All arithmetic is in fp32. Each program sums the gradient of the weight over its own rows, without atomic additions, so
+results are deterministic.
 """
 
 from typing import Any

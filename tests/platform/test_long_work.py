@@ -105,7 +105,7 @@ def test_wait_prints_lines_with_rate_and_time_left_on_the_first_rank():
     assert others == [] and len(lines) >= 2
     found = [re.fullmatch(r"reading /d: (?:33|66)% of 3\.0 MB, (\d\.\d) MB/s, 0:00:\d\d left", line) for line in lines]
     assert all(found[1:]), lines
-    assert found[0] or lines[0].startswith("reading /d: waiting for the storage of 1 of 2 ranks, 0:00:0"), lines
+    assert found[0] or lines[0].startswith("reading /d: waiting for 1 of 2 ranks, 0:00:0"), lines
     assert all(float(one[1]) <= 2.3 for one in found if one)
 
 
@@ -113,8 +113,8 @@ def test_progress_text():
     from dpo_engine.platform.long_work import _progress
 
     assert _progress(20, 4_000_000_000, 10_000_000_000, 2, 8) == "40% of 10.0 GB, 200.0 MB/s, 0:00:30 left"
-    assert _progress(20, 0, 0, 1, 2) == "waiting for the storage of 1 of 2 ranks, 0:00:20 so far"
-    full = "100% of 10.0 MB, waiting for the storage of 1 of 2 ranks, 0:01:20 so far"
+    assert _progress(20, 0, 0, 1, 2) == "waiting for 1 of 2 ranks, 0:00:20 so far"
+    full = "100% of 10.0 MB, waiting for 1 of 2 ranks, 0:01:20 so far"
     assert _progress(80, 10_000_000, 10_000_000, 1, 2) == full
 
 

@@ -129,7 +129,7 @@ class TestReport:
         assert lines[7] == f"intervals: 2,000 bootstrap resamples of prompts, seed 0; {exact}".split()
 
     def test_likelihood_accuracies(self):
-        """In the four pairs, the chosen log-probability is larger, smaller, equal, and smaller than the rejected one.
+        """Compared with the rejected log-probability, the chosen one is larger, smaller, equal, and smaller.
 
         Per token, it is smaller, equal, equal, and equal.
         """

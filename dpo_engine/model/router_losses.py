@@ -14,9 +14,9 @@ Solution. The losses are computed for each response, at the tokens that predict 
 
 Both losses are averaged over the two responses of a pair, over the layers with experts, and, like the preference loss,
 over the pairs with their weights. The losses therefore do not depend on how often a row contains a prompt, on whether
-pairs share a response, on padding, or on the distribution of pairs and tokens over ranks. A definition over all tokens would depend
-on the batch layout: in rows of trees, the last layer does not compute the prompts. ``f`` is a constant in the backward
-pass.
+pairs share a response, on padding, or on the distribution of pairs and tokens over ranks. A definition over all tokens
+would depend on the batch layout: in rows of trees, the last layer does not compute the prompts. ``f`` is a constant in
+the backward pass.
 
 In each layer, the number of a response's tokens per expert is summed over the ranks that have these tokens. The tokens
 are described by one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the

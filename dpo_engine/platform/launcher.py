@@ -49,7 +49,8 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, i
     else:
         return 0, 1
     if name not in env:
-        raise ConfigError(f"RANK: is not set, but WORLD_SIZE is {world}; {WAY_OUT}, or set RANK to a number from 0 to {world - 1}")
+        numbers = f"a number from 0 to {world - 1}"
+        raise ConfigError(f"RANK: is not set, but WORLD_SIZE is {world}; {WAY_OUT}, or set RANK to {numbers}")
     rank = whole_number(name, env)
     if rank >= world:
         raise ConfigError(f"{name}={rank}: must be less than {size}={world}, because ranks count from 0; {WAY_OUT}")

@@ -61,7 +61,10 @@ SET = "start with torchrun or launch/train.sbatch, which set it"
         ),
         ({"RANK": "1"}, f"RANK=1: is set, but WORLD_SIZE is not; {SET}, or set WORLD_SIZE, or unset RANK"),
         ({**BATCH, "RANK": "0"}, f"RANK=0: is set, but WORLD_SIZE is not; {SET}, or set WORLD_SIZE, or unset RANK"),
-        ({**SRUN, "WORLD_SIZE": "8"}, f"RANK: is not set, but WORLD_SIZE is 8; {SET}, or set RANK to a number from 0 to 7"),
+        (
+            {**SRUN, "WORLD_SIZE": "8"},
+            f"RANK: is not set, but WORLD_SIZE is 8; {SET}, or set RANK to a number from 0 to 7",
+        ),
         ({"WORLD_SIZE": "2", "RANK": "abc"}, f"RANK=abc: must be a whole number of at least 0; {SET}"),
         ({"WORLD_SIZE": "2", "RANK": "-1"}, f"RANK=-1: must be a whole number of at least 0; {SET}"),
         ({"WORLD_SIZE": "2", "RANK": "١"}, f"RANK=١: must be a whole number of at least 0; {SET}"),

@@ -7,7 +7,7 @@ estimated. The allocator and CUDA need additional memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,11 +26,17 @@ OUTSIDE = 5 * GIB // 2
 """Memory that torch does not count: the CUDA context, loaded kernels, and NCCL's buffers."""
 RESERVED = 1.03
 """Memory that the allocator reserves, relative to the memory that tensors occupy."""
+PIECE = 1 << 24
+"""Largest number of elements that an update on the host (``optim.states: host``) copies at a time: 64 MiB in fp32."""
 
 
 def gib(size: int) -> str:
     """Return a number of bytes as text, in GiB or, if it is small, in MiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / (1 << 20):.2f} MiB"
+
+
+def _sum(parts: dict[str, int]) -> str:
+    return " + ".join(f"{name} {gib(size)}" for name, size in parts.items())
 
 
 class Parameters(NamedTuple):
@@ -99,6 +105,8 @@ class Memory:
     activations                               tensors that forward passes in flight keep for their backward passes
     working                                   logits of one chunk and their gradients, or the activations of a layer
                                               that is recomputed, whichever is larger
+    update                                    fp32 copies of bf16 gradients, after the activations are freed
+    host                                      bytes of host memory with ``optim.states: host``, by purpose
     """
 
     stage: int
@@ -109,17 +117,25 @@ class Memory:
     activations: int
     working: int
     formula: str
+    update: int = 0
+    host: dict[str, int] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, int]:
         """The parts that need memory, by name."""
-        names = ("weights", "gradients", "optimizer", "reference", "activations", "working")
+        last = ("update",) if self.update > self.activations + self.working else ("activations", "working")
+        names = ("weights", "gradients", "optimizer", "reference", *last)
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property
     def terms(self) -> str:
         """The parts and their sizes as text, such as ``weights 2.30 GiB + gradients 4.61 GiB``."""
-        return " + ".join(f"{name} {gib(size)}" for name, size in self.parts.items())
+        return _sum(self.parts)
+
+    @property
+    def on_host(self) -> str:
+        """The host memory of ``optim.states: host`` as text, or an empty text."""
+        return f"; host memory: {gib(sum(self.host.values()))} = {_sum(self.host)}" if self.host else ""
 
     @property
     def constant(self) -> int:
@@ -129,7 +145,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """Largest number of bytes that tensors occupy during a step."""
-        return self.constant + self.activations + self.working
+        return self.constant + max(self.activations + self.working, self.update)
 
     @property
     def needed(self) -> float:
@@ -174,8 +190,10 @@ def _stage_memory(
     counts = stage_counts(arch, dims, stage)
     number = sum(counts)
     weight_bytes = BYTES[dtype]
-    # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.
-    state_bytes = {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
+    on_host = config.optim.states == "host" and dtype != "fp64"
+    # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy, as do all weights on the host.
+    state_bytes = 12 if on_host else {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
+    states = "optimizer in host memory" if on_host else "optimizer"
     gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
     distributed = config.parallel.distributed_optimizer
     instances = instances_of(config)
@@ -189,33 +207,49 @@ def _stage_memory(
     activations, recomputed = _activations(config, arch, dims, stage, dtype, tokens, adapters)
     if config.adapter is not None:
         own = adapters.parameters  # in fp32, like their gradients and their two moments
+        state_bytes, owned = (12 if on_host else 8), -(-own // shards)
         copied = config.reference_has_adapter or config.reference.sync_every is not None
         return Memory(
             stage=stage,
             weights=number * weight_bytes + 4 * own,
             gradients=4 * own,
-            optimizer=-(-own * 8 // shards),
+            optimizer=_buffers(owned) if on_host else -(-own * 8 // shards),
             reference=number * reference_bytes + 4 * own * copied,
             activations=activations,
             working=max(logits, recomputed),
             formula=f"{number:,} frozen parameters x {weight_bytes + reference_bytes} bytes + {own:,} parameters of "
-            "adapters x (4 weight + 4 gradient + 8 optimizer"
-            f"{divided}) bytes",
+            f"adapters x (4 weight + 4 gradient + {state_bytes} {states}{divided}) bytes",
+            host=_host_memory(config, owned) if on_host else {},
         )
+    owned = -(-counts.others // shards), -(-counts.experts // copies)
+    whole = -(-counts.others * state_bytes // shards) - (-counts.experts * state_bytes // copies)
     return Memory(
         stage=stage,
         weights=number * weight_bytes,
         gradients=number * gradient_bytes,
-        optimizer=-(-counts.others * state_bytes // shards) - (-counts.experts * state_bytes // copies),
+        optimizer=_buffers(*owned) if on_host else whole,
         reference=number * reference_bytes,
         activations=activations,
         working=max(logits, recomputed),
-        formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} optimizer"
+        formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} {states}"
         + divided
         + (f", for {counts.experts:,} of experts / {copies} (their copies)" if counts.experts and distributed else "")
         + (f" + {reference_bytes} reference" if reference_bytes else "")
         + ") bytes",
+        update=4 * sum(owned) if gradient_bytes == 2 and not on_host else 0,
+        host=_host_memory(config, *owned) if on_host else {},
     )
+
+
+def _buffers(*owned: int) -> int:
+    """Return the bytes of the device's buffers for updates on the host; experts have an optimizer of their own."""
+    return sum(8 * min(count, PIECE) for count in owned)
+
+
+def _host_memory(config: Config, *owned: int) -> dict[str, int]:
+    """Return the bytes of host memory for the states of ``owned`` parameters, by purpose."""
+    found = {"optimizer states": 12 * sum(owned), "buffers": 2 * _buffers(*owned)}
+    return found | ({"copies for saves": 12 * sum(owned)} if config.checkpoint.async_save else {})
 
 
 def splits_sequence(config: Config, dims: ParallelDims) -> bool:

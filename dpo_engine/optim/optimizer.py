@@ -4,7 +4,8 @@ Megatron is configured to sum gradients without rescaling them, because the trai
 weight of the global batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor
 from dpo_engine.config.sections import OptimConfig, ParallelConfig
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import Policy
+from dpo_engine.optim.host_states import HostAdamW, keep_on_host
 from dpo_engine.optim.optimizers import OPTIMIZERS, build_torch_optimizer
 from dpo_engine.optim.schedule import build_schedule
 from dpo_engine.platform.parallel import ParallelGroups
@@ -135,6 +137,7 @@ def build_optimizer(
 
     Biases and norm weights have no weight decay. Frozen parameters, those with ``requires_grad=False``, have no
     optimizer state. Load the weights before calling this function, because it copies them to the main weights.
+    ``optim.states`` decides where main weights and moments are; an fp64 model has them on the device.
     """
     dtype = chunks[0].config.params_dtype
     config = OptimizerConfig(
@@ -152,7 +155,10 @@ def build_optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     if optim.optimizer == "adamw" and dtype is not torch.float64:
-        optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+        with _without_gradients(chunks) if optim.states == "host" else nullcontext():
+            optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+            if optim.states == "host":
+                keep_on_host(optimizer)
         if torch.cuda.is_available():
             fuse_adam(optimizer)
     else:
@@ -161,6 +167,20 @@ def build_optimizer(
         optimizer = ChainedOptimizer(single) if len(single) > 1 else single[0]
     schedule = build_schedule(optimizer, optim, total_steps=total_steps)
     return Trained(chunks, optimizer, schedule, tuple(OPTIMIZERS[optim.optimizer].state))
+
+
+@contextmanager
+def _without_gradients(chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """Free the memory of gradients inside the block.
+
+    Megatron creates all main weights on the device. Without this, they would determine the peak of a run that then
+    moves them to the host.
+    """
+    for chunk in chunks:
+        chunk.offload_grad_buffers()
+    yield
+    for chunk in chunks:
+        chunk.restore_grad_buffers()
 
 
 def _plain_optimizer(optimizer: torch.optim.Optimizer | None, config: OptimizerConfig) -> Any:
@@ -245,12 +265,17 @@ def gradient_norm(trained: Trained) -> float:
     device = torch.cuda.current_device()
     squares = [
         # torch's norm of no gradients is on the CPU, so that the host would wait for its copy.
-        torch.nn.utils.get_total_norm(grads).to(device, dtype).square()
-        if grads
-        else torch.zeros((), dtype=dtype, device=device)
+        _norm(grads, dtype).to(device, dtype).square() if grads else torch.zeros((), dtype=dtype, device=device)
         for grads in reduced_gradients(trained.optimizer)
     ]
     return float(sum_over_model(trained, *squares)) ** 0.5
+
+
+def _norm(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
+    if all(grad.dtype.itemsize >= dtype.itemsize for grad in grads):
+        return torch.nn.utils.get_total_norm(grads)
+    # With optim.states=host, gradients may be in bf16. torch would round the norm of each to bf16.
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for grad in grads]))
 
 
 def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
@@ -276,6 +301,9 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
             wide, device = torch.promote_types(dtype, torch.float32), torch.cuda.current_device()
             norm = torch.full((), grad_norm, dtype=wide, device=device)
             for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-                torch.nn.utils.clip_grads_with_norm_(single.get_parameters(), limit, norm)
+                if isinstance(single.optimizer, HostAdamW):
+                    single.optimizer.factor = limit / (norm + 1e-6)  # as torch does
+                else:
+                    torch.nn.utils.clip_grads_with_norm_(single.get_parameters(), limit, norm)
         optimizer.step_with_ready_grads()
     return grad_norm

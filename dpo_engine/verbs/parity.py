@@ -148,11 +148,12 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
         reference = ReferenceConfig(mode=mode, path=asked.path, adapter=asked.adapter)
         config = config.model_copy(update={"reference": reference})
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
+    on_device = config.optim.model_copy(update={"states": "device"})
     if fp64:
         parallel, alone = (side.model_copy(update={"distributed_optimizer": False}) for side in (parallel, alone))
         ddp = {name: value for name, value in config.megatron.ddp.items() if name not in WITH_SHARDS}
         megatron = config.megatron.model_copy(update={"ddp": ddp})
-        config = config.model_copy(update={"parallel": parallel, "megatron": megatron})
+        config = config.model_copy(update={"parallel": parallel, "megatron": megatron, "optim": on_device})
     ranks = world if world > 1 else ParallelDims.fewest(parallel)
     with tempfile.TemporaryDirectory(prefix="dpo-parity-") as folder:
         if world > 1:
@@ -162,7 +163,12 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
         else:
             many = _measure_in_processes(config, ranks, Path(folder) / "many", fp64=fp64)
         plain = config.model_copy(
-            update={"parallel": alone, "batch": BatchConfig(layout="stacked"), "megatron": MegatronConfig()}
+            update={
+                "parallel": alone,
+                "batch": BatchConfig(layout="stacked"),
+                "megatron": MegatronConfig(),
+                "optim": on_device,
+            }
         )
         # A loss that secretly depends on its micro-batch gives other numbers only if the micro-batches differ.
         size = 1 if many["largest"] > 1 else 2

@@ -302,7 +302,7 @@ def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tupl
             (
                 "memory",
                 f"{dtype}: {gib(cost.peak)} per rank{stage} = {cost.terms}; rows of {tokens:,} tokens per micro-batch"
-                f"{' at least' * (size == 0)}; a GPU needs about {gib(OUTSIDE)} more",
+                f"{' at least' * (size == 0)}; a GPU needs about {gib(OUTSIDE)} more{cost.on_host}",
             )
         )
         lines.append(("", cost.formula))

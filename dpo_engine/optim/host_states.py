@@ -30,8 +30,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Slice(NamedTuple):
     """A slice of a parameter, which this rank updates.
 
-    device   Megatron's main weights of the slice, whose ``grad`` is the gradient. For a bf16 parameter, this tensor has
-             the slice's shape, but only one element of memory
+    device   the tensor that Megatron would update, whose ``grad`` is the gradient. For a bf16 parameter, it has the
+             slice's shape and the dtype of gradients, but only one element of memory
     weights  view of the model's parameter, flat
     host     main weights in fp32, flat
     """
@@ -55,7 +55,7 @@ class HostAdamW:
     param_groups  groups of the replaced optimizer. Megatron's schedule writes their learning rates; ``step`` is the
                   number of updates
     state         moments, by the main weights on the host
-    hosts         main weights on the host, by Megatron's main weights
+    hosts         main weights on the host, by the tensor that Megatron would update
     factor        factor of the gradients in the next update, on the device; None: 1
     """
 
@@ -174,8 +174,9 @@ class HostAdamW:
 
 
 def keep_on_host(optimizer: Any) -> None:
-    """Move the states of Megatron's distributed optimizers to the host. Call this before the first update."""
+    """Replace the optimizers inside Megatron's distributed optimizers, which were built without main weights."""
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        single.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False
         if single.is_stub_optimizer:  # all parameters of this rank are frozen
             continue
         inner = HostAdamW(single)
@@ -183,7 +184,6 @@ def keep_on_host(optimizer: Any) -> None:
         single._copy_model_grads_to_main_grads = inner.take_gradients
         single._copy_model_params_to_main_params = inner.read_weights
         single._copy_main_params_to_model_params = _already_written
-    torch.cuda.empty_cache()
 
 
 def _already_written() -> None:

@@ -4,8 +4,7 @@ Megatron is configured to sum gradients without rescaling them, because the trai
 weight of the global batch.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -155,11 +154,13 @@ def build_optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     if optim.optimizer == "adamw" and dtype is not torch.float64:
-        with _without_gradients(chunks) if optim.states == "host" else nullcontext():
-            optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
-            if optim.states == "host":
-                keep_on_host(optimizer)
-        if torch.cuda.is_available():
+        on_host = optim.states == "host"
+        # Megatron then creates no main weights on the device. keep_on_host() sets this to False again.
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = on_host
+        optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+        if on_host:
+            keep_on_host(optimizer)
+        elif torch.cuda.is_available():
             fuse_adam(optimizer)
     else:
         kinds = (False, True) if chunks[0].config.num_moe_experts else (False,)
@@ -167,20 +168,6 @@ def build_optimizer(
         optimizer = ChainedOptimizer(single) if len(single) > 1 else single[0]
     schedule = build_schedule(optimizer, optim, total_steps=total_steps)
     return Trained(chunks, optimizer, schedule, tuple(OPTIMIZERS[optim.optimizer].state))
-
-
-@contextmanager
-def _without_gradients(chunks: list[DistributedDataParallel]) -> Iterator[None]:
-    """Free the memory of gradients inside the block.
-
-    Megatron creates all main weights on the device. Without this, they would determine the peak of a run that then
-    moves them to the host.
-    """
-    for chunk in chunks:
-        chunk.offload_grad_buffers()
-    yield
-    for chunk in chunks:
-        chunk.restore_grad_buffers()
 
 
 def _plain_optimizer(optimizer: torch.optim.Optimizer | None, config: OptimizerConfig) -> Any:

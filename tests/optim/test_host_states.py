@@ -34,12 +34,14 @@ def fused(function, config, **arguments):
         return made
 
     def kept(made):
-        before = [one for single in made.chained_optimizers for group in single.param_groups for one in group["params"]]
-        dtypes = {parameter.dtype for single in made.chained_optimizers for parameter in single.model_param_gbuf_map}
         keep(made)
         moved.append(made)
-        if dtypes == {torch.bfloat16}:  # Megatron's main weights have shapes, but no memory
-            assert all(one.untyped_storage().nbytes() <= 4 < one.nbytes for one in before)
+        for single in getattr(made, "chained_optimizers", [made]):
+            for parameter, (group, order) in single.model_param_group_index_map.items():
+                tensor = single.param_groups[group]["params"][order]
+                if parameter.dtype is torch.bfloat16:  # it has a shape, but no memory
+                    assert tensor.untyped_storage().nbytes() <= 4 < tensor.nbytes
+                    assert parameter.main_param is None
 
     optimizer.get_megatron_optimizer, optimizer.keep_on_host = built, kept
     found = function(config, **arguments)

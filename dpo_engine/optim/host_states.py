@@ -21,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from dpo_engine.config.sections import OptimConfig
 from dpo_engine.data.workers import cores
 from dpo_engine.model.memory import PIECE
 
@@ -80,8 +81,8 @@ class HostAdamW:
             slices[group].append(Slice(device, weights, host))
         self._pieces = [(group, piece) for group, found in enumerate(slices) for piece in _divide(found)]
         size = min(PIECE, max((piece[-1].place.stop for _, piece in self._pieces), default=0))
-        on_device = next(iter(self.hosts)).device
-        self._threads = step_threads() if on_device.type == "cuda" else None
+        on_device = torch.device(torch.cuda.current_device())
+        self._threads = update_threads(gpu=on_device.type == "cuda")
 
         def buffers(**where: Any) -> list[Tensor]:
             return [torch.empty(size, dtype=torch.float32, **where) for _ in range(2)]
@@ -207,24 +208,32 @@ def _divide(slices: list[Slice]) -> Iterator[list[Part]]:
         yield piece
 
 
-def step_threads() -> int:
+def update_threads(*, gpu: bool) -> int:
     """Return the number of threads for an update on the host.
 
-    This is OMP_NUM_THREADS, unless it is 1, to which torchrun sets it. Otherwise it is the number of cores that this
-    process may use, divided by the number of GPUs if other ranks of the node may use the same cores.
+    Without a GPU, this is the number of threads of all other operations. With one, it is OMP_NUM_THREADS, unless that
+    is 1, to which torchrun sets it. Otherwise it is the number of cores that this process may use, divided by the
+    number of GPUs if other ranks of the node may use the same cores.
     """
     asked, own = torch.get_num_threads(), cores()
-    if "OMP_NUM_THREADS" in os.environ and asked > 1:
+    if not gpu or ("OMP_NUM_THREADS" in os.environ and asked > 1):
         return asked
     shared = own == os.cpu_count()
     return max(1, own // torch.cuda.device_count() if shared else own)
 
 
+def update_lines(optim: OptimConfig, *, gpu: bool) -> list[str]:
+    """Return the log's line about updates on the host, if there are any."""
+    if optim.states == "device":
+        return []
+    return [f"optimizer: states in host memory; threads per rank for an update: {update_threads(gpu=gpu)}"]
+
+
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Use ``count`` threads inside the block; None: as many as before."""
+def _threads(count: int) -> Iterator[None]:
+    """Use ``count`` threads inside the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

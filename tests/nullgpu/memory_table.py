@@ -37,8 +37,8 @@ CELLS: dict[str, tuple[str, ...]] = {
     "Qwen3-4B, 1 GPU": QWEN_4B,
     "the same, `recompute: full`, stored reference": (*QWEN_4B, "model.recompute=full", "reference.mode=stored"),
     "Llama-3.2-1B, 1 GPU": LLAMA_1B,
-    "the same, `optim.gradients: bf16`, stored reference": (*LLAMA_1B, *LEAST),
-    "the same, and `optim.states: host`": (*LLAMA_1B, *LEAST, "optim.states=host"),
+    "the same, full recomputation, bf16 gradients, stored reference": (*LLAMA_1B, *LEAST),
+    "the same with `optim.states: host`": (*LLAMA_1B, *LEAST, "optim.states=host"),
 }
 """Runs, by their names in the table. Steps have two pairs of 2048 + 1024 + 1024 tokens on each data-parallel rank."""
 

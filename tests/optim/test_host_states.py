@@ -84,11 +84,46 @@ def train(folder, files, model, states, steps, ranks=2, **sections):
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 
+def test_a_rank_may_own_no_parameters():
+    from types import SimpleNamespace
+
+    from dpo_engine.optim.host_states import HostAdamW
+
+    empty = HostAdamW(SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), model_param_group_index_map={}))
+    empty.take_gradients()
+    empty.step()
+    empty.write_weights()
+    empty.read_weights()
+
+
 def test_a_run_resumes_bitwise_with_its_states_elsewhere(files, tiny_hf, tmp_path):
     where = {"files": files, "model": tiny_hf("llama", num_hidden_layers=2), "ranks": 1}
     expected = train(tmp_path / "device", states="device", steps=3, **where)
     train(tmp_path / "moved", states="host", steps=2, **where)
     assert train(tmp_path / "moved", states="device", steps=3, **where) == expected
+    log = (tmp_path / "moved" / "log.txt").read_text()
+    assert log.count("optimizer: states in host memory; threads per rank for an update: 1\n") == 1
+    assert log.count("; host memory: ") == 1
+
+
+@pytest.mark.parametrize(
+    "own, asked, expected",
+    [(64, None, 8), (16, None, 16), (64, 1, 8), (64, 4, 4), (4, None, 1)],
+    ids=["shared cores", "own cores", "torchrun's default", "as asked", "few cores"],
+)
+def test_an_update_uses_the_cores_of_its_rank(own, asked, expected, monkeypatch):
+    """A node has 8 GPUs, and 64 cores, of which a rank may use some; the last node has only 4."""
+    from dpo_engine.optim import host_states
+
+    monkeypatch.setattr(host_states, "cores", lambda: own)
+    monkeypatch.setattr(host_states.os, "cpu_count", lambda: 4 if own == 4 else 64)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked or own)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(asked))
+    assert host_states.update_threads(gpu=True) == expected
+    assert host_states.update_threads(gpu=False) == (asked or own)
 
 
 MODELS = {

@@ -6,8 +6,8 @@ these copies are page-locked. The update itself is torch's fused AdamW for CPUs.
 where the device's memory is host memory, too.
 
 Megatron's HybridDeviceOptimizer is not used. It moves only tensors of a GPU, so neither its numbers nor its checkpoints
-could be tested without one. It also page-locks memory for all gradients, and updates each parameter with an optimizer
-of its own.
+could be tested without one. By default, it also page-locks memory for all gradients and has an optimizer for each
+parameter.
 """
 
 import os

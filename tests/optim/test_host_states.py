@@ -99,11 +99,12 @@ def test_a_rank_may_own_no_parameters():
 def test_a_run_resumes_bitwise_with_its_states_elsewhere(files, tiny_hf, tmp_path):
     where = {"files": files, "model": tiny_hf("llama", num_hidden_layers=2), "ranks": 1}
     expected = train(tmp_path / "device", states="device", steps=3, **where)
-    train(tmp_path / "moved", states="host", steps=2, **where)
-    assert train(tmp_path / "moved", states="device", steps=3, **where) == expected
+    for steps, states in ((1, "host"), (2, "device"), (3, "host")):
+        moved = train(tmp_path / "moved", states=states, steps=steps, **where)
+    assert moved == expected
     log = (tmp_path / "moved" / "log.txt").read_text()
-    assert log.count("optimizer: states in host memory; threads per rank for an update: 1\n") == 1
-    assert log.count("; host memory: ") == 1
+    assert log.count("optimizer: states in host memory; threads per rank for an update: 1\n") == 2
+    assert log.count("; host memory: ") == 2
 
 
 @pytest.mark.parametrize(

@@ -124,12 +124,16 @@ def _entries(table: dict[str, list[str | None]]) -> Iterator[Entry]:
         yield Entry(tuple(keys.split(", ")), here, *note or ("",))
 
 
+ONLY_OURS = frozenset({"megatron.optimizer"})
+"""Our keys whose last component is a key of another system, with another meaning."""
+
+
 @cache
 def _own_keys() -> frozenset[str]:
-    """Return our own keys that occur in the tables, and the sections that contain these keys."""
+    """Return our own keys that occur in the tables, the sections that contain these keys, and `ONLY_OURS`."""
     targets = {entry.target for system in _tables() for entry in system.entries if entry.target}
     parts = [target.split(".") for target in targets]
-    return frozenset(".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1))
+    return frozenset(".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)) | ONLY_OURS
 
 
 @cache

@@ -104,11 +104,13 @@ def frozen(config: Config) -> list[str]:
 def _optim(optim: OptimConfig) -> dict[str, Any]:
     """Return the settings of the optimizer and the schedule, except those that are identity keys of their own.
 
+    ``optim.states`` is left out, because it does not change results, and checkpoints do not depend on it.
+
     Options that were added later are left out while they have their default values, so that the identity still matches
     the identity in older checkpoints.
     """
     newer = {"schedule_options": {}, "optimizer_options": {}, "gradients": "fp32"}
-    found = optim.model_dump(mode="json", exclude={"optimizer", "freeze"})
+    found = optim.model_dump(mode="json", exclude={"optimizer", "freeze", "states"})
     return {name: value for name, value in found.items() if name not in newer or value != newer[name]}
 
 

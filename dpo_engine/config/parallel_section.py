@@ -52,6 +52,8 @@ class MegatronConfig(Section):
     """fields of TransformerConfig"""
     ddp: dict[Text, Any] = {}
     """fields of DistributedDataParallelConfig"""
+    optimizer: dict[Text, Any] = {}
+    """fields of OptimizerConfig: none can be set, and the error names the key to use instead"""
 
     @property
     def fp8_recipe(self) -> str | None:

@@ -182,6 +182,11 @@ def _optim_rules(config: Config) -> Iterator[Rule]:
         )
     if optim.gradients == "bf16" and config.model.dtype == "fp32":
         yield (("optim.gradients", "model.dtype"), "requires model.dtype=bf16, but it is fp32; remove it")
+    if optim.states == "host" and not config.parallel.distributed_optimizer:
+        yield (
+            ("optim.states", "parallel.distributed_optimizer"),
+            "requires parallel.distributed_optimizer=true, but it is false; set it to true, or remove optim.states",
+        )
     if optim.decay_steps is not None and optim.schedule != "wsd":
         yield (
             ("optim.decay_steps", "optim.schedule"),

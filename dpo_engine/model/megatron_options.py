@@ -49,6 +49,7 @@ ACCEPTED = {
         "pad_buckets_for_high_nccl_busbw",
         "reduce_scatter_with_fp32_accumulation",
     ),
+    "optimizer": (),  # the messages name the engine's keys
 }
 
 MODULES = ("core_attn", "mlp")
@@ -109,9 +110,11 @@ def layout_problems(config: Config, arch: Architecture, dims: ParallelDims, *, r
 def dataclass_of(part: str) -> type:
     """Return Megatron's dataclass for a key of the section ``megatron``."""
     from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer import TransformerConfig
 
-    return {"transformer": TransformerConfig, "ddp": DistributedDataParallelConfig}[part]
+    known = {"transformer": TransformerConfig, "ddp": DistributedDataParallelConfig, "optimizer": OptimizerConfig}
+    return known[part]
 
 
 def megatron_problems(config: Config) -> list[str]:

@@ -9,17 +9,17 @@ additional memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
 
 from dpo_engine.batching.batches import CHUNK_SITES
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.model.adaptation import Adaptation, LayerAdapters, layer_adapters
-from dpo_engine.model.architecture import FAMILIES, Architecture
+from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.fp8 import fp8_layers
 from dpo_engine.model.megatron_options import instances_of
+from dpo_engine.model.parameter_counts import layer_parameters, stage_counts
 from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.platform.dims import ParallelDims
 
@@ -29,6 +29,8 @@ OUTSIDE = 5 * GIB // 2
 """Memory that torch does not count: the CUDA context, loaded kernels, and NCCL's buffers."""
 RESERVED = 1.03
 """Ratio of the memory that the allocator reserves to the memory that tensors occupy."""
+PIECE = 1 << 24
+"""Largest number of elements that an update on the host (``optim.states: host``) copies at a time: 64 MiB in fp32."""
 
 
 def gib(size: int) -> str:
@@ -36,62 +38,8 @@ def gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / (1 << 20):.2f} MiB"
 
 
-class Parameters(NamedTuple):
-    """Number of parameters of experts, and number of all other parameters."""
-
-    others: int
-    experts: int
-
-
-def layer_parameters(arch: Architecture, dims: ParallelDims, layer: int) -> Parameters:
-    """Return the numbers of parameters that one transformer layer has on each rank."""
-    others = experts = 0
-    for rule in FAMILIES[arch.model_type].rules:
-        if "{l}" in rule.parameter and rule.applies(arch) and layer in arch.layers(rule.layers):
-            if rule.expert:
-                experts += arch.experts.count // dims.ep * rule.parameters(arch, dims.etp)
-            else:
-                others += rule.parameters(arch, dims.tp)
-    return Parameters(others, experts)
-
-
-def parameters(arch: Architecture) -> int:
-    """Return the number of parameters in the whole model, with the vocabulary size of its checkpoint (not padded)."""
-    rules = [rule for rule in FAMILIES[arch.model_type].rules if rule.applies(arch)]
-    return sum(rule.parameters(arch) * len(rule.places(arch)) for rule in rules)
-
-
-def active_parameters(arch: Architecture) -> int:
-    """Return the number of parameters that each token uses: all of them, except for experts that it does not use."""
-    if arch.experts is None:
-        return parameters(arch)
-    rules = [rule for rule in FAMILIES[arch.model_type].rules if rule.expert]
-    unused = sum(rule.parameters(arch) * (len(rule.places(arch)) - rule.uses(arch)) for rule in rules)
-    return parameters(arch) - unused
-
-
-def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
-    """Return the number of parameters on one rank of a pipeline stage; see :func:`stage_counts`."""
-    return sum(stage_counts(arch, dims, stage))
-
-
-@lru_cache(maxsize=4096)
-def stage_counts(arch: Architecture, dims: ParallelDims, stage: int) -> Parameters:
-    """Return the numbers of parameters on one rank of a pipeline stage, over all model chunks, with padded vocabulary.
-
-    If embeddings are tied and there are several stages, the first and the last stage both store the embeddings.
-    """
-    embedding = dims.padded_vocab(arch.vocab_size) // dims.tp * arch.hidden_size
-    every = [layer_parameters(arch, dims, layer) for layer in dims.layers_of(stage, arch.num_layers)]
-    count = sum(layer.others for layer in every)
-    first, last = stage == 0, stage == dims.pp - 1
-    if first:
-        count += embedding + arch.learned_positions * arch.max_positions * arch.hidden_size
-    if last:
-        rules = FAMILIES[arch.model_type].rules
-        norm = [rule for rule in rules if rule.parameter.startswith("decoder.final_layernorm.") and rule.applies(arch)]
-        count += sum(rule.parameters(arch) for rule in norm) + (0 if first and arch.tied_embeddings else embedding)
-    return Parameters(count, sum(layer.experts for layer in every))
+def _sum(parts: dict[str, int]) -> str:
+    return " + ".join(f"{name} {gib(size)}" for name, size in parts.items())
 
 
 @dataclass(frozen=True)
@@ -103,6 +51,8 @@ class Memory:
     activations                               tensors that forward passes in flight keep for their backward passes
     working                                   logits of one chunk and their gradients, or the activations of a layer
                                               that is recomputed, whichever is larger
+    update                                    fp32 copies of bf16 gradients, after the activations are freed
+    host                                      bytes of host memory with ``optim.states: host``, by purpose
     """
 
     stage: int
@@ -114,17 +64,25 @@ class Memory:
     working: int
     formula: str
     fp8: int = 0
+    update: int = 0
+    host: dict[str, int] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, int]:
         """The parts that are not empty, by name."""
-        names = ("weights", "gradients", "optimizer", "reference", "fp8", "activations", "working")
+        last = ("update",) if self.update > self.activations + self.working else ("activations", "working")
+        names = ("weights", "gradients", "optimizer", "reference", "fp8", *last)
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property
     def terms(self) -> str:
         """The parts and their sizes as text, such as ``weights 2.30 GiB + gradients 4.61 GiB``."""
-        return " + ".join(f"{name} {gib(size)}" for name, size in self.parts.items())
+        return _sum(self.parts)
+
+    @property
+    def on_host(self) -> str:
+        """The host memory of ``optim.states: host`` as text, or an empty text."""
+        return f"; host memory: {gib(sum(self.host.values()))} = {_sum(self.host)}" if self.host else ""
 
     @property
     def constant(self) -> int:
@@ -134,7 +92,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """Largest number of bytes that tensors occupy during a step."""
-        return self.constant + self.activations + self.working
+        return self.constant + max(self.activations + self.working, self.update)
 
     @property
     def needed(self) -> float:
@@ -179,8 +137,10 @@ def _stage_memory(
     counts = stage_counts(arch, dims, stage)
     number = sum(counts)
     weight_bytes = BYTES[dtype]
-    # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.
-    state_bytes = {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
+    on_host = config.optim.states == "host" and dtype != "fp64"
+    # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy, as do all weights on the host.
+    state_bytes = 12 if on_host else {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
+    states = "optimizer in host memory" if on_host else "optimizer"
     gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
     distributed = config.parallel.distributed_optimizer
     instances = instances_of(config)
@@ -198,35 +158,51 @@ def _stage_memory(
     fp8 = sum(sum(layer_parameters(arch, dims, layer)) for layer in own_layers) * (2 + resident)
     if config.adapter is not None:
         own = adapters.parameters  # in fp32, like their gradients and their two moments
+        state_bytes, owned = (12 if on_host else 8), -(-own // shards)
         copied = config.reference_has_adapter or config.reference.sync_every is not None
         return Memory(
             stage=stage,
             weights=number * weight_bytes + 4 * own,
             gradients=4 * own,
-            optimizer=-(-own * 8 // shards),
+            optimizer=_buffers(owned) if on_host else -(-own * 8 // shards),
             reference=number * reference_bytes + 4 * own * copied,
             activations=activations,
             working=max(logits, recomputed),
             fp8=fp8,
             formula=f"{number:,} frozen parameters x {weight_bytes + reference_bytes} bytes + {own:,} parameters of "
-            "adapters x (4 weight + 4 gradient + 8 optimizer"
-            f"{divided}) bytes",
+            f"adapters x (4 weight + 4 gradient + {state_bytes} {states}{divided}) bytes",
+            host=_host_memory(config, owned) if on_host else {},
         )
+    owned = -(-counts.others // shards), -(-counts.experts // copies)
+    whole = -(-counts.others * state_bytes // shards) - (-counts.experts * state_bytes // copies)
     return Memory(
         stage=stage,
         weights=number * weight_bytes,
         gradients=number * gradient_bytes,
-        optimizer=-(-counts.others * state_bytes // shards) - (-counts.experts * state_bytes // copies),
+        optimizer=_buffers(*owned) if on_host else whole,
         reference=number * reference_bytes,
         activations=activations,
         working=max(logits, recomputed),
         fp8=fp8,
-        formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} optimizer"
+        formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} {states}"
         + divided
         + (f", for {counts.experts:,} of experts / {copies} (their copies)" if counts.experts and distributed else "")
         + (f" + {reference_bytes} reference" if reference_bytes else "")
         + ") bytes",
+        update=4 * sum(owned) if gradient_bytes == 2 and not on_host else 0,
+        host=_host_memory(config, *owned) if on_host else {},
     )
+
+
+def _buffers(*owned: int) -> int:
+    """Return the bytes of the device's buffers for updates on the host; experts have an optimizer of their own."""
+    return sum(8 * min(count, PIECE) for count in owned)
+
+
+def _host_memory(config: Config, *owned: int) -> dict[str, int]:
+    """Return the bytes of host memory for the states of ``owned`` parameters, by purpose."""
+    found = {"optimizer states": 12 * sum(owned), "buffers": 2 * _buffers(*owned)}
+    return found | ({"copies for saves": 12 * sum(owned)} if config.checkpoint.async_save else {})
 
 
 def splits_sequence(config: Config, dims: ParallelDims) -> bool:

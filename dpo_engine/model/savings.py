@@ -58,6 +58,9 @@ def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int)
         yield changed("optim.gradients", "bf16")
     for recompute in ("selective", "full")[("none", "selective", "full").index(config.model.recompute) :]:
         yield changed("model.recompute", recompute)
+    optim = config.optim
+    if optim.states == "device" and optim.optimizer == "adamw" and config.parallel.distributed_optimizer:
+        yield changed("optim.states", "host")
 
 
 def _divided(config: Config, arch: Architecture, dims: ParallelDims, tokens: int) -> Iterator[Change]:

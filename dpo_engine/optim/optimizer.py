@@ -21,6 +21,7 @@ from torch import Tensor
 from dpo_engine.config.sections import OptimConfig, ParallelConfig
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import Policy
+from dpo_engine.optim.host_states import HostAdamW, keep_on_host
 from dpo_engine.optim.optimizers import OPTIMIZERS, build_torch_optimizer
 from dpo_engine.optim.schedule import build_schedule
 from dpo_engine.platform.parallel import ParallelGroups
@@ -135,6 +136,7 @@ def build_optimizer(
 
     Biases and norm weights have no weight decay. Frozen parameters, those with ``requires_grad=False``, have no
     optimizer state. Load the weights before calling this function, because it copies them to the main weights.
+    ``optim.states`` decides where main weights and moments are; an fp64 model has them on the device.
     """
     dtype = chunks[0].config.params_dtype
     config = OptimizerConfig(
@@ -152,8 +154,13 @@ def build_optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     if optim.optimizer == "adamw" and dtype is not torch.float64:
+        on_host = optim.states == "host"
+        # Megatron then creates no main weights on the device. keep_on_host() sets this to False again.
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = on_host
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
-        if torch.cuda.is_available():
+        if on_host:
+            keep_on_host(optimizer)
+        elif torch.cuda.is_available():
             fuse_adam(optimizer)
     else:
         kinds = (False, True) if chunks[0].config.num_moe_experts else (False,)
@@ -245,12 +252,17 @@ def gradient_norm(trained: Trained) -> float:
     device = torch.cuda.current_device()
     squares = [
         # For an empty list, torch returns a norm on the CPU, and the host would wait for the copy to the device.
-        torch.nn.utils.get_total_norm(grads).to(device, dtype).square()
-        if grads
-        else torch.zeros((), dtype=dtype, device=device)
+        _norm(grads, dtype).to(device, dtype).square() if grads else torch.zeros((), dtype=dtype, device=device)
         for grads in reduced_gradients(trained.optimizer)
     ]
     return float(sum_over_model(trained, *squares)) ** 0.5
+
+
+def _norm(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
+    if all(grad.dtype.itemsize >= dtype.itemsize for grad in grads):
+        return torch.nn.utils.get_total_norm(grads)
+    # With optim.states=host, gradients may be in bf16. torch would round the norm of each to bf16.
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for grad in grads]))
 
 
 def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
@@ -275,6 +287,9 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
             wide, device = torch.promote_types(dtype, torch.float32), torch.cuda.current_device()
             norm = torch.full((), grad_norm, dtype=wide, device=device)
             for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-                torch.nn.utils.clip_grads_with_norm_(single.get_parameters(), limit, norm)
+                if isinstance(single.optimizer, HostAdamW):
+                    single.optimizer.factor = limit / (norm + 1e-6)  # as torch does
+                else:
+                    torch.nn.utils.clip_grads_with_norm_(single.get_parameters(), limit, norm)
         optimizer.step_with_ready_grads()
     return grad_norm

@@ -47,7 +47,8 @@ def planned_memory(engine: Engine) -> str:
     planned = stage_memory(engine.config, engine.arch, engine.groups.dims, stage, dtype, tokens)
     more = f"; a GPU needs about {gib(OUTSIDE)} more" if engine.platform.gpu else ""
     where = f" in stage {stage}" if engine.groups.dims.pp > 1 else ""
-    return f"{gib(planned.peak)}{where} = {planned.terms}; rows of {tokens:,} tokens per micro-batch{more}"
+    rows = f"rows of {tokens:,} tokens per micro-batch"
+    return f"{gib(planned.peak)}{where} = {planned.terms}; {rows}{more}{planned.on_host}"
 
 
 def _largest_rows(engine: Engine) -> tuple[str, int]:

@@ -156,11 +156,12 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
             say("megatron.transformer.fp8: left out, because FP8 rounds differently in each layout")
         config = without_fp8(config)
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
+    on_device = config.optim.model_copy(update={"states": "device"})
     if fp64:
         parallel, alone = (side.model_copy(update={"distributed_optimizer": False}) for side in (parallel, alone))
         ddp = {name: value for name, value in config.megatron.ddp.items() if name not in WITH_SHARDS}
         megatron = config.megatron.model_copy(update={"ddp": ddp})
-        config = config.model_copy(update={"parallel": parallel, "megatron": megatron})
+        config = config.model_copy(update={"parallel": parallel, "megatron": megatron, "optim": on_device})
     ranks = world if world > 1 else ParallelDims.fewest(parallel)
     with tempfile.TemporaryDirectory(prefix="dpo-parity-") as folder:
         if world > 1:
@@ -170,7 +171,12 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
         else:
             many = _measure_in_processes(config, ranks, Path(folder) / "many", fp64=fp64)
         plain = config.model_copy(
-            update={"parallel": alone, "batch": BatchConfig(layout="stacked"), "megatron": MegatronConfig()}
+            update={
+                "parallel": alone,
+                "batch": BatchConfig(layout="stacked"),
+                "megatron": MegatronConfig(),
+                "optim": on_device,
+            }
         )
         # A loss that wrongly depends on its micro-batch is noticed only if the two runs have different micro-batches.
         size = 1 if many["largest"] > 1 else 2

@@ -1,11 +1,11 @@
 """``dpo-engine plan``: rank the parallel layouts that fit a number of GPUs, by predicted memory and time.
 
 The prediction needs neither a GPU nor Megatron. Memory is computed by :mod:`~dpo_engine.model.memory`. Time is the sum
-of three parts: the operations of the slowest stage at `EFFICIENCY` of the GPU's peak, the bytes of each kind of
-communication at the speed of its link, and the pipeline bubble. Use the prediction to compare layouts; it is not the
-exact time of a step. All rows are assumed to have ``data.max_length`` tokens, which is the worst case. In layers with a
-sliding window, operations grow with the window. For communication over context-parallel ranks, all layers count as
-layers without a window.
+of these parts: the operations of the slowest stage at `EFFICIENCY` of the GPU's peak, the bytes of each kind of
+communication at the speed of its link, an update on the host, and the pipeline bubble. Use the prediction to compare
+layouts; it is not the exact time of a step. All rows are assumed to have ``data.max_length`` tokens, which is the worst
+case. In layers with a sliding window, operations grow with the window. For communication over context-parallel ranks,
+all layers count as layers without a window.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.adaptation import matrix_parameters as adapter_matrices
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import largest_micro_batch
-from dpo_engine.model.memory import BYTES, GIB, Memory, memory, stage_adapter_memory, stage_counts
+from dpo_engine.model.memory import BYTES, GIB, Memory, memory, stage_adapter_memory
+from dpo_engine.model.parameter_counts import stage_counts
 from dpo_engine.model.savings import lighter_runs
 from dpo_engine.model.sizes import mlp_parameters, score_size
 from dpo_engine.model.stages import stage_work, with_layers
@@ -32,6 +33,8 @@ from dpo_engine.wording import join
 
 EFFICIENCY = 0.5
 """Typical FLOP/s of a training step, including the operations between matrix products, as a fraction of the peak."""
+HOST = 5e9
+"""Parameters that the CPUs of a node update in a second (``optim.states: host``), at 40 bytes each and 200 GB/s."""
 PER_NODE = 8
 RECOMPUTE = ("none", "selective", "full")
 SHOWN = 5
@@ -232,6 +235,8 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
         add("dp of experts", own * reduced * (copies - 1) / copies, (copies - 1) * dims.ep * dims.etp)
     links = {"within a node": gpu.inside, "between nodes": gpu.between}
     seconds = {"compute": compute} | {name: size / links[link] for name, (size, link) in sent.items()}
+    if cost.host:
+        seconds["update on the host"] = cost.host["optimizer states"] / 12 * min(per_node, dims.world) / HOST
     if dims.pp > 1:
         seconds["pipeline bubble"] = compute * (dims.pp - 1) / (steps * dims.chunks)
     return Layout(dims, config.model.recompute, micro_batch, cost, seconds, sent, flops)
@@ -267,7 +272,8 @@ def _details(layout: Layout) -> list[str]:
     times = ", ".join(f"{name} {seconds:.3g}" for name, seconds in layout.seconds.items())
     sent = ", ".join(f"{name} {size / 1e9:.3g} GB {link}" for name, (size, link) in layout.sent.items())
     return [
-        f"memory in GiB{stage}: {parts}; the rest is reserve; micro-batches of at most {layout.tokens:,} tokens",
+        f"memory in GiB{stage}: {parts}; the rest is reserve; micro-batches of at most {layout.tokens:,} tokens"
+        f"{cost.on_host}",
         f"seconds: {times}; the largest part is {limit}; {layout.flops / 1e15:.3g} PFLOP per step",
         *([f"sent by a rank: {sent}"] if sent else []),
     ]

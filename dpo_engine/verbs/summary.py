@@ -18,7 +18,8 @@ from dpo_engine.model.adaptation import adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import ENOUGH, largest_micro_batch
 from dpo_engine.model.megatron_options import instances_of
-from dpo_engine.model.memory import OUTSIDE, active_parameters, gib, memory, parameters
+from dpo_engine.model.memory import OUTSIDE, gib, memory
+from dpo_engine.model.parameter_counts import active_parameters, parameters
 from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
 from dpo_engine.model.weights.peft import adaptation_of, other_base
@@ -302,7 +303,7 @@ def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tupl
             (
                 "memory",
                 f"{dtype}: {gib(cost.peak)} per rank{stage} = {cost.terms}; rows of {tokens:,} tokens per micro-batch"
-                f"{' at least' * (size == 0)}; a GPU needs about {gib(OUTSIDE)} more",
+                f"{' at least' * (size == 0)}; a GPU needs about {gib(OUTSIDE)} more{cost.on_host}",
             )
         )
         lines.append(("", cost.formula))

@@ -12,6 +12,7 @@ from dpo_engine.checkpoint.load import as_checkpoint_error
 from dpo_engine.config.rules import with_loss_options
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError, NumbersError
+from dpo_engine.optim.host_states import update_lines
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.sinks import metrics_file, open_sinks
 from dpo_engine.training.callbacks import callback_problems
@@ -78,6 +79,7 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
     sinks = without_time_limit(world, opened, Meter("opening the metrics sinks"))
     try:
+        notes += update_lines(config.optim, gpu=engine.platform.gpu)
         for line in [*engine.describe(), *notes, f"planned memory: {planned_memory(engine)}", *page_lines(config)]:
             sinks.say(line)
         with explained(engine):

@@ -94,6 +94,11 @@ CONTRADICTIONS = [
         "optim.gradients=bf16: requires model.dtype=bf16, but it is fp32; remove it",
     ),
     (
+        {"optim__states": "host", "parallel__distributed_optimizer": False},
+        "optim.states=host: requires parallel.distributed_optimizer=true, but it is false; set it to true, or remove "
+        "optim.states",
+    ),
+    (
         {"checkpoint__export": "best"},
         "checkpoint.export=best: requires checkpoint.keep_best, but it is null; set it, for example to {metric: "
         "eval/loss}, or set checkpoint.export=true",

@@ -14,7 +14,7 @@ from dpo_engine import ACTIVATIONS, FAMILIES, NORMS
 from dpo_engine.config.run import import_plugins
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import read_architecture
-from dpo_engine.model.memory import parameters
+from dpo_engine.model.parameter_counts import parameters
 from dpo_engine.testing import TinyModels, check_defaults, check_export, check_layouts, check_logits, check_steps
 from dpo_engine.testing.ranks import run_ranks
 

@@ -5,7 +5,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import read_architecture
-from dpo_engine.model.memory import layer_parameters, memory, parameters, stage_parameters
+from dpo_engine.model.memory import memory
+from dpo_engine.model.parameter_counts import layer_parameters, parameters, stage_parameters
 from dpo_engine.platform.dims import ParallelDims
 from support.family_cases import CASES, checkpoint
 
@@ -87,6 +88,25 @@ def test_each_instance_of_the_optimizer_has_all_states(tiny_hf):
     one, four = (memory(Config.parse(given), arch, dims, dtype="bf16", tokens=4096) for given in (SMALLEST, raw))
     assert four.optimizer == 4 * one.optimizer and four.peak - one.peak == 3 * one.optimizer
     assert "12 optimizer / 2 (ranks of an instance)" in four.formula
+
+
+def test_states_on_the_host_take_host_memory(tiny_hf):
+    arch, dims = read_architecture(tiny_hf("llama")), ParallelDims(world=2)
+
+    def cost(**optim):
+        given = {**SMALLEST, "optim": optim, "checkpoint": {"async_save": optim.get("gradients") == "bf16"}}
+        return memory(Config.parse(given), arch, dims, dtype="bf16", tokens=64)
+
+    device, host, count = cost(), cost(states="host"), stage_parameters(arch, ParallelDims(), 0) // 2
+    assert (device.optimizer, device.host) == (12 * count, {})
+    assert host.optimizer == 8 * count  # two buffers in fp32; a larger model's are smaller than its states
+    assert host.host == {"optimizer states": 12 * count, "buffers": 16 * count}
+    assert host.formula.startswith(
+        f"{2 * count:,} parameters x (2 weight + 4 gradient + 12 optimizer in host memory / 2"
+    )
+    saved = cost(states="host", gradients="bf16")
+    assert saved.host["copies for saves"] == 12 * count and saved.update == 0
+    assert cost(gradients="bf16").update == 4 * count  # fp32 copies of the gradients that the rank owns
 
 
 def test_gradients_in_bf16_take_half_of_the_memory(tiny_hf):

@@ -16,8 +16,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 BEGIN, END = "<!-- measured by tests/nullgpu/memory_table.py -->", "<!-- end of memory_table.py -->"
 
 LLAMA_8B = ("--model", "llama3_8b", "--world", "8")
+LLAMA_8B_HOST = (*LLAMA_8B, "reference.mode=stored", "optim.states=host")
 LLAMA_70B = ("--model", "llama3_70b", "--world", "64", "--pairs", "8")
+LLAMA_1B = ("--model", "llama3_1b")
 QWEN_4B = ("--model", "qwen3_4b")
+LEAST = ("optim.gradients=bf16", "model.recompute=full", "reference.mode=stored")
 TREE = ("batch.layout=tree", "batch.tokens_per_micro_batch=4096")
 
 CELLS: dict[str, tuple[str, ...]] = {
@@ -25,6 +28,7 @@ CELLS: dict[str, tuple[str, ...]] = {
     "the same, `recompute: selective`": (*LLAMA_8B, "model.recompute=selective"),
     "the same, `recompute: full`": (*LLAMA_8B, "model.recompute=full"),
     "the same, stored reference": (*LLAMA_8B, "reference.mode=stored"),
+    "the same, `optim.states: host`": LLAMA_8B_HOST,
     "the same, rows of trees": (*LLAMA_8B, *TREE),
     "8B, tp 2, dp 4": (*LLAMA_8B, "parallel.tp=2"),
     "8B, tp 2, cp 2, dp 2": (*LLAMA_8B, "parallel.tp=2", "parallel.cp=2"),
@@ -32,7 +36,9 @@ CELLS: dict[str, tuple[str, ...]] = {
     "70B, tp 8, pp 4, vpp 2, dp 2, stage 0": (*LLAMA_70B, "parallel.tp=8", "parallel.pp=4", "parallel.vpp=2"),
     "Qwen3-4B, 1 GPU": QWEN_4B,
     "the same, `recompute: full`, stored reference": (*QWEN_4B, "model.recompute=full", "reference.mode=stored"),
-    "Llama-3.2-1B, 1 GPU": ("--model", "llama3_1b"),
+    "Llama-3.2-1B, 1 GPU": LLAMA_1B,
+    "the same, full recomputation, bf16 gradients, stored reference": (*LLAMA_1B, *LEAST),
+    "the same with `optim.states: host`": (*LLAMA_1B, *LEAST, "optim.states=host"),
 }
 """The arguments of each run, by the run's name in the table.
 

@@ -128,8 +128,9 @@ def synthetic_pairs(path: Path, count: int) -> PairDataset:
 class OneRank:
     """One rank's engine, policy, reference and data, with counts of events for each phase of a step.
 
-    parts   device memory of each part of the state (such as weights or gradients), in bytes
-    phases  counts of events in each phase of the current step
+    parts       device memory of each part of the state (such as weights or gradients), in bytes
+    start_peak  most bytes that were allocated before the first step
+    phases      counts of events in each phase of the current step
     """
 
     def __init__(self, config: Config, folder: Path):
@@ -155,6 +156,7 @@ class OneRank:
         self.parts["weights"] -= self.parts["gradients"] + self.parts["main_weights"]
         with self._measured("reference"):
             self.reference = self._reference()
+        self.start_peak = torch.cuda.max_memory_allocated()
         self.bad_steps = BadSteps(config.bad_steps, self.engine.groups.world, self.engine.platform.device)
         self.interruption = Interruption()
         self._count("reference", self.reference, "logps")
@@ -294,7 +296,7 @@ def main() -> int:
     expected = estimate(rank)
     parts = {part: round(size / GIB, 2) for part, size in rank.parts.items()}
     say("GiB:", parts, f"expected state {expected.constant / GIB:.2f}, expected peak {expected.peak / GIB:.2f}")
-    report: dict[str, Any] = {"parts": rank.parts, "steps": [], "chosen": rank.chosen}
+    report: dict[str, Any] = {"parts": rank.parts, "start_peak": rank.start_peak, "steps": [], "chosen": rank.chosen}
     report["tokens_per_micro_batch"] = rank.engine.config.batch.tokens_per_micro_batch
     report |= {"expected_constant": expected.constant, "expected_peak": expected.peak}
     if asked.snapshot:

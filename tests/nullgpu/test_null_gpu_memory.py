@@ -5,7 +5,8 @@ import re
 import pytest
 
 from dpo_engine.errors import LONGEST
-from memory_table import CELLS, LLAMA_8B
+from dpo_engine.model.memory import PIECE
+from memory_table import CELLS, LEAST, LLAMA_1B, LLAMA_8B, LLAMA_8B_HOST
 from runs import GIB, requires_null_gpu, run
 
 pytestmark = requires_null_gpu
@@ -62,6 +63,27 @@ def test_adamw_needs_no_temporary_copy():
     report = run("--model", "qwen3_4b", "model.recompute=full", "reference.mode=stored")
     assert report["last"]["reserved"] <= 74 * GIB
     assert activations(report) < 4 * GIB  # a temporary copy with 4 bytes per parameter would need 15 GiB
+
+
+def test_states_on_the_host_leave_the_device():
+    """12 bytes per owned parameter. The update waits for the gradients of each piece, and for a free buffer."""
+    device, host = run(*LLAMA_8B, "reference.mode=stored"), run(*LLAMA_8B_HOST)
+    owned = 8_030_261_248 // 8
+    saved = device["last"]["after"] - host["last"]["after"]
+    assert saved == pytest.approx(12 * owned - 2 * 4 * PIECE, rel=0.01)
+    pieces = -(-owned // PIECE) + 1  # matrices and vectors are in different pieces
+    counts = [report["last"]["counts"] for report in (device, host)]
+    waits, copies = (counts[1][name] - counts[0].get(name, 0) for name in ("event_waits", "copies"))
+    assert waits == 2 * pieces
+    weights = 32 * 9 + 3
+    assert 2 * pieces <= copies <= 2 * pieces + weights, "one copy of a piece, and one of each slice of a weight in it"
+
+
+def test_the_start_needs_no_main_weights_on_the_device():
+    """While Megatron's DDP copies the weights to its buffer, the device has them twice; nothing later needs more."""
+    report = run(*LLAMA_1B, *LEAST, "optim.states=host")
+    wrapped = 2 * report["parts"]["weights"] + report["parts"]["gradients"]
+    assert report["start_peak"] == pytest.approx(wrapped, rel=0.01)
 
 
 def test_out_of_memory_reports_the_plan_and_the_changes():

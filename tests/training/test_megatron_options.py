@@ -236,6 +236,15 @@ REFUSALS = [
         f"check_for_nan_in_grad=true: {NOT_SET}the engine checks gradients; use bad_steps",
     ),
     (
+        {"optimizer": {"optimizer_cpu_offload": True}},
+        "optimizer_cpu_offload=true: the engine has its own key; use optim.states",
+    ),
+    (
+        {"optimizer": {"exp_avg_dtype": "bf16"}},
+        f"exp_avg_dtype=bf16: {NOT_SET}only Transformer Engine's FusedAdam on a GPU has such states, and checkpoints "
+        "cannot hold them; use optim.states=host",
+    ),
+    (
         {"transformer": {"recompute_modules": ["mlp"]}},
         "recompute_modules=[mlp]: has no effect unless model.recompute is selective; change that, or remove it",
     ),
@@ -286,7 +295,7 @@ REFUSALS = [
 @pytest.mark.parametrize("sections, message", REFUSALS)
 def test_refusals(sections, message):
     (problem,) = megatron_problems(config_of(**sections))
-    part = "ddp" if "ddp" in sections else "transformer"
+    (part,) = {"transformer", "ddp", "optimizer"} & sections.keys()
     assert problem.startswith(f"megatron.{part}.{message}")
 
 

@@ -136,6 +136,7 @@ def test_changes_are_named_in_the_order_of_their_cost(arch):
         "optim.gradients=bf16",
         "model.recompute=selective",
         "model.recompute=full",
+        "optim.states=host",
         "parallel.tp=2",
         "parallel.pp=2",
         "parallel.cp=2",

@@ -7,7 +7,8 @@ import pytest
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import read_architecture
-from dpo_engine.model.memory import active_parameters, memory, parameters, stage_counts, stage_parameters
+from dpo_engine.model.memory import memory
+from dpo_engine.model.parameter_counts import active_parameters, parameters, stage_counts, stage_parameters
 from dpo_engine.model.sizes import mlp_parameters
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.testing.ranks import run_ranks

@@ -61,8 +61,8 @@ def parity(config, folder, *overrides, ranks=None):
 
 @pytest.mark.slow
 def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
-    config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2}, batch={"layout": "tree"})
-    done = parity(config, tmp_path / "run")
+    more = {"parallel": {"tp": 2}, "batch": {"layout": "tree"}, "optim": {"states": "host"}}  # one process: device
+    done = parity(config_of(files, tiny_hf("llama"), tmp_path, **more), tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(
         "3 steps of 8 pairs in float32: tp 2, pp 1, vpp 1, cp 1 on 2 ranks, tree batches of up to 2 pairs, compared "
@@ -82,7 +82,7 @@ def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
     ids=["alone", "torchrun", "adapter"],
 )
 def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel, adapter):  # noqa: F811
-    more = {"adapter": adapter} if adapter else {}
+    more = {"adapter": adapter} if adapter else {"optim": {"states": "host"}}
     more["megatron"] = {"ddp": {"pad_buckets_for_high_nccl_busbw": True}}  # plain AdamW must ignore this
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"}, **more)
     done = parity(config, tmp_path / "run", "--fp64", ranks=ranks)

@@ -79,7 +79,10 @@ def test_recomputation_is_proposed_only_where_it_is_needed(run):
 def test_what_would_fit_is_said(run):
     lines = plan(run(), 1)
     assert "0 layouts fit" in lines[0] and lines[1].startswith("does not fit; the smallest is tp 1, pp 1, cp 1, dp 1, ")
-    assert lines[2] == "what would fit: 4 GPUs"
+    assert lines[2] == "what would fit: optim.states=host or 4 GPUs"
+    moved = plan(run(optim={"states": "host"}), 1)
+    assert ranked(moved) and "; host memory: 179.74 GiB = optimizer states 89.75 GiB + buffers 0.25 GiB" in moved[2]
+    assert "update on the host 1.61" in moved[3]  # 8.03e9 parameters at 5e9 per second
     stored = plan(run(), 4, gpu_memory=39)
     assert "what would fit: reference.mode=stored" in stored[2]
     sized = plan(run(batch={"tokens_per_micro_batch": 10**6}), 8, gpu_memory=40)

@@ -1,0 +1,165 @@
+"""Tests of optimizer states in host memory: same numbers, weights and checkpoints as with states on the device."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import load_weights, run_config, train_steps
+from dpo_engine.verbs.rehearse import CLOCK
+from support.layouts import SIZES, world
+from support.small_run import config_of, log_of, run
+
+EXPERTS = {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+LAYOUTS = {
+    "dp2": {},
+    "tp2 dp2": {"tp": 2},
+    "cp2 dp2 two instances": {"cp": 2},
+    "pp2 vpp2 dp2 overlap": {"pp": 2, "vpp": 2, "overlap": True},
+    "cp2 dp2": {"cp": 2},
+}
+
+
+def fused(function, config, **arguments):
+    """Call ``function`` with torch's fused AdamW, as on a GPU. On the host, copy at most 1,024 elements at a time."""
+    from dpo_engine.optim import host_states, optimizer
+
+    host_states.PIECE = 1024
+    build, keep, moved = optimizer.get_megatron_optimizer, optimizer.keep_on_host, []
+
+    def built(*asked, **options):
+        made = build(*asked, **options)
+        optimizer.fuse_adam(made)
+        return made
+
+    def kept(made):
+        keep(made)
+        moved.append(made)
+        for single in getattr(made, "chained_optimizers", [made]):
+            for parameter, (group, order) in single.model_param_group_index_map.items():
+                tensor = single.param_groups[group]["params"][order]
+                if parameter.dtype is torch.bfloat16:  # it has a shape, but no memory
+                    assert tensor.untyped_storage().nbytes() <= 4 < tensor.nbytes
+                    assert parameter.main_param is None
+
+    optimizer.get_megatron_optimizer, optimizer.keep_on_host = built, kept
+    found = function(config, **arguments)
+    assert len(moved) == (config.optim.states == "host")
+    return found
+
+
+CASES = [*product(LAYOUTS, ["fp32", "bf16"], ["fp32"]), ("dp2", "bf16", "bf16"), ("tp2 dp2", "bf16", "bf16")]
+DEFAULT = ("dp2", "bf16", "bf16")
+
+
+@pytest.mark.parametrize(
+    "name, dtype, gradients", [pytest.param(*case, marks=() if case == DEFAULT else pytest.mark.slow) for case in CASES]
+)
+def test_training_is_bitwise_the_same(name, dtype, gradients, tiny_hf, tmp_path):
+    results = {}
+    for states in ("device", "host"):
+        sections = {"parallel": LAYOUTS[name], "optim": {"states": states, "gradients": gradients}}
+        if "instances" in name:
+            sections["megatron"] = {"ddp": {"num_distributed_optimizer_instances": 2}}
+        sections["model"] = {"path": str(tiny_hf("llama")), "dtype": dtype}
+        config, out = run_config(tiny_hf("llama"), tmp_path, **sections), str(tmp_path / states)
+        asked = {"function": train_steps, "config": config, "sizes": SIZES, "export": out}
+        results[states] = run_ranks(fused, world(name, LAYOUTS[name]), **asked)
+    assert results["host"] == results["device"]
+    norms = [step["grad_norm"] for step in results["host"][0]["steps"]]
+    assert max(norms) > 1, "gradients must be clipped in some step"
+    host, device = (load_weights(tmp_path / states) for states in ("host", "device"))
+    assert host.keys() == device.keys() and all(torch.equal(host[key], device[key]) for key in device)
+
+
+def train(folder, files, model, states, steps, ranks=2, **sections):
+    """Start or resume a run, with a checkpoint every two steps. Return the metrics of all its steps."""
+    optim = {"schedule": "constant", "states": states, **sections.pop("optim", {})}
+    more = {"train": {"max_steps": steps}, "checkpoint": {"save_interval": 2, "export": False}, **sections}
+    config = config_of(files, model, folder, data={"validation": None}, optim=optim, **more)
+    result = run_ranks(fused, ranks, function=run, config=config)[0]
+    assert isinstance(result, dict), result
+    lines = [line for line in log_of(folder) if "loss" in line]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+def test_a_rank_may_own_no_parameters():
+    from types import SimpleNamespace
+
+    from dpo_engine.optim.host_states import HostAdamW
+
+    empty = HostAdamW(SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), model_param_group_index_map={}))
+    empty.take_gradients()
+    empty.step()
+    empty.write_weights()
+    empty.read_weights()
+
+
+def test_a_run_resumes_bitwise_with_its_states_elsewhere(files, tiny_hf, tmp_path):
+    where = {"files": files, "model": tiny_hf("llama", num_hidden_layers=2), "ranks": 1}
+    expected = train(tmp_path / "device", states="device", steps=3, **where)
+    for steps, states in ((1, "host"), (2, "device"), (3, "host")):
+        moved = train(tmp_path / "moved", states=states, steps=steps, **where)
+    assert moved == expected
+    log = (tmp_path / "moved" / "log.txt").read_text()
+    assert log.count("optimizer: states in host memory; threads per rank for an update: 1\n") == 2
+    assert log.count("; host memory: ") == 2
+
+
+@pytest.mark.parametrize(
+    "own, asked, expected",
+    [(64, None, 8), (16, None, 16), (64, 1, 8), (64, 4, 4), (4, None, 1)],
+    ids=["shared cores", "own cores", "torchrun's default", "as asked", "few cores"],
+)
+def test_an_update_uses_the_cores_of_its_rank(own, asked, expected, monkeypatch):
+    """A node has 8 GPUs, and 64 cores, of which a rank may use some; the last node has only 4."""
+    from dpo_engine.optim import host_states
+
+    monkeypatch.setattr(host_states, "cores", lambda: own)
+    monkeypatch.setattr(host_states.os, "cpu_count", lambda: 4 if own == 4 else 64)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked or own)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(asked))
+    assert host_states.update_threads(gpu=True) == expected
+    assert host_states.update_threads(gpu=False) == (asked or own)
+
+
+MODELS = {
+    "dense": ("llama", {"num_hidden_layers": 2}, {}),
+    "experts": ("qwen3_moe", EXPERTS, {"parallel": {"ep": 2}}),
+    "adapter": ("llama", {"num_hidden_layers": 2}, {"adapter": {"rank": 4}}),
+    "frozen": ("llama", {"num_hidden_layers": 2}, {"optim": {"freeze": [".*layers.0.*", ".*embed.*"]}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_checkpoints_do_not_depend_on_where_the_states_are(kind, files, tiny_hf, tmp_path):
+    """Checkpoints are bitwise equal, and runs resume bitwise, and to 1e-5 with other states in another layout."""
+    family, changes, sections = MODELS[kind]
+    where = {"files": files, "model": tiny_hf(family, **changes), **sections}
+    device, host, moved = (tmp_path / name for name in ("device", "host", "moved"))
+
+    def saved(folder, step):
+        (path,) = (folder / "checkpoints").glob(f"*{step}")
+        return {key: value for key, value in load_weights(path).items() if not key.startswith("random|")}
+
+    def same(one, other):
+        return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+    for folder, states in ((device, "device"), (host, "host"), (moved, "host")):
+        train(folder, states=states, steps=2, **where)
+    first = saved(device, 2)
+    assert same(first, saved(host, 2))
+    expected = train(device, states="device", steps=4, **where)
+    assert train(host, states="host", steps=4, **where) == expected
+    assert train(moved, states="device", steps=4, **where) == expected
+    last = saved(device, 4)
+    assert same(last, saved(host, 4)) and same(last, saved(moved, 4))
+    assert any(not torch.equal(value, first[key]) for key, value in last.items() if "exp_avg_sq" in key)
+    other = train(moved, states="host", steps=6, **{**where, "parallel": {}, "ranks": 1})
+    for one, wanted in zip(other, train(device, states="device", steps=6, **where), strict=True):
+        assert one == pytest.approx(wanted, rel=1e-5, abs=1e-5)

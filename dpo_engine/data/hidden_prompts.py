@@ -71,10 +71,10 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
         shown = " and ".join(map(repr, several[:ITEMS]))
         raise BadRecord(f"{shown} may be the prompt; make them one field 'prompt', or set format: {read_as}")
     above, _, last = name.rpartition(".")
-    way, shown = f"set data.columns={{prompt: {name}}}", repr(name)
+    way, shown = f"set data.columns={{prompt: {name}}}, or", repr(name)
     if name not in row:
-        way, shown = "make it the field 'prompt'", f"{last!r} in {above!r}"
-    raise BadRecord(f"{shown} may be the prompt; {way}, or format: {read_as} if it is not")
+        way, shown = "make it the field 'prompt', or set", f"{last!r} in {above!r}"
+    raise BadRecord(f"{shown} may be the prompt; {way} format: {read_as} if it is not")
 
 
 def hidden_prompt(row: Mapping[str, Any]) -> str | None:

@@ -12,10 +12,11 @@ loading, saving, resharding and exporting. For a fused linear, the matrices ``A`
 are arranged block by block in the order of the linear's rows, with zeros elsewhere. The zeros exist only in this
 temporary matrix::
 
-    z    = x A_all^T                     [s, b, R]     R is the sum of the ranks
+    z    = x A_all^T                     [s, b, R]     R is the sum of the adapters' ranks
     out += z B_all^T                                   B_all [rows of this rank, R], scaled
 
-To compute this, tensor-parallel ranks exchange only ``z``, whose width is R:
+To compute this, tensor-parallel ranks exchange ``z``, whose width is R, but no wider activations. (If there are more
+ranks than key heads, they also gather ``B``.)
 
 ===================================  =====================================  ====================================
 linear                               forward                                backward
@@ -143,7 +144,7 @@ class Adapter(nn.Module):
         return fused.chunk(self.tp.size())[self.tp.rank()] if self.gathers else fused
 
     def _split(self, fused: Tensor) -> dict[str, Tensor]:
-        """Split a vector with one number per row of the linear by projection; the reverse of :meth:`_fused`."""
+        """Split a vector, which has one number per row of the linear, by projection. The reverse of :meth:`_fused`."""
         if self.gathers:
             shares = [torch.empty_like(fused) for _ in range(self.tp.size())]
             dist.all_gather(shares, fused, group=self.tp)

@@ -82,9 +82,9 @@ class Policy(GPTModel):
         if self.pre_process and self.embedding_scale != 1.0:
             hidden = hidden * self.embedding_scale
         if self.frozen_input and self.pre_process and torch.is_grad_enabled() and not hidden.requires_grad:
-            # Megatron's checkpointed layers, and the backward pass of the first pipeline stage, need an input or output
-            # that requires a gradient. Otherwise, recomputed layers above a frozen embedding would silently get no
-            # gradients.
+            # Megatron's checkpointed layers need an input that requires a gradient, and the backward pass of the first
+            # pipeline stage needs such an output. Otherwise, recomputed layers above a frozen embedding would silently
+            # get no gradients.
             hidden.requires_grad_(self.needs_input_gradient)
         hidden = self.decoder(
             hidden_states=hidden,
@@ -319,6 +319,6 @@ def mark_experts(chunk: torch.nn.Module) -> None:
             # can also hold copies of an expert, each of which gets other tokens.
             parameter.allreduce = False
             # Count the gradient on every tp rank. With Transformer Engine, Megatron-Core 0.16 counts only the experts
-            # on the first tp rank. It takes the experts on the other tp ranks for copies, but they are other experts,
-            # or other shards of an expert.
+            # on the first tp rank. It treats all experts on the other tp ranks as copies, but some of them are other
+            # experts, or other shards of an expert.
             parameter.tensor_model_parallel = True

@@ -1,4 +1,4 @@
-"""Losses with a separate term for each response's log-ratio, instead of one term for the difference of log-ratios."""
+"""Losses that depend on each response's log-ratio, and not only on the difference of the two log-ratios."""
 
 import math
 from typing import Literal

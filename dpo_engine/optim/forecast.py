@@ -32,5 +32,5 @@ def schedule_warnings(optim: OptimConfig, total_steps: int) -> list[str]:
         way_out = "remove the warmup, or train more steps" if warmup else "use another schedule, or set optim.min_lr"
         return [f"{cause} the learning rate is 0 in every step of this run ({steps}); {way_out}"]
     if warmup and warmup >= total_steps:
-        return [f"{asked}: the run ends during the warmup ({steps}) and never reaches optim.lr; shorten the warmup"]
+        return [f"{asked}: the run has {steps}, so it never reaches optim.lr; shorten the warmup"]
     return []

@@ -30,7 +30,7 @@ class ReportedMetric(Callback):
 
     def on_start(self, run: Run) -> None:
         """Log the metric by which the best checkpoints are chosen."""
-        run.sinks.say(f"best checkpoint: {self.by} (checkpoint.keep_best, the best {self.by.count} saved and kept)")
+        run.sinks.say(f"best checkpoint: {self.by} (checkpoint.keep_best; number kept: {self.by.count})")
 
     def on_eval(self, run: Run, metrics: dict[str, float]) -> None:
         """Raise :class:`~dpo_engine.errors.ConfigError` if the first evaluation does not report the metric."""

@@ -1,8 +1,9 @@
 """Make a run or an export the only writer of its directory, and check that all ranks see the same directories.
 
 If `train.output_dir` is on a local disk of each node, the parts of a checkpoint are on different disks. Such a run
-trains to its end, but its checkpoints cannot be loaded. Therefore rank 0 writes a file with a random name to each
-directory that the ranks must share, and every rank looks for these files before the data is read.
+trains to its end, but its checkpoints cannot be loaded. Therefore rank 0 writes a file with a random name to each of
+the run's directories, and every rank looks for these files before the data is read. If a directory that all ranks must
+share is not shared, the run ends with an error.
 
 `data.cache_dir` may be on a local disk of each node, because one rank per node tokenizes for the others. In this case,
 the log says that the data is tokenized on each node.
@@ -126,7 +127,9 @@ def shared_directories(config: Config) -> dict[str, Path]:
 def require_shared(directories: Mapping[str, Path], world: dist.ProcessGroup, note: Callable[[str], None]) -> None:
     """Check that all ranks see the same directories. With one rank, do nothing.
 
-    *Collectives* and errors: those of :func:`sole_writer`.
+    *Collectives*: those of :func:`sole_writer`.
+    Raises on all ranks: :class:`~dpo_engine.errors.CheckpointError` if rank 0 cannot write to a directory;
+    :class:`~dpo_engine.errors.ConfigError` if a directory that all ranks must share is not shared.
     """
     if world.size() == 1:
         return
@@ -161,14 +164,14 @@ def require_shared(directories: Mapping[str, Path], world: dist.ProcessGroup, no
         if blind := {rank: host for rank, (host, missing) in enumerate(found) if key in missing}:
             hosts = list(dict.fromkeys(blind.values()))
             more = f" and {len(hosts) - MOST_HOSTS} more" if len(hosts) > MOST_HOSTS else ""
-            who = f"host {', '.join(hosts[:MOST_HOSTS])}{more} ({ranks_text(list(blind))})"
-            what = f"does not see the file that rank 0 wrote there on host {origin}"
+            who = f"{', '.join(hosts[:MOST_HOSTS])}{more} ({ranks_text(list(blind))})"
+            what = f"the file that rank 0 wrote there on host {origin} is not visible on {who}"
             if key in PER_NODE:
                 note(f"{key}={directory}: is a different directory on {who}, so the data is tokenized there again")
             else:
                 problems.append(
-                    f"{key}={directory}: is not the same directory for all ranks: {who} {what}; set a directory on "
-                    "storage that all nodes share"
+                    f"{key}={directory}: is not the same directory for all ranks: {what}; set a directory on storage "
+                    "that all nodes share"
                 )
     if problems:
         raise ConfigError(problems)

@@ -108,14 +108,14 @@ def tree_attention(
 ) -> Tensor:
     """Like :func:`dpo_kernels.eager.tree_attention`.
 
-    A group of short trees is computed by one call with a mask. In other trees, a run of queries that starts at the root
-    is computed by one causal call. Every other run is split into tiles. Each tile is computed by one call over all keys
-    that its last query sees, with a causal mask for the tile's own tokens. torch's ``causal_lower_right`` could compute
-    a whole run in one call, but on a CPU it also computes and stores the invisible half. With a window, the keys of a
-    tile start at the first key that the tile's first query sees.
+    A group of short trees is computed by one call with a mask. In other trees, a run of queries that starts at the
+    root, and is not longer than the window, is computed by one causal call. Every other run is split into tiles. Each
+    tile is computed by one call over all keys that its last query sees, with a causal mask for the tile's own tokens.
+    torch's ``causal_lower_right`` could compute a whole run in one call, but on a CPU it also computes and stores the
+    invisible half. With a window, the keys of a tile start at the first key that the tile's first query sees.
 
-    torch's operator supports neither soft caps nor sinks. If there is a soft cap or a sink, all calls are tiles of
-    :func:`~dpo_kernels.tile_attention.tile_attention`.
+    torch's operator supports neither soft caps nor sinks. If there is a soft cap or a sink, all calls are
+    calls of :func:`~dpo_kernels.tile_attention.tile_attention`.
     """
     if not len(tree.rows):
         # The result is empty, but must be part of the autograd graph.

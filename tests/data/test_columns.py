@@ -64,7 +64,7 @@ class TestPromptUnderAnotherName:
         ],
     )
     def test_nested_field_is_named(self, row, name):
-        with pytest.raises(BadRecord, match=f"{name} may be the prompt; make it the field 'prompt', or format: i"):
+        with pytest.raises(BadRecord, match=f"{name} may be the prompt; make it the field 'prompt', or set format: i"):
             detect({**row, **ANSWERS})
 
     def test_an_object_in_the_place_of_a_text_is_described(self):

@@ -195,7 +195,7 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
     assert job.codes == [0]
     reason = "train.stop_after_no_gain: no gain in 3 evaluations (highest eval/loss)"
     assert f"the run ends after step 6 of 12: {reason}\n" in job.output[0]
-    assert "best checkpoint: highest eval/loss (checkpoint.keep_best, the best 2 saved and kept)\n" in job.output[0]
+    assert "best checkpoint: highest eval/loss (checkpoint.keep_best; number kept: 2)\n" in job.output[0]
     output = tmp_path / "whole"
     assert checkpoints(output) == ["step_00000002", "step_00000003", "step_00000005", "step_00000006"]
     assert (output / "checkpoints/best").read_text() == "step_00000002\n"

@@ -61,9 +61,9 @@ def test_directories_that_are_not_shared_are_named_on_every_rank(tmp_path):
     assert code == 2
     for key, line in zip(keys[:2], text.split("\n"), strict=True):
         assert re.fullmatch(
-            rf"{key}={re.escape(str(tmp_path / key))}: is not the same directory for all ranks: host {HOST} \(rank 1\) "
-            rf"does not see the file that rank 0 wrote there on host {HOST}; set a directory on storage that all nodes "
-            "share",
+            rf"{key}={re.escape(str(tmp_path / key))}: is not the same directory for all ranks: the file that "
+            rf"rank 0 wrote there on host {HOST} is not visible on {HOST} \(rank 1\); set a directory on storage that "
+            "all nodes share",
             line,
         )
     assert left(tmp_path) == []
@@ -78,7 +78,7 @@ def test_cache_of_each_node_is_a_note(tmp_path):
     first, second = run_ranks(shared, 2, folder=tmp_path, keys=["data.cache_dir"], apart=["data.cache_dir"])
     (line,) = first
     assert re.fullmatch(
-        rf"data\.cache_dir={re.escape(str(tmp_path))}/data\.cache_dir: is a different directory on host {HOST} "
+        rf"data\.cache_dir={re.escape(str(tmp_path))}/data\.cache_dir: is a different directory on {HOST} "
         r"\(rank 1\), so the data is tokenized there again",
         line,
     )

@@ -136,8 +136,8 @@ def test_all_modes_train_identically(mode, weights, layout, files, policy, other
     assert outcome["result"]["step"] == 6 and outcome["models"] == 1, "only one model may be built"
     assert_same(tmp_path / "out", resident[weights])
     if mode == "offloaded":
-        # Six steps are scored two at a time. Each of these three scorings and the evaluation need two exchanges of
-        # weights. If the reference has other weights, loading them needs one more exchange.
+        # Six steps are scored two at a time. Each of these three scorings needs two exchanges of weights, and so
+        # does the evaluation. If the reference has other weights, loading them needs one more exchange.
         assert outcome["exchanges"] == 2 * (3 + 1) + (weights == "other")
     if mode == "stored":
         assert outcome["scored"] == 22 + 7, "each training and held-out pair must be scored once, for both epochs"
@@ -543,7 +543,7 @@ def test_eval_uses_the_runs_reference(reference, files, policy, other, tmp_path)
 
 
 def test_zero_gradients_are_allowed_if_the_weights_differ(files, policy, other, tmp_path):
-    """Zero gradients can be correct in this case: a hinge loss has none if the first batch satisfies the margin."""
+    """Zero gradients can be correct in this case: those of a hinge loss are 0 if all pairs satisfy the margin."""
     sections = {"loss": {"name": "flat"}, "reference": {"path": str(other)}, "train": {"max_steps": 1}}
     outcome = run_ranks(dead_gradients, 1, config=config_of(files, policy, tmp_path, **sections))[0]["result"]
     assert outcome["step"] == 1 and outcome["train"]["grad_norm"] == 0.0

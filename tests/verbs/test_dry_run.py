@@ -151,8 +151,7 @@ def test_warnings_before_a_run(files, tiny_hf, tmp_path):
     model = tiny_hf("llama", num_hidden_layers=2)
     bad = config_of(files, model, tmp_path, data={"train": shared, "validation": shared}, optim={"warmup_steps": 50})
     assert run_warnings(bad) == [
-        "optim.warmup_steps=50: the run ends during the warmup (4 steps) and never reaches optim.lr; shorten "
-        "the warmup",
+        "optim.warmup_steps=50: the run has 4 steps, so it never reaches optim.lr; shorten the warmup",
         f"data.validation: {shared} is also in data.train, so evaluations look better than they should; use other "
         "records",
     ]

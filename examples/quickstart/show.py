@@ -129,7 +129,7 @@ def result(task: Path, run: Path) -> int:
         for place, question in enumerate(held_out)
         if before.answers[place] == question.wrong and after.answers[place] == question.right
     ]
-    print("\nsample answers to held-out questions (greedy)")
+    print("\nheld-out samples (greedy)")
     for place in corrected[:2]:
         print(f"  {held_out[place].prompt:<22} before: {before.answers[place]:<10} after: {after.answers[place]}")
 

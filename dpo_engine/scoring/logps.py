@@ -157,19 +157,26 @@ def pair_logps(
 
 
 @torch.no_grad()
-def site_logps(hidden: Tensor, head: Tensor, batch: Batch, *, vocab_size: int, groups: ParallelGroups) -> Tensor:
+def site_logps(
+    hidden: Tensor,
+    head: Tensor,
+    batch: Batch,
+    *,
+    vocab_size: int,
+    groups: ParallelGroups,
+    softcap: float | None = None,
+) -> Tensor:
     """Compute the log-probability of the target of each scored site, without gradient and without all logits.
 
-    hidden, head, vocab_size   as for :func:`pair_logps`
+    hidden, head, vocab_size, softcap   as for :func:`pair_logps`
 
     Returns  [m] in nats, for the sites of this context-parallel rank; equal on every tp rank
 
     *Collectives*: over tp, MAX [m] and SUM [2, m].
     """
     vocabulary = Vocabulary(head.shape[0], vocab_size, groups.tp)
-    stats = linear_stats(
-        hidden, head, batch.scored.targets, vocabulary.start, vocabulary.valid, chunk=CHUNK_SITES, moments=False
-    )
+    shard = vocabulary.start, vocabulary.valid
+    stats = linear_stats(hidden, head, batch.scored.targets, *shard, chunk=CHUNK_SITES, softcap=softcap, moments=False)
     return vocabulary.together(stats)[0]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
 from dpo_engine.data.dataset import PairDataset
-from dpo_engine.model.pipeline import run_pipeline
+from dpo_engine.model.pipeline import logit_softcap, run_pipeline
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.logps import site_logps
 
@@ -29,8 +29,10 @@ def score_sites(
     *Collectives*: those of :func:`~dpo_engine.scoring.logps.site_logps`; also the pipeline's point-to-point transfers.
     """
 
+    options = {"vocab_size": vocab_size, "softcap": logit_softcap(chunks)}
+
     def finish(index: int, batch: Batch, hidden: Tensor, head: Tensor) -> tuple[Tensor, Any]:
-        return hidden.new_zeros(()), site_logps(hidden, head, batch, vocab_size=vocab_size, groups=groups)
+        return hidden.new_zeros(()), site_logps(hidden, head, batch, groups=groups, **options)
 
     return run_pipeline(chunks, batches, finish, groups=groups, backward=False)
 

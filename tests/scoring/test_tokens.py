@@ -86,6 +86,20 @@ def test_tokens_match_transformers(name, ranked, files, tiny_hf, tmp_path):  # n
         assert "".join(prompt.text).startswith("which is larger 10")
 
 
+def test_tokens_of_a_model_with_capped_logits(ranked, files, tiny_hf, tmp_path):  # noqa: F811
+    model = tiny_hf("gemma2", num_hidden_layers=2, final_logit_softcapping=0.5)
+    config = config_of(files, model, tmp_path, data={"validation": str(ranked)}, parallel={"tp": 2})
+    run_ranks(judge, 2, config=config, step=0, tokens=2)
+    texts, _ = read_tokens(tmp_path / "eval/step_00000000.tokens.parquet")
+    columns = read_evaluation(tmp_path / "eval/step_00000000.parquet").columns
+    for prompt, *responses in zip(*[iter(texts)] * 3, strict=True):
+        for text in responses:
+            expected = of_transformers(model, prompt.token_ids, text.token_ids)
+            assert np.array(text.logps) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+            place = list(columns["id"]).index(text.id)
+            assert sum(text.logps) == pytest.approx(columns[f"{text.side}_logps"][place], rel=1e-6)
+
+
 def test_tokens_of_turns_that_are_not_scored(files, tiny_hf, tmp_path):  # noqa: F811
     """A user's turn within a response is not scored. The text has characters that consist of several tokens."""
     row = {

@@ -30,7 +30,7 @@ OUTSIDE = 5 * GIB // 2
 RESERVED = 1.03
 """Ratio of the memory that the allocator reserves to the memory that tensors occupy."""
 PIECE = 1 << 24
-"""Largest number of elements that an update on the host (``optim.states: host``) copies at a time: 64 MiB in fp32."""
+"""Largest number of elements that an update in pieces converts or copies at a time: 64 MiB in fp32."""
 
 
 def gib(size: int) -> str:
@@ -143,6 +143,7 @@ def _stage_memory(
     states = "optimizer in host memory" if on_host else "optimizer"
     gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
     distributed = config.parallel.distributed_optimizer
+    in_pieces = on_host or (distributed and gradient_bytes == 2)
     instances = instances_of(config)
     shards, copies = (max(n // instances, 1) if distributed else 1 for n in (dims.dp * dims.cp, dims.expert_dp))
     divided = f" / {shards} ({'dp x cp' if instances == 1 else 'ranks of an instance'})" if shards > 1 else ""
@@ -179,7 +180,7 @@ def _stage_memory(
         stage=stage,
         weights=number * weight_bytes,
         gradients=number * gradient_bytes,
-        optimizer=_buffers(*owned) if on_host else whole,
+        optimizer=whole * (not on_host) + _buffers(*owned, count=1 + on_host) * in_pieces,
         reference=number * reference_bytes,
         activations=activations,
         working=max(logits, recomputed),
@@ -189,14 +190,14 @@ def _stage_memory(
         + (f", for {counts.experts:,} of experts / {copies} (their copies)" if counts.experts and distributed else "")
         + (f" + {reference_bytes} reference" if reference_bytes else "")
         + ") bytes",
-        update=4 * sum(owned) if gradient_bytes == 2 and not on_host else 0,
+        update=4 * sum(owned) if gradient_bytes == 2 and not in_pieces else 0,
         host=_host_memory(config, *owned) if on_host else {},
     )
 
 
-def _buffers(*owned: int) -> int:
-    """Return the bytes of the device's buffers for updates on the host; experts have an optimizer of their own."""
-    return sum(8 * min(count, PIECE) for count in owned)
+def _buffers(*owned: int, count: int = 2) -> int:
+    """Return the bytes of ``count`` buffers for updates in pieces. Experts have an optimizer of their own."""
+    return sum(4 * count * min(number, PIECE) for number in owned)
 
 
 def _host_memory(config: Config, *owned: int) -> dict[str, int]:

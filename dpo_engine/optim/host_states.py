@@ -1,9 +1,9 @@
 """Keep AdamW's states in host memory: the fp32 main weights and both moments (``optim.states: host``).
 
-The device keeps weights and gradients. An update handles pieces of `PIECE` elements. While the host updates one piece,
-the gradients of the next one are copied to it, and the weights of the one before are copied back. Only the buffers of
-these copies are page-locked. The update itself is torch's fused AdamW for CPUs. All of this also runs without a GPU,
-where the device's memory is host memory, too.
+The device keeps weights and gradients. An update works in pieces (:mod:`~dpo_engine.optim.pieces`). While the host
+updates one piece, the gradients of the next one are copied to it, and the weights of the one before are copied back.
+Only the buffers of these copies are page-locked. The update itself is torch's fused AdamW for CPUs. All of this also
+runs without a GPU, where the device's memory is host memory, too.
 
 Megatron's HybridDeviceOptimizer is not used. It moves only tensors of a GPU, so neither its numbers nor its checkpoints
 could be tested without one. By default, it also page-locks memory for all gradients and has an optimizer for each
@@ -11,97 +11,35 @@ parameter.
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from dpo_engine.config.sections import OptimConfig
 from dpo_engine.data.workers import cores
-from dpo_engine.model.memory import PIECE
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from dpo_engine.optim.pieces import PiecewiseAdamW
 
 
-class Slice(NamedTuple):
-    """A slice of a parameter, which this rank updates.
+class HostAdamW(PiecewiseAdamW):
+    """AdamW whose main weights and moments are in host memory."""
 
-    device   the tensor that Megatron would update, whose ``grad`` is the gradient. For a bf16 parameter, it has the
-             slice's shape and the dtype of gradients, but only one element of memory
-    weights  view of the model's parameter, flat
-    host     main weights in fp32, flat
-    """
+    on_host = True
 
-    device: Tensor
-    weights: Tensor
-    host: Tensor
-
-
-class Part(NamedTuple):
-    """Elements ``own`` of a slice, which are at ``place`` in the buffers of copies."""
-
-    whole: Slice
-    own: slice
-    place: slice
-
-
-class HostAdamW:
-    """AdamW on the host, in the place of the torch optimizer inside a distributed optimizer of Megatron.
-
-    param_groups  groups of the replaced optimizer. Megatron's schedule writes their learning rates; ``step`` is the
-                  number of updates
-    state         moments, by the main weights on the host
-    hosts         main weights on the host, by the tensor that Megatron would update
-    factor        factor of the gradients in the next update, on the device; None: 1
-    """
-
-    def __init__(self, optimizer: DistributedOptimizer):
-        self.param_groups: list[dict[str, Any]] = optimizer.optimizer.param_groups
-        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        self.hosts: dict[Tensor, Tensor] = {}
-        self.factor: Tensor | None = None
-        self._owned: list[tuple[Tensor, Tensor, slice]] = []
-        slices: list[list[Slice]] = [[] for _ in self.param_groups]
-        for parameter, (group, order) in optimizer.model_param_group_index_map.items():
-            span = optimizer._get_model_param_range_map(parameter)["param"]
-            device, own = self.param_groups[group]["params"][order], slice(span.start, span.end)
-            weights = parameter.detach().view(-1)[own]
-            host = torch.empty(len(weights), dtype=torch.float32, device="cpu").copy_(weights)
-            self.state[host] = {name: torch.zeros_like(host) for name in MOMENTS}
-            self.hosts[device] = host
-            if parameter.dtype is not torch.float32:  # else, these are the model's weights
-                one = torch.zeros((), dtype=parameter.main_grad.dtype, device=weights.device)
-                device.data = one.expand(len(weights))
-            self._owned.append((device, parameter, own))
-            slices[group].append(Slice(device, weights, host))
-        self._pieces = [(group, piece) for group, found in enumerate(slices) for piece in _divide(found)]
-        size = min(PIECE, max((piece[-1].place.stop for _, piece in self._pieces), default=0))
-        on_device = torch.device(torch.cuda.current_device())
-        self._threads = update_threads(gpu=on_device.type == "cuda")
+    def _open_buffers(self, device: torch.device) -> None:
+        self._threads = update_threads(gpu=device.type == "cuda")
 
         def buffers(**where: Any) -> list[Tensor]:
-            return [torch.empty(size, dtype=torch.float32, **where) for _ in range(2)]
+            return [torch.empty(self._size, dtype=torch.float32, **where) for _ in range(2)]
 
-        locked = {"device": "cpu", "pin_memory": on_device.type == "cuda"}
-        self._scaled, self._received, self._sent = buffers(device=on_device), buffers(**locked), buffers(**locked)
+        locked = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        self._scaled, self._received, self._sent = buffers(device=device), buffers(**locked), buffers(**locked)
         self._out, self._back = torch.cuda.Stream(), torch.cuda.Stream()
         self._free = [self._back.record_event() for _ in range(2)]  # when each buffer of weights is copied
 
-    def take_gradients(self) -> None:
-        """Set the gradient of each slice, in the dtype in which it was summed. Megatron would convert it to fp32."""
-        for device, parameter, own in self._owned:
-            device.grad = parameter.main_grad.view(-1)[own]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update the main weights and moments, and copy the new weights to the model. Gradients do not change."""
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
+    def _update_all(self) -> None:
         self._out.wait_stream(torch.cuda.current_stream())
         arriving = self._fetch(0)
         with _threads(self._threads):
@@ -110,7 +48,6 @@ class HostAdamW:
                 arrived.synchronize()
                 self._update(self.param_groups[group], piece, self._received[number % 2])
                 self._send(number)
-        self.factor = None
         torch.cuda.current_stream().wait_stream(self._back)
 
     @torch.no_grad()
@@ -121,44 +58,15 @@ class HostAdamW:
                 self._send(number)
         torch.cuda.current_stream().wait_stream(self._back)
 
-    @torch.no_grad()
-    def read_weights(self, state_dict: None = None) -> None:
-        """Copy the model's weights to the main weights."""
-        for _, piece in self._pieces:
-            for (_, weights, host), own, _ in piece:
-                host[own].copy_(weights[own])
-
     def _fetch(self, number: int) -> Any:
         """Start to copy the gradients of a piece to the host, scaled. Return the event of their arrival."""
         if number == len(self._pieces):
             return None
-        scaled, received, piece = self._scaled[number % 2], self._received[number % 2], self._pieces[number][1]
+        scaled, received = self._scaled[number % 2], self._received[number % 2]
         with torch.cuda.stream(self._out):
-            for (device, *_), own, place in piece:
-                scaled[place].copy_(device.grad[own])
-            used = slice(0, piece[-1].place.stop)
-            if self.factor is not None:
-                scaled[used].mul_(self.factor)
+            used = self._gather(self._pieces[number][1], scaled)
             received[used].copy_(scaled[used], non_blocking=True)
             return self._out.record_event()
-
-    def _update(self, group: dict[str, Any], piece: list[Part], gradients: Tensor) -> None:
-        adamw(
-            [part.whole.host[part.own] for part in piece],
-            [gradients[part.place] for part in piece],
-            *([self.state[part.whole.host][name][part.own] for part in piece] for name in MOMENTS),
-            [],
-            [torch.tensor(float(group["step"] - 1)) for _ in piece],  # adamw adds 1
-            foreach=False,
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
     def _send(self, number: int) -> None:
         """Start to copy the main weights of a piece to the model, in the model's dtype."""
@@ -167,45 +75,11 @@ class HostAdamW:
         if number == 0:  # the model may still be reading its weights
             self._back.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._back):
-            for (_, weights, host), own, place in piece:
+            for (_, weights, main), own, place in piece:
                 rounded = buffer[place].view(weights.dtype)[: own.stop - own.start]
-                rounded.copy_(host[own])
+                rounded.copy_(main[own])
                 weights[own].copy_(rounded, non_blocking=True)
             self._free[number % 2] = self._back.record_event()
-
-
-def keep_on_host(optimizer: Any) -> None:
-    """Replace the optimizers inside Megatron's distributed optimizers, which were built without main weights."""
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        single.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False
-        if single.is_stub_optimizer:  # all parameters of this rank are frozen
-            continue
-        inner = HostAdamW(single)
-        single.optimizer = inner
-        single._copy_model_grads_to_main_grads = inner.take_gradients
-        single._copy_model_params_to_main_params = inner.read_weights
-        single._copy_main_params_to_model_params = _already_written
-
-
-def _already_written() -> None:
-    """Do nothing: `HostAdamW.step` has already copied the main weights to the model."""
-
-
-def _divide(slices: list[Slice]) -> Iterator[list[Part]]:
-    """Divide slices into pieces of at most `PIECE` elements."""
-    piece: list[Part] = []
-    filled = 0
-    for whole in slices:
-        start = 0
-        while start < len(whole.host):
-            count = min(len(whole.host) - start, PIECE - filled)
-            piece.append(Part(whole, slice(start, start + count), slice(filled, filled + count)))
-            start, filled = start + count, filled + count
-            if filled == PIECE:
-                yield piece
-                piece, filled = [], 0
-    if piece:
-        yield piece
 
 
 def update_threads(*, gpu: bool) -> int:

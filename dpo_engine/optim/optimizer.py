@@ -21,8 +21,9 @@ from torch import Tensor
 from dpo_engine.config.sections import OptimConfig, ParallelConfig
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import Policy
-from dpo_engine.optim.host_states import HostAdamW, keep_on_host
+from dpo_engine.optim.host_states import HostAdamW
 from dpo_engine.optim.optimizers import OPTIMIZERS, build_torch_optimizer
+from dpo_engine.optim.pieces import PiecewiseAdamW, update_in_pieces
 from dpo_engine.optim.schedule import build_schedule
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.platform.ranges import part
@@ -154,12 +155,12 @@ def build_optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     if optim.optimizer == "adamw" and dtype is not torch.float64:
-        on_host = optim.states == "host"
-        # Megatron then creates no main weights on the device. keep_on_host() sets this to False again.
-        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = on_host
+        kind = _in_pieces(optim, parallel, dtype)
+        # Megatron then creates no main weights. update_in_pieces() sets this to False again.
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = kind is not None
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
-        if on_host:
-            keep_on_host(optimizer)
+        if kind:
+            update_in_pieces(optimizer, kind)
         elif torch.cuda.is_available():
             fuse_adam(optimizer)
     else:
@@ -168,6 +169,14 @@ def build_optimizer(
         optimizer = ChainedOptimizer(single) if len(single) > 1 else single[0]
     schedule = build_schedule(optimizer, optim, total_steps=total_steps)
     return Trained(chunks, optimizer, schedule, tuple(OPTIMIZERS[optim.optimizer].state))
+
+
+def _in_pieces(optim: OptimConfig, parallel: ParallelConfig, dtype: torch.dtype) -> type[PiecewiseAdamW] | None:
+    """Return the class that updates weights in pieces; None if Megatron's optimizer updates all of them at once."""
+    if optim.states == "host":
+        return HostAdamW
+    rounded = optim.gradients == "bf16" and dtype is torch.bfloat16
+    return PiecewiseAdamW if rounded and parallel.distributed_optimizer else None
 
 
 def _plain_optimizer(optimizer: torch.optim.Optimizer | None, config: OptimizerConfig) -> Any:
@@ -261,7 +270,7 @@ def gradient_norm(trained: Trained) -> float:
 def _norm(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
     if all(grad.dtype.itemsize >= dtype.itemsize for grad in grads):
         return torch.nn.utils.get_total_norm(grads)
-    # With optim.states=host, gradients may be in bf16. torch would round the norm of each to bf16.
+    # If weights are updated in pieces, gradients may be in bf16. torch would round the norm of each to bf16.
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for grad in grads]))
 
 
@@ -287,7 +296,7 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
             wide, device = torch.promote_types(dtype, torch.float32), torch.cuda.current_device()
             norm = torch.full((), grad_norm, dtype=wide, device=device)
             for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-                if isinstance(single.optimizer, HostAdamW):
+                if isinstance(single.optimizer, PiecewiseAdamW):
                     single.optimizer.factor = limit / (norm + 1e-6)  # as torch does
                 else:
                     torch.nn.utils.clip_grads_with_norm_(single.get_parameters(), limit, norm)

@@ -1,8 +1,8 @@
 """Provide a uniform view of optimizer state: the slices of parameters that this rank owns, and their moments.
 
 Megatron stores this state in three ways: as fp32 or fp64 parameters, as bf16 parameters with fp32 copies, and as flat
-ranges in the distributed optimizer. With ``optim.states: host``, the engine keeps these ranges in host memory. The
-implementations of Adam also store the scalar ``step`` in different places.
+ranges in the distributed optimizer. With ``optim.gradients: bf16`` or ``optim.states: host``, the engine updates these
+ranges itself. The implementations of Adam also store the scalar ``step`` in different places.
 Checkpoints use only the view in this module, so a run can change its layout or its kind of optimizer between saving and
 loading.
 """
@@ -17,8 +17,8 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
 from dpo_engine.errors import ConfigError
-from dpo_engine.optim.host_states import HostAdamW
 from dpo_engine.optim.optimizer import Trained
+from dpo_engine.optim.pieces import PiecewiseAdamW
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def owned_slices(trained: Trained) -> Iterator[OwnedSlice]:
                 span = optimizer._get_model_param_range_map(parameter)["param"]
                 main = inner.param_groups[group]["params"][order]
                 separate = parameter.dtype is not torch.float32
-                if isinstance(inner, HostAdamW):
-                    main, separate = inner.hosts[main], True
+                if isinstance(inner, PiecewiseAdamW):
+                    main, separate = inner.mains[main], separate or inner.on_host
                 yield OwnedSlice(parameter, span.start, span.end, main, separate, inner, names)
         elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
             for models, mains in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
@@ -151,7 +151,7 @@ def after_load(trained: Trained) -> None:
     for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
         mixed = isinstance(optimizer, (DistributedOptimizer, Float16OptimizerWithFloat16Params))
         if mixed and not optimizer.is_stub_optimizer:  # without an optimizer, all parameters of this rank are frozen
-            if isinstance(optimizer.optimizer, HostAdamW):
+            if isinstance(optimizer.optimizer, PiecewiseAdamW):
                 optimizer.optimizer.write_weights()
             else:
                 optimizer._copy_main_params_to_model_params()

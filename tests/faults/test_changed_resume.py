@@ -390,7 +390,7 @@ class TestAccepted:
         run = write("run", loss={"beta": 0.2}, optim={"lr": 1e-5})
         job = job_of(run, log, 1, "checkpoint.accept_changes=[loss, optim]")
         assert job.codes == [0], job.said
-        assert re.search(r" checkpoint\.accept_changes: loss has not changed$", job.output[0], re.MULTILINE)
+        assert re.search(r"^checkpoint\.accept_changes: loss has not changed$", job.output[0], re.MULTILINE)
         record = record_of(tmp_path / "run", STEPS)
         assert [(entry["step"], entry["key"]) for entry in record["history"]] == [(STOP, "loss"), (7, "optim")]
         assert record["config"]["optim"]["lr"] == 1e-5 and record["code"]["torch"]

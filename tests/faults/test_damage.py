@@ -173,7 +173,7 @@ def again(runs, tmp_path):
 
 def continued(finished, run: Path, runs: Runs, step: int) -> None:
     assert finished.codes == [0, 0], finished.said
-    assert f" resumed after step {step}\n" in finished.output[0]
+    assert f"resumed after step {step}\n" in finished.output[0]
     assert without_final_evaluation(trajectory(run), 8) == runs.expected
     left = {path.name.partition(".")[0] for path in (run / "checkpoints").iterdir()}
     assert {"latest", "step_00000008"} < left and not list((run / "checkpoints").glob("*.tmp.*"))
@@ -186,7 +186,7 @@ def test_newest_intact_checkpoint_is_used(name, again, runs):
     finished, run = again(lambda folder: harm(folder / "step_00000006"))
     continued(finished, run, runs, 4)
     (line,) = [line for line in finished.output[0].splitlines() if " skipped: " in line]
-    assert f" checkpoint for step 6 skipped: {run}/checkpoints/step_00000006" in line and says in line
+    assert f"checkpoint for step 6 skipped: {run}/checkpoints/step_00000006" in line and says in line
     assert " skipped: " not in finished.output[1], "each message must be printed once"
 
 

@@ -117,7 +117,7 @@ def test_bad_step_is_skipped_by_all_ranks_and_changes_nothing(case, run_yaml, ru
     written = json.loads((tmp_path / "run/bad_steps/step_00000003.json").read_text())
     assert [pair["place"] for pair in written["pairs"]] == expected and written["causes"][0] == says
     said = [line for line in done.output[0].splitlines() if "skipped:" in line]
-    assert len(said) == 1 and f" step 3 skipped: {says}" in said[0]
+    assert len(said) == 1 and f"step 3 skipped: {says}" in said[0]
     assert f"pairs in this step: {', '.join(expected[:3])} and 1 more, listed in" in said[0]
 
 

@@ -168,6 +168,21 @@ def test_dtype_is_kept():
     torch.testing.assert_close(got.double(), turned(states.double(), angles, False), rtol=2e-2, atol=4e-2)
 
 
+def test_rms_norm_and_its_gradients():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 10, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.rand(10, dtype=torch.float64, generator=generator, requires_grad=True)
+    got = eager.rms_norm(x, weight, 1e-3)
+    expected = x * weight / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-3)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *given: eager.rms_norm(*given, 1e-3), (x, weight))
+    half = x.detach().bfloat16()
+    got = eager.rms_norm(half, weight.detach().bfloat16(), 1e-3)
+    expected = torch.nn.functional.rms_norm(half, (10,), weight.detach().bfloat16(), 1e-3)
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
 def test_fp64_is_refused_in_triton():
     pytest.importorskip("triton")
     from dpo_kernels import triton_backend

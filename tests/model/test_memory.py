@@ -93,8 +93,9 @@ def test_each_instance_of_the_optimizer_has_all_states(tiny_hf):
 def test_states_on_the_host_take_host_memory(tiny_hf):
     arch, dims = read_architecture(tiny_hf("llama")), ParallelDims(world=2)
 
-    def cost(**optim):
+    def cost(parallel=None, **optim):
         given = {**SMALLEST, "optim": optim, "checkpoint": {"async_save": optim.get("gradients") == "bf16"}}
+        given["parallel"] = parallel or {}
         return memory(Config.parse(given), arch, dims, dtype="bf16", tokens=64)
 
     device, host, count = cost(), cost(states="host"), stage_parameters(arch, ParallelDims(), 0) // 2
@@ -106,7 +107,10 @@ def test_states_on_the_host_take_host_memory(tiny_hf):
     )
     saved = cost(states="host", gradients="bf16")
     assert saved.host["copies for saves"] == 12 * count and saved.update == 0
-    assert cost(gradients="bf16").update == 4 * count  # fp32 copies of the gradients that the rank owns
+    rounded = cost(gradients="bf16")
+    assert (rounded.update, rounded.optimizer) == (0, 16 * count)  # one buffer in fp32 for updates in pieces
+    at_once = cost({"distributed_optimizer": False}, gradients="bf16")
+    assert at_once.update == 8 * count  # fp32 copies of all gradients
 
 
 def test_gradients_in_bf16_take_half_of_the_memory(tiny_hf):
@@ -117,7 +121,9 @@ def test_gradients_in_bf16_take_half_of_the_memory(tiny_hf):
         )
         for asked in ("fp32", "bf16")
     ]
-    assert costs[0].gradients == 2 * costs[1].gradients and costs[0].peak - costs[1].peak == costs[1].gradients
+    assert costs[0].gradients == 2 * costs[1].gradients and costs[1].optimizer > costs[0].optimizer
+    buffer = costs[1].optimizer - costs[0].optimizer  # for updates in pieces
+    assert costs[0].peak - costs[1].peak == costs[1].gradients - buffer
 
 
 def test_memory_without_reference_or_distributed_optimizer(tiny_hf):

@@ -124,5 +124,5 @@ def test_what_cannot_be_written_does_not_end_the_run(case, files, tiny_hf, tmp_p
         assert says in out and len(written) == 6
     else:
         for what in ("writing the page: ", "tokens: ", f"writing {tmp_path}/eval/step_00000001.parquet: "):
-            assert f" {what}" in out, what
+            assert f"\n{what}" in out, what
         assert out.count("(No space left on device); choose another path; the run continues\n") == 7

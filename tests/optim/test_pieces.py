@@ -1,4 +1,7 @@
-"""Tests of optimizer states in host memory: same numbers, weights and checkpoints as with states on the device."""
+"""Tests of updates in pieces, with the optimizer states on the device or in host memory.
+
+Numbers, weights and checkpoints are those of Megatron's optimizer, which updates all weights at once.
+"""
 
 from itertools import product
 
@@ -21,20 +24,25 @@ LAYOUTS = {
 }
 
 
-def fused(function, config, **arguments):
-    """Call ``function`` with torch's fused AdamW, as on a GPU. On the host, copy at most 1,024 elements at a time."""
-    from dpo_engine.optim import host_states, optimizer
+def fused(function, config, at_once=False, **arguments):
+    """Call ``function`` with torch's fused AdamW, as on a GPU. A piece has at most 1,024 elements.
 
-    host_states.PIECE = 1024
-    build, keep, moved = optimizer.get_megatron_optimizer, optimizer.keep_on_host, []
+    at_once  whether Megatron's optimizer updates all weights at once
+    """
+    from dpo_engine.optim import optimizer, pieces
+
+    pieces.PIECE = 1024
+    build, replace, moved = optimizer.get_megatron_optimizer, optimizer.update_in_pieces, []
+    if at_once:
+        optimizer._in_pieces = lambda *settings: None
 
     def built(*asked, **options):
         made = build(*asked, **options)
         optimizer.fuse_adam(made)
         return made
 
-    def kept(made):
-        keep(made)
+    def replaced(made, kind):
+        replace(made, kind)
         moved.append(made)
         for single in getattr(made, "chained_optimizers", [made]):
             for parameter, (group, order) in single.model_param_group_index_map.items():
@@ -43,9 +51,10 @@ def fused(function, config, **arguments):
                     assert tensor.untyped_storage().nbytes() <= 4 < tensor.nbytes
                     assert parameter.main_param is None
 
-    optimizer.get_megatron_optimizer, optimizer.keep_on_host = built, kept
+    optimizer.get_megatron_optimizer, optimizer.update_in_pieces = built, replaced
     found = function(config, **arguments)
-    assert len(moved) == (config.optim.states == "host")
+    in_pieces = config.optim.states == "host" or config.optim.gradients == "bf16"
+    assert len(moved) == (in_pieces and not at_once)
     return found
 
 
@@ -58,19 +67,22 @@ DEFAULT = ("dp2", "bf16", "bf16")
 )
 def test_training_is_bitwise_the_same(name, dtype, gradients, tiny_hf, tmp_path):
     results = {}
-    for states in ("device", "host"):
+    for kind in ("at once", "host", *(["device"] if gradients == "bf16" else [])):
+        states = kind if kind == "host" else "device"
         sections = {"parallel": LAYOUTS[name], "optim": {"states": states, "gradients": gradients}}
         if "instances" in name:
             sections["megatron"] = {"ddp": {"num_distributed_optimizer_instances": 2}}
         sections["model"] = {"path": str(tiny_hf("llama")), "dtype": dtype}
-        config, out = run_config(tiny_hf("llama"), tmp_path, **sections), str(tmp_path / states)
-        asked = {"function": train_steps, "config": config, "sizes": SIZES, "export": out}
-        results[states] = run_ranks(fused, world(name, LAYOUTS[name]), **asked)
-    assert results["host"] == results["device"]
+        config, out = run_config(tiny_hf("llama"), tmp_path, **sections), str(tmp_path / kind)
+        asked = {"function": train_steps, "config": config, "sizes": SIZES, "export": out, "at_once": kind == "at once"}
+        results[kind] = run_ranks(fused, world(name, LAYOUTS[name]), **asked)
     norms = [step["grad_norm"] for step in results["host"][0]["steps"]]
     assert max(norms) > 1, "gradients must be clipped in some step"
-    host, device = (load_weights(tmp_path / states) for states in ("host", "device"))
-    assert host.keys() == device.keys() and all(torch.equal(host[key], device[key]) for key in device)
+    expected = load_weights(tmp_path / "at once")
+    for kind, result in results.items():
+        assert result == results["at once"], kind
+        weights = load_weights(tmp_path / kind)
+        assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 def train(folder, files, model, states, steps, ranks=2, **sections):

@@ -93,8 +93,9 @@ def test_heads_are_split_and_rotated(case, queries, backend):
     )
 
 
-@pytest.mark.parametrize("frozen", [(), ("query",), ("query", "key")], ids=str)
-@pytest.mark.parametrize("case", [*WIDTHS, None])
+@pytest.mark.parametrize(
+    "case, frozen", [*((case, ()) for case in [*WIDTHS, None]), ("whole", ("query",)), ("whole", ("query", "key"))]
+)
 def test_heads_are_normalized_before_they_are_rotated(case, frozen, backend):
     width, half, interleaved = WIDTHS[case or "whole"]
     angles = random(19, half, seed=1) * 4

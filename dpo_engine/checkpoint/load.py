@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -227,5 +228,26 @@ def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") 
             raise CheckpointError(f"{place}: {error}{ending}") from error
         except (LookupError, ValueError) as error:
             raise CheckpointError(f"{place}: {error.args[0] if error.args else error}{ending}") from error
+
+    return run
+
+
+def unless_taken_over(work: Callable[[], Any], confirm: Callable[[], None]) -> Callable[[], Any]:
+    """Wrap ``work`` so that its :class:`CheckpointError` becomes that of ``confirm`` if another run has taken over.
+
+    A run that has taken over removes the files of this run, so a missing file would be named instead of the reason.
+    """
+
+    def run() -> Any:
+        try:
+            return work()
+        except CheckpointError:
+            with suppress(OSError):
+                try:
+                    confirm()
+                except CheckpointError as reason:
+                    if reason.__cause__ is None:  # else, the storage failed again
+                        raise
+            raise
 
     return run

@@ -46,17 +46,16 @@ from dpo_engine.atomic_files import make_directory
 from dpo_engine.checkpoint import directory as directories
 from dpo_engine.checkpoint.best import choose, must_save
 from dpo_engine.checkpoint.directory import FORMAT, HISTORY, MANIFEST
-from dpo_engine.checkpoint.load import as_checkpoint_error, frozen_parameters, placed_slices
+from dpo_engine.checkpoint.load import as_checkpoint_error, frozen_parameters, placed_slices, unless_taken_over
 from dpo_engine.checkpoint.shards import copy_to_host, write_shard
 from dpo_engine.config.sections import KeepBest
-from dpo_engine.errors import CheckpointError
 from dpo_engine.faults import reach
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.table import placed_parameters
 from dpo_engine.optim.optimizer import Trained
 from dpo_engine.optim.state import adam_step, set_adam_step
 from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
-from dpo_engine.platform.parallel import ParallelGroups, together
+from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.platform.random_state import random_state
 from dpo_engine.scoring.reference import exact
 
@@ -266,24 +265,25 @@ class Saver:
         step, world = manifest["step"], self.groups.world
         work = directories.working_directory(self.folder, step, self._run_id)
         unsaved = f"step {step} was not saved, but earlier checkpoints are intact; {CHECK_STORAGE}"
-        saved = f"step {step} was saved; {CHECK_STORAGE}"
+
+        def guarded(part: Job) -> Job:
+            return unless_taken_over(as_checkpoint_error(part, work, unsaved), self.confirm)
+
         try:
-            files = yield as_checkpoint_error(partial(self._write, work, tensors, length), work, unsaved)
+            files = yield guarded(partial(self._write, work, tensors, length))
             said: list[Any] = [None] * world.size()
             dist.all_gather_object(said, (files, updates, self._spent_s), group=world)
             manifest["updates"] = max(made for _, made, _ in said)
             manifest["files"] = {name: facts for written, *_ in said for name, facts in written.items()}
             self._spent_s = max(spent for *_, spent in said)
-            published = yield as_checkpoint_error(partial(self._publish, work, manifest), work, unsaved)
-        except Exception as error:
+            published = yield guarded(partial(self._publish, work, manifest))
+        except Exception:
             if self._first:
                 directories.discard(work)
-            if isinstance(error, CheckpointError):  # the cause may be a run that took over and removed these files
-                together(world, self.confirm)
             raise
-        sent = [published]
-        dist.broadcast_object_list(sent, group=world, group_src=0)
-        yield as_checkpoint_error(partial(self._retire, *sent[0]), self.folder, saved)
+        dist.broadcast_object_list(sent := [published], group=world, group_src=0)
+        retire = partial(self._retire, *sent[0])
+        yield as_checkpoint_error(retire, self.folder, f"step {step} was saved; {CHECK_STORAGE}")
         return sent[0][0]
 
     def _write(self, work: Path, tensors: dict[str, Tensor], length: int) -> dict[str, dict[str, Any]]:

@@ -74,7 +74,8 @@ def try_resume(config: Config) -> list[str]:
         current = _identity(config, saved, Position(**manifest["run"]["position"]))
         changes = compare(saved, current, config.checkpoint.accept_changes, where=directory)
         accepted = f", with accepted changes of {', '.join(change.key for change in changes)}" if changes else ""
-        rest = "train also compares the training data and the reference, and checks the files' hashes"
+        weights = ", the base weights" if config.adapter else ""
+        rest = f"train also compares the training data{weights} and the reference, and checks the files' hashes"
         return [*lines, f"would resume after step {manifest['step']}{accepted}; {rest}"]
     return lines
 

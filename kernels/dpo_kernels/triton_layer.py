@@ -96,9 +96,9 @@ def _rotate(states, out, table, n, batch, tokens, direction, s_token, s_row, s_h
             D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
             TOKENS: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    head, heads = tl.program_id(1), tl.num_programs(1)
-    token, row = rows // batch, rows % batch
-    source = states + token.to(tl.int64) * s_token + row * s_row + head * s_head
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    token, row = rows.to(tl.int64) // batch, rows.to(tl.int64) % batch
+    source = states + token * s_token + row * s_row + head * s_head
     target = out + (rows.to(tl.int64) * heads + head) * D
     _move(source, target, rows < n, token, table, tokens, direction, D, PADDED, HALF, INTERLEAVED)
 
@@ -117,7 +117,7 @@ def _split_heads(
     """
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot, slots = tl.program_id(1), tl.num_programs(1)
-    group, place = slot // (QUERIES + 2), slot % (QUERIES + 2)
+    group, place = slot.to(tl.int64) // (QUERIES + 2), slot % (QUERIES + 2)
     inside = rows < n
     token, row = rows.to(tl.int64) // batch, rows.to(tl.int64) % batch
     at = (rows.to(tl.int64) * slots + slot) * D

@@ -1,5 +1,6 @@
 """Tests of the lease of an output directory: which process gets it, which is refused, and how a former holder stops."""
 
+import errno
 import json
 import os
 import re
@@ -9,11 +10,13 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from dpo_engine.checkpoint import lease as leases
 from dpo_engine.checkpoint.lease import Holder, take
+from dpo_engine.checkpoint.load import as_checkpoint_error, unless_taken_over
 from dpo_engine.errors import CheckpointError, Interrupted
 
 REFUSED = (
@@ -360,3 +363,25 @@ def test_races_have_one_winner(turns, tmp_path):
     for racer in racers:
         racer.stdin.close()
         assert racer.wait(10) == 0
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+def test_a_failed_save_names_a_takeover_but_not_a_second_error_of_the_storage():
+    saving, taken = CheckpointError("step 4 was not saved"), CheckpointError("another run took over")
+    storage = OSError(errno.EIO, "Input/output error", "/out")
+    for confirm, expected in (
+        (lambda: None, saving),
+        (raising(taken), taken),
+        (raising(storage), saving),
+        (as_checkpoint_error(raising(storage), Path("/out")), saving),
+    ):
+        with pytest.raises(CheckpointError) as found:
+            unless_taken_over(raising(saving), confirm)()
+        assert found.value is expected
+    assert unless_taken_over(lambda: 3, raising(taken))() == 3

@@ -70,7 +70,7 @@ def test_a_run_with_adapters_may_resume(files, tiny_hf, tmp_path):
 
     first = make("first", rank=4)
     run_ranks(run, 1, config=first)
-    assert try_resume(first)[0].startswith("would resume after step 1; train also")
+    assert try_resume(first)[0].startswith("would resume after step 1; train also compares the training data, the base")
     with pytest.raises(CheckpointError, match="adapter.rank was 4 and is now 8; the saved weights do not fit; restore"):
         try_resume(make("first", rank=8))
     with pytest.raises(CheckpointError, match="adapter was .* and is now null; the saved weights do not fit; restore"):

@@ -77,8 +77,9 @@ def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_p
 
 
 def old_version():
-    from dpo_engine import version
+    from dpo_engine import installation, version
 
+    assert installation.__version__ == version.__version__  # the check of the kernels has read the right version
     version.__version__ = "0.0.9"
 
 

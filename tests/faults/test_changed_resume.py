@@ -274,7 +274,7 @@ def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
     assert [(entry["step"], entry["key"]) for entry in record["history"]] == [(STOP, key) for key in changed]
     printed = job.output[0].splitlines()
     for key in changed:
-        assert [line for line in printed if f" change accepted after step {STOP}: {key}" in line]
+        assert [line for line in printed if line.startswith(f"change accepted after step {STOP}: {key}")]
     return steps, pairs, record
 
 

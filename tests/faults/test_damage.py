@@ -207,10 +207,7 @@ def test_two_damaged_in_a_row(again, runs):
     finished, run = again(harm)
     continued(finished, run, runs, 2)
     said = [line for line in finished.output[0].splitlines() if " skipped: " in line]
-    assert [line.partition(" skipped")[0].partition(" ")[2] for line in said] == [
-        "checkpoint for step 6",
-        "checkpoint for step 4",
-    ]
+    assert [line.partition(" skipped")[0] for line in said] == ["checkpoint for step 6", "checkpoint for step 4"]
 
 
 @pytest.mark.parametrize("name", cases(["everything"]))

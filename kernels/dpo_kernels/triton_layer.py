@@ -34,17 +34,25 @@ def _turned(values, others, turned, first, angle, token, table, tokens, directio
 
 
 @triton.jit
-def _move(source, target, inside, token, table, tokens, direction,
-          D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """Copy one head of several tokens, and rotate its first 2 * HALF dimensions. source and target point to rows."""
-    columns = tl.arange(0, PADDED)[None, :]
-    mask = inside[:, None] & (columns < D)
+def _load_turned(source, columns, mask, token, table, tokens, direction,
+                 HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+    """Load one head of several tokens, and rotate its first 2 * HALF dimensions. source points to rows."""
     values = tl.load(source[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
     if HALF > 0:
         partner, angle, first = _partners(columns, HALF, INTERLEAVED)
         turned = mask & (columns < 2 * HALF)
         others = tl.load(source[:, None] + partner, mask=turned, other=0.0).to(tl.float32)
         values = _turned(values, others, turned, first, angle, token, table, tokens, direction, HALF)
+    return values
+
+
+@triton.jit
+def _move(source, target, inside, token, table, tokens, direction,
+          D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+    """Copy one head of several tokens, and rotate its first 2 * HALF dimensions. source and target point to rows."""
+    columns = tl.arange(0, PADDED)[None, :]
+    mask = inside[:, None] & (columns < D)
+    values = _load_turned(source, columns, mask, token, table, tokens, direction, HALF, INTERLEAVED)
     tl.store(target[:, None] + columns, values.to(target.dtype.element_ty), mask=mask)
 
 
@@ -74,12 +82,7 @@ def _normalize_backward(
     """Write the head's gradient to ``target``. SUMS: write the weight's gradient, summed over the rows, to ``sums``."""
     columns = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (columns < D)
-    g = tl.load(grad[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
-    if HALF > 0:
-        partner, angle, first = _partners(columns, HALF, INTERLEAVED)
-        turned = mask & (columns < 2 * HALF)
-        others = tl.load(grad[:, None] + partner, mask=turned, other=0.0).to(tl.float32)
-        g = _turned(g, others, turned, first, angle, token, table, tokens, -1.0, HALF)
+    g = _load_turned(grad, columns, mask, token, table, tokens, -1.0, HALF, INTERLEAVED)
     values = tl.load(source[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values, 1) / D + eps)[:, None]
     normed = values * scale
@@ -117,7 +120,7 @@ def _split_heads(
     """
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot, slots = tl.program_id(1), tl.num_programs(1)
-    group, place = slot.to(tl.int64) // (QUERIES + 2), slot % (QUERIES + 2)
+    group, place = slot // (QUERIES + 2), slot % (QUERIES + 2)
     inside = rows < n
     token, row = rows.to(tl.int64) // batch, rows.to(tl.int64) % batch
     at = (rows.to(tl.int64) * slots + slot) * D

@@ -18,7 +18,10 @@ SHORT = {
     "optim": {"schedule": "constant", "warmup_steps": 0},
     "checkpoint": {"save_interval": 1, "export": False},
 }
-IN_USE = r"train\.output_dir=.*: another run is writing there \(host \S+, process (\d+), since .* UTC\); stop it, .*"
+IN_USE = (
+    r"train\.output_dir=.*: another run is writing there \(host \S+, process (\d+), since .* UTC\); "
+    r"stop it, wait until it ends, or set another train\.output_dir"
+)
 RATES = ("0.001", "0.003")
 
 

@@ -57,6 +57,14 @@ def _model_rules(config: Config) -> Iterator[Rule]:
             ("parallel.layers", "parallel.pp", "parallel.vpp"),
             f"must have {parallel.pp * (parallel.vpp or 1)} numbers, one for each model chunk; correct it",
         )
+    if config.model.attention == "te" and config.model.spec == "native":
+        yield ("model.attention", "model.spec"), "requires Transformer Engine's layers; set model.spec=te"
+    if config.model.attention == "te" and config.train.deterministic:
+        yield (
+            ("model.attention", "train.deterministic"),
+            "Transformer Engine has deterministic kernels for small micro-batches only; set train.deterministic=false "
+            "or model.attention=auto",
+        )
     if parallel.sequence_parallel is True and parallel.tp == 1:
         yield (
             ("parallel.sequence_parallel", "parallel.tp"),

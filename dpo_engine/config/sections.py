@@ -50,9 +50,11 @@ class ModelConfig(Section):
     """what to recompute in the backward pass instead of storing it: none, the MLP of each layer (selective), or
     whole layers (full)"""
     attention: Text = "auto"
-    """kernels for attention in rows of trees and in sliding windows: varlen (flash attention), triton, sdpa, eager or
-    the name that a plugin registers; auto: the fastest kernels that support the model, dtype and layout; the log names
-    them"""
+    """kernels for attention in rows of trees and in sliding windows: varlen (flash attention), te (Transformer Engine),
+    triton, sdpa, eager or the name that a plugin registers; auto: the fastest kernels that support the model, dtype
+    and layout; the log names them"""
+    flash_attention: Literal[2, 3, 4] = 2
+    """version of flash attention in torch, for stacked rows and for varlen: 2 is part of torch; 3 and 4 are packages"""
     head: Text = "auto"
     """kernels for the log-probabilities of the output layer: eager, triton or the name that a plugin registers; auto:
     eager"""

@@ -7,6 +7,7 @@ import torch
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.attention_packages import TE, activate_flash_attention, offer_te
 from dpo_engine.platform.device import Platform
 from dpo_kernels import backend, backend_name, set_default, triton_can_run, use_backend
 from dpo_kernels.varlen import WIDEST_HEAD
@@ -19,7 +20,10 @@ def choose_kernels(
     dtype: torch.dtype,
     needs: Collection[str] = (),
     *,
+    tp: int = 1,
     cp: int = 1,
+    spec: str = "native",
+    flash: int = 2,
 ) -> None:
     """Set the backend for each group of operations in this process.
 
@@ -31,7 +35,10 @@ def choose_kernels(
            because ``varlen`` then copies the keys of a path for each block of queries
     needs  options of ``tree_attention`` that the model's layers use, from
            :func:`~dpo_engine.model.attention.attention_options`
+    tp     number of ranks of tensor parallelism
     cp     number of ranks of context parallelism
+    spec   layer implementation: ``native`` or ``te``. Only ``te`` can use Transformer Engine's attention
+    flash  version of flash attention, ``model.flash_attention``
 
     On a GPU, the default of the group ``layer`` (head splitting, rotary embedding, gated activation, norms) is
     ``triton`` if the package triton can run there and the dtype is not fp64. In all other cases, it is ``eager``.
@@ -39,14 +46,16 @@ def choose_kernels(
     Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown, cannot be used on this machine, or
     does not support the dtype, the head size or the options that the model needs.
     """
-    flash = platform.gpu and dtype is torch.bfloat16 and arch.head_dim <= WIDEST_HEAD
+    supported = platform.gpu and dtype is torch.bfloat16 and arch.head_dim <= WIDEST_HEAD
     fused = platform.gpu and dtype is not torch.float64 and triton_can_run()
     if fused and ("softcap" in needs or cp > 1):
         set_default("triton", "attention")
     else:
-        set_default("varlen" if flash and "softcap" not in needs else "sdpa", "attention")
+        set_default("varlen" if supported and "softcap" not in needs else "sdpa", "attention")
     set_default("triton" if fused else "eager", "layer")
-    if asked["attention"] == "varlen" and platform.gpu and not flash:
+    if asked["attention"] == TE:
+        offer_te(spec, arch, platform, dtype, tp=tp)
+    if asked["attention"] == "varlen" and platform.gpu and not supported:
         raise ConfigError(
             f"model.attention=varlen: flash attention needs model.dtype=bf16 and heads of at most {WIDEST_HEAD} "
             f"dimensions; here, the dtype is {str(dtype).removeprefix('torch.')} and the head size is {arch.head_dim}; "
@@ -70,6 +79,14 @@ def choose_kernels(
             f"model.attention={backend_name('attention')}: the backend's tree_attention has no argument "
             f"{' or '.join(lacking)}, which the layers of this {arch.model_type} model need; use another backend"
         )
+    if flash != 2:
+        trees = backend_name("attention") == "varlen"
+        if spec == "te" and not trees:
+            raise ConfigError(
+                f"model.flash_attention={flash}: has no effect on Transformer Engine's attention, or with "
+                f"model.attention={backend_name('attention')}; remove it"
+            )
+        activate_flash_attention(flash, arch, platform, dtype, tp=tp, trees=trees)
 
 
 def trees_are_slow(platform: Platform) -> bool:

@@ -100,11 +100,11 @@ class Engine:
         adaptation = adaptation_of(adapter, arch) if adapter else None
         dims, platform = parallel_dims(config, arch, world), open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
-        kernels = {"attention": config.model.attention, "head": config.model.head}
-        choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length), cp=dims.cp)
+        kernels, flash = {"attention": config.model.attention, "head": config.model.head}, config.model.flash_attention
+        spec, needs = choose_layers(config, arch, dims, platform, dtype), attention_options(arch, config.data.max_length)
+        choose_kernels(kernels, arch, platform, dtype, needs, tp=dims.tp, cp=dims.cp, spec=spec, flash=flash)
         if fp64 and "triton" in kernels_in_use():
             raise ConfigError("kernels=triton: Triton computes sums in fp32, but --fp64 needs fp64; use eager and sdpa")
-        spec = choose_layers(config, arch, dims, platform, dtype)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
         facts = rank_facts(config, arch, platform, spec)
@@ -142,12 +142,12 @@ class Engine:
 
     def describe(self) -> list[str]:
         """Return lines for the log: versions, layout, kernels, loss, reference, model, adapters, and Hub commits."""
-        dims, loss = self.groups.dims, self.config.loss
+        dims, loss, flash = self.groups.dims, self.config.loss, self.config.model.flash_attention
         layout = dims.describe(experts=self.arch.experts is not None)
         return [
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
-            f"kernels: {kernels_in_use()}",
+            f"kernels: {kernels_in_use()}" + (f", FlashAttention {flash}" if flash != 2 else ""),
             f"loss: {loss.name}, {loss.settings | self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, "
             + describe_layers(self.config, self.arch, self.spec, self.dtype_name),

@@ -22,6 +22,8 @@ a CPU, each run is computed by a separate call. This is slower than ``sdpa``, an
 without a GPU.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,17 +245,36 @@ def tree_attention(
         raise ValueError(
             "varlen tree_attention: flash attention has no soft cap of scores; use the backend triton or sdpa"
         )
+    width = max(query.shape[-1], value.shape[-1])
+    if query.is_cuda and (query.element_size() != 2 or width > WIDEST_HEAD):
+        raise ValueError(
+            f"varlen tree_attention: flash attention needs 16-bit operands and heads of at most {WIDEST_HEAD} "
+            f"dimensions; here, the dtype is {query.dtype} and the head size is {width}; use the backend sdpa"
+        )
+    return attention_in_runs(partial(_causal_rows, sinks=sinks), query, key, value, tree, scale, window, sinks)
+
+
+def attention_in_runs(
+    causal_rows: Callable[[Tensor, Tensor, Tensor, Copies, float, int | None], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: Tree,
+    scale: float | None,
+    window: int | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Compute tree attention with a function for causal rows of different lengths; other arguments as above.
+
+    causal_rows  called with the queries [n_q, heads, d], the copied keys and values [k, kv_heads, d] of the runs, the
+                 :class:`Copies`, the scale and the window. All heads have the same size d. Returns [n_q, heads, d]
+    """
     if not len(tree.rows):
         # The result is empty, but must be part of the autograd graph.
         return eager.tree_attention(query, key, value, tree, scale, window=window, sinks=sinks)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     value_width = value.shape[-1]
     width = max(query.shape[-1], value_width)
-    if query.is_cuda and (query.element_size() != 2 or width > WIDEST_HEAD):
-        raise ValueError(
-            f"varlen tree_attention: flash attention needs 16-bit operands and heads of at most {WIDEST_HEAD} "
-            f"dimensions; here, the dtype is {query.dtype} and the head size is {width}; use the backend sdpa"
-        )
     # Flash attention needs equal head dimensions for keys and values. Padding with zeros does not change the result.
     query, key, value = (
         tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
@@ -262,4 +283,4 @@ def tree_attention(
     window = tree.effective(window)
     copies = tree.prepared(("copies", query.device, window), lambda: copies_of(tree, query.device, window))
     keys, values = _Copied.apply(key, copies), _Copied.apply(value, copies)
-    return _causal_rows(query, keys, values, copies, scale, window, sinks)[..., :value_width]
+    return causal_rows(query, keys, values, copies, scale, window)[..., :value_width]

@@ -1,0 +1,152 @@
+"""Attention from packages besides torch: Transformer Engine, and FlashAttention 3 and 4.
+
+**Transformer Engine** is the kernel backend ``te`` for rows of trees. The runs of queries of a tree are causal rows of
+different lengths (:mod:`dpo_kernels.varlen`), which Transformer Engine calls the format ``thd``. Its module
+DotProductAttention computes them with cuDNN, or with an installed package of flash attention if it prefers that
+package on this GPU. For cuDNN, Transformer Engine rounds the numbers of rows and tokens up, so the micro-batches of a
+run need few plans.
+
+**FlashAttention 3 and 4** replace FlashAttention 2 inside torch: in stacked rows, and in rows of trees with the backend
+``varlen``.
+
+Which heads, dtypes and GPUs these packages support depends on their versions. Each is therefore tried once, with a
+small tree and the heads of one tensor-parallel rank, before the run loads weights.
+"""
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.attention import causal
+from dpo_engine.platform.device import Platform
+from dpo_kernels import BACKENDS, Tree, register_backend, varlen
+from dpo_kernels.varlen import Copies, attention_in_runs
+
+TE = "te"
+
+
+def offer_te(spec: str, arch: Architecture, platform: Platform, dtype: torch.dtype, *, tp: int) -> None:
+    """Register the kernel backend ``te`` after it has computed a small tree.
+
+    spec   layer implementation: ``native`` or ``te``
+    tp     number of ranks of tensor parallelism
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if the layers are not Transformer Engine's, or if it has no fused
+    attention for the dtype, the heads and the GPU.
+    """
+    if spec != "te":
+        raise ConfigError(
+            f"model.attention={TE}: requires Transformer Engine's layers, but model.spec is {spec}; set it to auto"
+        )
+    # Without this, Transformer Engine could choose kernels that store all scores.
+    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
+    _try(f"model.attention={TE}: Transformer Engine", tree_attention, arch, platform, dtype, tp)
+    if TE not in BACKENDS:
+        register_backend(TE, TransformerEngine)
+
+
+def activate_flash_attention(
+    version: int, arch: Architecture, platform: Platform, dtype: torch.dtype, *, tp: int, trees: bool
+) -> None:
+    """Make torch use FlashAttention 3 or 4 in this process, after it has computed small rows.
+
+    tp     number of ranks of tensor parallelism
+    trees  whether the backend ``varlen`` computes rows of trees
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if there is no GPU, if the package is not installed, or if it does
+    not support the dtype, the heads, the GPU or this version of torch.
+    """
+    line = f"model.flash_attention={version}: "
+    if not platform.gpu:
+        raise ConfigError(f"{line}requires a GPU, but this machine has none; set it to 2")
+    from torch.nn import attention
+
+    if f"FA{version}" not in getattr(attention, "list_flash_attention_impls", list)():
+        raise ConfigError(f"{line}torch {torch.__version__} cannot use it; set it to 2")
+    try:
+        attention.activate_flash_attention_impl(f"FA{version}")
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"{line}cannot be loaded: {error}; install it, or set it to 2") from error
+    _try(f"{line}FlashAttention {version}", _causal_row, arch, platform, dtype, tp)
+    if trees:
+        _try(f"{line}FlashAttention {version}", varlen.tree_attention, arch, platform, dtype, tp)
+
+
+def _causal_row(query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None) -> Tensor:
+    """Compute the tree's tokens as one causal row."""
+    return causal(*(tensor[:, None] for tensor in (query, key, value)), scale=None)[:, 0]
+
+
+def _try(
+    who: str, attention: Callable[..., Tensor], arch: Architecture, platform: Platform, dtype: torch.dtype, tp: int
+) -> None:
+    """Compute the attention of a small tree and its gradients; raise ``ConfigError`` if that fails."""
+    pair = Tree.of([2, 1, 1], [-1, 0, 0])
+    heads, kv_heads = arch.num_attention_heads // tp, max(arch.num_kv_heads // tp, 1)
+    inputs = [
+        torch.zeros(pair.n, count, arch.head_dim, dtype=dtype, device=platform.device, requires_grad=True)
+        for count in (heads, kv_heads, kv_heads)
+    ]
+    try:
+        for window in (None, 2) if arch.has_windows else (None,):
+            attention(*inputs, pair, window=window).sum().backward()
+    except Exception as error:  # packages raise errors of any class
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{who} cannot compute this model's attention: {reason}; set another value") from error
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: Tree,
+    scale: float | None = None,
+    *,
+    window: int | None = None,
+) -> Tensor:
+    """Like :func:`dpo_kernels.eager.tree_attention`, by Transformer Engine. There are no soft caps and no sinks."""
+    return attention_in_runs(_te_causal_rows, query, key, value, tree, scale, window)
+
+
+class TransformerEngine:
+    """The functions of the kernel backend ``te``."""
+
+    tree_attention = staticmethod(tree_attention)
+
+
+def _te_causal_rows(
+    query: Tensor, key: Tensor, value: Tensor, copies: Copies, scale: float, window: int | None
+) -> Tensor:
+    out = _te_module(query.shape[1], key.shape[1], query.shape[2], scale, window)(
+        query,
+        key,
+        value,
+        cu_seqlens_q=copies.query_ends,
+        cu_seqlens_kv=copies.key_ends,
+        max_seqlen_q=copies.queries,
+        max_seqlen_kv=copies.seen,
+    )
+    return out.view(query.shape)
+
+
+@lru_cache(maxsize=64)
+def _te_module(heads: int, kv_heads: int, head_dim: int, scale: float, window: int | None) -> Any:
+    """Return Transformer Engine's attention for causal rows. The last query of a row sees the row's last key."""
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(
+        heads,
+        head_dim,
+        num_gqa_groups=kv_heads,
+        attention_dropout=0.0,
+        qkv_format="thd",
+        attn_mask_type="padding_causal_bottom_right",
+        window_size=(-1 if window is None else window - 1, 0),
+        softmax_scale=scale,
+    )

@@ -1,0 +1,191 @@
+"""Tests of attention from other packages. No package runs here: its documented behavior takes its place on the CPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import attention
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model import attention_packages
+from dpo_engine.model.kernels import choose_kernels
+from dpo_kernels import Tree, dispatch, eager
+
+GPU, CPU = (SimpleNamespace(gpu=gpu, device=torch.device("cpu")) for gpu in (True, False))
+ARCH = SimpleNamespace(
+    head_dim=8, num_attention_heads=4, num_kv_heads=2, has_windows=True, arch_options={}, model_type="mistral"
+)
+TE = {"attention": "te", "head": "auto"}
+AUTO = {"attention": "auto", "head": "auto"}
+TREES = {
+    "pair": ([3, 2, 4], [-1, 0, 0], None),
+    "forest": ([2, 3, 1, 2, 4], [-1, 0, 0, -1, 3], None),
+    "some queries": ([5, 3, 4], [-1, 0, 0], [1, 4, 6, 9, 10, 11]),
+}
+
+
+class DotProductAttention:
+    """Transformer Engine's documented attention for the format ``thd``, row by row in fp64."""
+
+    def __init__(self, heads, head_dim, *, num_gqa_groups, window_size, softmax_scale, **options):
+        assert options == {
+            "attention_dropout": 0.0,
+            "qkv_format": "thd",
+            "attn_mask_type": "padding_causal_bottom_right",
+        }
+        self.shape, self.groups = (heads, head_dim), num_gqa_groups
+        self.window, self.scale = window_size, softmax_scale
+
+    def __call__(self, query, key, value, *, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q, max_seqlen_kv):
+        assert query.shape[1:] == self.shape and key.shape[1:] == value.shape[1:] == (self.groups, self.shape[1])
+        rows, lengths = [], (cu_seqlens_q.diff().tolist(), cu_seqlens_kv.diff().tolist())
+        assert (max_seqlen_q, max_seqlen_kv) == (max(lengths[0]), max(lengths[1]))
+        parts = (query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]))
+        for q, k, v in zip(*parts, strict=True):
+            k, v = (tensor.repeat_interleave(len(q[0]) // self.groups, dim=1) for tensor in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * self.scale
+            behind = torch.arange(len(k)) - (torch.arange(len(q))[:, None] + len(k) - len(q))  # 0: the query's own key
+            hidden = behind > self.window[1]
+            if self.window[0] >= 0:
+                hidden |= behind < -self.window[0]
+            rows.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+        return torch.cat(rows).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))
+    monkeypatch.setattr(attention_packages, "BACKENDS", dispatch.BACKENDS)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_defaults", dict(dispatch._defaults))
+    monkeypatch.delenv("DPO_KERNELS", raising=False)
+    monkeypatch.setenv("NVTE_UNFUSED_ATTN", "0")
+    attention_packages._te_module.cache_clear()
+    yield
+    attention_packages._te_module.cache_clear()
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Make ``transformer_engine.pytorch`` importable."""
+    package = SimpleNamespace(DotProductAttention=DotProductAttention)
+    monkeypatch.setitem(__import__("sys").modules, "transformer_engine", SimpleNamespace(pytorch=package))
+    monkeypatch.setitem(__import__("sys").modules, "transformer_engine.pytorch", package)
+    return package
+
+
+@pytest.mark.parametrize("value_width", [8, 6])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("name", TREES)
+def test_transformer_engine_gets_the_rows_of_a_tree(name, window, value_width, installed):
+    tree = Tree.of(*TREES[name])
+    shapes = ((len(tree.rows), 4, 8), (tree.n, 2, 8), (tree.n, 2, value_width))
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    results = []
+    for function in (attention_packages.tree_attention, eager.tree_attention):
+        out = function(*inputs, tree, 0.3, window=window)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_te_is_registered_once_it_has_computed_a_tree(installed):
+    for _ in range(2):  # parity opens the engine several times in one process
+        choose_kernels(TE, ARCH, GPU, torch.bfloat16, ["window"], tp=2, spec="te")
+    assert dispatch.backend_name("attention") == "te"
+
+
+@pytest.mark.parametrize(
+    "needs, spec, says",
+    [
+        ([], "native", "model.attention=te: requires Transformer Engine's layers, but model.spec is native; set it to"),
+        (["softcap"], "te", "model.attention=te: the backend's tree_attention has no argument softcap, which"),
+        (["sinks"], "te", "model.attention=te: the backend's tree_attention has no argument sinks, which"),
+    ],
+)
+def test_te_is_refused_where_it_cannot_run(needs, spec, says, installed):
+    with pytest.raises(ConfigError) as refused:
+        choose_kernels(TE, ARCH, GPU, torch.bfloat16, needs, spec=spec)
+    assert str(refused.value).startswith(says)
+
+
+def test_te_is_refused_if_it_has_no_kernel(installed):
+    def fails(*args, **options):
+        raise ValueError("No dot product attention backend is available.\nRun with NVTE_DEBUG=1")
+
+    installed.DotProductAttention = lambda *args, **options: fails
+    with pytest.raises(ConfigError) as refused:
+        choose_kernels(TE, ARCH, GPU, torch.bfloat16, spec="te")
+    assert str(refused.value) == (
+        "model.attention=te: Transformer Engine cannot compute this model's attention: No dot product attention "
+        "backend is available.; set another value"
+    )
+    assert "te" not in dispatch.BACKENDS
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Return the versions of flash attention that torch has activated; loading them does not fail."""
+    monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"], raising=False)
+    found = []
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", found.append, raising=False)
+    return found
+
+
+@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("asked, spec", [("varlen", "te"), ("varlen", "native"), ("sdpa", "native")])
+def test_flash_attention_is_activated(version, asked, spec, loaded):
+    choose_kernels({**AUTO, "attention": asked}, ARCH, GPU, torch.bfloat16, spec=spec, flash=version)
+    assert loaded == [f"FA{version}"]
+
+
+def test_flash_attention_2_needs_no_activation(loaded):
+    choose_kernels(AUTO, ARCH, GPU, torch.bfloat16, flash=2)
+    assert loaded == []
+
+
+def test_flash_attention_needs_a_gpu(loaded):
+    with pytest.raises(ConfigError, match="^model.flash_attention=3: requires a GPU, but this machine has none; set it"):
+        choose_kernels(AUTO, ARCH, CPU, torch.bfloat16, flash=3)
+    assert loaded == []
+
+
+def test_flash_attention_without_effect_is_refused(loaded):
+    asked = {**AUTO, "attention": "sdpa"}
+    with pytest.raises(ConfigError) as refused:
+        choose_kernels(asked, ARCH, GPU, torch.bfloat16, spec="te", flash=3)
+    assert str(refused.value) == (
+        "model.flash_attention=3: has no effect on Transformer Engine's attention, or with model.attention=sdpa; "
+        "remove it"
+    )
+
+
+def test_flash_attention_that_torch_does_not_know(monkeypatch):
+    monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3"], raising=False)
+    with pytest.raises(ConfigError, match=r"^model.flash_attention=4: torch .* cannot use it; set it to 2$"):
+        choose_kernels(AUTO, ARCH, GPU, torch.bfloat16, flash=4)
+
+
+@pytest.mark.skipif(not hasattr(attention, "list_flash_attention_impls"), reason="torch cannot use FlashAttention 3")
+@pytest.mark.parametrize("version, module", [(3, "flash_attn_interface"), (4, "flash_attn")])
+def test_flash_attention_that_is_not_installed(version, module, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(ConfigError) as refused:
+        choose_kernels(AUTO, ARCH, GPU, torch.bfloat16, flash=version)
+    assert str(refused.value).startswith(f"model.flash_attention={version}: cannot be loaded: ")
+    assert str(refused.value).endswith("; install it, or set it to 2")
+
+
+@pytest.mark.parametrize("function", ["causal", "varlen.tree_attention"])
+def test_flash_attention_that_cannot_compute_the_heads(function, loaded, monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("FA4 flash_attention backward unsupported: windowed attention not supported")
+
+    monkeypatch.setattr(f"dpo_engine.model.attention_packages.{function}", fails)
+    with pytest.raises(ConfigError) as refused:
+        choose_kernels({**AUTO, "attention": "varlen"}, ARCH, GPU, torch.bfloat16, flash=4)
+    assert str(refused.value) == (
+        "model.flash_attention=4: FlashAttention 4 cannot compute this model's attention: FA4 flash_attention backward "
+        "unsupported: windowed attention not supported; set another value"
+    )

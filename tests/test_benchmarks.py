@@ -397,7 +397,7 @@ BUDGET_S = 840
 
 
 def gpu_day(folder, python, script):
-    """Run a copy of gpu_day.sh with a stand-in for Python. Return the parts' results, and the arguments of each call."""
+    """Run a copy of gpu_day.sh with a stand-in for Python. Return each part's result and each call's arguments."""
     (folder / "benchmarks/results").mkdir(parents=True)
     (folder / "benchmarks/gpu_day.sh").write_text(script)
     stand_in, calls = folder / "python", folder / "calls"

@@ -17,7 +17,7 @@ from support.tiny_tokenizers import piece_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; tests of the Hub use a local server
 torch.set_num_threads(1)
-settings.register_profile("patient", deadline=None)  # shared machines can be slow; a test must not fail for this
+settings.register_profile("patient", deadline=None)  # shared machines can be slow, and no test may fail because of it
 settings.load_profile("patient")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, here or by Megatron
@@ -62,7 +62,7 @@ def stage(tmp_path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Write a data set of 22 training pairs and 7 held-out pairs, and a tokenizer."""
+    """Write a data set of 22 training pairs and 7 held-out pairs, and a tokenizer. Return the paths by name."""
     folder = tmp_path_factory.mktemp("files")
     return {
         "train": write_pairs(folder / "train.jsonl", 22),

@@ -10,6 +10,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 EXTRAS="test"
 source launch/environment.sh
-# Tests run ranks as processes. With one thread per process, they do not compete for cores.
+# Tests run ranks as processes. With one thread each, the processes do not compete for cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 exec "$python" -m pytest -n auto --dist worksteal "$@"

@@ -68,7 +68,7 @@ def test_attention_counts_the_computed_area_on_a_cpu(masked):
 
 
 def test_bound_matches_a_models_operations_on_one_row(tiny_hf):
-    """A prompt with one response is not shared, so transformers must execute exactly the operations in the formula."""
+    """A prompt with one response is not shared, so the formula determines the operations that transformers executes."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"))
@@ -275,7 +275,7 @@ def test_readme_commands_parse(command):
 def test_sweep_covers_micro_batches_grouping_and_precomputing():
     assert (
         len(compare_trl.SWEEP) == len(set(compare_trl.SWEEP)) == 4 * 2 * 2 - 2
-    )  # not for micro-batches of one pair, on which grouping has no effect
+    )  # two combinations are left out, because grouping has no effect on micro-batches of one pair
     assert compare_trl.arguments(["hh-like"]).trl == compare_trl.SWEEP and compare_trl.SWEEP[0] == "no options"
     assert compare_trl.arguments(["hh-like", "--trl", "no options", "mb4"]).trl == ["no options", "mb4"]
     assert contest.TRL_DEFAULT == trl.DPOConfig.per_device_train_batch_size
@@ -397,7 +397,7 @@ BUDGET_S = 840
 
 
 def gpu_day(folder, python, script):
-    """Run a copy of gpu_day.sh with a stand-in for Python. Return the result of each part, and Python's arguments."""
+    """Run a copy of gpu_day.sh with a stand-in for Python. Return each part's result and each call's arguments."""
     (folder / "benchmarks/results").mkdir(parents=True)
     (folder / "benchmarks/gpu_day.sh").write_text(script)
     stand_in, calls = folder / "python", folder / "calls"
@@ -429,7 +429,7 @@ def test_the_limits_of_gpu_day_stay_within_the_budget():
 
 
 def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_path):
-    """A stand-in for Python fails in one part, hangs with a child process in another, and succeeds in other parts."""
+    """A stand-in for Python fails in one part, hangs with a child process in another, and succeeds in the others."""
     script = (BENCHMARKS / "gpu_day.sh").read_text().replace("part head 35 ", "part head 1 ")
     python = (
         f"echo called with $1\ncase $1 in *head.py) sleep 60 & echo $! >{tmp_path}/left; wait ;;\n"

@@ -68,7 +68,7 @@ def wing(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Return all dotted names that a file imports, also in functions. ``from x import y`` gives ``x`` and ``x.y``."""
+    """Return all dotted names that a file imports, even in functions. ``from x import y`` gives ``x`` and ``x.y``."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -59,7 +59,7 @@ def test_nothing_is_patched():
 @pytest.mark.parametrize("spec", ["native", "te"])
 @pytest.mark.parametrize("dtype, rel", [("fp32", 1e-3), ("bf16", 3e-2)])
 def test_gpu_run_matches_the_cpu(spec, dtype, rel, files, tiny_hf, tmp_path):  # noqa: F811
-    """In fp32 without TF32, only the order of sums differs from the CPU. bf16 keeps 8 bits of each intermediate."""
+    """In fp32 without TF32, only the order of sums differs from the CPU. bf16 results have 8 significant bits."""
     if spec == "te" and not has_transformer_engine():
         pytest.skip("Transformer Engine is not installed")
     start = tiny_hf("llama")

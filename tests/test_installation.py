@@ -1,4 +1,4 @@
-"""Tests of the check that engine and kernels are from one installation, and of users without a name or a home."""
+"""Tests of the check that engine and kernels are from one installation, and of users without a name or home folder."""
 
 import os
 import shutil

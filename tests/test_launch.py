@@ -182,7 +182,7 @@ def test_rank_records_its_exit_code(tmp_path):
     ids=str,
 )
 def test_exit_code_matches_the_outcome(arguments, expected, tmp_path):
-    """The exit code must be correct even if argparse or a bug ends the process, or if it cannot be recorded."""
+    """The exit code must be correct even if argparse or a bug ends the process, or if the code cannot be recorded."""
     program = "import runpy, sys, dpo_engine.cli as cli\nif sys.argv[2:] == ['a bug']: cli.main = lambda: 1 / 0\n"
     program += "runpy.run_module('dpo_engine', run_name='__main__')"
     for codes in (tmp_path / "codes", tmp_path / "no directory" / "codes"):

@@ -158,7 +158,7 @@ def test_verb_that_cannot_save_is_not_warned(stage):
 
 
 def test_warning_at_the_start_is_passed_on_later(stage):
-    """If a job's time limit is shorter than the time of the warning, Slurm sends the warning when the job starts."""
+    """If the time limit is shorter than the requested time from warning to end, Slurm warns the job when it starts."""
     stage.set_record(seconds_left=6)
     process = stage.start(WAIT="yes", CODE="75")
     stage.wait_for_start()

@@ -11,7 +11,7 @@ BUSY = "Socket timed out on send/recv operation"
 
 
 def test_site_settings_may_use_unset_variables_and_failing_commands(stage):
-    """If the condition in the last line is false, the exit code of the whole file is not zero."""
+    """The condition in the last line of the file is false, so the exit code of the whole file is not zero."""
     (stage.folder / "launch/site.env").write_text(
         "SITE_LIBRARIES=/site:$SITE_LIBRARIES_OF_HOST\nfalse\nSITE_NAME=lab\n[[ -d /no/such/place ]] && LAUNCHER=x\n"
     )
@@ -78,7 +78,7 @@ def test_gpu_check_needs_the_names_of_the_nodes(stage):
 
 @pytest.mark.slow
 def test_warning_before_the_script_is_ready_does_not_kill_the_job(stage):
-    """If a job's time limit is shorter than the time of the warning, Slurm sends the warning at once."""
+    """If the time limit is shorter than the requested time from warning to end, Slurm warns the job at once."""
     stand_in = stage.folder / "bin/scontrol"
     stand_in.write_text(stand_in.read_text().replace("\n", '\n[[ "$*" != "show job"* ]] || /bin/sleep 0.5\n', 1))
     stage.set_record(seconds_left=8)

@@ -76,7 +76,7 @@ def test_our_own_keys_are_never_answered():
 
 
 def test_systems_agree_on_keys_that_are_not_nested():
-    """The tables must agree on such a key, because the key alone does not show which system it comes from."""
+    """The tables must agree on a key without a dot, because the key alone does not show which system it comes from."""
     targets: dict[str, set] = {}
     for _, entry in ENTRIES:
         for key in entry.keys:

@@ -65,7 +65,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def small_task(tmp_path_factory):
-    """Make the files of the quickstart. Its initial training is only a single step."""
+    """Make the files of the quickstart, whose base model trains for only one step. Return their folder."""
     directory = tmp_path_factory.mktemp("task") / "small"
     make_task.make(directory, seed=3, pairs=48, held_out=9, steps=1)
     return directory
@@ -74,7 +74,7 @@ def small_task(tmp_path_factory):
 def hollow_weights(model: Path) -> None:
     """Write safetensors files with the headers that the architecture needs.
 
-    The weights are zeros in sparse files of at least 4 GB each, except for the last file.
+    The weights are zeros in sparse files. Each file has at least 4 GB, except that the last file can be smaller.
     """
     from dpo_engine.model.architecture import FAMILIES, read_architecture
     from dpo_engine.model.families.rule import HFTensor, expected_tensors
@@ -187,7 +187,7 @@ def test_plugin_loss_options_are_checked(overrides, monkeypatch, capsys):
 
 
 def train_example(folder: Path, overrides: list[str]) -> str:
-    """Train two steps of the loss example with these overrides, in a forked process. Return the output."""
+    """Train the loss example for two steps with these overrides, in a forked process. Return the output."""
     command = ["train", "examples/extend/loss.yaml", *overrides, "train.max_steps=2"]
     done = run_job(command, 1, folder / "log", before=partial(os.chdir, ROOT))
     assert done.codes == [0], done.said
@@ -373,7 +373,7 @@ def test_package_coexists_with_hugging_faces_kernels(tmp_path):
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
     ).stdout.strip()
-    # Make the packages of this environment visible in the new one, so that only the two tested packages are installed.
+    # Make the packages of this environment visible in the new one, so that pip installs only the two tested ones.
     here = [entry for entry in sys.path if entry.endswith("site-packages")]
     (Path(site) / "here.pth").write_text("\n".join(here) + "\n")
 

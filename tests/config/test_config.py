@@ -366,7 +366,7 @@ def test_problems_are_plain_records():
     ],
 )
 def test_time_limit_formats_give_seconds(said, expected, tmp_path):
-    """Unquoted and quoted values must give the same result, although YAML 1.1 would read some of them as numbers."""
+    """Unquoted and quoted values must give the same result. YAML 1.1 would read some unquoted values as numbers."""
     for text in (said, f'"{said}"'):
         path = tmp_path / "run.yaml"
         path.write_text(f"model: {{path: m}}\ndata: {{train: a}}\ntrain: {{output_dir: o, save_by: {text}}}\n")

@@ -1,4 +1,7 @@
-"""Tests of contradictions between keys and of invalid loss options: messages, and rules that depend on invalid keys."""
+"""Tests of contradictions between keys and of invalid loss options.
+
+They check the messages, and that a rule is skipped if it depends on a key with an invalid value.
+"""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""Fixtures of the data tests: a byte-level tokenizer with a BOS, and data sets tokenized with it."""
+"""Fixtures of the data tests: a byte-level tokenizer with a BOS token, and a builder of data sets that uses it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tests of finding the tokens that were cut from prompts: these tokens and the rest form the whole prompt."""
+"""Tests of finding the tokens that were cut from prompts: these and the remaining tokens form the whole prompt."""
 
 import json
 
@@ -13,7 +13,7 @@ from support.tiny_tokenizers import byte_level
 
 @pytest.fixture
 def make(tmp_path):
-    """Return a function that tokenizes records, and returns the data section, the pairs and the tokenizer."""
+    """Return a function that tokenizes records and returns the data section, the pairs and the tokenizer."""
 
     def tokenized(rows, *, bos=False, **data):
         path = tmp_path / "pairs.jsonl"

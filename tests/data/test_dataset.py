@@ -150,7 +150,7 @@ class TestCache:
             finally:
                 tracemalloc.stop()
 
-        peak(8)  # load everything that is loaded only once, so that it is not measured below
+        peak(8)  # otherwise, the first peak below would include what is loaded only once
         assert peak(400) < 1.2 * peak(100)
 
 

@@ -1,8 +1,9 @@
 """Tests of records in the documented formats of other systems: the detected format, and the resulting pairs.
 
 Each record has the form of an example in the system's documentation or tests, but its content is invented. Comments
-name the system's files that define the meaning of the fields. Their revisions are ColossalAI 4f9953b, NeMo-Aligner
-af2b3bd, NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL f2cd577 and EasyDeL 090a03b.
+name the system's files that define the meaning of the fields. The systems' revisions are ColossalAI 4f9953b,
+NeMo-Aligner af2b3bd, NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL f2cd577 and EasyDeL
+090a03b.
 """
 
 import copy
@@ -37,7 +38,7 @@ def made(name, row):
 
 
 def conversation(pair):
-    """Check a pair and return prompt, chosen and rejected."""
+    """Check a pair, and return its prompt, its chosen response and its rejected response."""
     pair = checked(pair)
     return [dict(turn) for turn in pair.prompt], pair.chosen, pair.rejected
 
@@ -195,7 +196,8 @@ class TestSharegpt:
         assert conversation(made("sharegpt", row)) == ([ASK], BEST, WORST)
 
     def test_tool_calls_and_results(self):
-        # In function_call and observation turns, the value is the JSON of one call or of a list of calls.
+        # The value of a function_call turn is the JSON of one call or of a list of calls. The value of an observation
+        # turn is the text of the tool's result.
         call = {"name": "tide", "arguments": {"hour": 6}}
         turns = self.said(ASK, turn("function_call", json.dumps(call)), turn("observation", "high"))
         pair = made("sharegpt", self.record(conversations=turns, tools=json.dumps([TOOL["function"]])))

@@ -169,7 +169,7 @@ class TestDownload:
         for path, commit in (("org/m", second), ("org/m@v1", first), (f"org/m@{first}", first)):
             assert model_directory(path).name == commit
         server.add("model", "org/m", folder_of(tmp_path / "m", config__json="3"), "main")
-        assert model_directory("org/m").name == second  # the process keeps the snapshot that it has used
+        assert model_directory("org/m").name == second  # a process keeps the snapshot that it used first
         go_offline(monkeypatch)
         for path, commit in (("org/m", second), ("org/m@v1", first), (f"org/m@{first}", first)):
             assert model_directory(path).name == commit

@@ -1,4 +1,4 @@
-"""Tests of files with one JSON array: records equal those of the json module, and errors have record numbers."""
+"""Tests of files with one JSON array: records equal those of the json module, and errors give record numbers."""
 
 import json
 

@@ -160,7 +160,10 @@ def test_dataset_and_its_report(build, tmp_path):
 
 
 def test_record_with_an_unusable_pair_is_dropped_whole(build, tmp_path):
-    """The pairs of a record share its weight, so all of them are dropped. The report counts one bad record."""
+    """If one pair is unusable, all pairs of its record are dropped, because they share the record's weight.
+
+    The report counts one bad record.
+    """
     unfit = {**ROW, "responses": [" 5", "<|im_end|>", " 22", " four"]}
     given = source(tmp_path / "a.jsonl", [ROW, unfit, ROW], "ranked_all")
     with pytest.raises(DataError, match=r"a\.jsonl:2: (chosen|rejected) has no tokens"):

@@ -1,4 +1,7 @@
-"""Tests of tokenizing records: ids equal those of transformers, length limits, counts, malformed lines, real data."""
+"""Tests of tokenizing records.
+
+They compare token ids with those of transformers, and cover length limits, counts, malformed lines and real data.
+"""
 
 import collections
 import gzip
@@ -47,7 +50,8 @@ class TestIds:
         rendered = {"tokenize": True, "return_dict": False}
         assert prompt == library.apply_chat_template([SYSTEM, USER], add_generation_prompt=True, **rendered)
         for response, message in ((chosen, RIGHT), (rejected, WRONG)):
-            # The template ends with a line feed after the EOS. No model should generate this line feed.
+            # The template ends with a line feed after the EOS. Responses exclude this line feed, because no model
+            # should generate it.
             expected = library.apply_chat_template([SYSTEM, USER, message], **rendered)[:-1]
             assert prompt + response == expected
             assert response[-1] == library.eos_token_id and response.count(library.eos_token_id) == 1
@@ -76,7 +80,7 @@ class TestIds:
         assert tokenizer.decode(dataset[0].chosen) == "The second.<|im_end|>"
 
     def test_prompt_that_is_not_a_prefix_is_shortened(self, build, tokenizer_path, tmp_path):
-        # The generation prompt of this reasoning template opens a thought. The finished conversation has no thought.
+        # The generation prompt of this reasoning template opens a thought, but a finished conversation contains none.
         (tmp_path / "t.jinja").write_text(CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
         tokenizer = load_tokenizer(tokenizer_path, tmp_path / "t.jinja")
         dataset, report = build([TALK], tokenizer=tokenizer)

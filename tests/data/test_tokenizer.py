@@ -1,4 +1,7 @@
-"""Tests of both kinds of tokenizers: ids equal their libraries' ids, chat templates, and files that fail to load."""
+"""Tests of both kinds of tokenizers: those of transformers, and bare SentencePiece models.
+
+They compare token ids and rendered conversations with those of the libraries, and cover files that cannot be loaded.
+"""
 
 import json
 import shutil
@@ -40,7 +43,7 @@ class TestTransformers:
         assert load_tokenizer(path).encode_all(TEXTS) == expected
 
     def test_class_that_changes_ids_is_used(self, tmp_path, monkeypatch):
-        """CodeLlama's class is an example: it has its own `_encode_plus`."""
+        """CodeLlama's class is an example: it overrides `_encode_plus`."""
 
         class Reversed(transformers.PreTrainedTokenizerFast):
             def _encode_plus(self, text, **options):

@@ -1,4 +1,4 @@
-"""Tests of comparing two readings of a tokenizer's directory: by transformers' class, and by tokenizer.json."""
+"""Tests of comparing transformers' tokenizer class with the tokenizer.json in the same directory."""
 
 import json
 import shutil

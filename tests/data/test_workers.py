@@ -293,7 +293,7 @@ PARENT = """
     from dpo_engine.data.workers import Workers
     from test_workers import sleep
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # without this, a background job ignores SIGINT
 
     pool = Workers(2)
     pool.load(sleep)

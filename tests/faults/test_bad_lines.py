@@ -29,7 +29,10 @@ def named(kinds):
 
 @pytest.fixture
 def job(run_yaml, tmp_path):
-    """Return a function: ``job(content)`` writes ``pairs.jsonl``, and trains two ranks in the folder of this file."""
+    """Return a function: ``job(content)`` writes ``pairs.jsonl``, and trains on it with two ranks.
+
+    The working directory of the ranks is the folder of this file.
+    """
 
     def run(content: bytes, **data):
         (tmp_path / "pairs.jsonl").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Fault tests: if random bytes in a checkpoint folder change, loading is exact or is refused."""
+"""Fault tests: if a random byte in a checkpoint folder changes, loading is exact or is refused."""
 
 import random
 import shutil
@@ -14,7 +14,7 @@ from support.small_run import write_run
 
 @pytest.fixture(scope="module")
 def saved(run_files, tiny_hf, tmp_path_factory):
-    """Train on two ranks, with checkpoints at two steps."""
+    """Train on two ranks, with checkpoints at two steps. Return the run's YAML file."""
     folder = tmp_path_factory.mktemp("saved")
     sections = {"parallel": {"tp": 2}, "train": {"max_steps": 4}, "checkpoint": {"save_interval": 2}}
     path = write_run(folder, "run", run_files, tiny_hf, sections)

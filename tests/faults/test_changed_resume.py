@@ -55,7 +55,7 @@ def job_of(run, log, ranks, *overrides, fault=""):
 def made(run_files, tiny_hf, tmp_path_factory):
     """Return a function: ``made(name, write, stop=4)`` trains in a layout, and returns the output directory and pairs.
 
-    The pairs are listed for each step. With ``stop``, the run gets a signal in that step. The results are cached, so
+    The pairs are listed for each step. With ``stop``, SIGTERM stops the run in that step. The results are cached, so
     tests must copy the output directory before they resume the run.
     """
     kept = {}
@@ -76,7 +76,10 @@ def made(run_files, tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def write(run_yaml, run_files, tiny_hf, tmp_path):
-    """Return a variant of ``run_yaml``. Its runs have four layers, write to ``folder``, and do not amplify rounding."""
+    """Return a variant of ``run_yaml`` whose runs write to ``folder``.
+
+    The runs have four layers, and do not amplify rounding errors.
+    """
 
     def make(name="run", *, folder=tmp_path, **sections):
         model = {"path": str(tiny_hf("llama")), "tokenizer": run_files["tokenizer"], **sections.pop("model", {})}
@@ -89,9 +92,9 @@ def write(run_yaml, run_files, tiny_hf, tmp_path):
 
 
 def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
-    """Copy a stopped run, and resume the copy with changes. Return the job, its output and the pairs of its steps.
+    """Copy a stopped run, and resume the copy with changes. Return the job, its output directory and its pairs.
 
-    If the expected exit code is not 0, no pairs are returned.
+    The pairs are listed for each step. If the expected exit code is not 0, no pairs are returned.
     """
     ranks, parallel = LAYOUTS[name]
     output, log = tmp_path / "run", tmp_path / "log"
@@ -260,8 +263,9 @@ def test_unusable_checkpoint_is_refused(harm, says, made, write, tmp_path):
 
 
 def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
-    """Resume a stopped run of one rank with accepted changes. Return its steps, their pairs, and the checkpoint's
-    record.
+    """Resume a stopped run of one rank with accepted changes.
+
+    Returns the metrics and the pairs by step, and the record of the run in the last checkpoint.
 
     counts  whether the change also changes the number of steps; the new number is then accepted too
     """

@@ -1,7 +1,7 @@
 """Replay the recorded operations on a checkpoint folder up to every point: the loader must find an intact checkpoint.
 
-At every point, the test rebuilds three states in which a crash can leave the disk. The first state is that after a
-process was killed. The other two are those after a machine lost power:
+At every point, the test rebuilds three states in which a crash can leave the disk. The first is possible after a
+process is killed. The other two are possible after a machine loses power:
 
 - `as written`: all operations up to the crash have taken effect.
 - `names first`: files have only the content that was synced, but names are as if all directories had been synced.
@@ -130,7 +130,11 @@ class Disk:
             node.synced, node.synced_entries = node.content, dict(node.entries or {})
 
     def files(self, names: str, contents: str) -> dict[str, bytes | None]:
-        """Return the contents that a reader would find after the crash, by path; a directory's content is ``None``."""
+        """Return, by path, the contents that a reader would find after the crash. A directory's content is ``None``.
+
+        names     the attribute of a node that has the surviving entries
+        contents  the attribute of a node that has the surviving content
+        """
         found: dict[str, bytes | None] = {}
 
         def walk(node: Node, path: str) -> None:
@@ -151,7 +155,7 @@ VIEWS = {
 
 
 def chosen(folder: Path) -> int | None:
-    """Return the step of the checkpoint that the loader chooses; None without checkpoints, -1 if all are damaged."""
+    """Return the step of the checkpoint that the loader chooses: None if none exists, -1 if all are damaged."""
     from dpo_engine.checkpoint.directory import Damaged, committed, verify
 
     known = committed(folder)

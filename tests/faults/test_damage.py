@@ -41,14 +41,15 @@ def runs(run_files, tiny_hf, tmp_path_factory):
 
 
 def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
-    """Drop the final evaluation of a shorter run, so that its lines equal those of a run that continues to ``last``."""
+    """Drop the final evaluation of a run that ended before step ``last``. A run to step ``last`` has no such line."""
     return [line for line in lines if "loss" in line or line["step"] == last]
 
 
 def flip(path: Path, place: float | bytes) -> None:
     """Change one byte of a file.
 
-    place  the byte's position as a fraction of the file's size; or a text, whose first occurrence ends with the byte
+    place  the byte's position as a fraction of the file's size; or a sequence of bytes, to change the last
+           byte of its first occurrence
     """
     data = bytearray(path.read_bytes())
     at = data.index(place) + len(place) - 1 if isinstance(place, bytes) else int(place * (len(data) - 1))

@@ -79,7 +79,7 @@ def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_p
 def old_version():
     from dpo_engine import installation, version
 
-    assert installation.__version__ == version.__version__  # the check of the kernels has read the right version
+    assert installation.__version__ == version.__version__  # the check of the kernels has its own copy
     version.__version__ = "0.0.9"
 
 
@@ -226,7 +226,7 @@ def test_ranks_started_by_torchrun_compare_their_settings(factor, code, run_yaml
 
 
 def test_different_weights_are_not_saved(run_yaml, tmp_path):
-    """The save itself must compare the weights, because the next comparison of `guard_interval` comes much later."""
+    """The save itself must compare the weights, because the next regular comparison comes much later."""
     path = str(run_yaml(train={"guard_interval": 1000}))
     done = run_job(["train", path], 2, tmp_path / "log", before=flips_a_bit(MATRIX, 4))
     assert done.codes == [5, 5], done.said

@@ -90,7 +90,7 @@ def test_full_disk_on_one_rank(run_yaml, tmp_path):
 
 
 def test_tracker_that_rank_0_cannot_open(run_yaml, tmp_path):
-    """Only rank 0 has the error, but all ranks exit with the same error."""
+    """The error occurs only on rank 0, but all ranks exit with it."""
 
     def before():
         from dpo_engine.errors import ConfigError

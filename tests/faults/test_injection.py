@@ -1,4 +1,4 @@
-"""Tests of the fault injector: invalid settings, the times when faults fire, and DPO_FAULT with the command line."""
+"""Tests of the fault injector: invalid settings, when faults fire, and commands that run with DPO_FAULT."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Tests of tokenizing for longer than `parallel.timeout_s`, and of its interruption by a signal or a lost rank."""
+"""Tests of tokenizing that takes longer than `parallel.timeout_s`, or that a signal or a lost rank interrupts."""
 
 import os
 import signal

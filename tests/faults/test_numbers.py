@@ -205,7 +205,7 @@ def test_bad_step_at_a_save_saves_finite_weights(run_yaml, tmp_path):
 
 
 def poison(when, value=float("nan")):
-    """Return a ``before`` hook of ``run_job``: one weight on rank 1 changes between two steps."""
+    """Return a ``before`` hook of ``run_job``: before each save or after each load, a weight of rank 1 gets `value`."""
 
     def spoil(trainer):
         if os.environ["RANK"] == "1":

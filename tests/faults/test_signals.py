@@ -31,7 +31,7 @@ def whole(run_yaml, tmp_path):
 
 @pytest.fixture
 def held_signals():
-    """Block the signals before the ranks start, so that they are blocked in the ranks, as by `python -m dpo_engine`."""
+    """Block the signals in this process. The ranks inherit this, and start like `python -m dpo_engine`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS.values())
     yield
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS.values())
@@ -52,7 +52,7 @@ def last_step(output):
 
 
 def signal_in_save(number, rank=None):
-    """Return a ``before`` hook of ``run_job``: send the signal at the first fsync while step 4 is saved."""
+    """Return a ``before`` hook: at the first fsync while step 4 is saved, ``rank`` or every rank gets the signal."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -222,7 +222,7 @@ def test_time_limit_accounts_for_the_slowest_save(asynchronous, run_yaml, tmp_pa
     done = run_job(["train", path], 2, tmp_path / "log", environment=slurm, before=before)
     assert done.codes == [75, 75], done.said
     written = (tmp_path / f"run/checkpoints/step_{saved_step(tmp_path / 'run'):08d}/manifest.json").stat().st_mtime
-    assert int(started) + 8 < written <= int(started) + 22  # the limit is 20 s; allow 2 s more for a busy machine
+    assert int(started) + 8 < written <= int(started) + 22  # limit: 20 s, and 2 s more if the machine is busy
     assert saved_step(tmp_path / "run") == last_step(tmp_path / "run") > 0
 
 

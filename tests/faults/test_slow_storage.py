@@ -44,10 +44,10 @@ PLACES = (
 
 
 def slow_storage(rank, log, places=PLACES, seconds=SLOW_S):
-    """Return a ``before`` hook: on one rank, the first access to each of the `places` takes `seconds`.
+    """Return a ``before`` hook: on one rank, the first access to each of the `places` takes `seconds` longer.
 
-    Accesses are opening, syncing and renaming a file after the ranks have connected. Each slow access adds a line to
-    `log`.
+    A place is a pattern of paths. Accesses are opening, syncing and renaming a file after the ranks have connected.
+    Each slow access adds a line to `log`.
     """
 
     def before():

@@ -132,7 +132,7 @@ def mounted(folder: Path, size: int):
 def test_full_disk(name, whole, run_yaml, tmp_path):
     """The disk has space for 1.6 checkpoints. The job resumes after the disk has been enlarged."""
     expected, size = whole
-    # During a save in the background, the next step would fail to write its metrics to the full disk.
+    # Do not save in the background, because the next step would then fail to write its metrics to the full disk.
     checkpoint = {**SHORT["checkpoint"], "async_save": False}
     run = run_yaml(**{**SHORT, "checkpoint": checkpoint}, data={"cache_dir": str(tmp_path / "cache")})
     with mounted(tmp_path / "run", int(1.6 * size)):

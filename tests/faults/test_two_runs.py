@@ -1,4 +1,4 @@
-"""Tests of two runs with one output directory: one run trains, the other is refused or stops; no files are mixed."""
+"""Tests of two runs with one output directory: one trains, the other is refused or stops, and no files are mixed."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def unhurried(pause_s):
 
 
 def far(watch_s=1.0):
-    """Return a ``before`` hook: the job seems to be on another machine, so it must judge a lease by its renewals."""
+    """Return a ``before`` hook: the job seems to be on another machine, so it must judge leases by their renewals."""
 
     def before():
         from dpo_engine.checkpoint import lease

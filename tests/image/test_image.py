@@ -1,6 +1,6 @@
 """Tests of the image, with a base made from this machine's Debian.
 
-They cover its contents, and training in containers on one node and on two.
+They cover the image's contents, and training in containers on one node and on two.
 """
 
 import re
@@ -116,7 +116,7 @@ def test_image_trains(inside, run_yaml, tmp_path):
 
 @pytest.fixture
 def in_containers(store, built, submit_from, tmp_path_factory):
-    """Return a function that makes a submission whose jobs run in containers, with the necessary environment."""
+    """Return a function that returns a submission of container jobs, and the environment variables for its jobs."""
     files = tmp_path_factory.getbasetemp()
 
     def make(python):
@@ -139,7 +139,7 @@ def test_two_nodes_train_in_containers(store, in_containers, run_yaml, tmp_path)
 
 
 def test_cancelled_job_leaves_no_container(store, in_containers, tmp_path):
-    """No container may remain, even if training ignores all signals.
+    """No container may remain, even if training ignores SIGTERM and SIGUSR1.
 
     At the end of the job, Slurm kills podman's client, but not the container. The job script must remove the container.
     """

@@ -161,7 +161,7 @@ def test_apptainer_runs_the_image(task, tmp_path):
         *("engine.sif", "python", "-m", "dpo_engine", "eval", "run.yaml"),
     ]
     found = recorded_environment(tmp_path)
-    # Without this prefix, the image's own values would take precedence.
+    # Without the prefix `APPTAINERENV_`, the image's own values would take precedence.
     assert found["APPTAINERENV_WANDB_NOTES"] == value and found["APPTAINERENV_NVTE_FUSED_ATTN"] == "0"
     assert found["APPTAINERENV_PYTHONNOUSERSITE"] == "1", "apptainer mounts the home directory"
     assert "APPTAINERENV_MY_SECRET" not in found and "APPTAINERENV_HOME" not in found

@@ -31,7 +31,7 @@ DEFAULT = {
 }
 """Losses that cover different code paths, with the layout in which the default suite tests each loss."""
 OPTIONS = {"mix": MIXED, "mpo": MIXED, **TOKEN_WEIGHTED}
-AMPLIFIED = {"dpop": 1e-4}  # dpop multiplies differences of logps near -100 nats by lambda * beta = 5
+AMPLIFIED = {"dpop": 1e-4}  # tolerance: dpop multiplies differences of logps near -100 nats by lambda * beta = 5
 NAMES = sorted({id(loss): name for name, loss in sorted(LOSSES.items(), reverse=True)}.values())
 
 
@@ -50,7 +50,7 @@ def sections(name: str, micro_batch_size: int) -> dict:
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_hf, tmp_path_factory):
-    """Return a function that trains with a loss on one rank, in one micro-batch per step. It caches the results."""
+    """Return a function that trains with a loss on one rank, in one micro-batch per step. The results are cached."""
     known = {}
 
     def run(name):

@@ -305,7 +305,7 @@ def test_missing_pair_does_not_affect_coefficients():
 
 
 def variants(name: str) -> list[dict]:
-    """For each option of a loss, return other values, together with the options that such a value requires."""
+    """Return, for each option of a loss, values other than the default, with the options that these values require."""
     found = []
     hints = get_type_hints(LOSSES[name])
     for option, parameter in loss_options(LOSSES[name]).items():

@@ -170,7 +170,7 @@ def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
     return PairLogps(*both(columns[0]), *both(tokens), *both(columns[1]), *extra)
 
 
-# For each loss, the last options in CASES. As in TRL, weighting requires that pairs are independent, unlike in aot.
+# For each loss, the last options in CASES. Weighting requires a separate loss for each pair, which aot does not have.
 LAST_CASES = {name: (name, given) for name, given in CASES if name != "sft"}
 TOKEN_CASES = [
     *((*case, False, False) for case in LAST_CASES.values()),
@@ -333,6 +333,6 @@ def test_odds_ratio_matches_trls_orpo_trainer(monkeypatch):
     expected, metrics = trainer_of(ORPOTrainer, batch, logits, beta=0.2)
     policy, data = summed(batch, logits)
     got = LOSSES["orpo"](policy, None, data=data, beta=0.2)
-    # Compare only the odds ratio, because TRL's likelihood term also includes prompts, unlike the sums over responses.
+    # Compare only the odds ratio, because TRL's likelihood term includes prompts, but the engine's sums do not.
     ratio = got - LOSSES["sft"](policy, None, nll="response_mean")
     torch.testing.assert_close(ratio.mean(), expected - metrics["nll_loss"], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Tests of ranks that wait for a key in the store: no limit while another rank prepares, an error if that rank dies."""
+"""Tests of ranks that wait for a key in the store: no time limit while a rank prepares, an error if it dies."""
 
 import threading
 import time

@@ -123,7 +123,7 @@ def test_short_wait_prints_nothing():
 
 
 def ended():
-    """Call the function three times. Return for each call whether the store still has the call's key."""
+    """Call `without_time_limit` three times. Return for each call whether the store still has the call's key."""
     from dpo_engine.platform import long_work
 
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Tests of the page in Chromium: charts, pairs, themes, widths, print, and planted text."""
+"""Tests of the page in Chromium: charts, pairs, themes, widths, printing, and planted text."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ HOSTILE = (
 
 
 def check_steps(driver):
-    """Check that hover boxes name steps only if curves have different steps, and that all x axes have one range."""
+    """Check that hover boxes name steps only if curves have different steps, and that the x axes have equal ranges."""
     hover = "return document.querySelector('#chart-{} .plot').data.map(t => t.hovertemplate)"
     assert all("at step %{x}" in text for text in driver.execute_script(hover.format("loss")))
     assert not any("at step" in text for text in driver.execute_script(hover.format("grad_norm")))
@@ -49,7 +49,7 @@ def check_steps(driver):
 
 
 def use(driver):
-    """Sort, search and open pairs as a user does, and check the visible pairs and texts."""
+    """Sort, search and open pairs as a user does, and check what is visible. Return the number of pairs."""
     by_css = driver.find_elements
     rows = lambda: by_css("css selector", "#pair-table tr.pair")  # noqa: E731
     count = len(rows())
@@ -166,7 +166,7 @@ def test_widths_and_themes(width, dark, tmp_path):
 
 
 def contrast(driver):
-    """Return the smallest contrast ratio between text and page, as defined by WCAG 2.1."""
+    """Return the smallest contrast ratio between a text and the page's background, as defined by WCAG 2.1."""
     pairs = driver.execute_script(
         "return [...document.querySelectorAll('p, h2, h3, td, th, summary')].filter(e => e.offsetParent)"
         ".map(e => getComputedStyle(e).color).concat(getComputedStyle(document.body).backgroundColor)"
@@ -216,7 +216,7 @@ def test_single_points_many_runs_and_the_direction_of_text(tmp_path):
 
 @pytest.mark.slow
 def test_a_link_to_a_section_lands_there(tmp_path):
-    """Charts and the table are drawn after the page is loaded. They must not scroll the linked section away."""
+    """Charts and the table are drawn after the page is loaded. The linked section must nevertheless stay in view."""
     write_page([write_directory(tmp_path / "one", count=60, shown=30)], tmp_path / "page.html")
     with support.browser(width=390, height=844) as driver:
         support.show(driver, tmp_path / "page.html", at="#speed")
@@ -254,7 +254,7 @@ def test_the_largest_page_opens(tmp_path):
 
 @pytest.mark.slow
 def test_without_decompression_the_verdict_is_still_shown(tmp_path):
-    """The verdict is plain HTML. If the browser cannot unpack the charts, a line on the page says this."""
+    """The verdict is plain HTML. If the browser cannot unpack the charts, a line on the page reports it."""
     page = tmp_path / "page.html"
     write_page([write_directory(tmp_path / "one", count=20, shown=2)], page)
     text = page.read_text()

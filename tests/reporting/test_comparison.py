@@ -129,9 +129,9 @@ class TestReport:
         assert lines[7] == f"intervals: 2,000 bootstrap resamples of prompts, seed 0; {exact}".split()
 
     def test_likelihood_accuracies(self):
-        """Compared with the rejected log-probability, the chosen one is larger, smaller, equal, and smaller.
+        """Compared with the rejected log-probabilities, the four chosen ones are larger, smaller, equal, and smaller.
 
-        Per token, it is smaller, equal, equal, and equal.
+        Per token, the chosen ones are smaller, equal, equal, and equal.
         """
         chosen, rejected = [-6.0, -9.0, -4.0, -8.0], [-7.0, -8.0, -4.0, -6.0]
         tokens = {"chosen_tokens": [2, 9, 4, 4], "rejected_tokens": [7, 8, 4, 3]}

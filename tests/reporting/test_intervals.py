@@ -50,7 +50,7 @@ def test_intervals_have_their_nominal_coverage():
 
 
 def test_pairs_of_a_prompt_are_resampled_together():
-    """If each pair occurs five times, there is no more evidence. The order of pairs does not matter."""
+    """Repeating each pair five times adds no evidence, and the order of pairs does not matter."""
     rng = np.random.default_rng(3)
     values, prompts = rng.normal(size=50), np.array([f"p{i:02d}" for i in range(50)])
     expected = one(values, prompts=prompts)
@@ -74,7 +74,7 @@ def test_columns_share_their_resamples_and_the_seed_fixes_them():
 
 
 def tail(hits, count, share):
-    """Return the probability of at least `hits` hits, computed with the binomial formula."""
+    """Return the binomial probability of at least `hits` hits in `count` trials, each with probability `share`."""
     return sum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(hits, count + 1))
 
 
@@ -94,7 +94,7 @@ def test_intervals_of_shares_contain_the_exact_ones(hits, count):
 
 @pytest.mark.parametrize(("better", "worse"), [(4, 0), (5, 0), (6, 0), (9, 1), (9, 2), (1, 8), (3, 3), (0, 0)])
 def test_few_pairs_that_differ(better, worse):
-    """The interval of a difference excludes 0 exactly if McNemar's exact test rejects it."""
+    """The interval of a difference excludes 0 if and only if McNemar's exact test rejects a difference of 0."""
     values = np.zeros(255)
     values[:better], values[better : better + worse] = 1, -1
     p = sign_test(values, np.ones(255), np.arange(255))
@@ -105,7 +105,7 @@ def test_few_pairs_that_differ(better, worse):
 
 
 def test_exact_intervals_count_prompts():
-    """If each pair occurs five times, there is no more evidence. Opposite pairs of the same prompt cancel."""
+    """Repeating each pair five times adds no evidence, and opposite pairs of the same prompt cancel."""
     values, prompts = np.ones(20), np.arange(20)
     expected = one(values, centers=[SHARE])
     assert one(np.repeat(values, 5), prompts=np.repeat(prompts, 5), centers=[SHARE]) == pytest.approx(expected)

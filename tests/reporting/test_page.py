@@ -199,7 +199,7 @@ def test_charts_of_a_run_without_a_reference(folder, tmp_path):
 
 
 def test_small_numbers_of_pairs_keep_their_digits(tmp_path):
-    """A pair that flipped shows a sign for both models, even if its numbers are very small."""
+    """The margins of a pair whose ranking flipped keep their signs, even if they are very small."""
     logps = {"ref_chosen_logps": [-5.00021, -5.0, -6.0], "chosen_logps": [-4.0, -5.0, -4.9998]}
     folder = write_directory(tmp_path / "run", found=evaluation([1.0, 0.0, 1.0], **logps), shown=3)
     rows = {row["index"]: row for row in pair_rows(read_runs([folder]))}
@@ -263,7 +263,7 @@ def test_the_text_for_a_terminal(folder, tmp_path):
         out = console.file.getvalue()
         assert "✓ Better on held-out pairs" in out and "eval/loss" in out and "▁" in out and "all pairs" in out
     assert "one of the runs has no evaluation" in out and "loss.name" in out and "settings that differ" in out
-    # The pairs of the newest evaluation cannot be read, so verdict and table are about the evaluation before it.
+    # The pairs of the newest evaluation cannot be read, so the verdict and the table show the evaluation before it.
     bad = write_directory(tmp_path / "bad", count=20, shown=1)
     (bad / "eval/step_00000040.parquet").write_bytes((bad / "eval/step_00000060.parquet").read_bytes())
     (bad / "eval/step_00000060.parquet").write_bytes(b"x")

@@ -58,8 +58,8 @@ install() {
 
 alive() { [[ -s $1 ]] && kill -0 "$(<"$1")" 2>/dev/null; }
 
-# 198.18/15 is reserved for network tests and is not routed. A cluster uses the first subnet that is free at its first
-# start, also after restarts.
+# 198.18/15 is reserved for network tests and is not routed. At its first start, a cluster chooses the first free
+# subnet, which it also uses after restarts.
 choose_addresses() {
   mkdir -p "$dir"
   local part=1
@@ -81,7 +81,7 @@ write_files() {
     local place
     for place in "${!nodes[@]}"; do echo "$subnet.$((11 + place)) ${nodes[place]}"; done
   } >"$dir/hosts"
-  # Slurm counts each character device in this list as a GPU, although it is none.
+  # Slurm counts each character device in this list as a GPU, although none of them is one.
   printf 'Name=gpu File=/dev/%s\n' null zero full random >"$dir/gres.conf"
   # No loaded plugin uses this file, but without it, slurmd would look for a cgroup.conf in /etc.
   echo "ConstrainRAMSpace=no" >"$dir/cgroup.conf"

@@ -56,7 +56,7 @@ def test_missing_packages_are_listed(cluster, tmp_path):
 
 
 def test_stop_leaves_nothing_running(cluster, tmp_path):
-    """Start a second cluster next to the first, and stop it while one of its jobs ignores all signals."""
+    """Start a second cluster next to the first, and stop it while one of its jobs ignores SIGTERM."""
     other = Cluster(tmp_path / "other")
     other.start()
     try:

@@ -1,7 +1,7 @@
 """Tests of training jobs submitted to Slurm: after any interruption, the metrics are those of an undisturbed job.
 
-`DPO_FAULT=step:R:N:stop` stops the process of rank R after its N-th step until the test continues it, so that each test
-acts at a known moment. The expected metrics come from forked ranks, which run without Slurm.
+`DPO_FAULT=step:R:N:stop` suspends the process of rank R after its N-th step. Each test can therefore act at a known
+moment, before it continues or ends the process. The expected metrics come from forked ranks, which run without Slurm.
 """
 
 import re
@@ -85,7 +85,7 @@ def test_lost_node(cluster, submit_from, run_yaml, undisturbed, tmp_path):
     assert cluster.script("lose", "n2").returncode == 0
     job.wait_until_requeued()
     cluster.start()
-    job.ends("COMPLETED", restarts=None)  # Slurm can also kill a process of the next start, which then exits with 75
+    job.ends("COMPLETED", restarts=None)  # a second restart follows if Slurm also kills a process of the next start
     assert "resumed after step 4" in job.said
     assert trajectory(tmp_path / "slurm") == expected
 

@@ -205,4 +205,4 @@ def test_plan_offers_expert_parallelism(run_files, tmp_path):
     run = config_of(run_files, tmp_path, tmp_path, reference={"mode": "stored"}, data=data)
     lines = plan(run, 8)
     place = next(index for index, line in enumerate(lines) if ", ep 8: " in line)
-    assert ", ep " in lines[place + 2] and ", ep " in lines[place + 3]  # seconds, and bytes that a rank sends
+    assert ", ep " in lines[place + 2] and ", ep " in lines[place + 3]  # the lines with seconds and with sent bytes

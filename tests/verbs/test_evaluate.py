@@ -1,4 +1,7 @@
-"""Tests of `dpo-engine eval` and `compare`: pairs have transformers' values in every layout; checkpoints are found."""
+"""Tests of `dpo-engine eval` and `compare`.
+
+The numbers of every pair are those of transformers in every layout, and the right checkpoint is evaluated.
+"""
 
 import json
 import math
@@ -237,7 +240,7 @@ def test_validation_fraction_holds_out_training_pairs(files, tiny_hf, tmp_path):
     rows = rows_of(found["files"][0])
     assert 0 < len(rows) < 22 and {row["source"] for row in rows} == {files["train"]}
     assert found["run"]["reference"] is None and {row["ref_chosen_logps"] for row in rows} == {None}
-    for row in rows:  # rewards of SimPO are averages per token
+    for row in rows:  # rewards are sums over tokens, although SimPO's loss compares averages
         assert row["chosen_rewards"] == pytest.approx(2.0 * row["chosen_logps"], rel=1e-5)
 
 

@@ -61,7 +61,8 @@ def parity(config, folder, *overrides, ranks=None):
 
 @pytest.mark.slow
 def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
-    more = {"parallel": {"tp": 2}, "batch": {"layout": "tree"}, "optim": {"states": "host"}}  # one process: device
+    # The run in one process has its optimizer states on the device.
+    more = {"parallel": {"tp": 2}, "batch": {"layout": "tree"}, "optim": {"states": "host"}}
     done = parity(config_of(files, tiny_hf("llama"), tmp_path, **more), tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(
@@ -303,7 +304,7 @@ def verdicts(done):
 def test_loss_that_reads_its_micro_batch_is_found(files, tiny_hf, tmp_path):
     """The run has one rank, stacked rows, and one pair per micro-batch.
 
-    Only the comparison with a run that has different micro-batches can reveal such a loss.
+    Only the comparison with a run that has different micro-batches can reveal a loss that depends on its micro-batch.
     """
     done = command(files, tiny_hf("llama", num_hidden_layers=2), tmp_path / "run", "secret_mean", before=in_forks)
     assert done.codes == [1], done.said
@@ -357,7 +358,7 @@ short_run.open_reference = planted
     ],
 )
 def test_reference_that_reads_the_policy_is_found(mode, reference, plant, files, tiny_hf, tmp_path):
-    """Both compared runs have the bug, so only the numbers before the change of the policy's weights can reveal it."""
+    """Both compared runs have the bug. Only the numbers from before the policy's weights were changed can reveal it."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "planted_reference.py").write_text(REFERENCES.format(reference=reference, plant=plant))
@@ -454,8 +455,8 @@ def test_policy_and_reference_differ_until_the_last_step(files, tiny_hf, tmp_pat
         assert row["ref_chosen_logps"] == pytest.approx(unchanged[row["index"]]["chosen_logps"], rel=1e-2)
         assert 1e-2 < abs(row["chosen_logps"] - row["ref_chosen_logps"]) < 10, row
     assert all(step["metrics"]["learning_rate"] > 0 for step in found["steps"])
-    # In bf16, the optimizer has fp32 main weights. They must change too, because the first step would otherwise undo
-    # the change.
+    # In bf16, the optimizer has fp32 main weights. The change of the policy must include them, because the first step
+    # would otherwise undo it.
     after = {row["index"]: row["chosen_logps"] for row in found["after"]}
     changed = {row["index"]: row["chosen_logps"] for step in found["steps"] for row in step["pairs"]}
     moved = sum(abs(changed[index] - row["chosen_logps"]) for index, row in unchanged.items())

@@ -13,13 +13,12 @@ Which heads, dtypes and GPUs these packages support depends on their versions. E
 small tree and the heads of one tensor-parallel rank, before the run loads weights.
 """
 
-import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
@@ -44,8 +43,6 @@ def offer_te(spec: str, arch: Architecture, platform: Platform, dtype: torch.dty
         raise ConfigError(
             f"model.attention={TE}: requires Transformer Engine's layers, but model.spec is {spec}; set it to auto"
         )
-    # Without this, Transformer Engine could choose kernels that store all scores.
-    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
     _try(f"model.attention={TE}: Transformer Engine", tree_attention, arch, platform, dtype, tp)
     if TE not in BACKENDS:
         register_backend(TE, TransformerEngine)
@@ -97,7 +94,7 @@ def _try(
         for window in (None, 2) if arch.has_windows else (None,):
             attention(*inputs, pair, window=window).sum().backward()
     except Exception as error:  # packages raise errors of any class
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConfigError(f"{who} cannot compute this model's attention: {reason}; set another value") from error
 
 
@@ -140,7 +137,7 @@ def _te_module(heads: int, kv_heads: int, head_dim: int, scale: float, window: i
     """Return Transformer Engine's attention for causal rows. The last query of a row sees the row's last key."""
     from transformer_engine.pytorch import DotProductAttention
 
-    return DotProductAttention(
+    attention = DotProductAttention(
         heads,
         head_dim,
         num_gqa_groups=kv_heads,
@@ -150,3 +147,10 @@ def _te_module(heads: int, kv_heads: int, head_dim: int, scale: float, window: i
         window_size=(-1 if window is None else window - 1, 0),
         softmax_scale=scale,
     )
+    attention.unfused_attention = _Refused()  # its kernels would store all scores
+    return attention
+
+
+class _Refused(nn.Module):
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        raise RuntimeError("Transformer Engine has no fused kernel for it")

@@ -59,7 +59,6 @@ def fresh(monkeypatch):
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(dispatch, "_defaults", dict(dispatch._defaults))
     monkeypatch.delenv("DPO_KERNELS", raising=False)
-    monkeypatch.setenv("NVTE_UNFUSED_ATTN", "0")
     attention_packages._te_module.cache_clear()
     yield
     attention_packages._te_module.cache_clear()
@@ -110,16 +109,22 @@ def test_te_is_refused_where_it_cannot_run(needs, spec, says, installed):
     assert str(refused.value).startswith(says)
 
 
-def test_te_is_refused_if_it_has_no_kernel(installed):
-    def fails(*args, **options):
-        raise ValueError("No dot product attention backend is available.\nRun with NVTE_DEBUG=1")
+@pytest.mark.parametrize("unfused", [False, True])
+def test_te_is_refused_if_it_has_no_fused_kernel(unfused, installed):
+    class Unable(DotProductAttention):
+        def __call__(self, *args, **options):
+            if unfused:
+                return self.unfused_attention(*args, **options)
+            raise ValueError("No dot product attention backend is available.\nRun with NVTE_DEBUG=1")
 
-    installed.DotProductAttention = lambda *args, **options: fails
+    installed.DotProductAttention = Unable
     with pytest.raises(ConfigError) as refused:
         choose_kernels(TE, ARCH, GPU, torch.bfloat16, spec="te")
+    reason = (
+        "Transformer Engine has no fused kernel for it" if unfused else "No dot product attention backend is available"
+    )
     assert str(refused.value) == (
-        "model.attention=te: Transformer Engine cannot compute this model's attention: No dot product attention "
-        "backend is available.; set another value"
+        f"model.attention=te: Transformer Engine cannot compute this model's attention: {reason}; set another value"
     )
     assert "te" not in dispatch.BACKENDS
 
@@ -146,7 +151,9 @@ def test_flash_attention_2_needs_no_activation(loaded):
 
 
 def test_flash_attention_needs_a_gpu(loaded):
-    with pytest.raises(ConfigError, match="^model.flash_attention=3: requires a GPU, but this machine has none; set it"):
+    with pytest.raises(
+        ConfigError, match="^model.flash_attention=3: requires a GPU, but this machine has none; set it"
+    ):
         choose_kernels(AUTO, ARCH, CPU, torch.bfloat16, flash=3)
     assert loaded == []
 

@@ -73,6 +73,19 @@ def test_transformer_engine_has_deterministic_kernels():
     assert last["waits_in_micro_batches"] == 0
 
 
+@requires_transformer_engine
+@pytest.mark.parametrize("more", [(), ("--world", "4", "parallel.tp=2", "parallel.cp=2"), ("model.recompute=full",)])
+def test_trees_with_attention_of_transformer_engine(more):
+    """Transformer Engine rounds sizes up for cuDNN, so a new step rarely needs a plan, although all lengths are new."""
+    keys = ("model.spec=te", "model.attention=te", "train.deterministic=false", "batch.tokens_per_micro_batch=2048")
+    steps = run(*SHORT_TREES, *keys, *more, "--steps", "8")["steps"]
+    plans = [step["counts"]["cudnn_plans"] for step in steps]
+    assert plans[0] > 0 and sum(plans[4:]) <= 2, plans
+    last, passes = steps[-1], 4 if "model.recompute=full" in more else 3
+    assert last["counts"]["cudnn_calls"] == 4 * passes * last["micro_batches"]
+    assert last["waits_in_micro_batches"] == 0, last["phases"]
+
+
 def launches_per_layer(*keys):
     """Return the launches per layer and micro-batch, without products and attention.
 

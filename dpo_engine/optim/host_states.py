@@ -90,8 +90,8 @@ def update_threads(*, gpu: bool) -> int:
 
     Without a GPU, an update uses as many threads as all other operations. With a GPU, it uses OMP_NUM_THREADS threads
     if this variable is set and more than 1 (torchrun sets it to 1 by default). Otherwise, it uses one thread for each
-    core that this process may use. If the process may use all cores of the node, so may the other ranks of the node;
-    the number of cores is then divided by the number of GPUs.
+    core that this process may use. If it may use all cores of the node, the other ranks of the node use the same cores,
+    so the number of cores is divided by the number of GPUs.
     """
     asked, own = torch.get_num_threads(), cores()
     if not gpu or ("OMP_NUM_THREADS" in os.environ and asked > 1):

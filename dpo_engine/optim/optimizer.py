@@ -72,8 +72,8 @@ def wrap_policy(
                parameters' dtype
     options    further fields of DDP's configuration, from the section ``megatron.ddp``
 
-    This also sets ``finalize_model_grads_func`` in Megatron's model config, so that the pipeline schedules reduce
-    gradients without rescaling them.
+    This function also sets ``finalize_model_grads_func`` in Megatron's model config, so that the pipeline schedules
+    reduce gradients without rescaling them.
     """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(

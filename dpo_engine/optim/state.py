@@ -109,7 +109,7 @@ def counts_by_parameter(optimizer: Any) -> bool:
 def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
     """Yield each owned parameter with a non-finite value, and the name of the tensor with this value.
 
-    The name is ``main`` or that of a moment.
+    The name is ``main`` or a moment's name.
     """
     found = []
     for owned in owned_slices(trained):

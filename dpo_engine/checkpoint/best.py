@@ -1,4 +1,4 @@
-"""Find the best steps of a run by a held-out metric."""
+"""Rank the steps of a run by a metric of its evaluations, and choose the checkpoints to keep and to remove."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -47,7 +47,9 @@ def ranking(lines: Sequence[Mapping[str, Any]], by: KeepBest, among: Collection[
 def choose(
     folder: Path, step: int, history: Path, *, keep_last: int, keep_best: KeepBest | None, damaged: Collection[str]
 ) -> tuple[int | None, list[str]]:
-    """Return the step of the best checkpoint, or None, and the names of the checkpoints to remove, oldest first.
+    """Return the step of the best checkpoint, and the names of the checkpoints to remove, oldest first.
+
+    The step is None if ``keep_best`` is None, or if no step with a checkpoint has a value of the metric.
 
     step                the newest step; its checkpoint may not be published yet
     history             the run's metrics.jsonl

@@ -12,7 +12,7 @@ checkpoints/
   step_00000012.tmp.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is writing
   step_00000004.old.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is removing
   latest                       the name of the newest checkpoint, for people; the engine never reads this file
-  best                         the name of the best checkpoint (checkpoint.keep_best), in the form of `latest`
+  best                         the name of the best checkpoint (checkpoint.keep_best), in the same form as `latest`
 ```
 
 Once a directory has its final name, nothing writes to it.
@@ -158,9 +158,9 @@ def point(folder: Path, newest: Path, best: Path | None) -> None:
 
 
 def intact(folder: Path, damaged: Collection[str]) -> dict[int, Path]:
-    """Return the newest published checkpoint of each step, by step. Checkpoints known to be damaged are left out.
+    """Return the newest published checkpoint of each step, by step, without checkpoints that are known to be damaged.
 
-    damaged    names of checkpoints
+    damaged    names of checkpoints known to be damaged
     """
     return {step_of(path): path for path in committed(folder) if path.name not in damaged}
 
@@ -183,7 +183,7 @@ def superseded(
 def remove(folder: Path, names: Sequence[str], run_id: str) -> Iterator[Path]:
     """Remove checkpoints, and yield the path of each one after it is removed.
 
-    All of these checkpoints are renamed first, so that a partly removed checkpoint is never loaded.
+    Before the first removal, all of these checkpoints are renamed, so that a partly removed checkpoint is never loaded.
     """
     doomed = []
     for name in names:

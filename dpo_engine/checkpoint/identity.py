@@ -39,7 +39,9 @@ torch is recorded separately, from ``torch.__version__``, because this version a
 
 
 def model_identity(arch: Architecture, adapter: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the part of the identity that describes the model and decides whether saved state fits it, as JSON values.
+    """Return the part of the identity that describes the model, as JSON values.
+
+    If this part differs, the saved state does not fit the model.
 
     adapter  facts that determine the adapters: their settings, and digests of the base weights and of the adapter that
              the run started from; None: all weights are trained
@@ -115,7 +117,7 @@ def _optim(optim: OptimConfig) -> dict[str, Any]:
 
 
 def _limits(data: DataConfig, arch: Architecture) -> dict[str, Any]:
-    """Return the settings of tokenizing, and the size of the sliding window if rows can be longer than the window.
+    """Return the settings of tokenization, and the size of the sliding window if rows can be longer than the window.
 
     Settings that were added later are left out while they have their default values, so that the identity still matches
     the identity in older checkpoints.

@@ -15,16 +15,16 @@ lease if there is no lease, if the last lease was released, or if the holder of 
    every `RENEW_S` seconds in a thread: it sets the file's modification time. The watcher compares this time only with
    the time that it read before, never with its own clock, and watches longer if the storage answers slowly.
 
-Before a new holder writes anything else, it removes the older files. A former holder may still be alive: it was merely
-suspended, or cut off from the storage. At its next renewal or save, it finds that its file is gone, and ends at once.
+Before a new holder writes anything else, it removes the older files. The former holder may still be alive, if it was
+only suspended or cut off from the storage. At its next renewal or save, it finds its file gone, and ends at once.
 
 Why this way: locks (flock) do not work on all network storage, and can be lost silently there. Creating a file
 exclusively works on NFS since version 3. No process ever replaces a file of another process, and a number is never used
 again, so two runs that find the same dead holder cannot both succeed. Slow storage alone does not end a lease, because
 only another run that wants the directory checks whether the holder is dead.
 
-Not covered: a former holder that is suspended between the check before a rename and the rename itself. The rename fails
-only if the new holder has already removed the unfinished files.
+Not covered: a former holder that is suspended between the check before a rename and the rename itself. If it resumes,
+the rename fails only if the new holder has already removed the unfinished files.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Holder:
         return printable(shorten(f"host {self.host}, process {self.pid}{job}, since {self.since}", 160))
 
     def lives(self, me: Holder) -> bool | None:
-        """Whether the process is still running, as seen by another process, ``me``. ``None``: unknown."""
+        """Whether the process is still running, as far as another process, ``me``, can tell. ``None``: unknown."""
         if self.machine == me.machine:
             started = process_start(self.pid)
             if started != "":
@@ -175,11 +175,11 @@ class Lease:
 
     def _held(self) -> bool:
         try:
-            os.utime(self.path)  # asks the server, unlike reading a directory that this machine has cached
+            os.utime(self.path)  # reaches the server, whereas a directory listing may come from a cache
         except FileNotFoundError:
             return False
         except OSError:
-            pass  # the storage fails, or has no such operation
+            pass  # the storage fails, or does not support this operation
         return _newest(self.path.parent) == self.path
 
     def _lost(self) -> str:

@@ -53,11 +53,11 @@ def find_checkpoint(
 
     Return ``None`` if the folder has no checkpoints.
 
-    say   called on every rank with one line for each skipped checkpoint, and one for files in the directory that are
-          not part of the checkpoint
+    say   called on every rank with one line for each skipped checkpoint and, if the returned checkpoint's directory
+          contains files that are not part of it, with one line about these files
 
-    *Collectives*: two all-gathers of objects and a broadcast of an object from rank 0, and three all-gathers of objects
-    for each checkpoint examined. Each rank reads and verifies a share of the files, without a time limit.
+    *Collectives*: two all-gathers of objects and a broadcast of an object from rank 0. Then, for each checkpoint
+    examined, three all-gathers of objects. Each rank verifies the hashes of a share of the files, without a time limit.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when there are checkpoints but none is intact, when
     a checkpoint has a different format version, when the ranks do not see the same files, or when there is no
     checkpoint for ``step``.
@@ -139,7 +139,7 @@ def load_checkpoint(
 
     following  model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
                their weights are loaded, too
-    random     restore the states of the random number generators, if the checkpoint was saved in this layout
+    random     whether to restore the states of the random number generators, if the checkpoint was saved in this layout
 
     *Collectives*: an all-gather of objects over all ranks before the tensors are read, and another after they are read;
     reading has no time limit. Then an all-gather of the parameters over dp_cp.
@@ -200,10 +200,11 @@ def placed_slices(trained: Trained, arch: Architecture, groups: ParallelGroups) 
 
 
 def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGroups) -> list[Placed]:
-    """Return this rank's frozen parameters: weights of ``optim.freeze``, and biases with which routers choose experts.
+    """Return this rank's frozen parameters that a checkpoint contains.
 
-    With adapters, return an empty list. The frozen weights are then the weights at ``model.path``, and checkpoints
-    contain only the digest of these weights.
+    These are the weights that ``optim.freeze`` and ``train.freeze_router`` freeze, and the biases that routers add to
+    the scores of experts when they choose experts. With adapters, return an empty list. The frozen weights are then the
+    weights at ``model.path``, and checkpoints contain only the digest of these weights.
     """
     if trained.chunks[0].module.adapted:
         return []
@@ -233,9 +234,10 @@ def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") 
 
 
 def unless_taken_over(work: Callable[[], Any], confirm: Callable[[], None]) -> Callable[[], Any]:
-    """Wrap ``work`` so that its :class:`CheckpointError` becomes that of ``confirm`` if another run has taken over.
+    """Wrap ``work``: if it fails because another run has taken over, raise the error of ``confirm`` instead of its own.
 
-    A run that has taken over removes the files of this run, so a missing file would be named instead of the reason.
+    A run that has taken over removes the files of this run. The error of ``work`` would therefore name a missing file
+    and not the cause.
     """
 
     def run() -> Any:
@@ -246,7 +248,7 @@ def unless_taken_over(work: Callable[[], Any], confirm: Callable[[], None]) -> C
                 try:
                     confirm()
                 except CheckpointError as reason:
-                    if reason.__cause__ is None:  # else, the storage failed again
+                    if reason.__cause__ is None:  # otherwise, `confirm` failed because of the storage
                         raise
             raise
 

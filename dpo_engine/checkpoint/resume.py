@@ -31,7 +31,8 @@ ACCEPTED = {
 }
 """Identity keys whose changes can be accepted, and the effect of each change.
 
-``model``, ``adapter``, ``optim.optimizer`` and ``optim.freeze`` are not listed, because the saved state would not fit.
+``model``, ``adapter``, ``optim.optimizer`` and ``optim.freeze`` are not listed, because the saved state would not fit
+the changed run.
 """
 
 UNRECORDED = {"adapter": None, "optim.optimizer": "adamw", "optim.freeze": [], "megatron": {}}
@@ -80,7 +81,7 @@ def _shown(value: Any) -> str:
 def compare(
     saved: Mapping[str, Any], current: Mapping[str, Any], accepted: Sequence[str] = (), *, where: str | Path
 ) -> list[Change]:
-    """Return the keys of ``current`` whose values differ from ``saved``. Keys that exist only in ``saved`` are ignored.
+    """Return a :class:`Change` for each key of ``current`` whose value in ``saved`` differs or is absent.
 
     saved     identity of the run that saved the checkpoint
     current   identity of this run, or a part of it
@@ -119,7 +120,7 @@ _FIT = dict.fromkeys(("optim.optimizer", "optim.freeze"), "optimizer state does"
 
 
 def with_all_options(saved: dict[str, Any]) -> dict[str, Any]:
-    """In a saved identity, fill in the options of the losses that the loss ``mix`` combines.
+    """Return the saved identity with all options of the losses that the loss ``mix`` combines.
 
     Older checkpoints record only the options that the run file sets, without defaults.
     """
@@ -158,7 +159,7 @@ def keeps_following(saved: Mapping[str, Any], current: Mapping[str, Any]) -> boo
 
 
 def keeps_random(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
-    """Whether to restore the states of the random number generators from the checkpoint: only if the seed is equal."""
+    """Whether to restore the states of the random number generators from the checkpoint: true if seeds are equal."""
     return saved.get("seed", MISSING) == current["seed"]
 
 

@@ -1,6 +1,6 @@
 """Save checkpoints in the background, atomically.
 
-The problem: writing the weights and optimizer state of a large model takes minutes. Training should not wait for it,
+The problem: writing the weights and optimizer state of a large model takes minutes. Training should continue meanwhile,
 and a crash at any moment must leave an intact checkpoint.
 
 The solution: `Saver.save` copies this rank's state to host memory and returns; training continues while a thread
@@ -17,7 +17,7 @@ Loading ignores this directory, and the next start removes it. If any rank fails
 error.
 
 Why this way: the writer threads never communicate. Only the main thread runs collectives: between steps, `advance`
-reduces one flag and starts the next part when all ranks are ready. If two threads ran collectives, the order could
+reduces one flag and starts the next part when all ranks are ready. If two threads ran collectives, their order could
 differ between ranks, and the ranks would hang. No rank waits in a collective for another rank's files, because slow
 storage must not end a run; see :mod:`~dpo_engine.platform.long_work`. Synchronous saves run the same code without the
 thread. Checkpoints contain safetensors and JSON files but no pickles, so loading a checkpoint cannot execute code.
@@ -68,8 +68,8 @@ class Saver:
 
     identity      settings and data that determine the run's results; see :mod:`~dpo_engine.checkpoint.identity`
     keep_last     number of newest checkpoints to keep, at least 2
-    keep_best     metric by which the best checkpoints are kept too; None: keep only the newest checkpoints
-    asynchronous  copy this rank's state to host memory, and write the copy in a thread during later steps
+    keep_best     metric that selects the best checkpoints, which are also kept; None: keep only the newest checkpoints
+    asynchronous  whether to copy this rank's state to host memory, and write the copy in a thread during later steps
     history       path of the run's metrics.jsonl
     following     model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
                   checkpoints then include the reference's weights
@@ -188,7 +188,7 @@ class Saver:
     def is_best(self, step: int) -> bool:
         """Return whether ``step``, which has just been evaluated, is among the best. ``keep_best`` must be set.
 
-        If the step seems to be among the best, finish the current save, which may be of a better step. Then decide
+        If the step seems to be among the best, finish the current save, because it may save a better step. Then decide
         again.
 
         *Collectives* and errors: those of :meth:`finish`.
@@ -202,7 +202,7 @@ class Saver:
         return found
 
     def judged(self) -> None:
-        """Choose the best checkpoints again, after an evaluation of a step whose checkpoint is already saved.
+        """After the evaluation of a step that is already saved, choose the best checkpoints again and remove old ones.
 
         *Collectives*: all-gathers of objects over all ranks. The wait for the files has no time limit.
         """
@@ -219,7 +219,7 @@ class Saver:
         without_time_limit(self.groups.world, retire, Meter("removing old checkpoints"))
 
     def _start(self, part: Job) -> None:
-        """Start a part in a thread or, without a thread, leave it to :meth:`_next`."""
+        """Start a part in a thread. If saves are synchronous, :meth:`_next` runs the part instead."""
         self._running = Future()
         self._work = partial(self._settle, self._running, part)
         if self.asynchronous:
@@ -258,7 +258,7 @@ class Saver:
     def _in_parts(
         self, manifest: dict[str, Any], updates: int, tensors: dict[str, Tensor], length: int
     ) -> Generator[Job, Any, Path]:
-        """Run a save as a generator: yield each part that this rank must run, and receive its result on this rank.
+        """Run a save as a generator: yield each part that this rank must run, and receive the result of this part.
 
         Returns the directory of the completed checkpoint.
         """
@@ -301,8 +301,8 @@ class Saver:
     def _publish(self, work: Path, manifest: dict[str, Any]) -> tuple[Path | None, Path | None, list[str]]:
         """On rank 0, complete the checkpoint.
 
-        Returns its directory, the directory of the best checkpoint, and the names of the checkpoints to remove. On the
-        other ranks, these are None, None and no names.
+        Returns the checkpoint's directory, the best checkpoint's directory (None if none is chosen), and the names of
+        the checkpoints to remove; on the other ranks, None, None and an empty list.
         """
         final, best, old = None, None, []
         if self._first:

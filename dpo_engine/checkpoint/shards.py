@@ -5,7 +5,7 @@ position of the tensor's first element in the flattened shard. For a matrix of a
 the rank among the ranks that the matrix is split over. The kinds are:
 
 - ``main``: the fp32 weights, trained and frozen
-- ``exp_avg`` and ``exp_avg_sq``: Adam's moments. Another optimizer has other kinds, such as ``momentum_buffer``
+- ``exp_avg`` and ``exp_avg_sq``: Adam's moments. Other optimizers have other kinds, such as ``momentum_buffer``
 - ``reference``: the weights of a reference that is periodically updated from the policy (``reference.sync_every``)
 - ``random``: the state of a random number generator. The key contains the generator's name instead of a parameter, and
   the global rank instead of the tensor-parallel rank.
@@ -68,7 +68,10 @@ def write_shard(
 
 
 def copy_to_host(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy ``tensors`` to ``buffers`` in host memory. Return the buffers. Buffers of other shapes are replaced."""
+    """Copy ``tensors`` to ``buffers`` in host memory, and return the buffers.
+
+    A buffer that is missing or has a different shape is allocated.
+    """
     for key, tensor in tensors.items():
         if key not in buffers or buffers[key].shape != tensor.shape:
             buffers[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)

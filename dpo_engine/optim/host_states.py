@@ -1,13 +1,13 @@
 """Keep AdamW's states in host memory: the fp32 main weights and both moments (``optim.states: host``).
 
 The device keeps weights and gradients. An update works in pieces (:mod:`~dpo_engine.optim.pieces`). While the host
-updates one piece, the gradients of the next one are copied to it, and the weights of the one before are copied back.
-Only the buffers of these copies are page-locked. The update itself is torch's fused AdamW for CPUs. All of this also
-runs without a GPU, where the device's memory is host memory, too.
+updates one piece, the gradients of the next piece are copied to the host, and the new weights of the previous piece are
+copied back to the device. Only the buffers of these copies are page-locked. The update itself is torch's fused AdamW
+for CPUs. This module also works without a GPU; the device's memory is then host memory, too.
 
-Megatron's HybridDeviceOptimizer is not used. It moves only tensors of a GPU, so neither its numbers nor its checkpoints
-could be tested without one. By default, it also page-locks memory for all gradients and has an optimizer for each
-parameter.
+Megatron's HybridDeviceOptimizer is not used. It moves only tensors that are on a GPU, so neither its numbers nor its
+checkpoints could be tested without a GPU. By default, it also page-locks memory for all gradients and creates an
+optimizer for each parameter.
 """
 
 import os
@@ -37,7 +37,7 @@ class HostAdamW(PiecewiseAdamW):
         locked = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self._scaled, self._received, self._sent = buffers(device=device), buffers(**locked), buffers(**locked)
         self._out, self._back = torch.cuda.Stream(), torch.cuda.Stream()
-        self._free = [self._back.record_event() for _ in range(2)]  # when each buffer of weights is copied
+        self._free = [self._back.record_event() for _ in range(2)]  # copies out of the buffers
 
     def _update_all(self) -> None:
         self._out.wait_stream(torch.cuda.current_stream())
@@ -59,7 +59,10 @@ class HostAdamW(PiecewiseAdamW):
         torch.cuda.current_stream().wait_stream(self._back)
 
     def _fetch(self, number: int) -> Any:
-        """Start to copy the gradients of a piece to the host, scaled. Return the event of their arrival."""
+        """Start to copy the scaled gradients of a piece to the host. Return an event that marks their arrival.
+
+        If there is no piece with this number, return None.
+        """
         if number == len(self._pieces):
             return None
         scaled, received = self._scaled[number % 2], self._received[number % 2]
@@ -85,9 +88,10 @@ class HostAdamW(PiecewiseAdamW):
 def update_threads(*, gpu: bool) -> int:
     """Return the number of threads for an update on the host.
 
-    Without a GPU, this is the number of threads of all other operations. With one, it is OMP_NUM_THREADS, unless that
-    is 1, to which torchrun sets it. Otherwise it is the number of cores that this process may use, divided by the
-    number of GPUs if other ranks of the node may use the same cores.
+    Without a GPU, an update uses as many threads as all other operations. With a GPU, it uses OMP_NUM_THREADS threads
+    if this variable is set and more than 1 (torchrun sets it to 1 by default). Otherwise, it uses one thread for each
+    core that this process may use. If it may use all cores of the node, the other ranks of the node use the same cores,
+    so the number of cores is divided by the number of GPUs.
     """
     asked, own = torch.get_num_threads(), cores()
     if not gpu or ("OMP_NUM_THREADS" in os.environ and asked > 1):
@@ -97,7 +101,7 @@ def update_threads(*, gpu: bool) -> int:
 
 
 def update_lines(optim: OptimConfig, *, gpu: bool) -> list[str]:
-    """Return the log's line about updates on the host, if there are any."""
+    """Return a log line about updates on the host; no line if the states are on the device."""
     if optim.states == "device":
         return []
     return [f"optimizer: states in host memory; threads per rank for an update: {update_threads(gpu=gpu)}"]

@@ -1,4 +1,4 @@
-"""Set up Megatron's data-parallel wrapper, optimizer, and learning rate schedule.
+"""Set up Megatron's data-parallel wrapper, optimizer, and learning rate schedule, and update the weights in a step.
 
 Megatron is configured to sum gradients without rescaling them, because the training step divides the loss by the total
 weight of the global batch.
@@ -29,7 +29,7 @@ from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.platform.ranges import part
 
 EXPERTS = "is_expert_parallel"
-"""Megatron's key in a parameter group: whether its parameters belong to experts."""
+"""Key in Megatron's parameter groups: whether a group's parameters belong to experts."""
 
 
 class Trained(NamedTuple):
@@ -72,8 +72,8 @@ def wrap_policy(
                parameters' dtype
     options    further fields of DDP's configuration, from the section ``megatron.ddp``
 
-    This also sets ``finalize_model_grads_func`` in Megatron's model config, so that the pipeline schedules reduce
-    gradients without rescaling them.
+    This function also sets ``finalize_model_grads_func`` in Megatron's model config, so that the pipeline schedules
+    reduce gradients without rescaling them.
     """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
@@ -104,7 +104,7 @@ def wrap_policy(
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
-        # Megatron's hooks then start no gather ahead of time. Its schedules start the gathers with this function.
+        # Megatron's hooks then start no gather ahead of time. Its pipeline schedules call this function to start them.
         config.param_sync_func = [partial(_start_gathers, chunk) for chunk in wrapped]
 
     def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
@@ -137,7 +137,7 @@ def build_optimizer(
 
     Biases and norm weights have no weight decay. Frozen parameters, those with ``requires_grad=False``, have no
     optimizer state. Load the weights before calling this function, because it copies them to the main weights.
-    ``optim.states`` decides where main weights and moments are; an fp64 model has them on the device.
+    ``optim.states`` decides where main weights and moments are stored; those of an fp64 model are always on the device.
     """
     dtype = chunks[0].config.params_dtype
     config = OptimizerConfig(
@@ -156,7 +156,7 @@ def build_optimizer(
     )
     if optim.optimizer == "adamw" and dtype is not torch.float64:
         kind = _in_pieces(optim, parallel, dtype)
-        # Megatron then creates no main weights. update_in_pieces() sets this to False again.
+        # If this is True, Megatron creates no main weights. update_in_pieces() sets it to False again.
         config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = kind is not None
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
         if kind:
@@ -189,9 +189,9 @@ def _plain_optimizer(optimizer: torch.optim.Optimizer | None, config: OptimizerC
 def _torch_optimizer(
     chunks: list[DistributedDataParallel], optim: OptimConfig, *, experts: bool = False
 ) -> torch.optim.Optimizer | None:
-    """Build the torch optimizer for the parameters that are not frozen; None if all of them are frozen.
+    """Build the torch optimizer for the parameters of experts, or for all others. Return None if these are all frozen.
 
-    experts  True: the parameters of experts; False: all other parameters
+    experts  True: for the parameters of experts; False: for all other parameters
     """
     every = (parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad)
     parameters = [parameter for parameter in every if getattr(parameter, "allreduce", True) != experts]
@@ -208,8 +208,8 @@ def _torch_optimizer(
 def fuse_adam(optimizer: Any) -> None:
     """Make torch's AdamW update all parameters in one kernel per group. Other implementations of Adam are fused anyway.
 
-    Without this, Megatron's AdamW uses torch's ``foreach`` form, which needs another 4 bytes per owned parameter. This
-    temporary memory determines the peak of a run with full recomputation.
+    Without this function, Megatron's AdamW uses torch's ``foreach`` form, which temporarily needs another 4 bytes per
+    owned parameter. With full recomputation, this temporary memory determines the run's peak.
     """
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(single.optimizer, torch.optim.AdamW):
@@ -218,7 +218,9 @@ def fuse_adam(optimizer: Any) -> None:
 
 
 def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the reduced gradients that this rank adds to sums over the model, so that each gradient counts once.
+    """Return the reduced gradients that this rank contributes to sums over the model.
+
+    Over all ranks of such a sum, each gradient of the model counts once.
 
     Returns  two lists: the gradients of all parameters except experts', and the gradients of experts' parameters
     """
@@ -232,7 +234,10 @@ def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def sum_over_model(trained: Trained, others: Tensor, experts: Tensor) -> Tensor:
-    """Sum a number over the ranks that count different gradients; ``experts`` is this rank's number for experts.
+    """Sum numbers over the ranks that contribute different gradients; see :func:`reduced_gradients`.
+
+    others   this rank's number for all parameters except experts'; it may be overwritten
+    experts  this rank's number for experts' parameters; it may be overwritten
 
     *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance. Without it, one SUM
     over tp and pp and, for a model with experts, one SUM over the ranks that share a copy of all experts.
@@ -253,7 +258,7 @@ def sum_over_model(trained: Trained, others: Tensor, experts: Tensor) -> Tensor:
 def gradient_norm(trained: Trained) -> float:
     """Return the global norm of the reduced gradients. The host waits for the device once.
 
-    Megatron's own norm without Apex and Transformer Engine waits once per parameter.
+    In Megatron's own function, the host waits once per parameter if neither Apex nor Transformer Engine is installed.
 
     *Collectives*: those of :func:`sum_over_model`.
     """
@@ -270,7 +275,7 @@ def gradient_norm(trained: Trained) -> float:
 def _norm(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
     if all(grad.dtype.itemsize >= dtype.itemsize for grad in grads):
         return torch.nn.utils.get_total_norm(grads)
-    # If weights are updated in pieces, gradients may be in bf16. torch would round the norm of each to bf16.
+    # If weights are updated in pieces, gradients may be in bf16. torch would round each norm to bf16.
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for grad in grads]))
 
 
@@ -282,8 +287,8 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     Returns  the global gradient norm before clipping
 
     *Collectives*: those of :func:`gradient_norm`, and of ``refuses``; with the distributed optimizer, an all-gather of
-    the parameters over dp_cp (of experts over expt_dp) after an update. With ``parallel.overlap``, this all-gather
-    overlaps with the next forward pass; see :func:`~dpo_engine.model.policy.await_weights`.
+    the parameters over dp_cp (for experts' parameters, over expt_dp) after an update. With ``parallel.overlap``, this
+    all-gather overlaps with the next forward pass; see :func:`~dpo_engine.model.policy.await_weights`.
     """
     # These are the statements of Megatron's `step`, with a call to `refuses` between the norm and the update.
     optimizer = trained.optimizer
@@ -292,7 +297,8 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     if not refuses(grad_norm):
         limit, dtype = optimizer.config.clip_grad, optimizer.config.params_dtype
         if 0 < limit < grad_norm:
-            # Clipping is faster if the norm has the gradients' dtype. With a norm on the host, the host would wait.
+            # Clipping is faster if the norm has the gradients' dtype. If the norm were a tensor on the host, the host
+            # would wait until the norm is copied to the device.
             wide, device = torch.promote_types(dtype, torch.float32), torch.cuda.current_device()
             norm = torch.full((), grad_norm, dtype=wide, device=device)
             for single in getattr(optimizer, "chained_optimizers", [optimizer]):

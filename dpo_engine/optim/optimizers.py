@@ -11,8 +11,9 @@ The parameters are this tensor-parallel rank's shards, with fp32 copies of bf16 
 elementwise: a weight's update may depend only on the gradients of that weight. An optimizer such as Muon, which reads
 whole matrices, cannot be registered.
 
-state   registered fact: names of the tensors in the optimizer's ``state`` of a parameter. Each tensor has the shape of
-        the parameter, and is zero before the first step. Checkpoints contain these tensors.
+state   given when the optimizer is registered: names of the tensors that the optimizer's ``state`` contains for each
+        parameter. Each tensor has the shape of the parameter, and is zero before the first step. Checkpoints contain
+        these tensors.
 """
 
 from __future__ import annotations

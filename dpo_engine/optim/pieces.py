@@ -1,10 +1,10 @@
-"""Update weights with AdamW in pieces, so that gradients in bf16 need no fp32 copies of all of them at once.
+"""Update weights with AdamW in pieces, so that bf16 gradients are never all copied to fp32 at the same time.
 
-Megatron converts the whole gradient to fp32 before an update: 4 more bytes for each parameter that a rank owns, at a
-moment when weights, gradients and states are all in memory. Here, a piece of at most `PIECE` elements is converted,
-updated by torch's fused AdamW, and written to the model's weights before the next piece. The numbers are those of one
-fused update of all elements. :mod:`~dpo_engine.optim.host_states` keeps the states in host memory and works in the same
-pieces.
+Megatron converts the whole gradient to fp32 before an update. The copy takes 4 more bytes for each parameter that a
+rank owns, at a moment when weights, gradients and states are all in memory. In this module, a piece has at most `PIECE`
+elements. The gradients of a piece are converted, and torch's fused AdamW updates the piece, before the next piece
+begins. At the end, the new weights are copied to the model. The results equal those of one fused update of all
+elements. :mod:`~dpo_engine.optim.host_states` keeps the states in host memory and works in the same pieces.
 """
 
 from collections import defaultdict
@@ -27,7 +27,7 @@ class Slice(NamedTuple):
     device   the tensor that Megatron would update, whose ``grad`` is the gradient. For a bf16 parameter, it has the
              slice's shape and the dtype of gradients, but only one element of memory
     weights  view of the model's parameter, flat
-    main     main weights in fp32, flat; the same memory as ``weights`` if these are in fp32 and in the same place
+    main     main weights in fp32, flat; the same memory as ``weights`` if these are in fp32 and ``on_host`` is false
     """
 
     device: Tensor
@@ -36,7 +36,7 @@ class Slice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Elements ``own`` of a slice, which are at ``place`` in the buffer of a piece."""
+    """A range of a slice: its elements ``own``, which are copied to the range ``place`` in the buffer of a piece."""
 
     whole: Slice
     own: slice
@@ -44,14 +44,14 @@ class Part(NamedTuple):
 
 
 class PiecewiseAdamW:
-    """AdamW in the place of the torch optimizer inside a distributed optimizer of Megatron.
+    """AdamW that replaces the torch optimizer inside Megatron's distributed optimizer.
 
-    on_host       whether the main weights and moments are in host memory, always as copies
+    on_host       whether the main weights and moments are in host memory; the main weights are then always copies
     param_groups  groups of the replaced optimizer. Megatron's schedule writes their learning rates; ``step`` is the
                   number of updates
-    state         moments, by the main weights
-    mains         main weights, by the tensor that Megatron would update
-    factor        factor of the gradients in the next update, on the device; None: 1
+    state         moments; the key is the tensor of main weights
+    mains         main weights; the key is the tensor that Megatron would update
+    factor        the next update multiplies the gradients by this number, which is on the device; None: 1
     """
 
     on_host = False
@@ -72,7 +72,7 @@ class PiecewiseAdamW:
                 main = torch.empty(len(weights), dtype=torch.float32, device=where).copy_(weights)
             self.state[main] = {name: torch.zeros_like(main) for name in MOMENTS}
             self.mains[device] = main
-            if parameter.dtype is not torch.float32:  # else, these are the model's weights
+            if parameter.dtype is not torch.float32:  # for fp32, `device` stays a view of the model's weights
                 one = torch.zeros((), dtype=parameter.main_grad.dtype, device=weights.device)
                 device.data = one.expand(len(weights))
             self._owned.append((device, parameter, own))
@@ -118,7 +118,7 @@ class PiecewiseAdamW:
                 main[own].copy_(weights[own])
 
     def _gather(self, piece: list[Part], buffer: Tensor) -> slice:
-        """Copy the gradients of a piece to a buffer on the device, scaled. Return the used part of the buffer."""
+        """Copy the gradients of a piece to a buffer on the device and scale them. Return the buffer's used range."""
         for (device, *_), own, place in piece:
             buffer[place].copy_(device.grad[own])
         used = slice(0, piece[-1].place.stop)
@@ -132,7 +132,7 @@ class PiecewiseAdamW:
             [gradients[part.place] for part in piece],
             *([self.state[part.whole.main][name][part.own] for part in piece] for name in MOMENTS),
             [],
-            # adamw adds 1 to each count, and reads the counts where the weights are
+            # adamw adds 1 to each step count, and expects the counts on the device of the weights
             list(torch.full((len(piece),), group["step"] - 1.0, device=gradients.device).unbind()),
             foreach=False,
             fused=True,
@@ -147,7 +147,10 @@ class PiecewiseAdamW:
 
 
 def update_in_pieces(optimizer: Any, kind: type[PiecewiseAdamW]) -> None:
-    """Replace the optimizers inside Megatron's distributed optimizers, which were built without main weights."""
+    """Replace the torch optimizer inside each of Megatron's distributed optimizers by an optimizer of class ``kind``.
+
+    Megatron must have built its distributed optimizers without main weights.
+    """
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         single.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = False
         if single.is_stub_optimizer:  # all parameters of this rank are frozen

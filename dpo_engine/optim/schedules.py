@@ -6,8 +6,8 @@ step         number of steps since the warmup, from 0 to ``total_steps``
 total_steps  number of steps of the run after the warmup
 
 It returns a factor from 0 to 1. The learning rate is ``min_lr + (lr - min_lr) * factor``. The engine itself handles the
-linear warmup, so that ``optim.warmup_steps`` and ``optim.warmup_ratio`` work with every schedule. Megatron's scheduler
-computes the engine's own five schedules.
+linear warmup. Therefore ``optim.warmup_steps`` and ``optim.warmup_ratio`` work with every schedule. Megatron's
+scheduler computes the engine's own five schedules.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SCHEDULES["inverse_sqrt"] = MegatronSchedule("inverse-square-root", False)
 
 
 TRIED_STEPS = 10
-"""Number of steps of an assumed run with which :func:`schedule_problems` tries a registered schedule."""
+"""Value of ``total_steps`` with which :func:`schedule_problems` tries a registered schedule before the run."""
 
 
 def schedule_problems(config: Config) -> list[str]:
@@ -85,7 +85,10 @@ def factors(name: str, options: Mapping[str, Any], total_steps: int) -> list[flo
 
 
 def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
-    """Return the number of warmup steps: ``warmup_steps``, else ``warmup_ratio`` of all steps, rounded up, else 0."""
+    """Return the number of warmup steps: ``warmup_steps`` or, if it is not set, ``warmup_ratio * total_steps``.
+
+    The product is rounded up. If neither option is set, the number is 0.
+    """
     if optim.warmup_steps is not None:
         return optim.warmup_steps
     return -int(-total_steps * optim.warmup_ratio // 1) if optim.warmup_ratio else 0

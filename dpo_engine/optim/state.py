@@ -3,8 +3,9 @@
 Megatron stores this state in three ways: as fp32 or fp64 parameters, as bf16 parameters with fp32 copies, and as flat
 ranges in the distributed optimizer. With ``optim.gradients: bf16`` or ``optim.states: host``, the engine updates these
 ranges itself. The implementations of Adam also store the scalar ``step`` in different places.
-Checkpoints use only the view in this module, so a run can change its layout or its kind of optimizer between saving and
-loading.
+
+Checkpoints use only the view in this module. Between saving and loading, a run can therefore change its layout, or the
+way in which it stores this state.
 """
 
 from collections.abc import Iterator
@@ -106,7 +107,10 @@ def counts_by_parameter(optimizer: Any) -> bool:
 
 
 def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
-    """Yield each owned parameter with a non-finite value, and the tensor that has it: ``main`` or a moment's name."""
+    """Yield each owned parameter with a non-finite value, and the name of the tensor with this value.
+
+    The name is ``main`` or a moment's name.
+    """
     found = []
     for owned in owned_slices(trained):
         state = owned.optimizer.state[owned.main] if owned.main in owned.optimizer.state else {}
@@ -144,13 +148,13 @@ def adam_step(trained: Trained) -> int:
 
 
 def after_load(trained: Trained) -> None:
-    """Copy the main weights to the model weights after a checkpoint was loaded.
+    """Copy the main weights to the model weights after a checkpoint has been loaded.
 
     *Collectives*: with the distributed optimizer, an all-gather of the parameters over dp_cp.
     """
     for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
         mixed = isinstance(optimizer, (DistributedOptimizer, Float16OptimizerWithFloat16Params))
-        if mixed and not optimizer.is_stub_optimizer:  # without an optimizer, all parameters of this rank are frozen
+        if mixed and not optimizer.is_stub_optimizer:  # a stub: all parameters of this rank are frozen
             if isinstance(optimizer.optimizer, PiecewiseAdamW):
                 optimizer.optimizer.write_weights()
             else:

@@ -10,7 +10,7 @@ TABLES = ("word_embeddings.weight", "output_layer.weight")
 
 
 def num_zeros(trained: Trained, *, vocab_size: int, groups: ParallelGroups) -> float:
-    """Return the number of zeros in the reduced gradients of the whole model. Frozen weights do not count.
+    """Return the number of zeros in the reduced gradients of the whole model. Frozen weights are not counted.
 
     Megatron's ``count_zeros`` adds in fp32, which is exact only up to 2^24, and also counts the vocabulary's padding
     rows. This function adds in int64 and leaves out these rows, so the number does not depend on the layout.

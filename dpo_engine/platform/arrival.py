@@ -3,8 +3,8 @@
 Before any process group exists, each rank checks its run: it downloads and reads the model, the tokenizer and the first
 records. On some nodes, this can take longer than `parallel.timeout_s`. A rank that is still preparing therefore
 connects to the store in a thread, and increments a counter there. Ranks that wait restart their time limit at each
-increment. A rank that never started or has died does not increment the counter. The ranks that wait for such a rank
-reach their time limit after all other ranks are ready.
+increment. A rank that never started or has died does not increment the counter. Once all other ranks are ready, no rank
+increments the counter anymore, and the ranks that wait for the missing rank reach their time limit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PREPARING = "preparing"
 """Key of the counter that each rank increments until it is ready."""
 
 _served: dist.Store | None = None
-"""The connection of rank 0, which may serve the store. It stays open until rank 0 has opened another connection."""
+"""Rank 0's connection to the store, and perhaps its server; kept open until rank 0 has opened another connection."""
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def preparing(timeout_s: float) -> Iterator[None]:
 
 
 def _beat(rank: int, timeout_s: float, ended: threading.Event) -> None:
-    """Increment the counter until the event is set. Short preparations do not even connect to the store."""
+    """Increment the counter until the event is set. If the preparation is short, do not connect to the store at all."""
     global _served
     pause = min(BEAT_S, timeout_s / 4)
     with suppress(EngineError, RuntimeError, ValueError):  # open_groups() raises the same errors later
@@ -72,7 +72,7 @@ def _beat(rank: int, timeout_s: float, ended: threading.Event) -> None:
 
 
 def release() -> None:
-    """Drop rank 0's own connection to the store. Call this after :func:`open_groups` has opened another one."""
+    """Drop rank 0's connection to the store. Call this after :func:`open_groups` has opened another connection."""
     global _served
     _served = None
 

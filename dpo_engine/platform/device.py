@@ -18,7 +18,7 @@ from dpo_engine.platform.torchrun import describe_limit
 GPU_SETTINGS = {
     # Megatron relies on a single hardware queue, so that communication starts in the order in which it was enqueued.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # Lengths vary from step to step. With segments of fixed size, about 14 % of the allocated memory would be unused.
+    # Lengths vary from step to step. With segments of fixed size, about 14% of the allocated memory would be unused.
     "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
 }
 """Environment variables that CUDA and torch read when they first use the GPU. Values set by the user are kept."""
@@ -51,8 +51,8 @@ def gpu_present() -> bool:
 def open_platform(*, deterministic: bool) -> Platform:
     """Choose this rank's device and prepare Megatron-Core for it.
 
-    deterministic   whether to use torch's deterministic kernels, with which the same layout and seed give bitwise the
-                    same losses
+    deterministic   whether to use torch's deterministic kernels; with them, two runs with the same layout and seed have
+                    bitwise identical losses
 
     On a GPU, nothing is patched. Without a GPU, this function calls :func:`dpo_engine.platform.host.install`, which no
     other function calls.
@@ -157,9 +157,9 @@ DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312
 
 
 def peak_flops(platform: Platform, dtype: torch.dtype) -> float | None:
-    """Return the dense FLOP/s of a GPU in bf16 according to its data sheet.
+    """Return the peak FLOP/s of dense bf16 products on this GPU, according to its data sheet.
 
-    Returns ``None`` without a GPU, for a GPU that is not in the table, and for other dtypes.
+    Return ``None`` without a GPU, for a GPU that is not in :data:`DENSE_BF16_FLOPS`, and for other dtypes.
     """
     if not platform.gpu or dtype is not torch.bfloat16:
         return None

@@ -1,4 +1,4 @@
-"""The sizes of a run's parallel dimensions, and checks that a model can be split this way. Needs no process groups."""
+"""The sizes of a run's parallel dimensions, and checks that they can split a model. Needs no process groups."""
 
 import math
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ParallelDims:
 
     The ranks of a stage form two grids: tp x cp x dp and, for experts, etp x ep x copies of each expert.
 
-    Raises :class:`ConfigError` if ``world`` is not a multiple of ``tp x pp x cp`` and of ``etp x ep x pp``.
+    Raises :class:`ConfigError` if ``world`` is not a multiple of both ``tp x pp x cp`` and ``etp x ep x pp``.
     """
 
     tp: int = 1
@@ -119,7 +119,7 @@ class ParallelDims:
         return [layer for chunk in self.chunk_layers(num_layers)[stage :: self.pp] for layer in chunk]
 
     def problems(self, arch: Any) -> list[str]:
-        """Return the reasons why a model of ``arch`` cannot be split this way; an empty list if it can.
+        """Return the reasons why these sizes cannot split a model of ``arch``; an empty list if they can.
 
         arch  an :class:`~dpo_engine.model.Architecture`
         """
@@ -179,16 +179,16 @@ class ParallelDims:
         return []
 
     def share_multiple(self, sequence_parallel: bool, tokens: int = 1) -> int:
-        """Return the number that must divide the tokens of a context-parallel rank's share of a row.
+        """Return the required divisor of the number of tokens in a context-parallel rank's share of a row.
 
         Sequence parallelism splits a share into ``tp`` equal parts.
 
-        tokens   number that must divide the tokens of each of these parts
+        tokens   required divisor of the number of tokens in each of these parts
         """
         return tokens * (self.tp if sequence_parallel else 1)
 
     def sequence_multiple(self, sequence_parallel: bool, tokens: int = 1) -> int:
-        """Return the number that must divide the row length of every stacked micro-batch.
+        """Return the required divisor of the row length of every stacked micro-batch.
 
         Context parallelism splits a row into ``2 cp`` equal chunks, two for each rank.
 

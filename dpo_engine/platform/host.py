@@ -33,7 +33,10 @@ FACTORIES = "empty zeros ones full tensor as_tensor arange rand randn randint em
 
 
 class Replacement(NamedTuple):
-    """One patch: the dotted name ``target`` is set to ``value``; with ``missing_ok``, the name need not exist."""
+    """One patch: the object at the dotted name ``target`` is replaced by ``value``, for the given ``reason``.
+
+    missing_ok  whether the name may be missing in the installed version
+    """
 
     target: str
     value: Any

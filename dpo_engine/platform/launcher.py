@@ -1,4 +1,7 @@
-"""Read the rank of this process from the environment, as set by its launcher (torchrun, srun or mpirun)."""
+"""Read this process's rank, its index on the node, the number of ranks, and MASTER_PORT from the environment.
+
+The launcher (torchrun, srun or mpirun) or the batch script has set these variables.
+"""
 
 import os
 from collections.abc import Mapping

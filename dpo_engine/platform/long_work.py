@@ -1,14 +1,14 @@
-"""Run work on files, which may take longer than the time limit of collectives, while the other ranks wait.
+"""Run work on files while the other ranks wait, even if the work takes longer than the time limit of collectives.
 
 `parallel.timeout_s` limits collectives, so that a rank that hangs is noticed. It must not limit work on files, whose
 duration depends on the size of the files and on the storage. Ranks therefore do not wait for such work in a collective,
 but in a loop that reads the store that all ranks share. If another rank dies, a waiting rank still notices the death at
 once, because the lifeline reports it. In addition, a thread of each rank increments a counter in the store, and each
-rank watches the counter of the previous rank. This detects a rank whose process is stopped and, if there is no
-lifeline, a machine that was lost. It does not detect a rank whose work never ends.
+rank watches the counter of the previous rank. These counters detect a rank whose process is suspended and, if there is
+no lifeline, the loss of a machine. They do not detect a rank whose work never ends.
 
-All ranks must arrive at the work within the time limit. Therefore every access to files that may be slow belongs inside
-one of these functions.
+All ranks must call one of these functions within the time limit. Every file access that may be slow therefore belongs
+inside such a call, and not before it.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Meter:
     """The name of a long task, and this rank's progress. Rank 0 shows the progress of all ranks while ranks wait.
 
     what   name of the task, such as "saving the checkpoint for step 8"; without a name, no line is printed
-    total  size of this rank's part in bytes, 0 if unknown; may grow while the work runs
+    total  size of this rank's part of the work in bytes, 0 if unknown; can grow while the work runs
     done   number of bytes that this rank has processed so far
     quiet  whether printing is suspended, because the task has its own progress display
 
     One meter can be used for several calls of :func:`without_time_limit`, if every rank uses its meter for the same
-    calls. The times in its lines count from the creation of the meter.
+    calls. The times in the printed lines count from the creation of the meter.
     """
 
     def __init__(self, what: str = "", total: int = 0):
@@ -69,7 +69,7 @@ class Meter:
         self.done += size
 
     def open(self, key: str) -> None:
-        """Begin a wait. The ``key`` of the first wait is the key under which the sums are kept in the store."""
+        """Begin a wait. In the store, the sums of all waits are kept under the ``key`` of the first wait."""
         self._key = self._key or key
         if time.monotonic() - self._ended > FIRST_S:
             self._line.wait()
@@ -112,7 +112,7 @@ def _progress(seconds: float, done: int, total: int, working: int, ranks: int) -
 def first_on_node(group: dist.ProcessGroup, work: Callable[[], T], meter: Meter | None = None) -> T:
     """Call ``work`` on the first rank of each node; after all of these calls have returned, call it on the other ranks.
 
-    Use it for work that leaves files for the other ranks of the node: tokenizing into a cache, or a download.
+    Use this function for work that leaves files for the other ranks of the node, such as tokenization or a download.
 
     meter   as for :func:`without_time_limit`; no line is printed while rank 0 itself works, because ``work`` has its
             own progress display
@@ -150,7 +150,7 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
     """Run ``work`` as :func:`~dpo_engine.platform.parallel.together` does, but without a time limit for ``work``.
 
     group   must contain all ranks, because all ranks share the store
-    meter   name and progress of the work, for the lines that rank 0 prints; either all ranks pass a meter, or none does
+    meter   name and progress of the work, for the lines that rank 0 prints; all ranks must pass a meter, or none
 
     *Collectives* over ``group``: one all-gather of objects before the work and one after it, within the time limit.
     Raises, on all ranks and after all ranks have finished, the error of the first rank on which ``work`` failed. Raises

@@ -62,7 +62,7 @@ class ParallelGroups:
 
     @property
     def share_experts(self) -> bool:
-        """Whether ranks with different pairs share experts. They must then run every forward pass together."""
+        """Whether ranks with different pairs share experts. Such ranks must run every forward pass together."""
         return self.ep.size() > 1 or self.expt_tp.size() not in (1, self.tp.size())
 
     @property
@@ -88,8 +88,8 @@ class ParallelGroups:
 def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
     """Connect to the key-value store that all ranks share, at ``MASTER_ADDR``/``MASTER_PORT``.
 
-    Torchrun or rank 0 serves the store. The function returns as soon as it has a connection, without waiting for other
-    ranks.
+    Torchrun or rank 0 serves the store. The function returns as soon as it has a connection, without waiting for the
+    ranks that have not connected yet.
     Raises :class:`ConfigError` if one of the variables is not set or is invalid.
     """
     env = os.environ
@@ -144,7 +144,7 @@ def open_groups(
     rank, world = world_from_environment()
     if not dist.is_initialized():
         device = platform.device if platform.gpu else None
-        # This watchdog enforces the timeout: if the first rank is lost, torch itself would retry several times longer.
+        # This watchdog enforces the timeout. If the first rank is lost, torch itself retries several times longer.
         clock = Lifeline(rank, {}, timeout_s)
         try:
             with clock.working():
@@ -185,12 +185,12 @@ def open_groups(
 
 
 def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
-    """Run ``work`` on this rank and return its result. If ranks fail, all ranks raise the error of the first of them.
+    """Run ``work`` and return its result. If ranks fail, all ranks raise the error of the first failed rank.
 
-    If the error is not an :class:`EngineError`, the rank raises it unchanged, and the other ranks raise a
-    :class:`PeerError` instead.
+    A rank whose own error is not an :class:`EngineError` raises its error unchanged, and reports it to the other ranks
+    as a :class:`PeerError`.
 
-    Use this for work that may fail on only some ranks. Otherwise the remaining ranks would wait in their next
+    Use this function for work that can fail on only some ranks. Otherwise the remaining ranks would wait in their next
     collective for a rank that has left. The time limit of collectives applies. For work on files, use
     :func:`~dpo_engine.platform.long_work.without_time_limit` instead.
 

@@ -38,7 +38,7 @@ class Lifeline:
     """This rank's connections, and the thread that watches them.
 
     rank       number of this rank
-    links      sockets by rank: on the first rank, one for every other rank; on the others, only one for the first rank
+    links      sockets by rank: on the first rank, one for every other rank; on each other rank, one for the first rank
     timeout_s  maximum time without progress inside :meth:`working`, in seconds
     """
 
@@ -100,7 +100,7 @@ class Lifeline:
                 self._exit(f"rank {self.rank}: no progress for parallel.timeout_s={self.timeout_s:g} s; {WAY_OUT}")
 
     def _read(self, link: socket.socket, rank: int) -> int | None:
-        """Read a message from a connection. Return the lost rank, or ``None`` for a farewell."""
+        """Read a message from ``rank``, the other end of ``link``. Return the lost rank, or ``None`` for a farewell."""
         try:
             said = link.recv(1)
             if said == LOST:

@@ -18,9 +18,9 @@ from dpo_engine.wording import clock
 FIRST_S = 5.0
 """Seconds before anything is shown."""
 EVERY_S = 15.0
-"""Seconds between two printed lines."""
+"""Minimum number of seconds between two printed lines."""
 REDRAW_S = 0.5
-"""Seconds between two drawings of a line on a terminal."""
+"""Minimum number of seconds between two drawings of a line on a terminal."""
 ERASE = "\r\x1b[2K"
 
 _mode = "auto"
@@ -34,7 +34,7 @@ def choose_progress(mode: str) -> None:
 
 
 class ProgressLine:
-    """The progress display of one task. Its times count from its creation.
+    """The progress display of one task. Elapsed times count from the creation of this object.
 
     what   name of the work, such as ``evaluating``
     shown  whether this process may show anything

@@ -23,9 +23,10 @@ def mark_with(open_range: Open | None) -> None:
 
 
 class MegatronTimers:
-    """Timers that mark the ranges that Megatron's schedules time. Assign one to ``timers`` of the model's config.
+    """Timers that mark the ranges that Megatron's schedules time.
 
-    A schedule calls ``timers(name, ...).start(...)`` and later ``timers(name).stop()``.
+    Assign an instance to the field ``timers`` of the model's config. A schedule then calls
+    ``timers(name, ...).start(...)`` and later ``timers(name).stop()``.
     """
 
     NAMES = {"forward-compute": "forward", "backward-compute": "backward"}
@@ -34,7 +35,7 @@ class MegatronTimers:
         self._timers: dict[str, _Timer] = {}
 
     def __call__(self, name: str, *level: Any, **levels: Any) -> "_Timer":
-        """Return the timer for a name; the level, which selects the timers to print in Megatron, has no effect."""
+        """Return the timer for a name. The level, by which Megatron selects the timers to print, has no effect."""
         return self._timers.setdefault(name, _Timer(self.NAMES.get(name, name)))
 
 

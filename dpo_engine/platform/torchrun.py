@@ -40,7 +40,7 @@ C10D = re.compile(r"--rdzv[-_]backend[= ]c10d\b")
 
 
 def describe_limit() -> list[str]:
-    """Return a log line if a torchrun that may use torch's default limit started this rank; otherwise, no line."""
+    """Return a log line if torchrun has started this rank and torch's default limit may apply; otherwise, no line."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or LIMIT in os.environ:
         return []
     return [
@@ -59,7 +59,7 @@ def main() -> None:
     within = int(text)
     if C10D.search(" ".join(sys.argv)):
         # Let rank 0 host a new store for the ranks at each start. Otherwise the ranks would use the rendezvous store,
-        # which may be on another node than rank 0, and which still contains the keys of the previous start.
+        # which may not be on rank 0's node, and which still contains the keys of the previous start.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Options that the user has given come later, and take precedence.
     sys.argv[1:1] = ["--signals-to-handle", SIGNAL_NAMES]

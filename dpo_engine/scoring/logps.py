@@ -22,9 +22,10 @@ communicate, so they need no process groups.
 
 Not covered. Losses that couple pairs run in two passes (see ``training/step.py``): the first pass scores without
 gradients, and the second pass multiplies each log-probability by a fixed coefficient. A pair that has more sites than a
-chunk is scored in pieces, whose logits are computed again for the gradient. In a row of trees, the sites of all pairs
-of one prompt count together. The incoming gradient of the result must be 1, because the weight's gradient has already
-been added. Entropies have no gradient, and second derivatives are not available.
+chunk is scored in pieces, whose logits are computed again for the gradient. In a row of trees, pairs with the same
+prompt can share sites, so all of these pairs are treated as one pair. The incoming gradient of the result must be 1,
+because the weight's gradient has already been added. Entropies have no gradient, and second derivatives are not
+available.
 """
 
 from collections.abc import Callable, Sequence
@@ -316,8 +317,8 @@ class _Chunk:
 def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the tensor to which the weight's gradient must be added, and the gradient (or None) to return to autograd.
 
-    Megatron's DDP accumulates gradients in its own buffer, ``main_grad``. If it reduces this buffer while backward is
-    still running (``weight.counted``), DDP waits until autograd has returned a gradient for every weight. DDP then adds
+    Megatron's DDP accumulates gradients in its own buffer, ``main_grad``. If DDP reduces this buffer while backward is
+    still running (``weight.counted``), it waits until autograd has returned a gradient for every weight. DDP then adds
     the returned gradient to the buffer, unless ``grad_added_to_main_grad`` is set. For a weight that may be tied to the
     embedding (``zero_out_wgrad``), DDP always adds the returned gradient, so this function then returns zeros.
     """

@@ -70,7 +70,7 @@ def score(
 
 
 class ResidentReference:
-    """A frozen model in device memory next to the policy, which is sharded like the policy and run by the same code."""
+    """A frozen model in device memory next to the policy. It is sharded like the policy and run by the same code."""
 
     passes = 1
 
@@ -105,7 +105,7 @@ class ResidentReference:
 
 
 def exact(parameter: Tensor) -> Tensor:
-    """Return the fp32 value of a periodically updated reference's parameter, not rounded to the parameter's dtype."""
+    """Return the fp32 value of a reference's parameter. A value that :func:`set_exact` has set is not rounded."""
     return getattr(parameter, "exact", parameter).float()
 
 
@@ -125,7 +125,7 @@ class SharedReference:
     """The policy's own model, without adapters or with the adapter that the run started from.
 
     chunks   the policy's chunks
-    start    values of the adapter that the run started from, one item for each chunk; None means without adapters
+    start    values of the adapter that the run started from, one item for each chunk; None: turn adapters off
     """
 
     passes = 1
@@ -207,7 +207,7 @@ class HostWeights:
 
 
 class OffloadedReference:
-    """A reference in host memory. Its weights temporarily replace those of the policy to score many steps in advance.
+    """A reference in host memory. Its weights temporarily replace the policy's weights to score many steps in advance.
 
     weights    the reference's weights
     upcoming   returns this rank's micro-batches of the next optimizer steps, one item per step, in order
@@ -272,7 +272,7 @@ class OffloadedReference:
 
 
 def _name(batches: Sequence[Batch]) -> bytes:
-    """Return a key for micro-batches. Keys are equal if the micro-batches contain the same pairs in the same places."""
+    """Return a key for micro-batches. Keys are equal if the micro-batches contain the same pairs in the same order."""
     return b"|".join(batch.digest.numpy().tobytes() for batch in batches)
 
 

@@ -53,7 +53,7 @@ def keys(digests: np.ndarray) -> np.ndarray:
 
 
 def find(sorted_keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the index in ``sorted_keys`` of each wanted key, [n]; -1 for a key that is absent."""
+    """Return the index of each wanted key in ``sorted_keys``, [n]; -1 for a key that is absent."""
     if not len(sorted_keys):
         return np.full(len(wanted), -1)
     place = np.searchsorted(sorted_keys, wanted).clip(max=len(sorted_keys) - 1)
@@ -83,7 +83,7 @@ class Rows(NamedTuple):
         """Return these rows and the added rows. For a key that already has a row, the added row is ignored."""
         unique, first = np.unique(added_keys, return_index=True)  # `first`: the first occurrence of each key
         new = self.find(unique) < 0
-        # Insert instead of sorting again: a store may have thousands of segments, and a sort for each takes minutes.
+        # Insert instead of sorting again: with thousands of segments, sorting once per segment would take minutes.
         places = np.searchsorted(self.keys, unique[new])
         return Rows(
             np.insert(self.keys, places, unique[new]), np.insert(self.values, places, values[first[new]], axis=0)

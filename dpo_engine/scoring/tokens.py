@@ -21,7 +21,7 @@ from dpo_engine.scoring.logps import site_logps
 def score_sites(
     chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], *, vocab_size: int, groups: ParallelGroups
 ) -> list[Tensor]:
-    """Compute the log-probability of each scored site with the model ``chunks``, in a forward pass.
+    """Compute the log-probability of each scored site with one forward pass of the model ``chunks`` per micro-batch.
 
     Returns  on the last stage, one tensor [m] per micro-batch, for the sites of this context-parallel rank; on the
              other stages, an empty list

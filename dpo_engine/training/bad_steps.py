@@ -28,7 +28,7 @@ CAUSES = {
 JUDGED = {"loss": "loss spike", "grad_norm": "gradient spike"}
 """Metrics that are checked for spikes, and the cause (a key of :data:`CAUSES`) to report for each metric."""
 NAMED = 3
-"""Number of pairs that the log line about a bad step names. The step's JSON file lists all pairs of the step."""
+"""Maximum number of pairs that the log line about a bad step names. The step's JSON file lists all of its pairs."""
 
 
 class BadSteps:
@@ -109,7 +109,7 @@ class BadSteps:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a state that :meth:`state` returned, possibly in a run with another ``bad_steps.spike_window``."""
+        """Restore a state that :meth:`state` returned; ``bad_steps.spike_window`` may have changed since."""
         self.skipped, self.good, self.in_a_row = (int(state[name]) for name in ("skipped", "good", "in_a_row"))
         for name, values in self._good.items():
             values.extend(state[name])
@@ -136,7 +136,7 @@ class BadSteps:
         return self._line(step, metrics, places, file)
 
     def _line(self, step: int, metrics: Mapping[str, float], places: Sequence[str], file: Path) -> str:
-        """Return the log line about the latest step, or raise an error if too many in a row were bad."""
+        """Return the log line about the latest step, or raise an error if too many steps in a row were bad."""
         why = " and ".join(CAUSES[cause] for cause in self.causes)
         named = ", ".join(places[:NAMED]) + (f" and {len(places) - NAMED} more" if len(places) > NAMED else "")
         found = f"{why} (loss {metrics['loss']:.4g}, grad norm {metrics['grad_norm']:.4g})"

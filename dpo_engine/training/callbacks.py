@@ -52,8 +52,8 @@ class Callback:
     """Base class of callbacks. The training loop calls its methods on every rank; a subclass overrides some of them.
 
     ``on_step``, ``on_eval`` and ``on_save`` can return a reason to end the run, such as ``"no gain in 3 evaluations"``.
-    The run then ends after the current step, or after the next step for ``on_save``. It ends with a last evaluation, a
-    checkpoint, and an export, even if only one rank returned a reason.
+    Even if only one rank returns a reason, the run then ends after the current step or, if ``on_save`` returned the
+    reason, after the next step. It ends with a last evaluation, a checkpoint, and an export.
     """
 
     def on_start(self, run: Run) -> None:
@@ -69,14 +69,14 @@ class Callback:
         """Called after a checkpoint is complete in ``directory``. A save can take several steps."""
 
     def on_end(self, run: Run) -> None:
-        """Called when training ends, also after an error. This method must not communicate with other ranks."""
+        """Called when training ends, even if it ends with an error. Must not communicate with other ranks."""
 
 
 class Callbacks:
-    """The callbacks of a run, by the name of the key that enables each one.
+    """The callbacks of a run, by the configuration key that enables each callback.
 
-    asked   the first request to end the run on this rank: the key of the callback and its reason; None if there is
-            none
+    asked   the first request of a callback on this rank to end the run: the callback's key and its reason; None: no
+            callback has requested this
     """
 
     def __init__(self, callbacks: Mapping[str, Callback]):

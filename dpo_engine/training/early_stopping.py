@@ -1,8 +1,8 @@
 """Follow the metric that compares checkpoints: check that it is reported, and end a run whose metric does not improve.
 
-The callbacks save no state. `StopAfterNoGain` reads past evaluations from metrics.jsonl, which a resumed run restores
+These callbacks save no state. `StopAfterNoGain` reads past evaluations from metrics.jsonl, which a resumed run restores
 from the copy in its checkpoint. A run that is killed and resumed, even in another layout, therefore ends at the same
-step as a run without interruption.
+step as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ class StopAfterNoGain(Callback):
             self.values = [line[self.by.metric] for line in lines if self.by.metric in line]
 
     def on_eval(self, run: Run, metrics: dict[str, float]) -> str | None:
-        """Return a reason to end the run if enough evaluations had no gain; never before the first step."""
+        """Return a reason to end the run if the latest ``patience`` evaluations had no gain.
+
+        The evaluation before the first step counts, but never ends the run.
+        """
         if not _first(run):
             return None
         value = metrics.get(self.by.metric.removeprefix("eval/"), math.nan)
@@ -72,7 +75,7 @@ def _first(run: Run) -> bool:
 
 
 def evaluations_without_gain(values: Sequence[float | None], by: KeepBest) -> int:
-    """Return the number of evaluations after the latest one that had a new best value.
+    """Return the number of evaluations after the latest evaluation that had a new best value.
 
     values   the metric's value in each evaluation, in order; None (not finite) does not count as a gain
     """

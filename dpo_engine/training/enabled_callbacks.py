@@ -9,7 +9,7 @@ from dpo_engine.training.warnings import Warnings
 
 
 def enabled_callbacks(config: Config) -> Callbacks:
-    """Return the callbacks of a run, by the name of the key that enables each one. Warnings are always enabled.
+    """Return the callbacks of a run, by the configuration key that enables each callback. Warnings are always enabled.
 
     Raises :class:`~dpo_engine.errors.ConfigError` for wrong names or options.
     """

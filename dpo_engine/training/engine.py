@@ -66,7 +66,7 @@ class Engine:
     spec: str  # layer implementation: native or te (Transformer Engine)
     objective: Objective
     adaptation: Adaptation | None  # the adapters that are trained; None: all weights are trained
-    start: str | None  # digest of the adapter at adapter.path, the same on all ranks
+    start: str | None  # digest of the adapter at adapter.path, equal on all ranks; None: no such adapter
     rank_facts: dict[str, dict[str, str]]  # settings and versions that must be equal on all ranks; see rank_guard
 
     @classmethod
@@ -200,12 +200,12 @@ class Engine:
 
     @cached_property
     def omits_gradients(self) -> bool:
-        """Whether a step computes no gradients below some layer, because only layers above it have adapters."""
+        """Whether a step computes no gradients in the first layers, because these layers have no adapters."""
         adapted = adapter_shapes(self.adaptation, self.arch) if self.adaptation else {}
         return bool(adapted) and min(map(layer_of, adapted)) > 0
 
     def load_start(self, *, recompute: str = "none") -> list[Policy]:
-        """Load the model that the run starts from. If the run has adapters, they are new or from adapter.path."""
+        """Load the model that the run starts from. If the run has adapters, attach them, new or from adapter.path."""
         chunks = self.load_model(self.config.model.path, recompute=recompute)
         if self.adaptation:
             dtype = torch.promote_types(self.dtype, torch.float32)

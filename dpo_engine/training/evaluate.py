@@ -30,7 +30,7 @@ PAIR_COLUMNS = ("index", *PAIR_LOGPS, "chosen_rewards", "rejected_rewards", "mar
 
 
 class Evaluator:
-    """Evaluation of the policy on the held-out pairs. Scores of the reference are reused until its weights change.
+    """Evaluation of the policy on the held-out pairs. The reference scores them again only if its weights have changed.
 
     batches  this rank's micro-batches of the whole held-out set
     known    BatchFacts of the whole held-out set, such as its total weight
@@ -136,7 +136,7 @@ class Evaluator:
         return columns | {"index": columns["index"].astype(np.int64)}
 
     def _columns(self, place: int) -> Tensor:
-        """Return `PAIR_COLUMNS` for this rank's micro-batch at index ``place``, [b, columns]. Last stage only."""
+        """Return `PAIR_COLUMNS` for this rank's micro-batch ``place``, [b, columns]. Call on the last stage only."""
         policy, batch, objective = self._latest[place], self.batches[place], self.objective
         losses = self._losses[place]
         reference = self._reference_logps[place] if self._reference_logps else None

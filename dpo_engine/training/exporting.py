@@ -104,7 +104,7 @@ def adapter_directory(directory: str | Path) -> Path:
 
 
 def merge_of(engine: Engine, chunks: Sequence[nn.Module]) -> Merge:
-    """Return the function that merges the adapters into the weights of the model.
+    """Return the :class:`Merge` that merges the adapters into the weights of the model.
 
     *Collectives*: those of :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`; one all-gather of objects.
     Raises :class:`~dpo_engine.errors.NumbersError` on all ranks if a value of an adapter is not finite.

@@ -22,7 +22,7 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 
 PAIRS_PER_SEGMENT = 1024
-"""Maximum number of pairs scored between two writes to the store. An interruption loses at most this many scores."""
+"""Maximum number of pairs scored between two writes to the store. A killed job loses at most the results of these."""
 
 Say = Callable[[str], None]
 

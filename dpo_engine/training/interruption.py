@@ -13,7 +13,7 @@ tells all ranks that a callback on one rank ends the run. Therefore one such red
 
 During startup, this solution is not enough. Python runs a signal handler only between bytecode instructions, and a rank
 that waits for other ranks inside a C call executes no bytecode. Therefore the C-level handler also writes the signal's
-number to a socket (`signal.set_wakeup_fd`), and a thread reads this socket. If this rank does not reach its first call
+number to a socket (`signal.set_wakeup_fd`), and a thread reads the socket. If the rank does not reach its first call
 of `agreed` within `MEETING_S` seconds of the signal, the thread ends the process with the exit code of `Interrupted`.
 No work is lost, because training has not begun.
 
@@ -21,9 +21,9 @@ The handler itself does not save or exit, because it can run at any point of a s
 differs between ranks.
 
 Not covered: SIGKILL, and a grace period shorter than one step plus the save (Slurm: `KillWait`). For `train.save_by`,
-the next step or evaluation is expected to take as long as the longest of the latest ones. The first step, evaluation or
-save can therefore exceed the limit. A rank that hangs during training never calls `agreed`; in that case, the timeout
-of the collective ends the run.
+the next step or evaluation is expected to take as long as the longest of the latest steps and evaluations. The first
+step, evaluation or save can therefore exceed the limit. A rank that hangs during training never calls `agreed`; in that
+case, the timeout of the collective ends the run.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ METRICS = {
     "peak_memory_bytes": "on a GPU: largest amount of memory that tensors have occupied so far on rank 0",
     "reserved_memory_bytes": "on a GPU: largest amount of memory that torch has reserved so far on rank 0",
     "mfu": "operations that the step's matrix products execute per second, divided by the peak of all GPUs; reported "
-    "on a GPU with known peak, in bf16, without frozen weights, and with adapters only if the first layer has some",
+    "on a GPU with known peak, in bf16, without frozen weights; in a run with adapters, only if the first layer has an "
+    "adapter",
 }
 """Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
 
@@ -265,8 +266,9 @@ def source_names(paths: Sequence[str | Path]) -> tuple[str, ...]:
     """Return a short name for each data source, for use in metric names.
 
     The name is the last part of the source's path without its suffix. Characters other than letters, digits, ``_``,
-    ``.`` and ``-`` are replaced by ``_``. Parts without a letter or digit are passed over; if no part is left, the name
-    is ``data``. If several sources have the same name, a number is appended to all but the first.
+    ``.`` and ``-`` are replaced by ``_``. If the last part has no letter or digit, the last part that has one is used
+    instead; without such a part, the name is ``data``. If several sources have the same name, a number is appended to
+    all of these names but the first.
 
     >>> source_names(["a/train.jsonl", "b/train.jsonl.gz[:10%]", "b/more pairs.parquet", "org/set:train"])
     ('train', 'train_2', 'more_pairs', 'set_train')

@@ -23,7 +23,7 @@ class RunFacts(NamedTuple):
     """The information about a run that a model card shows.
 
     config    the run's configuration, as JSON values
-    identity  what determined the run's results; see :mod:`~dpo_engine.checkpoint.identity`
+    identity  settings and data that determine the run's results; see :mod:`~dpo_engine.checkpoint.identity`
     layout    sizes of the parallel dimensions, by name
     step      number of optimizer steps
     train     metrics of the last logged step, by name
@@ -74,9 +74,9 @@ def card_writer(
 
 
 def last_metrics(lines: Sequence[Mapping[str, Any]], step: int) -> tuple[dict[str, Any], int, dict[str, Any], int]:
-    """Return the last training metrics up to ``step`` and their step, and the last evaluation and its step.
+    """Return the last training metrics and their step, then the last evaluation and its step, both up to ``step``.
 
-    If there are none, the metrics are empty and the step is 0.
+    If there are no training metrics, or there is no evaluation, the metrics in question are empty and their step is 0.
 
     lines  the lines of a run's metrics.jsonl
     """

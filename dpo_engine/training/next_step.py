@@ -7,11 +7,11 @@ step exists.
 Solution. While a step runs, a second thread makes the next step's :class:`StepData` in host memory, page-locked if the
 device is a GPU. The main thread only starts the copies to the device, which do not block.
 
-Why this is safe. The data of a step is a function of the step's number: the second thread reads the plan and the
+Why this is safe. The data of a step depends only on the step's number. The second thread reads the plan and the
 memory-mapped pairs, but does not communicate or use the device. Therefore the results and the order of pairs are the
-same as without the thread. If the run stops, a step that is prepared but not run has no effect. If preparing fails, the
-main thread raises the error at the step that needs the data. The thread ends with the training loop, so that a later
-fork does not copy a process in which the thread runs.
+same as without the thread. If the run stops, a step that is prepared but not run has no effect. If the preparation
+fails, the main thread raises the error at the step that needs the data. The thread ends with the training loop, so that
+a later fork does not copy a process in which the thread runs.
 
 Not covered. The interpreter runs one thread at a time. On a GPU, the main thread mostly waits for the device or for
 room in its queue of launches. If launches limit the speed of a step, preparing the next step still delays the launches.
@@ -49,7 +49,7 @@ class StepData:
     copies: list[Callable[[], Batch]]
 
     def batches(self) -> list[Batch]:
-        """Start the copies of this rank's micro-batches to the device, and return the micro-batches there."""
+        """Start to copy this rank's micro-batches to the device, and return the micro-batches on the device."""
         return [copy() for copy in self.copies]
 
 

@@ -1,4 +1,4 @@
-"""Apply the run's loss with its options: compute the scalar that a step differentiates, and the metrics it reports.
+"""Apply the run's loss with its options: compute the losses of the pairs, and the metrics that a step reports.
 
 `Objective` is the only caller of loss functions during training and evaluation. There are two cases:
 
@@ -214,7 +214,7 @@ class Objective:
         policy, reference   log-probabilities of this rank's pairs, one record per micro-batch
         data                the other columns that a loss can read, one record per micro-batch
         places              index of each of this rank's pairs in its data set, one tensor [b] per micro-batch. The loss
-                            gets the pairs in this order, so that ties have the same result in every layout
+                            gets the pairs sorted by index, so that ties have the same result in every layout
 
         Returns  this rank's part of the loss, one record per micro-batch
 

@@ -19,7 +19,7 @@ SHOWN = 6
 
 
 SCORING = ("reference.", "train.micro_batch_size", "batch.", "parallel.")
-"""Prefixes of the names of changes that also help a command that only scores pairs, without gradients and optimizer."""
+"""Prefixes of names of changes that also help a command that only scores pairs and has no gradients or optimizer."""
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def explained(engine: Engine, *, scoring: bool = False) -> Iterator[None]:
 
 
 def planned_memory(engine: Engine) -> str:
-    """Return the memory that is planned for this rank, with its parts, as text. Call it after `settle_batches`."""
+    """Return the memory that is planned for this rank, and its parts, as text. Call this after `settle_batches`."""
     stage, (dtype, tokens) = engine.groups.pp.rank(), _largest_rows(engine)
     planned = stage_memory(engine.config, engine.arch, engine.groups.dims, stage, dtype, tokens)
     more = f"; a GPU needs about {gib(OUTSIDE)} more" if engine.platform.gpu else ""

@@ -5,8 +5,8 @@ trains to its end, but its checkpoints cannot be loaded. Therefore rank 0 writes
 the run's directories, and every rank looks for these files before the data is read. If a directory that all ranks must
 share is not shared, the run ends with an error.
 
-`data.cache_dir` may be on a local disk of each node, because one rank per node tokenizes for the others. In this case,
-the log says that the data is tokenized on each node.
+`data.cache_dir` may be on a local disk of each node, because one rank per node tokenizes for the node's other ranks. If
+this directory is not shared, the log says that the data is tokenized on each node.
 """
 
 import os
@@ -33,7 +33,7 @@ from dpo_engine.training.rank_guard import PER_NODE, ranks_text
 LOOK_S = 10.0
 """Seconds for which a rank looks for a file, because NFS can show a new directory with a delay."""
 LOOK_PER_NODE_S = 1.0
-"""Seconds for which a rank looks for a file in a directory that is possibly a different one on each node."""
+"""Seconds for which a rank looks for a file in a directory that nodes need not share."""
 POLL_S = (0.05, 1.0)
 """Initial and maximum number of seconds between two attempts to read a file."""
 MOST_HOSTS = 3

@@ -28,7 +28,7 @@ class Tool(Protocol):
     """A profiler.
 
     needs_gpu   why the tool requires a GPU; empty if it does not
-    ending      end of the name of the file that it writes on each rank; empty if it writes none
+    ending      suffix of the file that the tool writes on each rank; empty if it writes no file
     """
 
     needs_gpu: str
@@ -97,7 +97,7 @@ class MemorySnapshot:
         torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
 
     def stop(self) -> None:
-        """Do nothing: the record must still exist when it is written."""
+        """Do nothing, because :meth:`write` still needs the record."""
 
     def write(self, path: Path) -> None:
         """Write the snapshot, and end the record."""
@@ -133,7 +133,7 @@ class Profiler(Callback):
         self._start_if_due(run)
 
     def on_end(self, run: Run) -> None:
-        """Write what has been profiled, if the run ends, or fails, before the end of the last step to profile."""
+        """If the run ends or fails before the end of the last step to profile, write what has been profiled so far."""
         if self.began is not None:
             try:
                 line = self._stop(run)()

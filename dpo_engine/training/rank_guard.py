@@ -3,16 +3,16 @@
 The problem: if one rank has a different setting, code version, environment variable, data file or weight, the run hangs
 or trains a wrong model, and no error explains why.
 
-The solution: compare the facts of the ranks twice. Facts are named values, such as settings and versions, that must be
-equal on all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with different layouts
-would hang while creating the groups. Each rank puts its facts into the rendezvous store; rank 0 reads them and answers
-all ranks. `RankGuard.check` runs before the first step. It runs again every `train.guard_interval` steps, before
-scheduled saves, and after the last step; if the interval is 0, none of these later checks run. In addition to these
-facts, it compares facts about the data, and all weights of which several ranks have copies: data-parallel and
-context-parallel replicas, parameters that tensor parallelism does not split, experts, and tied embeddings.
+The solution: compare the facts of the ranks with two functions. Facts are named values, such as settings and versions,
+that must be equal on all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with
+different layouts would hang while creating the groups. Each rank puts its facts into the rendezvous store; rank 0 reads
+them and answers all ranks. `RankGuard.check` runs before the first step. It runs again every `train.guard_interval`
+steps, before scheduled saves, and after the last step; if the interval is 0, none of these later checks run.
+`RankGuard.check` also compares facts about the data, and all weights of which several ranks have copies: data-parallel
+and context-parallel replicas, parameters that tensor parallelism does not split, experts, and tied embeddings.
 
 Why this way: a check costs one all-gather of a few integers per rank (a hash of the facts, and combined fingerprints
-of the weights). The ranks exchange the facts only if these integers differ, so that the error can name the difference.
+of the weights). If these integers differ, the ranks also exchange the facts, so that the error can name the difference.
 A fingerprint is a weighted sum of integers modulo 2^64. Equal tensors therefore have equal fingerprints on every
 device, in any order of additions. A failed check raises the same error on all ranks. Facts are compared in the order of
 `KINDS`.
@@ -166,7 +166,7 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
         problems = [f"{NUMBER}: {asked} on rank 0, {world} on rank {rank}; {KINDS['ranks'][1]}"]
     if problems:
         done, deadline = store.add("read", 1), time.monotonic() + READ_WITHIN_S
-        # Rank 0 hosts the store, so it waits until the other ranks have read the problems.
+        # Rank 0 may host the store, so it waits until the other ranks have read the problems.
         while rank == 0 and done < readers and time.monotonic() < deadline:
             time.sleep(0.01)
             done = store.add("read", 0)

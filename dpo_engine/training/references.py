@@ -1,4 +1,4 @@
-"""Build the reference for each ``reference.mode``, and verify log-probabilities that were scored earlier."""
+"""Build the reference that ``reference.mode`` selects, and verify log-probabilities that were scored earlier."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -184,7 +184,7 @@ def _given(pairs: PairDataset) -> _Known:
 
 
 def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str) -> int:
-    """Score some known pairs again (at most ``reference.verify``), and compare the results with the known values.
+    """Score some of the known pairs again, at most ``reference.verify``, and compare the results with the known values.
 
     where   the source of the known values, for error messages
 

@@ -63,7 +63,7 @@ def _write_pairs(run: Run, evaluator: Evaluator) -> Path:
 def _export(run: Run, identity: dict[str, Any]) -> Path:
     """Write the policy as a Hugging Face checkpoint to ``<train.output_dir>/hf``, and return this path.
 
-    With ``checkpoint.export: best``, first load the best checkpoint, unless the last step is the best one.
+    With ``checkpoint.export: best``, first load the best checkpoint, unless the last step is the best step.
     """
     engine, step, best = run.engine, run.step, run.config.checkpoint.export == "best"
     config, layout = run.config.model_dump(mode="json"), asdict(engine.groups.dims)

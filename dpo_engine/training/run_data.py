@@ -57,7 +57,7 @@ def open_data(
     """Tokenize the pairs into the cache, on one rank per node, and open them on every rank.
 
     say           called on the first rank of each node with each line of the report
-    interruption  records signals that request a stop; a rank that tokenizes then stops soon
+    interruption  records signals that request a stop; after a signal, a rank that tokenizes stops soon
 
     *Collectives*: the other ranks wait, without a time limit, for the ranks that tokenize. If one rank fails, all ranks
     raise its error.
@@ -83,9 +83,9 @@ def open_data(
 def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -> Config:
     """Return the configuration with a fixed date for the run's chat template.
 
-    The date is the one in the newest checkpoint that records a date, or else today's date. Without a fixed date, a
-    template that writes the date would produce different tokens after midnight. If data.template_date is set, or if the
-    template reads no date, the configuration is returned unchanged.
+    The date is taken from the newest checkpoint that records a date. Without such a checkpoint, it is today's date. If
+    the date were not fixed, a template that writes the date would produce different tokens after midnight. If
+    data.template_date is set, or if the template reads no date, the configuration is returned unchanged.
 
     *Collectives* over ``world``: those of :func:`~dpo_engine.platform.long_work.from_first`.
     """
@@ -219,7 +219,8 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
 def count_trained(config: Config, pairs: PairDataset) -> int:
     """Return the number of ``pairs`` that are also training pairs of the run.
 
-    config  the run's configuration, with the held-out pairs that it names itself, even if ``pairs`` come from elsewhere
+    config  the run's original configuration: its data.validation and data.validation_fraction, which decide what the
+            run trained on, must not be replaced, even if ``pairs`` come from another source
 
     Returns 0 if the cache lacks the training pairs, or if their files have more than `READ_LIMIT` bytes or cannot be
     read.

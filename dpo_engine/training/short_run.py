@@ -5,8 +5,8 @@ if a loss wrongly reads other pairs of the micro-batch. Scoring the wrong one of
 Therefore the policy's weights are changed first, in a way that does not depend on the layout
 (:func:`~dpo_engine.model.weights.perturb.perturb`). Training steps would also separate the two models, but more slowly
 (at a learning rate of 1e-6, margins stay near 0 for many steps), and with the very code that is under test. The
-reference's log-probabilities are first recorded *before* the change. If a reference wrongly reads the policy's weights
-later, the reference's numbers change after the steps.
+reference's log-probabilities are recorded *before* the change, and again after the steps. If a reference wrongly reads
+the policy's weights, the two records differ.
 """
 
 from typing import Any
@@ -40,8 +40,7 @@ def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
     fp64   compute in fp64 instead of the run's dtype
 
     Each step uses the first `PAIRS` pairs of the run's own global batch. The learning rate has no warmup, because a
-    learning rate of 0 would hide errors. The reference is not updated (``reference.sync_every`` has no
-    effect).
+    learning rate of 0 would hide errors. The reference is not updated (``reference.sync_every`` has no effect).
 
     Returns  a dictionary, equal on every rank:
              ``dtype``, ``layout`` (of batches), ``largest`` (number of pairs in the largest micro-batch);
@@ -100,7 +99,7 @@ def _measure(engine: Engine, data: RunData, steps: list[np.ndarray]) -> dict[str
 
 
 def _facts(engine: Engine, data: RunData, indices: np.ndarray) -> BatchFacts:
-    """Return the facts of a batch. Rounding errors count as ties, because accuracies would otherwise jump."""
+    """Return the facts of a batch. Accuracies count differences up to `TIE` as ties; rounding could flip them."""
     return batch_facts(data.train, indices)._replace(tie=TIE[engine.dtype])
 
 

@@ -153,7 +153,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
 def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
     """Return a line for each setting of micro-batches that differs from the checkpoint's setting.
 
-    On other devices, ``auto`` can choose other values. Checkpoints of earlier versions do not record the choice.
+    On other devices, ``auto`` can choose other values. Checkpoints of earlier versions do not record the chosen values.
     """
     now = config.batch.model_dump(include={"layout", "tokens_per_micro_batch"})
     return [

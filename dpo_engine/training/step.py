@@ -63,8 +63,8 @@ def train_step(
 
     batches  this rank's micro-batches: for each pair of its dp rank, the tokens of its cp rank
     known    BatchFacts of the *whole* global batch, because the loss is the weighted mean over all of its pairs
-    refuses  called with the metrics and ``grad_norm`` before the update; returns whether to skip the update, equal on
-             all ranks. The learning rate schedule advances in either case.
+    refuses  called with the metrics and ``grad_norm`` before the update; returns whether to skip the update, and must
+             return the same value on all ranks. The learning rate schedule advances in either case
     count_zeros  whether to report ``num_zeros_in_grad``
 
     Returns  the metrics of the step, equal on every rank: the metrics of the pairs before the update, ``grad_norm``

@@ -98,7 +98,7 @@ def _texts(
 
 
 def unknown_reference(engine: Engine) -> str | None:
-    """Return a line for the log if only sums of the reference's log-probabilities over responses are known, or None."""
+    """Return a log line if the reference's log-probabilities are known only as sums over responses; otherwise, None."""
     mode = engine.config.reference_mode
     if not engine.objective.facts.needs_reference or mode not in ("stored", "dataset"):
         return None

@@ -45,7 +45,7 @@ from dpo_engine.wording import data_size
 
 
 class Trainer:
-    """One run on one rank, from step 0, or from the checkpoint in ``start``, to the run's last step.
+    """One run on one rank, from step 0 or the checkpoint in ``start`` to the run's last step.
 
     step        number of steps done
     pairs_seen  number of pairs in these steps
@@ -181,7 +181,7 @@ class Trainer:
             due = plan.due(self.step, interval_of(config.checkpoint.save_interval))
             judged = self.last or plan.due(self.step, interval_of(config.train.eval_interval))
             may_save = due or bool(judged and config.checkpoint.keep_best)  # if this step is among the best
-            # If training continues, a save that is due or running must finish before the save for a later stop begins.
+            # Before a save at a later stop, a save that is due or running must finish, so expect time for two saves.
             self.interruption.save_s = self.saver.took_s * (1 + (may_save or self.saver.in_flight))
             stop = None if self.last else self.agree("step")
             guarded = config.train.guard_interval
@@ -191,8 +191,8 @@ class Trainer:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
             if self.step % config.logging.log_interval == 0 or self.last:
                 self.sinks.log(self.step, metrics)
-            # When stopping, and after the last step, save before an evaluation that is due. If the run ends before that
-            # evaluation, the resumed run performs it first.
+            # When stopping, and after the last step, save before an evaluation that is due. If the process ends before
+            # that evaluation, the resumed run performs it first.
             unjudged = bool(judged and (stop or self.last) and self.evaluator)
             evaluations = {} if judged else evaluations
             if judged and self.evaluator and not unjudged:
@@ -230,7 +230,7 @@ class Trainer:
         groups, interruption = self.engine.groups, self.interruption
         interruption.finish = bool(self.callbacks.asked)
         stop = interruption.agreed(groups.world, self.engine.platform.device, after=after)
-        # In the agreed number, a signal hides a callback's request. The checkpoint must record this request, too.
+        # If there is also a signal, the agreed number hides a callback's request, which the checkpoint must record.
         asked: list[Any] = [None] * groups.world.size()
         if interruption.finish or stop:
             dist.all_gather_object(asked, self.callbacks.asked, group=groups.world)
@@ -322,7 +322,7 @@ class Trainer:
         """Save a checkpoint for the current step and remove old checkpoints.
 
         wait      return only after the checkpoint is complete
-        unjudged  whether an evaluation is due but not done yet, so that a resumed run performs it first
+        unjudged  whether an evaluation is due but not done yet; a resumed run then performs this evaluation first
 
         Raises :class:`~dpo_engine.errors.NumbersError`, without saving, if weights or optimizer state are not finite.
         """

@@ -57,8 +57,8 @@ def count_work(engine: Engine, pairs: PairDataset, indices: np.ndarray, batches:
 def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> dict[str, float]:
     """Return the metrics ``tokens_per_s``, ``layout_gain`` and, if the peak is known, ``mfu`` of a step.
 
-    If weights are frozen, or if a run with adapters has none in the first layer, a step omits some products. The count
-    does not consider this, so ``mfu`` is then left out.
+    If weights are frozen, or if a run with adapters has no adapter in the first layer, a step omits some products. The
+    count would still include these products, so ``mfu`` is then left out.
 
     work      the work of the step's global batch
     elapsed   duration of the step, in seconds
@@ -85,8 +85,8 @@ def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> d
 def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
     """Return the work of one forward pass of the whole model, without adapters, over a rank's micro-batches.
 
-    batches  this rank's micro-batches, in host memory, or, with context parallelism, its shares of them; the sum over
-             the ranks of dp_cp covers the global batch
+    batches  this rank's micro-batches, in host memory; with context parallelism, its shares of the micro-batches. The
+             sum of the results over the ranks of dp_cp covers the global batch
 
     Returns  [3]  fp64, in host memory: tokens, operations of the products with matrices, and operations of attention
     """
@@ -123,7 +123,7 @@ def padded_flops(
 
 
 def _products(arch: Architecture, layers: Sequence[int], tokens: int, computed: int) -> int:
-    """Return the number of operations of the matrix products in ``layers``. Only experts that a token uses count.
+    """Return the number of operations of the matrix products in ``layers``. A token counts only for its own experts.
 
     tokens    number of tokens for which the layers compute queries, keys and values
     computed  number of tokens for which the layers compute outputs

@@ -253,6 +253,7 @@ def plan_digest(data_digest: str, cost: CostModel, **settings: int | bool | Sequ
     data_digest  digest of the data set's pairs, in order
     settings     arguments of :func:`deal_trees` and of :class:`~dpo_engine.batching.plan.Plan`
     """
-    costs = {name: value for name, value in asdict(cost).items() if value != ()}  # as in older digests
+    # Leave out an empty `windows`, so that models without windows keep the digests of older releases.
+    costs = {name: value for name, value in asdict(cost).items() if value != ()}
     facts = {"version": VERSION, "data": data_digest, "cost": costs, "settings": settings}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -134,7 +134,7 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file. If the file has a key `base`, merge this mapping into that of the base file.
+    """Return the mapping in a YAML file. With a key `base`, merge this mapping into the base file's mapping.
 
     below  files that inherit from this file; they are needed to detect a cycle
 

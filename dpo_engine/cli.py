@@ -319,7 +319,7 @@ def _others_wait(verb: str, config: Config) -> AbstractContextManager[None]:
 
 
 def _unread(verb: str, config: Config) -> frozenset[str]:
-    """Return the keys that the verb does not use, so that problems with these keys or their files do not stop it."""
+    """Return the keys that the verb does not use. Problems with these keys or their files must not stop the verb."""
     unread = set() if verb in ("train", "check") else {"checkpoint.export"}
     if verb == "export":
         unread |= {"data.train", "data.validation"}

@@ -9,7 +9,8 @@ _progress = False
 
 
 def note_progress() -> None:
-    """Note that this start has saved a checkpoint or values in a store, which the next start need not compute again."""
+    """Remember that this start has saved a checkpoint, or values in a store. The next start need not repeat this work.
+    """
     global _progress
     _progress = True
 

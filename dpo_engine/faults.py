@@ -1,9 +1,10 @@
 """Fault injection: `DPO_FAULT=<phase>:<rank>:<nth>:<action>` makes a rank fail, or changes a value, at a chosen point.
 
-The rank (a number, or `*` for every rank) performs the action when it reaches the phase for the n-th time. Instead of a
-phase, a fault can name a value, whose n-th occurrence the action multiplies by a factor. Several faults are separated
-by commas. :func:`arm` reads the variable once. In a job that Slurm or torchrun has restarted, no faults are set, so
-that the restarted job can finish. Without faults, reaching a phase costs one lookup in an empty dictionary.
+The rank (a number, or `*` for every rank) performs the action when it reaches the phase for the n-th time. A fault can
+also name a value instead of a phase. The action then multiplies the n-th occurrence of the value by a factor. Several
+faults are separated by commas. :func:`arm` reads the variable once. In a job that Slurm or torchrun has restarted, no
+faults are set, so that the restarted job can finish. Without faults, reaching a phase costs one lookup in an empty
+dictionary.
 """
 
 from __future__ import annotations

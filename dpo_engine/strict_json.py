@@ -30,7 +30,8 @@ def kind(value: Any) -> str:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """Read the JSON object in a file. Raises :class:`BadJson`, or `OSError` if the file cannot be read."""
+    """Read the JSON object in a file. Raises :class:`BadJson` if the content is invalid or too large, and `OSError` if
+    the file cannot be read."""
     with open(path, "rb") as stream:
         content = stream.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:

@@ -82,7 +82,7 @@ def _exchange(bins: np.ndarray, costs: np.ndarray, sizes: np.ndarray, count: int
         if loads[dearest] <= close:
             break
         own, others = np.flatnonzero(bins == dearest), np.flatnonzero(bins != dearest)
-        # An item of the most expensive bin can be exchanged for an item of another bin, or only moved.
+        # An item of the most expensive bin can be exchanged for an item of another bin, or moved to another bin.
         from_bin = np.append(bins[others], np.arange(count))
         cost = costs[own][:, None] - np.append(costs[others], np.zeros(count, np.int64))
         size = sizes[own][:, None] - np.append(sizes[others], np.zeros(count, np.int64))

@@ -39,8 +39,8 @@ class Scored(NamedTuple):
     owner    [e]  int64, the response of each entry: i for the chosen response of pair i, b + i for the rejected one
     shared   [e]  bool: the k-th scored token of a response is shared if the other response of the pair has at least k
                   scored tokens
-    chunks        consecutive ranges of pairs; no two ranges have a site in common. For each range, the end offsets of
-                  its sites, its entries, and its pairs (one past the last)
+    chunks        consecutive ranges of pairs; no two ranges have a site in common. Each range is given as the indices
+                  after its last site, its last entry, and its last pair
     """
 
     sites: Tensor
@@ -81,7 +81,7 @@ class Batch:
     change losses or metrics.
 
     tokens     [r, s]   int64. Layout `stacked`: r = 2b; row i contains the prompt and the chosen response of pair i,
-                        row b + i the prompt and the rejected response. Layout `tree`: r = 1
+                        and row b + i contains its prompt and its rejected response. Layout `tree`: r = 1
     positions  [s]      int64, position of each column for the rotary embedding
     segments   [2, k]   int64, in host memory: lengths and parents of the segments in a tree row. A context-parallel
                         share also has the segments of the whole row. None for plain sequences
@@ -143,7 +143,10 @@ class Batch:
         return self.packed_for(device)()
 
     def packed_for(self, device: torch.device | str) -> Callable[[], Batch]:
-        """Lay the batch out in host memory for one transfer to a device. Return a function that makes the transfer."""
+        """Lay the batch out in host memory for one transfer to a device.
+
+        Returns  a function that makes the transfer and returns the copy
+        """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         kept = {name: fields.pop(name) for name in ("segments", "columns", "digest")}
         *scored, chunks = fields.pop("scored")

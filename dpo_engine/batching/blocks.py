@@ -18,8 +18,8 @@ such blocks.
 Every rank computes the same split from the same positions, without communication.
 
 Not covered. In rows of at most `BLOCK` tokens per rank, every rank gets one block, so the attention cost may be uneven.
-Such rows are cheap. The cost counts only visible keys. It ignores the extra work for partly visible tiles, and the
-output layer.
+Such rows are cheap. The cost of a block counts only visible keys. It includes neither the extra work for partly visible
+tiles nor the work of the output layer.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def padded_length(n: int, cp_size: int, multiple: int = 1) -> int:
     The length of each rank's part is a multiple of `multiple`. If there are several ranks and the part is longer than
     `BLOCK`, the part can be cut into blocks of equal length, from `SMALLEST` to `BLOCK` tokens.
 
-    multiple  from :meth:`~dpo_engine.platform.dims.ParallelDims.share_multiple`: the tensor-parallel size with sequence
-              parallelism, and more with FP8
+    multiple  from :meth:`~dpo_engine.platform.dims.ParallelDims.share_multiple`: with sequence parallelism, a multiple
+              of the tensor-parallel size; with FP8, a multiple of the number that FP8 requires; otherwise 1
     """
     share = -(-n // (cp_size * multiple)) * multiple
     while cp_size > 1 and share > BLOCK and _block_length(share) < SMALLEST:

@@ -14,11 +14,11 @@ PLANNED_TOGETHER = 512
 """Maximum number of pairs that are planned together. A larger global batch is planned in several parts."""
 
 WORTH_IT = 1.05
-"""``auto`` chooses ``tree`` if ``stacked`` computes at least this many times the tokens of ``tree``."""
+"""``auto`` chooses ``tree`` if ``stacked`` computes at least this many times as many tokens as ``tree``."""
 
 
 def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tuple[str, str]:
-    """Choose ``stacked`` or ``tree`` according to ``batch.layout``. Return the layout, and the reason for the log.
+    """Choose ``stacked`` or ``tree`` according to ``batch.layout``. Return the layout and a reason to log.
 
     ``auto`` compares the number of tokens that each layout would compute. In ``stacked``, padding is counted, and each
     prompt is counted twice per pair, once for each response. In ``tree``, each prompt is counted once per pair, or
@@ -54,7 +54,7 @@ def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tu
 
 
 def is_settled(config: Config) -> bool:
-    """Whether the configuration gives the layout and the size of micro-batches, without any ``auto``."""
+    """Return whether the configuration gives the layout and the size of micro-batches, so that no choice is needed."""
     sized = config.train.micro_batch_size is not None or config.batch.tokens_per_micro_batch != "auto"
     return sized and config.batch.layout != "auto"
 
@@ -62,7 +62,7 @@ def is_settled(config: Config) -> bool:
 def pair_tokens(pairs: PairDataset, config: Config, layout: str) -> np.ndarray:
     """Return the number of tokens of each pair in a layout [n], without padding to the length of another pair.
 
-    In ``tree``, this assumes that a pair shares nothing with other pairs.
+    In ``tree``, each pair is assumed to share nothing with other pairs.
     """
     prompt, chosen, rejected = (column.astype(np.int64) for column in pairs.lengths.T)
     if layout == "stacked":
@@ -120,7 +120,8 @@ def padded_rows(
     sizes = np.array([len(place) for place in places])
     lengths = np.full((int(sizes.sum()), dims.dp), DUMMY_LENGTH)
     lengths.ravel()[: len(indices)] = -np.sort(-_row_lengths(dataset, indices))
-    # The pairs are dealt in this order, one to each rank in turn, so the first pair of a micro-batch is the longest.
+    # Pairs are dealt in order of decreasing length, one to each rank in turn. The first pair of a micro-batch is
+    # therefore its longest pair.
     longest = np.maximum(lengths[np.cumsum(sizes) - sizes].ravel(), length or DUMMY_LENGTH)
     return np.stack([2 * np.repeat(sizes, dims.dp), -(-longest // multiple) * multiple], axis=1)
 
@@ -168,7 +169,7 @@ def _group(lengths: np.ndarray, config: Config, multiple: int) -> list[int]:
 
 
 def _pairs_that_fit(length: int, config: Config, multiple: int) -> int:
-    """Return the number of pairs in a stacked micro-batch whose longest row has this length, at least 1."""
+    """Return the number of pairs, at least 1, in a stacked micro-batch whose longest row has `length` tokens."""
     if config.train.micro_batch_size is not None:
         return config.train.micro_batch_size
     return max(config.batch.tokens_per_micro_batch // (2 * -(-int(length) // multiple) * multiple), 1)

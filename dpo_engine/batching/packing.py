@@ -17,7 +17,7 @@ rank therefore computes the same plan without communication, and :func:`plan_dig
 when costs are even to 0.1%, when no further exchange helps, or after one exchange per item.
 
 Not covered. FLOP is not time: the plan ignores the efficiency of kernels, communication, the padding of interleaved
-schedules, and the uneven load of experts. If a tree is split, every piece computes its prompt again. A pair that is
+schedules, and the uneven load of experts. If a tree is split, every piece computes the prompt again. A pair that is
 longer than the budget is not truncated, but becomes a micro-batch that exceeds the budget. Context-parallel ranks are
 balanced elsewhere (:mod:`~dpo_engine.batching.shares`).
 """
@@ -207,8 +207,8 @@ def deal_trees(
                       (:func:`~dpo_engine.data.dataset.part_digests`)
     tokens_per_micro_batch  the budget
     share     whether repeated prompts and responses occur only once in a row
-    multiple  a divisor of the number of micro-batches: the number of pipeline stages for an interleaved schedule,
-              otherwise 1
+    multiple  number that must divide the number of micro-batches: for an interleaved schedule, the number of pipeline
+              stages; otherwise 1
 
     Returns  for each rank, its micro-batches: arrays of pairs [b] int64, b >= 0; pairs of one tree are adjacent
     """
@@ -253,6 +253,7 @@ def plan_digest(data_digest: str, cost: CostModel, **settings: int | bool | Sequ
     data_digest  digest of the data set's pairs, in order
     settings     arguments of :func:`deal_trees` and of :class:`~dpo_engine.batching.plan.Plan`
     """
-    costs = {name: value for name, value in asdict(cost).items() if value != ()}  # older digests have no windows
+    # Leave out an empty `windows`, so that models without windows keep the digests of older releases.
+    costs = {name: value for name, value in asdict(cost).items() if value != ()}
     facts = {"version": VERSION, "data": data_digest, "cost": costs, "settings": settings}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

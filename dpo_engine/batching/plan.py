@@ -105,10 +105,10 @@ def _source_order(own: np.ndarray, prompts: np.ndarray | None, **order: Any) -> 
 def deal(indices: np.ndarray, *, dp_rank: int, dp_size: int, sizes: Sequence[int]) -> list[np.ndarray]:
     """Return the micro-batches of one data-parallel rank for a global batch.
 
-    Rank r takes `indices[r::dp_size]`. Places after a rank's last pair are -1.
+    Rank r takes `indices[r::dp_size]`. If the micro-batches have room for more pairs, the remaining places are -1.
 
     indices   [n]  pairs in the global batch
-    sizes     numbers of pairs in a rank's micro-batches, with room for all pairs
+    sizes     sizes of a rank's micro-batches, in pairs; their sum is at least the rank's number of pairs
 
     Returns  an array of pairs for each size; over all ranks, each pair occurs once
     """

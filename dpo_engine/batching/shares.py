@@ -7,8 +7,8 @@ attention does equal work. With a causal mask, a token at position i sees i + 1 
 tokens, the last of many ranks would do almost twice the mean work.
 
 Plain causal rows (layout `stacked`). Cut the row into 2 cp_size chunks; rank r takes chunks r and 2 cp_size - 1 - r.
-The sum of the costs of an early and a late chunk is the same on every rank. Megatron-Core uses this "zigzag" split, and
-its rotary embedding and Transformer Engine expect it.
+The sum of the costs of an early and a late chunk is the same on every rank. Megatron-Core uses this "zigzag" split.
+Transformer Engine and Megatron-Core's rotary embedding expect it.
 
 Rows of trees (layout `tree`). Positions restart with every tree and every response, so the index of a column does not
 determine the cost of its query. The zigzag split would be uneven: for a prompt of 2000 tokens with two responses of
@@ -39,8 +39,8 @@ def share_columns(length: int, cp_size: int, positions: np.ndarray | None = None
     length     number of columns in the row
     positions  [length] position of each token, for a row of trees; None for plain causal sequences
 
-    Returns  for each rank, its columns [length / cp_size]. For a row of trees, they are in ascending order. For plain
-             sequences, they are chunk r followed by chunk 2 cp_size - 1 - r
+    Returns  for each rank, its columns [length / cp_size]. In a row of trees, they are in ascending order. In plain
+             sequences, the columns of rank r are chunk r followed by chunk 2 cp_size - 1 - r
 
     Raises `ValueError` if the row cannot be split into equal parts.
 

@@ -11,7 +11,7 @@ earlier tokens of its segment, and all tokens of the parent segment, but no othe
 len(prompt), wherever it is in the row. Each token therefore sees the same tokens at the same positions as in a separate
 row, and log-probabilities agree with layout `stacked` up to rounding.
 
-Scoring. The last token of a prompt predicts the first token of each response to the prompt, so several sites have the
+Scoring. The last token of a prompt predicts the first token of each response to the prompt, so several sites are at the
 column of this token, each with a different target. If several pairs share a response, the response is in the row once
 and is scored once. All of these pairs read the same log-probabilities through `Scored.take`. The last layer computes
 outputs only for the columns that predict a scored token (:func:`needed_columns`). From the other columns, which include
@@ -110,7 +110,7 @@ def plant(
 def needed_columns(batch: Batch, multiple: int) -> torch.Tensor:
     """Return the columns of a rank's share that predict a scored token. The last layer computes only these columns.
 
-    multiple  the number of columns is rounded up to a multiple of this number, by adding the first other columns
+    multiple  the number of columns is rounded up to a multiple of this number, by adding the first of the other columns
 
     Returns   [q] int64, ascending, q >= 1
     """

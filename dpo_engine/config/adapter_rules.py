@@ -1,4 +1,4 @@
-"""Rules about the section `adapter` together with other keys: combinations that are not exact or have no effect."""
+"""Rules that involve the section `adapter` and other keys: find combinations that are unsupported or without effect."""
 
 from __future__ import annotations
 

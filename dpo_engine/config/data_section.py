@@ -28,7 +28,7 @@ class Source(Section):
     path: Place
     """the path of a file or directory, a glob, or a Hub id org/name:split; a slice such as [-5%:] may follow"""
     format: Text = "auto"
-    """name of a registered data format; auto: detected from the first record"""
+    """name of a registered data format; auto: the format is detected from the first usable record"""
     columns: Columns | None = None
     """renaming of fields for this source, instead of data.columns; null: data.columns applies"""
 
@@ -50,7 +50,7 @@ class DataConfig(Section):
     """a source of preference records, or a list of sources; a source is a path or a mapping {path, format, columns,
     weight}"""
     validation: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
-    """a source or a list of sources, as in data.train but without weights, for evaluation only; null: none"""
+    """a source or a list of sources, as in data.train but without weights, for evaluation only; null: no such source"""
     validation_fraction: Fraction = 0.0
     """approximate fraction of the prompts in data.train to hold out for evaluation; requires data.validation=null"""
     max_pairs: Count | None = None

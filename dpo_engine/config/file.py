@@ -100,7 +100,8 @@ for _tag, _pattern, _first in (
     ),
     ("merge", r"<<", "<"),
 ):
-    # PyYAML finds resolvers by the first character of a scalar. For an empty scalar, the lookup key is "".
+    # PyYAML finds resolvers by the first character of a scalar. For an empty scalar, the lookup key is "", which the
+    # table above writes as "\0".
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
     )
@@ -133,7 +134,7 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file. If the file has a key `base`, return its mapping merged into the base file's.
+    """Return the mapping in a YAML file. With a key `base`, merge this mapping into the base file's mapping.
 
     below  files that inherit from this file; they are needed to detect a cycle
 
@@ -162,8 +163,8 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
 def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return `own` merged into `base`. Mappings are merged key by key; other values, such as lists, are replaced.
 
-    The section `loss` is special, because its options belong to one loss. If `own` names a different loss, its `loss`
-    section replaces that of `base`. If `own` sets a key of the section to null, the key gets its default.
+    The section `loss` is special, because its options belong to one loss. If `own` names a different loss, its section
+    `loss` replaces the section `loss` of `base`. If `own` sets a key of the section to null, the key gets its default.
     """
     merged = {**base}
     for key, value in own.items():

@@ -43,8 +43,9 @@ class OptimConfig(Section):
     """data type in which the gradients of all micro-batches are summed and reduced over ranks; bf16 halves the memory
     for gradients, but loses precision, and requires model.dtype=bf16"""
     states: Literal["device", "host"] = "device"
-    """memory of the fp32 main weights and Adam's moments; host: host memory, where AdamW then runs. This saves 12 bytes
-    per parameter that a rank updates, and makes steps longer. Results are the same up to rounding"""
+    """memory for the fp32 main weights and Adam's moments; host: host memory, in which case AdamW runs on the CPU. This
+    saves 12 bytes of device memory for each parameter that a rank updates, but makes steps longer. Results are the same
+    up to rounding"""
     freeze: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """regular expressions; weights whose whole name in the Hugging Face checkpoint matches any of them are not
     trained"""

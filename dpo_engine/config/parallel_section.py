@@ -27,7 +27,7 @@ class ParallelConfig(Section):
     """number of ranks that the matrices of each expert are split over; null: parallel.tp if parallel.ep is 1, otherwise
     1"""
     sequence_parallel: bool | Literal["auto"] = "auto"
-    """whether to also split the activations between tensor-parallel regions along the sequence; auto: true if
+    """whether to also split the activations outside the tensor-parallel regions along the sequence; auto: true if
     tp > 1"""
     distributed_optimizer: bool = True
     """whether to shard the optimizer states over the data-parallel ranks"""
@@ -41,8 +41,9 @@ class ParallelConfig(Section):
 TOKEN_MULTIPLES = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 """For each FP8 recipe, the number that must divide the number of tokens of a matrix product.
 
-The gradient of a weight is a sum over tokens. FP8 products need sums of a multiple of 16 numbers, and mxfp8 has one
-scale for 32 of them. Megatron and Transformer Engine pad the tokens of experts to the same multiples."""
+The gradient of a weight is a sum over tokens. In FP8 matrix products, the number of terms of a sum must be a multiple
+of 16. mxfp8 has one scale for each 32 terms. Megatron and Transformer Engine pad the tokens of experts to the same
+multiples."""
 
 
 class MegatronConfig(Section):
@@ -63,5 +64,5 @@ class MegatronConfig(Section):
 
     @property
     def token_multiple(self) -> int:
-        """The number of tokens that a rank has of a row must be a multiple of this, which is 1 without FP8."""
+        """The number that must divide the number of a row's tokens on each rank; 1 without FP8."""
         return TOKEN_MULTIPLES.get(self.fp8_recipe, 1)

@@ -47,8 +47,8 @@ class ModelConfig(Section):
     """layer implementation: native (Megatron-Core) or te (Transformer Engine); auto: te if it is installed and supports
     the model, otherwise native"""
     recompute: Literal["none", "selective", "full"] = "none"
-    """what to recompute in the backward pass instead of storing it: none, the MLP of each layer (selective), or
-    whole layers (full)"""
+    """what to recompute in the backward pass instead of storing it: nothing (none), the MLP of each layer (selective),
+    or whole layers (full)"""
     attention: Text = "auto"
     """kernels for attention in rows of trees and in sliding windows: varlen (flash attention), te (Transformer Engine),
     triton, sdpa, eager or the name that a plugin registers; auto: the fastest kernels that support the model, dtype
@@ -158,8 +158,9 @@ class TrainConfig(Section):
     eval_at_start: bool = False
     """whether to evaluate before the first step as well"""
     stop_after_no_gain: Count | None = None
-    """number of consecutive evaluations without a new best value, of the metric in checkpoint.keep_best (eval/loss if
-    that is null), after which the run ends early; null: never"""
+    """number of consecutive evaluations without a new best value after which the run ends early; the value is that of
+    the metric in checkpoint.keep_best, or of eval/loss if checkpoint.keep_best is null; null: the run never ends
+    early"""
     seed: Natural = 1234
     """random seed for everything except the order of the pairs"""
     deterministic: bool = True
@@ -323,4 +324,4 @@ class LoggingConfig(Section):
     """number of held-out pairs for which the log-probability of each token is written at every evaluation, for
     report.html"""
     profile: ProfileConfig | None = None
-    """steps to profile and the tool, such as {steps: [10, 12], tool: torch}; null: none"""
+    """steps to profile and the tool, such as {steps: [10, 12], tool: torch}; null: no steps are profiled"""

@@ -21,11 +21,11 @@ from dpo_engine.strict_json import BadJson, kind, parse_object
 from dpo_engine.wording import nearest
 
 SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
-"""Names of the rewards in the UltraFeedback data sets, each with the name used here."""
+"""Field names of the rewards in the UltraFeedback data sets, and the name that this package uses for each."""
 OPTIONAL = ("weight", *NUMBERS, *SCORES, "system", "tools", "chat_template_kwargs")
 """Fields that every format either reads or refuses."""
 ANSWERING = ("assistant", "gpt", "bot", "function_call", "tool_call", "tool", "observation")
-"""Roles, in any supported system's format, of turns that cannot begin a conversation."""
+"""Roles of turns that cannot begin a conversation, as the supported systems name them."""
 EMPTY_JSON = ("", "[]", "{}", "null")
 PART = r"(?:(?:prompt|chosen|rejected|response|completion)_)?"
 MEANINGS = {
@@ -51,8 +51,8 @@ CONTROLS = re.compile(
 def target_problems(columns: Mapping[str, str | None], format_name: str) -> list[tuple[str, str]]:
     """Return the names in `data.columns` that the format does not read, each with an error message.
 
-    For the format `auto`, these are the names that no format reads. If a format does not declare its fields, any name
-    is allowed.
+    For the format `auto`, these are the names that no format reads. A format that does not declare its fields allows
+    any name.
     """
     formats = [FORMATS[format_name]] if format_name != "auto" else list(FORMATS.values())
     declared = [getattr(entry, "fields", None) for entry in formats]
@@ -172,7 +172,7 @@ def opens(part: Any) -> bool:
 def is_empty(value: Any) -> bool:
     """Return whether a value is empty: null, an empty text, list or object, or a list or object of empty values.
 
-    In a table, a field that a record lacks has an empty value.
+    In a table, the column of a field that a record lacks holds an empty value.
     """
     if isinstance(value, dict):
         return all(is_empty(part) for part in value.values())

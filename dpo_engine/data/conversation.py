@@ -23,7 +23,7 @@ MEDIA = re.compile(
 
 
 def check_text(name: str, value: Any) -> str:
-    """Return the text. Raises :class:`BadRecord` if it is not text, is empty or only whitespace, or contains a NUL
+    """Return `value`. Raises :class:`BadRecord` if it is not text, is empty or only whitespace, or contains a NUL
     character or invalid Unicode."""
     if not isinstance(value, str):
         raise BadRecord(f"{name} must be text, not {kind(value)}")
@@ -53,7 +53,7 @@ def split_conversations(
     match.
 
     Raises :class:`BadRecord` for malformed messages; for turns in an invalid order; for conversations without a
-    common prompt; for a response in which no assistant turn is scored.
+    common prompt; and for a response in which no assistant turn is scored.
     """
     lead: list[Message] = []
     asked = None
@@ -106,7 +106,7 @@ def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> lis
     elif len(turns) < len(lead) or not all(map(_same, turns, lead)):
         raise BadRecord(f"{name} does not start with the turns of prompt")
     elif asked is not None and not any(turn["role"] == "user" and turn["content"] == asked for turn in turns):
-        way = "if they contain it, set data.columns={prompt: null}"
+        way = "if both responses contain it, set data.columns={prompt: null}"
         raise BadRecord(f"no user turn of {name} is equal to the text of prompt; {way}")
     _check_order(name, turns)
     return turns
@@ -127,7 +127,7 @@ def _turns(name: str, value: Any) -> list[Message]:
 def _turn(here: str, message: Any) -> Message:
     if not isinstance(message, dict):
         raise BadRecord(f"{here} must be a message with role and content, not {kind(message)}")
-    # In tables of messages, for example in Parquet files, the fields that a message lacks are null.
+    # In tables of messages, for example in Parquet files, the fields that a message lacks are null. They are removed.
     given = {key: value for key, value in message.items() if value is not None and value != []}
     given = {key: value for key, value in given.items() if value != "" or key not in REASONING}
     for key in ("role",) if given.get("tool_calls") else ("role", "content"):
@@ -139,7 +139,7 @@ def _turn(here: str, message: Any) -> Message:
         raise BadRecord(f"{here} has the unknown role {role!r}; use one of {', '.join(ROLES)}")
     more = not given.keys() <= USUAL
     for key in _unread(tuple(given)) if more else ():
-        # A number, such as a number of images, is ignored.
+        # A field with a number, such as a number of images, is ignored.
         if given[key] and (key == "function_call" or not isinstance(given[key], (int, float))):
             raise BadRecord(f"{here}.{key} is not supported")
     turn: Message = {"role": role}

@@ -18,7 +18,10 @@ from dpo_engine.errors import ConfigError, DataError
 
 
 def at_limit(pair: TokenPair, data: DataConfig) -> bool:
-    """Whether a pair reaches a length limit, in which case the start of its prompt may have been cut."""
+    """Return whether the start of a pair's prompt may have been cut, because the pair reaches a length limit.
+
+    With `data.score: all`, the length of the prompt is not stored, so any pair may have reached `max_prompt_length`.
+    """
     if data.truncation == "drop":
         return False
     prompt = data.max_prompt_length is not None and (len(pair.prompt) == data.max_prompt_length or data.score == "all")
@@ -30,13 +33,13 @@ def cut_prompts(
 ) -> dict[int, list[int] | None]:
     """Return the ids that were cut from the prompts of held-out pairs.
 
-    If a pair reaches a limit, its record is read and tokenized again. Sources without such records are not read.
+    If a pair reaches a limit, its record is read and tokenized again. Sources without such pairs are not read.
 
     pairs    held-out pairs
     indices  indices of pairs in ``pairs``
 
-    Returns  a mapping from each index to the ids that were cut, which is an empty list if nothing was cut, and None if
-             the record of the pair can no longer be found
+    Returns  a mapping from each index to the ids that were cut: an empty list if nothing was cut, or None if the record
+             of the pair can no longer be found
     """
     found: dict[int, list[int] | None] = {int(index): [] for index in indices}
     wanted: dict[int, dict[int, list[int]]] = {}
@@ -74,7 +77,12 @@ def _records(data: DataConfig, number: int, lines: set[int]) -> Iterator[tuple[i
 
 
 def _cut(whole: object, fitted: object, bos_id: int | None) -> tuple[str, list[int]] | None:
-    """Return the digest of a pair and the ids that were cut from its prompt, or None if a result is not a pair."""
+    """Return the digest of a pair and the ids that were cut from its prompt.
+
+    whole, fitted  the results of tokenizing the pair without and with the length limits
+
+    Returns None if one of the results has no pair.
+    """
     if not (isinstance(whole, Encoded) and isinstance(fitted, Encoded)) or whole.pair is None or fitted.pair is None:
         return None
     prompt, kept = whole.pair.prompt, fitted.pair

@@ -46,7 +46,7 @@ class TokenPair(NamedTuple):
                    unknown. If the source is a single file, this is the number of the line or table row, from 1.
     prompt_text    hash of the prompt's text before tokenizing; 0 if unknown
     chosen_mask    [c]  bool, whether each token is scored; at least one token is. None means that all tokens are scored
-    rejected_mask  [r]  bool, the same for the rejected response
+    rejected_mask  [r]  bool, as `chosen_mask`, but for the rejected response
     """
 
     prompt: np.ndarray
@@ -265,7 +265,7 @@ def add_content(content: hashlib.blake2b, batch: pa.RecordBatch) -> None:
 
 
 def _plain(column: pa.Array, dtype: Any) -> np.ndarray:
-    """Return a column's numbers, or its bytes as `dtype`, as a view into the file."""
+    """Return a view into the file: the numbers of a column or, for a column of bytes, its bytes as `dtype`."""
     if pa.types.is_fixed_size_binary(column.type):
         return np.frombuffer(
             column.buffers()[1], dtype=dtype, count=len(column) * DIGEST_BYTES // np.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-"""Tokenize pairs: the boundary between prompt and response, the end of a response, and length limits."""
+"""Tokenize pairs: find the boundary between prompt and response, end the responses, and apply the length limits."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The result of tokenizing a pair: either `pair`, or `dropped`, the reason for dropping it.
+    """The result of tokenizing a pair: either `pair`, or `dropped`, the reason for dropping the pair.
 
     cut     whether the prompt was truncated on the left
     merged  whether the tokens of the prompt alone and of the prompt with a response differ before the end of the prompt
@@ -109,7 +109,10 @@ class Encoded:
 
 
 def dropped_text(dropped: Mapping[str, int]) -> str:
-    """Return the part of an error that counts dropped pairs by reason, with a way out; "" if no pairs are dropped."""
+    """Return the part of an error message that counts dropped pairs by reason and says what to do.
+
+    Returns "" if no pairs were dropped.
+    """
     counts = "".join(f"; {count} dropped: {reason}" for reason, count in dropped.items())
     return counts and f"{counts}; raise this limit, or shorten the records"
 
@@ -131,8 +134,8 @@ def encode_pairs(
     response of several turns, only assistant turns whose weight is not 0 are scored.
 
     With `limits.add_eos`, a response ends at the EOS that its text already has. In conversations, it can also end at
-    another end-of-turn token that the chat template wrote, unless `limits.add_eos` is "always". Whitespace after the
-    token is dropped. If the response has no such token at its end, the EOS is appended.
+    another end-of-turn token that the chat template wrote, unless `limits.add_eos` is "always". Whitespace after this
+    last token is dropped. If the response does not end with such a token, the EOS is appended.
 
     Returns  one result per pair, which is a :class:`BadRecord` if the pair cannot be used
 
@@ -180,7 +183,7 @@ def _encode(
     limits: Limits,
     source: int,
 ) -> Encoded:
-    """Split the tokens of the prompt and of both whole sequences, and apply the settings. Raises :class:`BadRecord`."""
+    """Split both whole sequences into prompt and response, and apply the settings. Raises :class:`BadRecord`."""
     given, *whole = ids
     end = min(_common(given, one) for one in whole)
     if end == 0:
@@ -222,7 +225,8 @@ def _common(first: list[int], second: list[int]) -> int:
 def _mask(text: str, ids: list[int], spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> np.ndarray:
     """Return a mask of the tokens of a rendered conversation that are in the given spans of its text.
 
-    A token that crosses the boundary of a span belongs to the text after the boundary, as at the end of a prompt."""
+    A token that crosses the boundary of a span belongs to the text after the boundary. The same rule holds for the end
+    of a prompt."""
     cuts = tokenizer.encode_all([text[:at] for span in spans for at in span], rendered=True)
     places = [_common(cut, ids) for cut in cuts]
     mask = np.zeros(len(ids), dtype=bool)

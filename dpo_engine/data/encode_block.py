@@ -25,7 +25,7 @@ class Part:
     kept    the token pairs, in the order of the source
     bad     source, place and reason for each record that cannot be used, in the order of the source
     read    number of usable records
-    dropped number of dropped pairs by reason, including records that the data format leaves out
+    dropped number of dropped pairs by reason; each record that the data format leaves out counts as one pair
     """
 
     kept: list[Encoded]
@@ -41,7 +41,8 @@ class Part:
 
 
 class _Unusable(BadLines):
-    """List of unusable records. The process that reads the source counts them, because workers see only parts of it."""
+    """List of unusable records. They are counted by the process that reads the source, because each worker sees only a
+    part of the source."""
 
     def __init__(self) -> None:
         super().__init__(skip=True)
@@ -61,7 +62,7 @@ class EncodeBlock:
     """Converter of blocks of raw records of one source to token pairs, in this process or in a worker.
 
     number  index of the source
-    chunk   number of pairs to tokenize together; the last record of a chunk may exceed it
+    chunk   number of pairs to tokenize together; the last record of a chunk may exceed this number
     """
 
     tokenizer: Tokenizer

@@ -40,8 +40,8 @@ def colossalchat(row: dict[str, Any]) -> Pair:
 def nemo_aligner(row: dict[str, Any]) -> Pair:
     """NeMo-Aligner: `prompt`, `chosen_response` and `rejected_response`, with optional rewards.
 
-    A text prompt is plain text that already contains the template's tokens, and the responses are appended unchanged. A
-    prompt that is a list of messages is a conversation, and each response is one message.
+    If the prompt is text, it already contains the chat template's tokens, and each response is appended to the prompt
+    unchanged. If the prompt is a list of messages, it is a conversation, and each response is one message.
     """
     prompt, chosen, rejected = _parts(row, ("prompt", "chosen_response", "rejected_response"), PARTS).values()
     if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
@@ -97,7 +97,7 @@ def sharegpt(row: dict[str, Any]) -> Pair:
 def swift(row: dict[str, Any]) -> Pair:
     """Megatron-SWIFT: `messages` that end with the chosen response, and `rejected_response` or `rejected_messages`.
 
-    `rejected_response` is a text or a list of messages, and replaces everything after the last user turn.
+    `rejected_response` is a text or a list of messages, and replaces everything after the last user or tool turn.
     `rejected_messages` is a whole conversation. Instead of `messages`, a record may have `query` and `response`, or
     `instruction`, `input` and `output`; `history` lists earlier pairs of turns. `tool_call` turns are tool calls, and
     `tool_response` turns are tool results.
@@ -125,7 +125,7 @@ def swift(row: dict[str, Any]) -> Pair:
 
 @FORMATS.register("nemo_rl", fields=("context", "completions"))
 def nemo_rl(row: dict[str, Any]) -> Pair | None:
-    """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}. The lower rank is the chosen one.
+    """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}; the one of lower rank is chosen.
 
     A record with equal ranks is left out here; in NeMo-RL, it ends the run.
     """
@@ -149,9 +149,9 @@ def nemo_rl(row: dict[str, Any]) -> Pair | None:
 def helpsteer3(row: dict[str, Any]) -> Pair | None:
     """HelpSteer3's preferences: `context`, `response1`, `response2`, and `overall_preference` from -3 to 3.
 
-    If the preference is negative, `response1` is chosen; if it is positive, `response2` is. The absolute value of the
-    preference is the margin. A record with preference 0 is left out here; NeMo-RL turns it into a pair of two equal
-    responses.
+    If the preference is negative, `response1` is chosen; if it is positive, `response2` is chosen. The absolute value
+    of the preference is the margin. A record with preference 0 is left out here; NeMo-RL turns it into a pair of two
+    equal responses.
     """
     first, second = required(row, ("response1", "response2"), str)
     context, given = required(row, ("context", "overall_preference"), object)

@@ -36,8 +36,8 @@ def messages(row: dict[str, Any]) -> Pair:
     """`chosen` and `rejected` as messages: the response alone, or the whole conversation including the prompt.
 
     `prompt` is a list of messages or the text of a user turn. If chosen and rejected are whole conversations, `prompt`
-    may be absent, and the first turns that both have in common are the prompt. A response may also be one message or
-    the text of an assistant turn. `system` is the text of a system turn at the start.
+    may be absent; the prompt then consists of the first turns that both have in common. A response may also be one
+    message or the text of an assistant turn. `system` is the text of a system turn at the start.
     """
     chosen, rejected = required(row, FIELDS[1:], (str, list, dict))
     prompt = required(row, FIELDS[:1], (str, list))[0] if row.get("prompt") is not None else None
@@ -118,7 +118,8 @@ def _detected(row: dict[str, Any]) -> Format:
 
 @FORMATS.register(AUTO)
 def auto(row: dict[str, Any]) -> Pair | Sequence[Pair] | None:
-    """Choose the format with :func:`detect`. The first usable record of a source decides for the whole source."""
+    """Choose the format with :func:`detect`. The format of a source's first usable record is used for all its records.
+    """
     return detect(row)(row)
 
 
@@ -143,7 +144,7 @@ def read_pairs(
 def recognize(
     path: str | Path, name: str, columns: Mapping[str, str | None] | None, *, skip: bool
 ) -> tuple[str, dict[str, Any]] | None:
-    """Return the name of the format that reads a source, and the first usable record, renamed by `columns`.
+    """Return the name of the format that reads a source, and its first usable record with the fields renamed.
 
     skip  whether bad records are skipped; otherwise, a bad record raises :class:`DataError`
 
@@ -206,7 +207,7 @@ class RecordReader:
 def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
     """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or text or turns before it.
 
-    Also raise it if chosen and rejected are not the responses themselves, or if they repeat the prompt.
+    Also raise it if chosen and rejected only name the fields that contain the responses, or if they repeat the prompt.
     """
     refuse_labels(row)
     if read_as != "text":

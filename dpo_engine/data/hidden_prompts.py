@@ -1,7 +1,7 @@
 """Find a field of another name that may be the prompt, or a part of the prompt in addition to the field `prompt`.
 
 Without this check, a record without a field `prompt` would be read as two responses whose common prefix is the prompt.
-The first words that both answers share would become the prompt, and the question would be left out.
+The first words that both responses share would become the prompt, and the question would be left out.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def prompt_fields(row: Mapping[str, Any]) -> list[str]:
 
 
 def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
-    """Raise :class:`BadRecord` if a field that is not read has the name of a prompt, and a text that would be left out.
+    """Raise :class:`BadRecord` if a field that is not read is named like a prompt and has text that would be left out.
 
     read  names of the fields that the format reads
 
@@ -154,7 +154,7 @@ def _texts(value: Any, *, asked: bool = False, depth: int = DEPTH) -> Iterator[s
 
 @lru_cache(maxsize=256)
 def _kinds(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return the kind of each field by its name. Fields with a known meaning are left out."""
+    """Return the fields, each with the kind that its name suggests. Fields with a known meaning are left out."""
     known = {"prompt", *RESPONSES, *dict(meanings(names))}
     return tuple((name, _kind(name)) for name in names if name not in known)
 

@@ -103,7 +103,8 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     base    the source without its slice
 
     Downloads a snapshot that is not in the Hub's cache, unless HF_HUB_OFFLINE is set. The `datasets` library decides
-    which files belong to a config and split. The code of a data set never runs: `datasets` 4 and later cannot run it.
+    which files belong to a config and split. The code of a data set never runs, because `datasets` 4 and later cannot
+    run it.
 
     Raises :class:`DataError` if the snapshot is neither in the cache nor can be downloaded, if it has no such config or
     split, or if `datasets` cannot read it.
@@ -125,7 +126,7 @@ def snapshot(repo: Repo, *, again: bool = False) -> Path:
 
     Ranks of one node take turns: the first one downloads, and the others find the files in the cache.
 
-    Raises :class:`EngineError` with the reason.
+    Raises :class:`EngineError` with the reason if the snapshot is neither in the cache nor can be downloaded.
     """
     whole = replace(repo, weights=True)
     if not again and (repo in found or whole in found):

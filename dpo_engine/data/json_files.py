@@ -22,10 +22,10 @@ ARRAYS = ".json"
 """Suffix of files that may be one array. Files with other suffixes contain lines."""
 MARKS = re.compile(rb'["\[\]{},]')
 STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,200}("?)', re.DOTALL)
-"""The rest of a string. Group 1 is the closing quote, or empty if the match ends after 200 escapes. This bound limits
-the memory that a match takes."""
+"""The rest of a JSON string after its opening quote. Group 1 is the closing quote, or empty if the match ends after 200
+escapes. This bound limits the memory that a match takes."""
 ARRAY_OF_OBJECTS = re.compile(rb"\[\s*(?:\{|\Z)")
-"""The start of an array of objects, or a line that has only its opening bracket."""
+"""The start of an array of objects, or a line that contains only the opening bracket of an array."""
 NO_SPACE = re.compile(rb"\S")
 
 Records = Iterator[tuple[int, bytes | str]]

@@ -28,9 +28,9 @@ class Pair:
 
     prompt    text, which each response continues without a separator; or the turns of a conversation, which the chat
               template renders
-    chosen    text of the preferred response. A format may also return lists of messages here and in `rejected`, with
-              the response or the whole conversation. :func:`checked` splits such lists into the prompt and the turns of
-              each response. If a response is a single assistant turn with only text, it becomes this text
+    chosen    text of the preferred response. Here and in `rejected`, a format may also return a list of messages: the
+              response alone or the whole conversation. :func:`checked` splits such lists into the prompt and the turns
+              of each response. A response that is a single assistant turn with only text is replaced by this text
     rejected  text or turns of the dispreferred response
     tools     JSON schemas of the functions that the assistant can call; the chat template renders them
     template_options  further variables for the chat template (`chat_template_kwargs`)
@@ -124,7 +124,7 @@ def fit_weight(value: Any) -> float:
 
 
 def number(name: str, value: Any) -> float:
-    """Return a number as a finite float. Raises :class:`BadRecord` for anything else."""
+    """Return a number as a float. Raises :class:`BadRecord` if the value is not a number or is not finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise BadRecord(f"{name} must be a number, not {kind(value)}")
     try:

@@ -103,7 +103,10 @@ class PairWriter:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove files of killed writers, older than `STALE_S` seconds. Running writers modify their files more often."""
+    """Remove temporary files that were last modified more than `STALE_S` seconds ago.
+
+    Only killed writers leave such files, because a running writer modifies its file more often.
+    """
     for left in path.parent.glob(f"{path.name}.*.tmp"):
         try:
             if time.time() - left.stat().st_mtime > STALE_S:

@@ -14,7 +14,7 @@ from dpo_engine.strict_json import kind
 
 FIELDS = ("prompt", "responses", "scores")
 MAX_RESPONSES = 512
-"""Maximum number of responses to one prompt. The number of pairs can grow with the square of this number."""
+"""Maximum number of responses to one prompt, because the number of pairs can grow with the square of this number."""
 
 
 class Scored(NamedTuple):
@@ -50,7 +50,9 @@ def ranked_all(row: dict[str, Any]) -> list[Pair]:
 
 
 def _pairs(row: dict[str, Any], rule: Rule) -> list[Pair]:
-    """Form the pairs of a record according to ``rule``, best first. If all scores are equal, there are no pairs.
+    """Form the pairs of a record. If all scores are equal, there are no pairs.
+
+    rule  selects the pairs from the responses, which are sorted from the highest to the lowest score
 
     The record's weight is divided evenly among its pairs, because comparisons of the same responses are not
     independent, and a prompt with more responses should not have more influence. If pairs are dropped later because
@@ -96,7 +98,7 @@ def _adjacent(best_first: Sequence[Scored]) -> Iterable[tuple[Scored, Scored]]:
 
 
 def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
-    """Return the prompt (text or turns) and the scored responses. A :class:`BadRecord` names the invalid response."""
+    """Return the prompt (text or turns) and the scored responses. Raises :class:`BadRecord`."""
     for name in ("responses", "scores"):
         _require(row, name)
         if not isinstance(row[name], list):

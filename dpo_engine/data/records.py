@@ -28,7 +28,8 @@ about 200 characters."""
 
 
 class BadRecord(Exception):
-    """A record that cannot be used. The message is only the reason; the code that reads the file adds file and line."""
+    """A record that cannot be used. The message contains only the reason. The code that reads the file adds the file
+    and the line."""
 
 
 class TemplateFault(BadRecord):
@@ -68,7 +69,7 @@ class BadLines:
 class Row(dict[str, Any]):
     """A table record with values that cannot be converted to Python objects.
 
-    Reading such a value raises :class:`BadRecord`. If no format reads the value, the record can be used.
+    Reading such a value raises :class:`BadRecord`. If the data format does not read the value, the record can be used.
     """
 
     def __getitem__(self, name: str) -> Any:
@@ -139,8 +140,8 @@ class _Lines(BadLines):
 
 
 def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield pairs of a place and a record of a source. The place is the number of the JSON line, array item or table
-    row, from 1.
+    """Yield each record of a source after its place, which is the number of the JSON line, array item or table row,
+    from 1.
 
     source  a file, directory, glob, saved data set or Hub id, with or without a slice; see :func:`find_shards`. In file
             number n of a source, counted from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and
@@ -157,7 +158,8 @@ def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple
 def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
     """Yield the unparsed records of a source, in blocks of at most `most` JSON records or `PARQUET_ROWS` rows.
 
-    A block takes at most the memory of `BLOCK_BYTES` plus one line of `MAX_RECORD_BYTES`, or of one batch of a table.
+    A block of JSON records takes at most `BLOCK_BYTES` plus one line of `MAX_RECORD_BYTES` of memory. A block of table
+    rows takes at most the memory of one batch of the table.
     Lines with only whitespace are skipped, and a carriage return before the line feed is ignored.
 
     Raises :class:`DataError` if a file is missing, has an unsupported type, or is damaged, or if a slice is empty. For

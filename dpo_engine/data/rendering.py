@@ -209,11 +209,13 @@ def _scored(
         lead = [*prompt, *turns[:place]]
         before, upto = chat(lead), chat([*lead, turn]).rstrip()
         start, end = len(_common_start(chat(lead, header=True), whole)), len(upto)
-        # After the header, a generation prompt may continue with text that equals the start of the turn.
+        # A generation prompt may continue after the header with text that is also the start of the turn. That text is
+        # scored.
         content = whole.find(turn["content"].strip(), len(before)) if turn["content"].strip() else -1
         start = min(start, content) if content >= 0 else start
         if not whole.startswith(upto):
-            # Templates of reasoning models render the last turn differently, but with the same end-of-turn token.
+            # Templates of reasoning models render the last turn differently from earlier turns, but they end both with
+            # the same end-of-turn token.
             marker = next((token for token in ends if upto.endswith(token)), None)
             end = whole.find(marker, start) + len(marker) if marker and marker in whole[start:] else 0
         if not whole.startswith(before) or _lost([turn], whole[start:end]):

@@ -24,8 +24,8 @@ HEADER = re.compile(
 def refuse_repeated_prompt(row: Mapping[str, Any]) -> None:
     """Raise :class:`BadRecord` if both responses of a text record certainly repeat its prompt or the header at its end.
 
-    It is not an error if responses repeat a prompt of plain text, because this may be intended, for example for code.
-    Such pairs are counted (:attr:`~dpo_engine.data.encode.Encoded.repeated`).
+    It is not an error if responses repeat a prompt of plain text, because the repetition may be intended, for example
+    for code. Such pairs are counted (:attr:`~dpo_engine.data.encode.Encoded.repeated`).
     """
     parts = [row.get(name) for name in ("prompt", "chosen", "rejected")]
     if not all(isinstance(part, str) for part in parts):
@@ -36,7 +36,7 @@ def refuse_repeated_prompt(row: Mapping[str, Any]) -> None:
         raise BadRecord(f"chosen and rejected are whole dialogues that repeat the prompt; {way}")
     header = HEADER.match(responses[0])
     if header and responses[1].startswith(header[0]) and prompt.endswith(header[0]):
-        raise BadRecord(f"prompt ends, and both responses begin, with {header[0]!r}; remove one of them")
+        raise BadRecord(f"prompt ends, and responses begin, with {header[0]!r}; remove it from prompt")
 
 
 def _is_dialogue(prompt: str, responses: list[str]) -> bool:

@@ -18,7 +18,8 @@ class Report:
     kept      number of pairs in the data set
     dropped   number of dropped pairs by reason; records that the data format leaves out are counted here too
     cut       number of pairs whose prompt was truncated on the left
-    merged    number of pairs whose prompt ends before the end of the rendered prompt (:func:`encode_pairs`)
+    merged    number of pairs whose prompt lacks the last tokens of the rendered prompt, because these tokens change
+              when a response follows (:func:`encode_pairs`)
     ends      number of pairs by the end-of-turn tokens with which their responses end
     faults    number of pairs whose text the chat template changes, by the kind of change
     masked    number of pairs with tokens in a response that are not scored
@@ -29,7 +30,7 @@ class Report:
               prompt with the longer response
     sources   name and number of pairs of each source
     stopped   whether later records were not read because the limit on the number of pairs was reached
-    shared    number of kept pairs and number of all pairs of the last record, if the limit was reached within this
+    shared    if the limit was reached within a record, the number of kept pairs and the number of all pairs of this
               record; otherwise None
     cached    whether the pairs were read from the cache
     """

@@ -15,7 +15,7 @@ from dpo_engine.wording import join
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".arrow")
 SHARD = 1 << 40
-"""Factor that encodes the place of a record as one integer: ``SHARD * shard + line``, where shards count from 0."""
+"""Factor that encodes the place of a record as one integer: ``SHARD * shard + line``. Shards are numbered from 0."""
 STATE, SPLITS = "state.json", "dataset_dict.json"
 SPLIT_NAMES = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
 IGNORED = re.compile(r"[._].*|.*\.md|LICENSE.*|dataset_infos?\.json")
@@ -86,7 +86,7 @@ def find_shards(source: str | Path) -> Shards:
 
     source  the path of a file, of a directory with files of one type, or of a data set saved by
             `datasets.save_to_disk`; or a glob; or a Hub id `org/name[/config][@revision][:split]`. A slice
-            `[start:stop]` may follow. A file or directory that has exactly this name takes precedence.
+            `[start:stop]` may follow. If a file or directory has exactly the name ``source``, it is used.
 
     The function can download a data set from the Hub; see :func:`~dpo_engine.data.hub.data_files`.
 

@@ -79,8 +79,8 @@ def reads_clock(tokenizer: str | Path, chat_template: str | Path | None) -> bool
 def stop_clock(source: str, date: datetime.date) -> None:
     """In this process, make templates with this source read noon of ``date`` as the current time.
 
-    transformers passes only plain data to templates. Therefore, the function must be replaced in the compiled template,
-    which transformers caches by source.
+    transformers passes only plain data to templates, so the function that reads the date cannot be passed as a
+    variable. Instead, it is replaced in the compiled template, which transformers caches by source.
     """
 
     def strftime_now(form: str) -> str:

@@ -27,19 +27,19 @@ class Tokenizer(ABC):
     """The tokenizer interface that the engine uses.
 
     path           file or directory from which the tokenizer was loaded
-    bos_id         first token of a text; None if the tokenizer has no such token
-    eos_id         last token of a response; None if the tokenizer has no such token
-    pad_id         token that pads the end of a row; its value has no effect on results
+    bos_id         id of the token that starts a text; None if the tokenizer has no such token
+    eos_id         id of the token that ends a response; None if the tokenizer has no such token
+    pad_id         id that pads the end of a row; its value has no effect on results
     vocab_size     upper bound of the ids, exclusive
     prefix         ids that the tokenizer itself prepends to a text (its BOS, or no ids)
-    end_ids        control tokens and added tokens. In most chat templates, one of them ends a turn
+    end_ids        ids of the control tokens and added tokens. Most chat templates end a turn with one of these tokens
     chat_template  Jinja source, or a mapping from names to sources; None if there is no template
     template_file  file of the chat template; None if the template is the tokenizer's own
     date           the date that chat templates read; None means the current date
     rows           number of embedding rows of the model, or None if unknown; ids must be smaller than this number
     note           a line for the log about how the tokenizer was read, or None
-    content        digest of the tokenizer's files, of a chat template that replaces its own, and of a fixed date that
-                   the template reads
+    content        digest of the tokenizer's files, of a chat template that replaces the tokenizer's own, and of a fixed
+                   date that the template reads
     digest         digest of everything that affects the ids, including the version of the tokenizer library
     """
 
@@ -103,7 +103,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def end_names(self) -> dict[str, int]:
-        """The tokens of `end_ids` by name, without those whose names are only whitespace."""
+        """A mapping from the names of the tokens in `end_ids` to their ids, without names that are only whitespace."""
         return {name: token for token in sorted(self.end_ids) if (name := self.name_of(token)).strip()}
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Tokenizer(ABC):
         options  further variables for the template
 
         Raises :class:`ConfigError` if there is no template, or if the template violates its sandbox, runs for too long
-        or produces too much text. Raises `jinja2.TemplateError` if it rejects the conversation or fails.
+        or produces too much text. Raises `jinja2.TemplateError` if the template rejects the conversation or fails.
         """
         if self.chat_template is None:
             raise ConfigError(
@@ -218,7 +218,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
         self.vocab_size = self._model.get_piece_size()
         self.end_ids = frozenset(self._controls.values())
-        # If a model prepends a space to every text and keeps all spaces, a leading space in the text would be doubled.
+        # If a model prepends a space to every text and keeps all spaces, it would double a leading space of the text.
+        # Such a space is therefore removed first.
         pieces = [self._model.encode(text, out_type=str) for text in ("a", " a")]
         self._doubles_space = pieces[0][:1] == pieces[1][1:2] and pieces[0] != pieces[1]
         self.content = content_digest([chat_template or ""], [Path(path)])
@@ -269,7 +270,7 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(
     path: str | Path, chat_template: str | Path | None = None, date: datetime.date | None = None
 ) -> Tokenizer:
-    """Load the tokenizer at `path`. A file must be a sentencepiece model; transformers reads a directory.
+    """Load the tokenizer at `path`. A file must be a sentencepiece model; a directory is read by transformers.
 
     path           a file, a directory, or a Hub id `org/name[@revision]`
     chat_template  file with a Jinja chat template that replaces the tokenizer's own

@@ -1,4 +1,5 @@
-"""Load a tokenizer directory with transformers, and check that the result agrees with its tokenizer.json."""
+"""Load a tokenizer directory with transformers, and check that the result agrees with the directory's tokenizer.json.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
     `AutoTokenizer` may build a tokenizer of the model's own class, which ignores parts of tokenizer.json. If the result
     and tokenizer.json tokenize `SAMPLES` differently, tokenizer.json is used unchanged, as inference servers use it.
 
-    Returns  the tokenizer, the names of its vocabulary files, and a line for the log if `AutoTokenizer` disagrees with
-             tokenizer.json
+    Returns  the tokenizer, the names of its vocabulary files, and a line for the log, which is None unless
+             `AutoTokenizer` disagrees with tokenizer.json
 
     Raises :class:`ConfigError` if a settings file is not a JSON object, if transformers cannot load the directory, if
     the directory contains no tokenizer, or if transformers cannot use tokenizer.json unchanged.

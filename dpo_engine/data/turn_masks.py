@@ -1,4 +1,4 @@
-"""Read the fields of a message that exclude a turn from the loss, in this and other systems."""
+"""Read the fields of a message that exclude a turn from the loss, as this and other systems name them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ WORDS = frozenset(
     "mask masks masked masking loss losses weight weights train training trainable trained ignore ignored supervise "
     "supervised learn".split()
 )
-"""Words in the names of masks. In some systems, a field `mask` is 1 for scored tokens; in others, 0."""
+"""Words in the names of masks. A field with such a name is refused unless `SCORED` or `MASKED` defines its meaning: for
+example, a field `mask` is 1 for scored tokens in some systems, and 0 in others."""
 
 
 def plain_name(name: str) -> str:

@@ -63,7 +63,8 @@ def cores() -> int:
 class Workers:
     """`count` processes that call a function. Use as a context manager; the processes end with the ``with`` block.
 
-    Raises :class:`Unsuited` if a process cannot be started. Every method raises :class:`ConfigError` if a process dies.
+    Raises :class:`Unsuited` if a process cannot be started. `load` and `map` raise :class:`ConfigError` if a process
+    dies.
     """
 
     def __init__(self, count: int):
@@ -97,7 +98,7 @@ class Workers:
     def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
         """Yield the result of every task, in order. At most `AHEAD` tasks per worker are in memory.
 
-        An exception raised by the function, or by `tasks`, is raised where its result would be yielded.
+        An exception that the function or `tasks` raises is raised in place of the result.
         """
         ready: dict[int, tuple[bool, Any]] = {}
         coming, sent, used = iter(tasks), 0, 0

@@ -1,9 +1,9 @@
 """The interface of a loss: its inputs, its options and facts, and the metrics that are computed for every loss.
 
-A loss is registered under one or more names. Its named parameters after the first two, which are the log-probabilities
-of policy and reference, are its options: their annotations and defaults define the keys that the section ``loss`` of a
-run's file accepts. The parameter ``data`` is not an option: a loss with this parameter receives the columns of
-:class:`PairData`.
+A loss is registered under one or more names. Its first two parameters are the log-probabilities of the policy and of
+the reference. Its other named parameters are its options: their annotations and defaults define the keys that the
+section ``loss`` of a run's file accepts. The parameter ``data`` is not an option: a loss with this parameter receives
+the columns of :class:`PairData`.
 
 The registration also states facts about the loss that the engine needs. Each fact is a constant or a function of the
 loss's options:
@@ -11,7 +11,7 @@ loss's options:
 needs_reference    whether the loss uses a reference; the default is true
 couples_pairs      whether a pair's loss depends on other pairs; such a loss receives the whole global batch at once
 needs_data         names of the :class:`PairData` columns that the loss reads, other than ``weights``
-at_init            value of the loss if policy and reference are equal; ``None`` if it depends on the data
+at_init            value of the loss if policy and reference are equal; ``None`` if this value depends on the data
 averages           whether the loss compares log-probabilities per token; the default is the value of the option
                    ``average``, or false if the loss has no such option
 reward_scale       factor of log-ratios in the rewards; the default is the value of the option ``beta``, or 1 if the
@@ -20,7 +20,7 @@ likelihood_term    whether the loss contains a likelihood of whole responses, in
 problems           function that checks the combination of options; returns lines ``option=value: rule; way out``
 parts              for a loss that is a sum of terms: function of the options that returns a mapping from the names of
                    the terms to functions ``(policy, reference, data) -> [b]``; the default is an empty mapping
-complete           function that fills in the defaults of each nested loss and returns the options; only ``mix`` has it
+complete           function that fills in the defaults of each nested loss and returns the options; used by ``mix`` only
 trl                name in TRL, if TRL has a loss with the same values
 """
 
@@ -203,6 +203,6 @@ def rewards(policy: PairLogps, reference: PairLogps | None, beta: float) -> tupl
 def accuracies(margins: Tensor, tolerance: Tensor | float = 0.0) -> Tensor:
     """Return for each pair 1 if its margin is positive, 0.5 for a tie, and 0 otherwise. [b]
 
-    tolerance  largest absolute value of a margin that counts as a tie, for all pairs or for each [b]
+    tolerance  largest absolute value of a margin that counts as a tie: one number for all pairs, or one per pair [b]
     """
     return 0.5 * (1 + torch.where(margins.abs() <= tolerance, 0.0, torch.sign(margins)))

@@ -1,6 +1,7 @@
 """Losses that use the policy alone, without a reference.
 
-Their option ``nll`` selects how the negative log-probability of the chosen response is averaged:
+All of them except ``simpo`` have an option ``nll``. The option selects how the negative log-probability of the chosen
+response is averaged:
 
 batch_mean     mean over all tokens of chosen responses in the global batch
 response_mean  mean over the tokens of the response

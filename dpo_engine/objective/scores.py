@@ -49,7 +49,7 @@ def scores(
 
 
 def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
-    """Return the cross-entropy of each pair, whose label is wrong with probability ``label_smoothing``.
+    """Return the cross-entropy of each pair if its label is wrong with probability ``label_smoothing``.
 
     *Source*: cDPO (Mitchell 2023) eq. 3.
     """

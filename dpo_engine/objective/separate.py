@@ -77,7 +77,7 @@ def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -
     """APO-zero: ``1 - sigmoid(beta a) + sigmoid(beta b)``.
 
     It raises the log-ratio of the chosen response and lowers the log-ratio of the rejected response. Use it if the
-    chosen responses are better than the model's own.
+    chosen responses are better than the responses that the model itself generates.
 
     a, b  log-ratios of chosen and rejected
 
@@ -94,7 +94,7 @@ def apo_down(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -
     """APO-down: ``sigmoid(beta a) + 1 - sigmoid(beta (a - b))``.
 
     It lowers the log-ratios of both responses, and lowers the log-ratio of the rejected response more. Use it if the
-    chosen responses are worse than the model's own.
+    chosen responses are worse than the responses that the model itself generates.
 
     a, b  log-ratios of chosen and rejected
 

@@ -1,10 +1,10 @@
 """Alignment by optimal transport (AOT): shift one distribution of a quantity over all pairs above another distribution.
 
 In these losses, pairs depend on each other: the loss is a mean over the quantiles of all pairs. If all pairs have the
-same weight, this compares two sorted lists element by element. Otherwise, each pair covers a range of quantiles that is
-proportional to its weight: a pair of weight 2 counts like two copies, and a pair of weight 0 does not count. The loss
-at a quantile is assigned to the pair at that quantile of the first distribution. The weighted mean over pairs is then
-equal to the mean over quantiles.
+same weight, the loss compares two sorted lists element by element. Otherwise, each pair covers a range of quantiles
+that is proportional to its weight: a pair of weight 2 counts like two copies, and a pair of weight 0 does not count.
+The loss at a quantile is assigned to the pair at that quantile of the first distribution. The weighted mean over pairs
+is then equal to the mean over quantiles.
 
 *Source*: distributional preference alignment (arXiv 2406.05882).
 """

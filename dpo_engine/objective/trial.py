@@ -30,11 +30,11 @@ def trial_problems(name: str, options: Mapping[str, Any]) -> list[str]:
     """Call a registered loss with complete ``options`` on two example pairs. Return a line for each problem.
 
     The loss must return one finite value per pair, with a gradient for the policy's log-probabilities. If it declares a
-    value ``at_init``, it must return this value when policy and reference are equal. Unless it declares
-    ``couples_pairs``, the loss of a pair must not depend on the other pair, because the layout decides which pairs
+    value ``at_init``, it must return this value when policy and reference are equal. Unless the loss declares
+    ``couples_pairs``, its value for a pair must not depend on the other pair, because the layout decides which pairs
     share a micro-batch. Except for ``weights``, columns of
     :class:`~dpo_engine.objective.contract.PairData` that ``needs_data`` does not list are nan, as in a data set without
-    them.
+    these columns.
     """
     key = f"loss.name={name}"
     if unknown := _unknown_facts(name):

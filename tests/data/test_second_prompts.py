@@ -169,7 +169,7 @@ class TestRepeatedPrompts:
     )
     def test_a_repeated_header_is_refused(self, header):
         row = {"prompt": f"Add. {header}", "chosen": f"{header} It is 4.", "rejected": f"{header} It is 5."}
-        with pytest.raises(BadRecord, match="^prompt ends, and both responses begin, with '.*'; remove one of them$"):
+        with pytest.raises(BadRecord, match="^prompt ends, and responses begin, with '.*'; remove it from prompt$"):
             FORMATS["auto"](row)
         assert FORMATS["auto"]({**row, "prompt": "Add. "})
 

@@ -1,6 +1,6 @@
 """Time causal attention in stacked rows, with flash attention (deterministic and not) and with cuDNN.
 
-For cuDNN, the cost of creating its plans is measured, too.
+The additional time of the first call with a new length is measured, too. In this call, cuDNN creates its plans.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=32 if gpu else 4)
     add("--kv-heads", type=int, default=8 if gpu else 2)
     add("--head-dim", type=int, default=128 if gpu else 16)
-    add("--new-lengths", type=int, default=6, help="lengths whose first and second call are compared")
+    add("--new-lengths", type=int, default=6, help="number of new lengths whose first and second call are compared")
     add("--save", metavar="NAME", help="write results/NAME.md")
     return parser.parse_args(argv)
 
@@ -73,7 +73,7 @@ def measure(asked: argparse.Namespace, name: str) -> list[str]:
             case.run()
             time = clock(case.run)
             cells += [f"{1e3 * time:.2f}", f"{case.flops / time / 1e12:.1f}"]
-        # The first call with a new length must create a forward plan and a backward plan.
+        # In the first call with a new length, cuDNN creates a forward plan and a backward plan.
         news = [Case(asked, asked.lengths[0] + 8 * (1 + number)) for number in range(asked.new_lengths)]
         first = [case.seconds() for case in news]
         again = [case.seconds() for case in news]

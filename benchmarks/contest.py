@@ -262,7 +262,10 @@ class Contest:
 
 
 def run_job(job: Job, *, threads: int | None) -> Measured:
-    """Run a job in its own process and return its measurements. Raises `SystemExit` with the end of its stderr."""
+    """Run a job in its own process and return its measurements.
+
+    Raises `SystemExit` with the end of the process's stderr if the job fails.
+    """
     environment = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)

@@ -20,7 +20,7 @@ import numpy as np
 
 WORDS = 8000
 LIMIT = 0.05
-"""Largest share of the processor time of an evaluation, without imports, that may be spent outside forward passes."""
+"""Maximum fraction of an evaluation's processor time (without imports) that is allowed outside forward passes."""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

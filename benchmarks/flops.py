@@ -135,7 +135,7 @@ def _adapted(shape: Shape, prompt: int, scored: int, passes: float, prune: bool,
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], causal: bool) -> float:
     """Return the operations of attention's two matrix products: the scores, and the weighted sums of values.
 
-    Each query has all keys or, if `causal`, its own and earlier keys.
+    Each query attends to all keys or, if `causal`, to its own and earlier keys.
     """
     *batch, rows, width = query
     area = rows * (rows + 1) / 2 if causal else rows * key[-2]

@@ -1,4 +1,4 @@
-"""Measure one training process: time per step, peak memory, and the metrics of each step, to compare results."""
+"""Measure one training process: time per step, peak memory and, to compare results, the metrics of each step."""
 
 import json
 import resource
@@ -86,7 +86,7 @@ class Measured:
     digest: str = ""
 
     def report(self) -> None:
-        """Print the measurements on one line. It must be the last output of this process."""
+        """Print the measurements on one line. This line must be the last output of the process."""
         sys.stdout.flush()
         print("\n" + json.dumps(asdict(self)), flush=True)
 
@@ -143,7 +143,7 @@ class Meter:
 def _status_bytes(name: str) -> int:
     """Return a memory value of this process in bytes.
 
-    It does not use `getrusage`, whose peak includes the peak of the parent process.
+    The value is read from `/proc`, because the peak of `getrusage` includes the peak of the parent process.
     """
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -42,7 +42,7 @@ def main() -> None:
     print(*(f"{name} {importlib.metadata.version(name)}" for name in installed))
     platform = open_platform(deterministic=True)
     print(*describe_stack(platform), sep="\n")
-    importlib.import_module("megatron.core.tensor_parallel")  # so that it does not count as time of the groups
+    importlib.import_module("megatron.core.tensor_parallel")  # now, so that the import is not timed below
     platform.synchronize()
     began = time.perf_counter()
     groups = open_groups(ParallelDims(), platform, seed=0, timeout_s=60.0)

@@ -6,7 +6,7 @@ PIP_CONSTRAINT.
 
 The problem: NVIDIA's images contain packages that must not change, because torch, Transformer Engine and Apex are
 compiled against them. The images also set PIP_CONSTRAINT to a list of all their versions. pip stops if two constraints
-for one package differ, and a build without constraints may install other versions every day.
+for one package differ, and a build without constraints can install different versions every day.
 
 The solution is one list of constraints with one line per package: the base image's version if the image has the
 package, otherwise the tested version. If pyproject.toml does not allow the base image's version, the tested version

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Print "NODE: ok", or "NODE: " and the reason why a GPU of this node must not be used. launch/job.sh runs this script
-# on every node before the ranks start if GPU_CHECK=1.
+# Print "NODE: ok", or "NODE: " and the reason why a GPU of this node must not be used. If GPU_CHECK=1, launch/job.sh
+# runs this script on every node before the ranks start.
 set -uo pipefail
 
 node=${SLURMD_NODENAME:-$(hostname -s)}

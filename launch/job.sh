@@ -31,7 +31,7 @@ if [[ -n $early ]]; then on_warning; fi
 set -a
 if [[ -f $launch/site.env ]]; then
   bash -n "$launch/site.env" || refuse "$launch/site.env: is not valid bash code; correct it"
-  # site.env may use unset variables and commands that fail, such as a last line `[[ -d /data ]] && MOUNTS=/data:/data`.
+  # site.env can use unset variables and commands that fail, such as a last line `[[ -d /data ]] && MOUNTS=/data:/data`.
   set +eu
   source "$launch/site.env"
   set -eu

@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2154  # job.sh sets the variables that are not set here
 # Functions of launch/job.sh that prepare and check the environment before the ranks start. A problem is thus reported
-# once, in one line, and not once by every rank.
+# in a single line instead of once by every rank.
 
-# Run a command of the site (a module or SITE_HOOK). Its code may use unset variables, and may continue after errors.
+# Run a command of the site (a module or SITE_HOOK). Its code can use unset variables, and can continue after errors.
 relaxed() {
   local code=0
   set +eu

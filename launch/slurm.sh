@@ -14,7 +14,7 @@ refuse() { # message
 
 step_runs() { [[ -n $child ]] && kill -0 "$child" 2>/dev/null; }
 
-# The script must not end while its step runs, because the ranks may still save.
+# The script must not end while its step runs, because the ranks may still be saving.
 on_exit() {
   while step_runs; do wait "$child" || true; done
   rm -f "${DPO_EXIT_CODES:-}"
@@ -45,8 +45,8 @@ warning_s() {
   if [[ $asked =~ @([0-9]+)$ ]]; then echo "${BASH_REMATCH[1]}"; else echo 300; fi
 }
 
-# Prints the number of seconds for the save in a job whose limit is shorter than Slurm's warning: a third of the limit,
-# but at least a minute (or half of the limit, if that is shorter).
+# Prints the number of seconds to reserve for the save if the job's limit is shorter than the time of Slurm's warning:
+# a third of the limit, but at least a minute (or half of the limit, if that is shorter).
 reserve_s() {
   local least=$((limit / 2 < 60 ? limit / 2 : 60))
   echo $((limit / 3 > least ? limit / 3 : least))

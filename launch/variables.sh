@@ -2,8 +2,9 @@
 # Source this file. It defines which of the job's environment variables are passed to a container: launch/task.sh passes
 # them to podman, docker and apptainer, and launch/job.sh to pyxis. They override variables that the image sets.
 
-# Everything that affects training: the job, devices and networks, libraries that compute or communicate (among them all
-# variables that the engine compares between ranks), caches, experiment trackers, and access to the internet.
+# Variables of everything that affects training: the job, devices, networks, libraries that compute or communicate,
+# caches, experiment trackers, and access to the internet. All variables that the engine compares between ranks are
+# included.
 passed_variables='^(SLURM|MASTER|DPO|CUDA|CUDNN|CUBLAS|CUBLASLT|NVIDIA|NVTE|NCCL|GLOO|UCX|UCC|FI|EFA|RDMAV|IBV|SHARP|'
 passed_variables+='PYTORCH|TORCH[A-Z]*|TRITON|ATEN|MKL|DNNL|ONEDNN|OPENBLAS|OMP|KMP|GOMP|NVSHMEM|RAYON|'
 passed_variables+='HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS|TOKENIZERS|DATASETS|WANDB|MLFLOW)_|'

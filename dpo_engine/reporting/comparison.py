@@ -18,7 +18,7 @@ from dpo_engine.reporting.pair_file import Evaluation
 LENGTH_EDGES = (16, 64, 256, 1024, 4096)
 """Upper bounds (inclusive) of the length groups, in tokens of a pair's longer response.
 
-They are constants, so that reports on different data use the same bounds."""
+The bounds do not depend on the data, so that reports on different data can be compared."""
 UNITS = ("loss", "reference")
 """Keys of :attr:`Evaluation.facts` that determine the scale of rewards."""
 
@@ -30,7 +30,7 @@ SHARES = ("accuracy", "likelihood_accuracy", "likelihood_accuracy_per_token")
 
 
 def _measures(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return :data:`MEASURES` of each pair, [n] each.
+    """Return the values of all :data:`MEASURES`, [n] each, with one element per pair.
 
     The likelihood accuracies compare the log-probabilities of both responses, in total or per token. They are 1 if the
     chosen response has the larger value, 0.5 for a tie, and 0 if the rejected response has the larger value.
@@ -48,7 +48,8 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
 
     Returns  a dictionary: ``run`` (the evaluation's facts), ``interval`` (how intervals are computed), and ``groups``
              (a list of dictionaries, one per group). A group has the keys ``by``, ``name``, ``pairs``, ``prompts``,
-             ``loss``, and each of :data:`MEASURES`, whose value has ``mean``, ``low``, and ``high``
+             ``loss``, and the names in :data:`MEASURES`. The value of a measure is a dictionary with ``mean``, ``low``,
+             and ``high``
     """
     columns = evaluation.columns | _measures(evaluation.columns)
     groups = [{"by": by, "name": name, **_means(columns, rows)} for by, name, rows in _groups(columns)]

@@ -28,16 +28,16 @@ LIVE = ("loss", "rewards/accuracies", "rewards/margins", "pairs_per_s")
 
 
 def open_console(progress: str, total_steps: int, start_step: int) -> ConsoleSink:
-    """Open the console that `logging.progress` selects: with `auto`, a live bar on a terminal, else plain lines."""
+    """Open the console that `logging.progress` selects. With `auto`, it is a live bar if stdout is a terminal."""
     if progress == "rich" or (progress == "auto" and sys.stdout.isatty()):
         return RichConsole(total_steps, start_step, force=progress == "rich")
     return PlainConsole(total_steps, start_step, quiet=progress == "off")
 
 
 class Clock:
-    """The local time at the end of lines about metrics: `HH:MM:SS`, and also the date in the first line of a new day.
+    """Local time stamps for the end of metric lines: `HH:MM:SS`, preceded by the date in the first line of a new day.
 
-    The time is not at the start of a line, so that the lines of a kind can be found by their first word.
+    The stamp is not at the start of a line, so that lines can be selected by their first word (`step` or `eval`).
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class PlainConsole:
         self.say(f"{line}  {self._clock.stamp()}")
 
     def _remaining(self, step: int) -> str:
-        """Estimate the remaining time from the pace since the first printed step; earlier steps are often slower."""
+        """Estimate the remaining time from the pace since the first printed step. Steps before it are often slower."""
         now = time.monotonic()
         if self._began is None or step <= self._began[0]:
             self._began = (step, now)

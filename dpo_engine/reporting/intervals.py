@@ -1,4 +1,4 @@
-"""Estimate weighted means with confidence intervals, from a bootstrap of prompts and exact intervals of fractions."""
+"""Compute confidence intervals of weighted means, from a bootstrap and exact binomial intervals; and a sign test."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def estimates(
     values   [n, c]  one row per pair
     weights  [n]     weight of each pair, > 0
     prompts  [n]     equal for pairs that share a prompt
-    centers  [c]     for each column, :data:`SHARE`, :data:`DIFFERENCE`, or None for other values; None: no column has
-                     a center
+    centers  [c]     for each column, :data:`SHARE`, :data:`DIFFERENCE`, or None if the column has other values. Without
+                     ``centers``, no column has a center
 
     The bootstrap draws prompts with replacement, and takes all pairs of each drawn prompt. Pairs with the same prompt
     are correlated, so drawing single pairs would make the intervals too narrow. If every prompt has one pair, drawing
@@ -102,7 +102,7 @@ def _signs(parts: np.ndarray) -> tuple[int, int]:
 
 
 def sign_test(values: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> float:
-    """Return the two-sided p-value of the hypothesis that a prompt's weighted sum is as often above 0 as below.
+    """Return the two-sided p-value of the hypothesis that a prompt's weighted sum is as often positive as negative.
 
     values, weights, prompts  [n]  one element per pair, as for :func:`estimates`
 
@@ -119,8 +119,8 @@ def _clopper_pearson(hits: int, count: int) -> tuple[float, float]:
     """Return the exact interval of the probability of a hit, given `hits` hits in `count` independent trials."""
     below = _binomial(count)
     tail = (1 - CONFIDENCE) / 2
-    # If the share is at its upper bound, the probability of at most `few` hits is `tail`. The lower bound is 1 minus
-    # the upper bound for the number of misses.
+    # At the upper bound of the hit probability `share`, the probability of at most `few` hits is `tail`. The lower
+    # bound is 1 minus the upper bound of the probability of a miss.
     upper = [
         1.0 if few == count else _root(lambda share, few=few: below(few, share) - tail) for few in (hits, count - hits)
     ]
@@ -144,7 +144,7 @@ def _binomial(count: int) -> Callable[[int, float], float]:
 
 
 def _root(falling: Callable[[float], float]) -> float:
-    """Return the root of a falling function on [0, 1], by bisection."""
+    """Return the root of a decreasing function on [0, 1], by bisection."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = 0.5 * (low + high)

@@ -1,4 +1,4 @@
-"""Write a run's messages and step lines to `log.txt` in its output directory, which keeps them after the run."""
+"""Write a run's messages and metric lines to the file `log.txt` in the run's output directory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LOG = "log.txt"
 class LogFile:
     """Append each line with its date and time, and write it to the file immediately.
 
-    Each start of the run appends a line about the start, and then further lines, to the same file. Steps that are
-    repeated after a restart are logged again, because this file records events; `metrics.jsonl` records the results.
+    Every start of the run appends to the same file: first a line about the start, then the run's lines. Steps that are
+    repeated after a restart are logged again, because this file records events. `metrics.jsonl` records results.
     """
 
     def __init__(self, path: Path, total_steps: int, start_step: int):

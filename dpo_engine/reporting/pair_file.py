@@ -57,8 +57,8 @@ SCHEMA = pa.schema(
 class Evaluation:
     """Results of one policy on the held-out pairs.
 
-    facts    information about the run: `step`, `model`, `loss` with its options, `reference` (None if there is none),
-             `dtype`, `data` (a digest of all pairs), and `engine` (the engine's version)
+    facts    information about the run: `step`, `model`, `loss` with its options, `reference` (None if the run has no
+             reference), `dtype`, `data` (a digest of all pairs), and `engine` (the engine's version)
     columns  the columns of `SCHEMA`, [n] each, with one row per pair in the order of the held-out set. `id` and
              `prompt_id` are hashes of token ids. Log-probabilities are in nats. Without a reference, the columns
              `ref_chosen_logps` and `ref_rejected_logps` contain nan
@@ -94,7 +94,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file atomically, and create its directory. Raises :class:`ConfigError` if it cannot be written."""
+    """Write a file atomically, and create its directory. Raises :class:`ConfigError` if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)

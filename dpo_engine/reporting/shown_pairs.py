@@ -1,4 +1,4 @@
-"""Choose pairs of an evaluation to show: the lowest reward margins, flips, the largest changes, and random pairs."""
+"""Choose pairs of an evaluation to show: the worst pairs, pairs that training changed, and random pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
     columns  the columns of an :class:`~dpo_engine.reporting.pair_file.Evaluation`
     count    number of pairs to choose
 
-    Pairs are chosen kind by kind, in this order, and a pair that has been chosen keeps its first kind:
+    Pairs are chosen kind by kind, in this order. A pair is chosen at most once:
 
     - ``lowest reward margin``: the pairs with the smallest reward margins
     - ``became wrong``: pairs whose chosen response is more likely than the rejected one under the reference, but

@@ -42,7 +42,7 @@ class Sinks:
             sink.write(step, metrics, prefix)
 
     def say(self, text: str) -> None:
-        """Print a message, above the progress bar if there is one."""
+        """Print a message (above the progress bar, if there is one), and write it to the log file."""
         for sink in self._speaking:
             sink.say("\n".join(printable(line) for line in text.split("\n")))
 
@@ -111,7 +111,7 @@ def open_trackers(config: Config, opening: Opening) -> list[Sink]:
 def try_open(config: Config, directory: Path) -> list[str]:
     """Open the trackers and registered sinks of a run in an empty ``directory``, close them, and list the problems.
 
-    This creates an empty run on the server of each tracker that has one.
+    For each tracker with a server, this creates an empty run on the server.
     """
     try:
         for sink in open_trackers(config, Opening(config, directory, 0)):

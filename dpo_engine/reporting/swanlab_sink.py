@@ -17,7 +17,7 @@ class SwanlabSink:
     name       name of the SwanLab run; None: the name of the output directory
     workspace  SwanLab workspace; None: the account's default workspace
     mode       ``offline`` writes files in ``<train.output_dir>/swanlab``, which ``swanlab sync`` uploads later; None:
-               the value of the environment variable ``SWANLAB_MODE``, or ``online`` if it is not set
+               the value of the environment variable ``SWANLAB_MODE``, or ``online`` if the variable is not set
 
     In mode ``online``, a resumed run continues the same SwanLab run. In the other modes, SwanLab cannot continue a run,
     and each start of the run writes its own files.

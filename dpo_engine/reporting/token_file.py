@@ -91,14 +91,14 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, (list, tuple)):
         return list(map(_plain, value))
-    # Text from a tokenizer may contain unpaired surrogates, which UTF-8 cannot encode.
+    # Text from a tokenizer can contain unpaired surrogates, which UTF-8 cannot encode.
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def read_tokens(path: Path) -> tuple[list[TokenText], dict[str, Any]]:
     """Read the tokens of pairs, and the facts of their evaluation.
 
-    Raises :class:`~dpo_engine.errors.DataError` if the file is damaged or is not a file of tokens.
+    Raises :class:`~dpo_engine.errors.DataError` if the file is missing, damaged, or not a token file of this format.
     """
     try:
         table = pa.parquet.read_table(path)

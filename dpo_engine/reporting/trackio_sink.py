@@ -17,8 +17,8 @@ class TrackioSink:
 
     project   Trackio project
     name      name of the Trackio run; None: the name of the output directory and a random suffix
-    space_id  Hugging Face Space that stores the metrics; None: a local database, which needs no network, in the folder
-              that the environment variable ``TRACKIO_DIR`` names or, if it is not set, in Trackio's default folder
+    space_id  Hugging Face Space that stores the metrics; None: a local database, which needs no network. Its folder is
+              the value of the environment variable ``TRACKIO_DIR`` or, without this variable, Trackio's default folder
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class TrackioSink:
         known = opening.recall("trackio")
         name = known or name or f"{directory.resolve().name}-{secrets.token_hex(3)}"
         try:
-            with redirect_stdout(sys.stderr):  # trackio prints instructions
+            with redirect_stdout(sys.stderr):  # trackio prints instructions to stdout
                 self._run = trackio.init(
                     project=project,
                     name=name,

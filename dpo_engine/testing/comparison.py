@@ -21,7 +21,7 @@ def assert_same_metrics(got: dict[str, float], expected: dict[str, float], rel: 
     subtracted = {f"displacement/{side}": abs(expected[f"logps/{side}"]) for side in ("chosen", "rejected")}
     margins = [metric for metric in expected if metric.endswith("rewards/margins")]
     subtracted |= dict.fromkeys(margins, abs(expected["rewards/chosen"]))
-    # The last bit of a sum may differ between policy and reference.
+    # Even with equal weights, the sums of policy and reference can differ in the last bit.
     equal = abs(expected.get("rewards/margins", 1.0)) < 1e-16 * abs(expected.get("logps/chosen", 1.0))
     signs = ("rewards/accuracies", "displacement/chosen_fell") if equal else ()
     for metric, value in expected.items():
@@ -56,10 +56,11 @@ def assert_same_numbers(got: dict[str, Any], expected: dict[str, Any], rel: floa
 def assert_same_weights(
     got_dir: Path | str, expected_dir: Path | str, start_dir: Path | str, rel: float, untrained: tuple[str, ...] = ()
 ) -> None:
-    """Compare exported weights. Training must have changed all of them, except for those that ``untrained`` names.
+    """Compare exported weights, and check which of them training has changed.
 
     rel        relative tolerance of each tensor, in the Euclidean norm
-    untrained  prefixes of the names of weights that must not have changed
+    untrained  prefixes of the names of weights that must not have changed. All other weights must have changed, except
+               for ``e_score_correction_bias``, which training never changes
     """
     got, expected, start = (load_weights(d) for d in (got_dir, expected_dir, start_dir))
     assert got.keys() == expected.keys(), f"tensors in only one checkpoint: {sorted(got.keys() ^ expected.keys())}"

@@ -66,7 +66,7 @@ def check_logits(models: TinyModels, case: str, layout: Mapping[str, int] = TP2,
 def check_export(models: TinyModels, case: str, layout: Mapping[str, int] = TP2, ranks: int | None = None) -> None:
     """Load a checkpoint into a sharded model, export it, and check that all tensors are bitwise unchanged.
 
-    ranks   as in :func:`check_logits`; both checks share one start of the ranks
+    ranks   as in :func:`check_logits`; the ranks are started only once for both checks
 
     Raises ``AssertionError`` with the name of a tensor that is missing or differs.
     """
@@ -203,7 +203,7 @@ def _trained_by_transformers(models: TinyModels, case: str) -> tuple[list[float]
         norms, _ = train_with_transformers(
             case, STEPS, load=lambda case: loaded.pop(), decay=DECAY, clip=CLIP, **OPTIMIZER
         )
-    policy.save_pretrained(folder)  # in memory, tensors may have other names, and experts are stacked
+    policy.save_pretrained(folder)  # in memory, tensors may have other names and stacked experts, so save them
     return norms, folder
 
 

@@ -62,7 +62,7 @@ def train_with_transformers(
         if any(re.fullmatch(pattern, name) for pattern in patterns):
             parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    # transformers has the biases of all experts of a layer in one matrix
+    # transformers stores the biases of all experts of a layer as one matrix, so find biases by their names, too
     vectors = {id(p) for name, p in model.named_parameters() if p.dim() == 1 or name.endswith("bias")}
     groups = [
         {"params": [p for p in trained if id(p) not in vectors], "weight_decay": decay},

@@ -43,9 +43,15 @@ def train_steps(
     fp64: bool = False,
     masked: bool = False,
 ) -> dict[str, Any]:
-    """Train on every rank, with one optimizer step per global batch; ``sizes`` are the numbers of pairs in the batches.
+    """Train on every rank, with one optimizer step per global batch.
 
-    Returns the metrics of every step, and the metrics and columns of an evaluation of 5 other pairs.
+    sizes    numbers of pairs in the global batches
+    export   directory to which the weights or the adapter are exported; None: no export
+    fp64     whether to compute in fp64
+    weighted, judged, few, masked   as for :class:`~dpo_engine.testing.pairs.RandomPairs`
+
+    Returns  a dictionary: ``steps`` (the metrics of every step), and ``eval`` and ``per_pair`` (the metrics and the
+             columns of an evaluation of 5 other pairs)
     """
     import numpy as np
     import torch

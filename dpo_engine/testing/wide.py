@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def wide():
-    """Make transformers compute in fp64 where its code requests fp32, in norms and in softmax, and in one thread.
+    """Make transformers compute in one thread, and in fp64 where its code requests fp32 (in norms and in softmax).
 
     With a tiny model, several threads would spend more time waiting for each other than computing.
     """
@@ -39,7 +39,7 @@ def angles_of(module: torch.nn.Module, positions: torch.Tensor) -> dict[str | No
     asked = [(torch.zeros(1), positions, *([] if kind is None else [kind])) for kind in kinds]
     found = {kind: module(*given) for kind, given in zip(kinds, asked, strict=True)}
     if isinstance(found.get(None), torch.Tensor):
-        # In fp32, torch.polar rounds cosines and sines differently from torch.cos and torch.sin.
+        # Use torch.cos and torch.sin. In fp32, torch.polar rounds cosines and sines differently.
         angles = positions[..., None].float() * module.inv_freq
         parts = (part.double() * module.attention_scaling for part in (angles.cos(), angles.sin()))
         return {None: torch.complex(*parts)}

@@ -108,7 +108,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "--to",
         type=_path,
         metavar="FILE",
-        help=".html file to write (default: report.html, in DIR if there is only one)",
+        help=".html file to write (default: report.html; in DIR if only one DIR is given)",
     )
     report.add_argument("--text", action="store_true", help="print the verdict and tables on the terminal instead")
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face format")

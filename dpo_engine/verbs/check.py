@@ -136,7 +136,7 @@ def examine(
 
 
 def _architecture(key: str, path: str, found: Findings) -> Architecture | None:
-    """Read a checkpoint's architecture, and check that the headers of its weight files list its tensors."""
+    """Read a checkpoint's architecture (None if unreadable), and check that the weight files match the architecture."""
     try:
         arch = read_architecture(path, key)
     except ConfigError as error:
@@ -246,7 +246,7 @@ def _trackers(config: Config) -> list[str]:
 
 
 def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> Tokenizer | None:
-    """Load the tokenizer and check that it fits the model. Return None if it cannot encode records."""
+    """Load the tokenizer and check that it fits the model. Return None if no tokenizer can encode the records."""
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         found.config.append(f"data.chat_template={template}: no such file; set the path of a Jinja template")

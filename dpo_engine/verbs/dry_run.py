@@ -110,7 +110,7 @@ def _identity(config: Config, saved: dict[str, Any], position: Position) -> dict
     )
     unknown = {*UNKNOWN, *(("dtype",) if found["dtype"] == "unknown" else ())}
     if any(saved.get(key, MISSING) != found[key] for key in COUNTING if key not in unknown):
-        unknown.add("total_steps")  # the number of steps follows from the other change
+        unknown.add("total_steps")  # a different number of steps is only a consequence of this other change
     return {key: value for key, value in found.items() if key not in unknown}
 
 

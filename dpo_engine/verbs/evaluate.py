@@ -42,8 +42,8 @@ def evaluate(
     """Evaluate a checkpoint of a run on held-out pairs, in this run's layout, and write the results.
 
     step     step of the checkpoint; None: the newest checkpoint; 0: the weights at model.path
-    data     sources of pairs, in any form that ``data.validation`` accepts, or several separated by commas; None: the
-             run's own held-out pairs
+    data     sources of pairs: a string of paths separated by commas, or a list whose items have any form that
+             ``data.validation`` accepts; None: the run's own held-out pairs
     to       Parquet file to write; None: a file in train.output_dir, named after the step and ``data``
     against  Parquet file of another evaluation to compare with
     tokens   number of pairs whose token log-probabilities are written to a file next to the Parquet file; None: no file

@@ -55,7 +55,7 @@ class Inspected:
     """A pair as the run uses it.
 
     place     `file:line` of the record
-    prompt, chosen, rejected   the pieces of each part
+    prompt, chosen, rejected   the pieces of the prompt and of both responses
     note      why the run does not use the pair; empty if the run uses it
     """
 
@@ -157,7 +157,7 @@ def _pieces(ids: np.ndarray, kinds: Sequence[str], tokenizer: Tokenizer) -> tupl
 
 
 def saved_line(config: Config) -> str | None:
-    """Return a line about the run's checkpoints and the best of them by checkpoint.keep_best; None: no checkpoints."""
+    """Return a line with the run's checkpoints and the best one by checkpoint.keep_best; None without checkpoints."""
     if not (there := steps(config.checkpoint_dir)):
         return None
     line = f"checkpoints: steps {', '.join(map(str, there))}"

@@ -44,9 +44,9 @@ smaller than Adam's epsilon. The gradient norm has this tolerance in the first s
 up more rounding errors than a forward pass."""
 
 JUMPS = ("accuracies", "accuracies_per_token", "chosen_fell", "load")
-"""Last parts of the names of metrics that jump if a rounding error changes a sign or the choice of an expert.
+"""Last components of the names of metrics that jump if a rounding error changes a sign or the choice of an expert.
 
-They are not compared in bf16."""
+These metrics are not compared in bf16."""
 
 
 class Difference(NamedTuple):
@@ -67,7 +67,7 @@ class Difference(NamedTuple):
 
 
 def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, list[Difference]]:
-    """Return the largest difference for each kind of number, at each step.
+    """Return the largest difference for each kind of number, at each step and after all steps.
 
     one    result of :func:`~dpo_engine.training.short_run.measure` in a single process
     many   result of :func:`~dpo_engine.training.short_run.measure` in the run's layout
@@ -139,8 +139,8 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     If called in a single process, this function starts as many ranks as one copy of the model needs. Under torchrun or
     srun, it uses the ranks that were started.
 
-    FP8 is left out: with it, the numbers of equal runs differ by more than the tolerances, and by how much was never
-    measured on a GPU.
+    FP8 is turned off, because it makes the numbers of equal runs differ by more than the tolerances. The size of these
+    differences has never been measured on a GPU.
 
     Returns  whether every difference is within its tolerance (always True on ranks other than rank 0)
     """

@@ -4,8 +4,8 @@ The prediction needs neither a GPU nor Megatron. Memory is computed by :mod:`~dp
 of these parts: the operations of the slowest stage at `EFFICIENCY` of the GPU's peak, the bytes of each kind of
 communication at the speed of its link, an update on the host, and the pipeline bubble. Use the prediction to compare
 layouts; it is not the exact time of a step. All rows are assumed to have ``data.max_length`` tokens, which is the worst
-case. In layers with a sliding window, operations grow with the window. For communication over context-parallel ranks,
-all layers count as layers without a window.
+case. In layers with a sliding window, each token attends only to the keys within the window. The communication between
+context-parallel ranks is predicted as if no layer had a window.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dpo_engine.wording import join
 EFFICIENCY = 0.5
 """Typical FLOP/s of a training step, including the operations between matrix products, as a fraction of the peak."""
 HOST = 5e9
-"""Parameters that the CPUs of a node update in a second (``optim.states: host``), at 40 bytes each and 200 GB/s."""
+"""Parameters that a node's CPUs update per second (``optim.states: host``), at 200 GB/s and 40 bytes per parameter."""
 PER_NODE = 8
 RECOMPUTE = ("none", "selective", "full")
 SHOWN = 5
@@ -214,7 +214,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     keys = 2 * max(arch.num_kv_heads // dims.tp, 1) * arch.head_dim * micro_batch * number
     add("cp", steps * layers * (2 + scored) * keys * (dims.cp - 1) / dims.cp, (dims.cp - 1) * dims.tp)
     exchanges = steps * dims.chunks * (2 + scored) * (dims.pp > 1)
-    add("pp", exchanges * row / dims.tp, dims.world - 1)  # a stage has consecutive ranks, so stages are far apart
+    add("pp", exchanges * row / dims.tp, dims.world - 1)  # a stage's ranks are consecutive, so stages are far apart
     if arch.experts:
         # Each token's hidden states go to its experts and come back, in the forward and in the backward pass.
         mixed = len([layer for layer in dims.layers_of(0, arch.num_layers) if layer in arch.experts.layers])
@@ -248,7 +248,7 @@ def _keys_seen(arch: Architecture, length: int) -> float:
 
 
 def _cheapest_recompute(layouts: list[Layout]) -> list[Layout]:
-    """Keep, for each parallel layout, the fastest value of ``model.recompute``. The layouts are sorted by time."""
+    """Keep, for each parallel layout, the fastest value of ``model.recompute``. ``layouts`` must be sorted by time."""
     kept: dict[ParallelDims, Layout] = {}
     for layout in layouts:
         kept.setdefault(layout.dims, layout)

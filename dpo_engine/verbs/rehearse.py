@@ -46,8 +46,8 @@ class Rehearsal(NamedTuple):
     name   description for the report
     fault  value of ``DPO_FAULT``
     told   whether the fault requests a clean stop; if so, every rank must save and exit with code 75
-    kept   accepted steps after which the restarted run resumes; there are several if a save can be running when the
-           fault occurs
+    kept   steps after which the restarted run is allowed to resume; there are several if a save can be in progress when
+           the fault occurs
     """
 
     name: str

@@ -162,7 +162,7 @@ def count(source: Source) -> int | None:
 
 
 def run_warnings(config: Config) -> list[str]:
-    """Return a line for each setting with which the run would continue without an error, but train wrongly."""
+    """Return a line for each setting that raises no error, but with which the run would train or evaluate wrongly."""
     steps, _ = _most_steps(config, _training_pairs(config))
     found = schedule_warnings(config.optim, steps) if steps else []
     found += other_base(config.adapter, config.model.path)
@@ -177,7 +177,7 @@ def run_warnings(config: Config) -> list[str]:
 
 
 def most_pairs(config: Config) -> int | None:
-    """Return the largest possible number of pairs in data.train, before data.validation_fraction of them are held out.
+    """Return the largest possible number of pairs in data.train, including pairs held out by data.validation_fraction.
 
     Return None if the records are not counted, or if a record can contain several pairs.
     """
@@ -189,13 +189,13 @@ def most_pairs(config: Config) -> int | None:
 
 
 def _training_pairs(config: Config) -> int | None:
-    """Estimate the number of training pairs from the number of records. Return None if they are not counted."""
+    """Estimate the number of training pairs from the number of records. Return None if the records are not counted."""
     most = most_pairs(config)
     return None if most is None else round(most * (1 - config.data.validation_fraction))
 
 
 def _intervals(config: Config, pairs: int | None) -> list[str]:
-    """Return lines about the intervals that are given in epochs: problems or, without problems, lengths in steps."""
+    """Return lines about intervals that are given in epochs: their problems or, if there are none, lengths in steps."""
     if not pairs:
         return []
     epoch = -(-pairs // config.train.global_batch_size)

@@ -1,4 +1,4 @@
-"""A plugin with a model family made of the engine's blocks only: CWM, whose layers are Llama's, most with a window."""
+"""A plugin with a model family made only of the engine's blocks: CWM, with Llama's layers, most with a window."""
 
 from dpo_engine import FAMILIES
 from dpo_engine.model.architecture import Architecture, HFConfig

@@ -2,10 +2,11 @@
 
     python examples/quickstart/make_task.py --out runs/quickstart/task
 
-writes ``train.jsonl`` and ``held_out.jsonl`` (prompt, chosen, rejected), and ``base/``, a Hugging Face checkpoint and
-its tokenizer. The checkpoint answers every question in the right format, but half of its answers are wrong, because its
-warm-up used an equal number of right and wrong answers. The output depends only on the options, the source code and
-the versions of the libraries. If a task with the same options and source code already exists, nothing is written.
+This command writes ``train.jsonl`` and ``held_out.jsonl`` (prompt, chosen, rejected), and ``base/``, which contains a
+Hugging Face checkpoint and its tokenizer. The checkpoint answers every question in the right format, but half of its
+answers are wrong, because its warm-up used an equal number of right and wrong answers. The output depends only on the
+options, the source code and the versions of the libraries. If a task with the same options and source code already
+exists, nothing is written.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""The page of a run: one HTML file that shows what the run has learned."""
+"""The page of one or several runs: a single HTML file that shows what the runs have learned."""

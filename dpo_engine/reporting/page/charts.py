@@ -59,7 +59,7 @@ SPEED = (
         "step_time",
         "Time of a step",
         "s",
-        "Outside: time from the end of one logged step to the start of the next, such as for evaluations and saves.",
+        "Outside: time from the end of one logged step to the start of the next, including evaluations and saves.",
         ("step_time_s", "outside"),
     ),
     ("mfu", "Model FLOPs utilization", "", "Share of the GPUs' peak FLOP/s.", ("mfu",)),
@@ -79,7 +79,7 @@ SPEED = (
     ),
 )
 OF_TOKENS = {"accuracy": ("loss_margin/accuracies",)}
-"""Additional metrics of charts. They exist only if the loss compares log-probabilities per token."""
+"""Additional metrics, by name of the chart. They exist only if the loss compares log-probabilities per token."""
 WITHOUT_REFERENCE = {
     "accuracy": "Share of pairs whose chosen response is more likely than the rejected one.",
     "rewards": "Beta times the log-probability of whole responses.",
@@ -125,7 +125,7 @@ def curves(judged: Sequence[Judged], table: Sequence[Any] = CURVES) -> Iterator[
 
 
 def _note(name: str, note: str, judged: Sequence[Judged]) -> str:
-    """Return the explanation of a chart: for runs with a reference, for runs without a reference, or both."""
+    """Return the explanation of a chart: the text for runs with a reference, for runs without a reference, or both."""
     other = WITHOUT_REFERENCE.get(name)
     kinds = {run.has_reference for run, _ in judged}
     if other is None or kinds == {True}:
@@ -151,7 +151,10 @@ def _line(run: RunFiles, metric: str) -> Chart | None:
 
 
 def _outside(run: RunFiles) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the time between two consecutive logged steps that is not part of the later step; None if unknown."""
+    """Return, for each step, the seconds from the end of the previous step to its start; None if they are unknown.
+
+    A step is omitted if the previous step was not logged, or if the run was restarted between the two.
+    """
     ends, took = run.series.get("time"), run.series.get("step_time_s")
     if ends is None or took is None or len(ends.steps) < 2 or not np.array_equal(ends.steps, took.steps):
         return None
@@ -161,12 +164,12 @@ def _outside(run: RunFiles) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _restarted(run: RunFiles, steps: np.ndarray) -> np.ndarray:
-    """Return whether the run was restarted between each logged step and the next [n - 1]."""
+    """Return, for every two successive logged steps, whether the run was restarted between them [n - 1]."""
     return np.diff(np.searchsorted(sorted(run.starts[1:]), steps)) > 0
 
 
 def training_time(run: RunFiles) -> float | None:
-    """Return the seconds from the start of the first step to the end of the last one, excluding time between starts.
+    """Return the seconds from the start of the first step to the end of the last one, excluding pauses before restarts.
 
     Return None if the times of the steps are unknown.
     """
@@ -178,7 +181,7 @@ def training_time(run: RunFiles) -> float | None:
 
 
 def events(run: RunFiles, place: int | None = None) -> list[Chart]:
-    """Return the marks in curves: restarts, saves, skipped steps, and the best evaluated step.
+    """Return the marks to draw in curves: restarts, saves, skipped steps, and the best evaluated step.
 
     place   position of the run among several runs; None if there is only one run
     """
@@ -209,7 +212,7 @@ def best_step(run: RunFiles) -> tuple[int, str] | None:
 
 
 def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
-    """Yield the charts of the accuracy of each evaluation with its interval: for all pairs, sources, and lengths."""
+    """Yield charts of the accuracy of each evaluation, with intervals: over all pairs, by source, and by length."""
     many = len(judged) > 1
     what = {"accuracy": "Reward accuracy", "likelihood_accuracy_per_token": "Accuracy by log-probabilities per token"}
     measures = " or ".join(dict.fromkeys(what[run.accuracy] for run, _ in judged))
@@ -247,7 +250,7 @@ def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
 
 
 def _spread(steps: Sequence[int]) -> list[int]:
-    """Return at most `MOST_EVALUATIONS` of the steps, with the first and the last one."""
+    """Return at most `MOST_EVALUATIONS` of the steps, including the first and the last one."""
     places = np.linspace(0, len(steps) - 1, min(len(steps), MOST_EVALUATIONS)).astype(int)
     return [steps[i] for i in sorted(set(places.tolist()))]
 

@@ -89,7 +89,7 @@ def _more_rows(later: dict[str, np.ndarray], first: dict[str, np.ndarray], same_
 
 
 def _moved(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the changes from the reference to the policy, for each pair."""
+    """Return each pair's changes of log-probabilities from the reference to the policy, and their size per token."""
     chosen, rejected = (columns[f"{side}_logps"] - columns[f"ref_{side}_logps"] for side in ("chosen", "rejected"))
     tokens = columns["chosen_tokens"] + columns["rejected_tokens"]
     distance = (abs(chosen) + abs(rejected)) / tokens

@@ -9,7 +9,7 @@ from dpo_engine.reporting.intervals import Estimate
 from dpo_engine.reporting.page.measures import Measures, percent, signed
 
 DRIFT = 2.0
-"""Mean change of log-probabilities, in nats per token, above which a policy counts as far from the reference."""
+"""Mean absolute change of log-probabilities, in nats per token, above which a policy is far from the reference."""
 MORE = "Check the data with `dpo-engine inspect`; then train longer or with a higher optim.lr, or evaluate more pairs."
 Kind = Literal["good", "warn", "bad", "note"]
 

@@ -14,7 +14,7 @@ HIDDEN = re.compile(
 
 
 def visible(text: str, longest: int = 2000) -> str:
-    """Return text with hidden characters as names such as ``⟨U+202E⟩``, shortened to about `longest` characters.
+    """Replace hidden characters by names such as ``⟨U+202E⟩``, and shorten text to about `longest` characters.
 
     Line feeds and tabs are kept. HTML is not escaped, because the page never inserts this text as HTML.
     """
@@ -24,5 +24,5 @@ def visible(text: str, longest: int = 2000) -> str:
 
 
 def breakable(text: str) -> markupsafe.Markup:
-    """Return text as HTML in which lines may break after each ``/``, so that paths break between their parts."""
+    """Return text as HTML in which lines can break after each ``/``, so that paths break between their components."""
     return markupsafe.Markup(str(markupsafe.escape(text)).replace("/", "/<wbr>"))

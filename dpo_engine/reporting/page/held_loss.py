@@ -32,7 +32,7 @@ def bad_numbers(run: RunFiles, m: Measures | None) -> Iterator[Finding]:
 
 
 def start(run: RunFiles) -> Iterator[Finding]:
-    """Report a held-out loss that is higher than before training by more than `RISE`."""
+    """Report a held-out loss that exceeds the loss before training by more than the fraction `RISE`."""
     held, train = run.series.get("eval/loss"), run.series.get("loss")
     first = held.values[0] if held is not None and held.steps[0] == 0 else train.values[0] if train else None
     if held is None or first is None or held.steps[-1] == 0 or not held.last > first * (1 + RISE):
@@ -63,8 +63,8 @@ def overfitting(run: RunFiles, m: Measures) -> Iterator[Finding]:
         evidence = f"{held.values[0]:.4f} at the first evaluation, {last:.4f} now."
         yield Finding(good(m), title, evidence, "", "loss")
         return
-    # If the pairs of the newest evaluation cannot be read, `m` is about an older one, which cannot explain the last
-    # value.
+    # If the pairs of the newest evaluation cannot be read, `m` describes an older evaluation, which does not contain
+    # the last value.
     rise = m.loss_rise(step) if m.step == held.steps[-1] else None
     clear = rise.low > 0 if rise else last > low * (1 + RISE)
     evidence = f"Held-out loss {low:.4f} after step {step:,}, {last:.4f} after step {held.steps[-1]:,}"

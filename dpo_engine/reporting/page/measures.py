@@ -139,7 +139,10 @@ class Measures:
 
     @cached_property
     def since_first(self) -> Change | None:
-        """The change of the accuracy since the first evaluation; None if its pairs are unknown or different."""
+        """The change of the accuracy since the first evaluation.
+
+        None if this is the first evaluation, or if the pairs of the first evaluation are unknown or different.
+        """
         before = self.earlier(self.first) if self.first is not None and self.first < self.step else None
         if before is None or before.columns["id"].tolist() != self.column("id").tolist():
             return None
@@ -214,7 +217,7 @@ class Measures:
         return int(((self.reference_margin > 0) & (self.policy_margin < 0)).sum())
 
     def loss_rise(self, step: int) -> Estimate | None:
-        """Return the paired change of the loss since an earlier step; None if the pairs are unknown or different."""
+        """Return the paired change of the loss since ``step``; None if the pairs at that step are unknown or others."""
         before = self.earlier(step)
         if before is None or before.columns["id"].tolist() != self.column("id").tolist():
             return None
@@ -231,9 +234,9 @@ class Measures:
 
     @property
     def length_rule(self) -> str:
-        """``longer`` or ``shorter``: which of a pair's two responses is more often the chosen one.
+        """The response of a pair that is chosen more often: ``longer`` or ``shorter``.
 
-        If both are chosen equally often, this is the rule that the reward margins follow.
+        If both are chosen equally often, this is the response that the reward margins favor.
         """
         if self._longer_wins == 0.5:
             return "longer" if (self.length_difference * self.reward_margin).sum() >= 0 else "shorter"

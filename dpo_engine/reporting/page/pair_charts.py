@@ -1,4 +1,4 @@
-"""Describe the charts of single pairs as data: log-probability differences, flips, calibration, and length."""
+"""Describe the charts of single pairs as data: log-probability differences, their change, calibration, and length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_POINTS = 3000
 
 
 def pair_charts(judged: Sequence[Judged]) -> Iterator[Chart]:
-    """Yield the charts of the newest evaluations: margins, flips, calibration, and length."""
+    """Yield charts of the newest evaluations: log-probability differences, their change, calibration, and length."""
     known = [(place, run, m) for place, (run, m) in enumerate(judged) if m is not None]
     if not known:
         return
@@ -77,7 +77,7 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
 
 
 def _chosen_points(*values: np.ndarray) -> np.ndarray:
-    """Return the rows to draw in a scatter plot: those with extreme values in a column, and evenly spaced rows."""
+    """Return the rows to draw in a scatter plot: rows with extreme values in a column, and evenly spaced rows."""
     count = len(values[0])
     if count <= MOST_POINTS:
         return np.arange(count)

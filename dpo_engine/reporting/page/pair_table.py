@@ -21,16 +21,17 @@ LONGEST_CUT = 500
 LONGEST_TOKEN = 300
 """Maximum length of a text on the page, in characters."""
 OLD_KINDS = {"most wrong": LOWEST, "flipped to wrong": TO_WRONG, "flipped to right": TO_RIGHT}
-"""Names of kinds in files that earlier versions wrote, and the current names."""
+"""Names of kinds in files that earlier versions wrote, mapped to the current names."""
 NUMBERS = ("margin", "chosen_rewards", "rejected_rewards", "chosen_tokens", "rejected_tokens")
 
 
 def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """Return the pairs whose tokens are known, for the table.
 
-    Each pair has ``run``, ``index``, ``id``, ``kinds``, ``source``, the numbers of its evaluation, ``change`` (change
-    of the log-probability margin by training, in nats), ``prompt``, ``cut`` (the end of the text that was cut from the
-    start of the prompt; None if it is unknown) and, for ``chosen`` and ``rejected``, the result of :func:`tokens`.
+    Each pair has ``run``, ``index``, ``id``, ``kinds``, ``source``, :data:`NUMBERS`, ``policy`` and ``reference`` (the
+    log-probability margins under both models, in nats), ``change`` (their difference), ``prompt``, ``cut`` (the end of
+    the text that was cut from the start of the prompt; None if it is unknown) and, for ``chosen`` and ``rejected``, the
+    result of :func:`tokens`.
     """
     found = [(place, *item) for place, item in enumerate(judged) if item.measures and item.run.tokens]
     shown = sum(len(run.tokens) for _, run, _ in found) // 3
@@ -65,14 +66,14 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def _kinds(shown: str, reference: float, policy: float) -> list[str]:
-    """Return the kind that a pair was chosen for and, if the pair has flipped, the kind of the flip."""
+    """Return the kind for which a pair was chosen and, if the pair became right or wrong, also this kind."""
     kinds = [visible(OLD_KINDS.get(shown, shown), 40)]
     flipped = TO_RIGHT if reference < 0 < policy else TO_WRONG if policy < 0 < reference else None
     return kinds if flipped is None or flipped in kinds else [*kinds, flipped]
 
 
 def flips(judged: Sequence[Judged]) -> dict[str, int]:
-    """Return the numbers of pairs that became right and that became wrong, over all runs whose tokens are known."""
+    """Return the numbers of pairs that became right or wrong, over all runs with known tokens and a reference."""
     known = [m for run, m in judged if m and run.tokens and m.has_reference]
     return {TO_RIGHT: sum(m.to_right for m in known), TO_WRONG: sum(m.to_wrong for m in known)}
 

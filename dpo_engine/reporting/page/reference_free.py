@@ -1,4 +1,4 @@
-"""Report what a run without a reference has learned since its first evaluation, because 50% is no baseline."""
+"""Report what a run without a reference has learned. Compare with its first evaluation, because 50% is no baseline."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Series(NamedTuple):
 class RunFiles:
     """The contents of a run's directory.
 
-    name         a name for the run, which no other run on the page has
+    name         name of the run, unique on the page
     config       the run's configuration, as in config.yaml; empty if there is no such file
     series       the metrics, by name
     starts       for each start of the run, in order of time, the step after which it began
@@ -81,7 +81,7 @@ class RunFiles:
     problems: list[str] = field(default_factory=list)
 
     def get(self, path: str, default: Any = None) -> Any:
-        """Return the value at a dotted key of the configuration."""
+        """Return the value at a dotted key of the configuration, or `default` if the key is absent."""
         value: Any = self.config
         for part in path.split("."):
             if not isinstance(value, dict) or part not in value:
@@ -97,7 +97,7 @@ class RunFiles:
 
     @property
     def running(self) -> bool:
-        """Whether the run may still execute steps: steps are left, and the log records no error and no early end."""
+        """Whether the run may still execute steps: steps remain, and the log records neither error nor early end."""
         return self.step < self.total_steps and self.ended is None and not self.stopped
 
     @property
@@ -114,7 +114,7 @@ class RunFiles:
 
     @property
     def accuracy(self) -> str:
-        """The key in summaries of the accuracy that fits the loss; see :meth:`Measures.compares_tokens`."""
+        """The key, in summaries, of the accuracy that fits the loss; see :meth:`Measures.compares_tokens`."""
         return "likelihood_accuracy_per_token" if self.per_token and not self.has_reference else "accuracy"
 
 
@@ -127,8 +127,8 @@ def read_run(directory: Path, name: str) -> RunFiles:
     series = _metrics(directory / "metrics.jsonl")
     last = max((int(one.steps[-1]) for one in series.values()), default=None)
     found = [(int(match[1]), match[2], path) for path, match in _evaluations(directory / "eval")]
-    # Evaluations of later steps were written before the run resumed from an older checkpoint. The run has not reached
-    # these steps again.
+    # Ignore evaluations of later steps. They were written before the run resumed from an older checkpoint, and the run
+    # has not reached these steps again.
     found = [item for item in found if last is None or item[0] <= last]
     if not series and not found:
         what = "contains no metrics.jsonl and no evaluations" if directory.is_dir() else "is a file"
@@ -194,7 +194,7 @@ def _tokens(path: Path, directory: Path, step: int, *, saved: bool) -> tuple[lis
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
-    """Return the last components of each path, as few as distinguish all paths. If paths are equal, add numbers."""
+    """Name each path by its last components, as few as make all names different. If paths are equal, add numbers."""
     parts = [path.resolve().parts for path in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

@@ -15,9 +15,9 @@ from dpo_engine.reporting.page.run_files import RunFiles
 SMALLEST_GROUP = 10
 """Groups with fewer pairs are not judged."""
 GAP = 0.1
-"""Smallest difference that is reported between the accuracies of training and held-out pairs, or of two groups."""
+"""Smallest reported difference between the accuracies of training and held-out pairs, or of two groups of pairs."""
 OVERCONFIDENT = 0.05
-"""Smallest difference between mean confidence and accuracy that is reported."""
+"""Smallest reported difference between mean confidence and accuracy."""
 SPIKE = 10.0
 """A gradient norm counts as a spike if it is larger than the run's median times this factor."""
 
@@ -88,7 +88,7 @@ MORE_THAN = "prefers the chosen response more than the reference does"
 
 
 def _ranking(m: Measures) -> Iterator[Finding]:
-    """Compare the share of pairs that the likelihood ranks correctly, between policy and reference."""
+    """Compare the shares of pairs that the policy and the reference rank correctly by likelihood."""
     if not m.has_reference:
         return
     gain, before, after = m.ranking_gain, percent(m.reference_ranking), percent(m.policy_ranking)

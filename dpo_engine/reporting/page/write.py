@@ -1,4 +1,4 @@
-"""Write the page of one or several runs: a single HTML file that makes no requests."""
+"""Write the page of one or several runs: a single HTML file that makes no network requests."""
 
 from __future__ import annotations
 

@@ -10,8 +10,10 @@ import torch
 from measure import Meter
 from report import publish
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
 
-from dpo_kernels import BACKENDS, Tree, use_backend
+from dpo_engine.model.attention_packages import TransformerEngine
+from dpo_kernels import BACKENDS, Tree, register_backend, use_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -43,9 +45,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--backends",
         nargs="+",
-        choices=("eager", "sdpa", "varlen", "triton"),
+        choices=("eager", "sdpa", "varlen", "triton", "te"),
         default=["eager", "sdpa", *(["varlen", "triton"] if gpu else [])],
     )
+    add("--flash-attention", type=int, choices=(2, 3, 4), default=2, help="version for varlen; 3 and 4 are packages")
     add("--save", metavar="NAME", help="write results/NAME.md")
     asked = parser.parse_args(argv)
     asked.kv_heads = asked.kv_heads or asked.heads
@@ -111,6 +114,10 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table, and save it if ``--save`` is given."""
     asked = arguments(argv)
     torch.manual_seed(0)
+    if "te" in asked.backends:
+        register_backend("te", TransformerEngine)
+    if asked.flash_attention != 2:
+        activate_flash_attention_impl(f"FA{asked.flash_attention}")
     for backend in asked.backends:
         use_backend(backend, "attention")  # imports the backend, or explains why it cannot run here
     names = ["row", "tokens", "visible", *(f"{backend} ms" for backend in asked.backends), "GFLOP/s of the best"]

@@ -42,9 +42,12 @@ printf '# %s\n\n%s, commit %s\n\n' "$name" "$(date -u +%Y-%m-%d)" "$(git describ
 part stack 60 "$python" benchmarks/stack.py
 ours=() # without overrides, the engine uses Transformer Engine's layers if it is installed
 grep -q '^transformer_engine: installed, but fails' "$logs/stack.log" 2>/dev/null && ours=(model.spec=native)
+te=() # the backend that needs Transformer Engine
+grep -q '^transformer_engine: [0-9]' "$logs/stack.log" 2>/dev/null && te=(te)
 compare=("$python" benchmarks/compare_trl.py)
 day=(--global-batch-size 64 --repeats 1 --model "$logs/model")
-part kernels 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/kernels -x --tb=short
+part kernels 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/kernels tests/model/test_attention_packages.py \
+  -x --tb=short
 part model 30 "$python" benchmarks/random_model.py "${SHAPE:-1b}" "$logs/model"
 part train 120 "${compare[@]}" hh-like --pairs 256 "${day[@]}" --trl --ours "${ours[@]}" --ours model.spec=native \
   --ours "${ours[@]}" train.deterministic=false --ours "${ours[@]}" batch.tokens_per_micro_batch=16384 \
@@ -54,7 +57,7 @@ part engine 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.
   -k "resumes or patched or bf16 or torch"
 part repeats 75 "$python" benchmarks/repeats.py "$logs/model" --ours "${ours[@]}"
 part attention 55 "$python" benchmarks/attention.py --kv-heads 8 --pairs 127,62,52 200,288,288 2048,1024,1024 \
-  --row 4 16 --tokens 16384 --backends varlen triton sdpa
+  --row 4 16 --tokens 16384 --backends varlen triton sdpa "${te[@]}"
 part causal 25 "$python" benchmarks/causal.py
 part head 35 "$python" benchmarks/head.py
 part wide 20 "$python" benchmarks/random_model.py "${SHAPE:-7b-width}" "$logs/wide"

@@ -9,8 +9,7 @@ _progress = False
 
 
 def note_progress() -> None:
-    """Remember that this start has saved a checkpoint, or values in a store. The next start need not repeat this work.
-    """
+    """Remember that this start has saved a checkpoint, or values in a store, so the next one need not repeat it."""
     global _progress
     _progress = True
 

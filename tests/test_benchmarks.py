@@ -411,8 +411,11 @@ def gpu_day(folder, python, script):
     return results, [shlex.split(line) for line in calls.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("engine, override", [("not installed", []), ("installed, but fails: ", ["model.spec=native"])])
-def test_gpu_day_calls_benchmarks_with_arguments_that_exist(engine, override, tmp_path):
+@pytest.mark.parametrize(
+    "engine, override, backend",
+    [("not installed", [], []), ("installed, but fails: ", ["model.spec=native"], []), ("2.20.2, largest", [], ["te"])],
+)
+def test_gpu_day_calls_benchmarks_with_arguments_that_exist(engine, override, backend, tmp_path):
     script = (BENCHMARKS / "gpu_day.sh").read_text()
     _, calls = gpu_day(tmp_path, f'[[ $1 == *stack.py ]] && echo "transformer_engine: {engine}"; exit 0\n', script)
     benchmarks = {one.__name__: one for one in (attention, causal, compare_trl, head, repeats)}
@@ -420,6 +423,8 @@ def test_gpu_day_calls_benchmarks_with_arguments_that_exist(engine, override, tm
     assert benchmarks.keys() <= {name for name, _ in asked}
     parsed = [benchmarks[name].arguments(words) for name, words in asked if name in benchmarks]
     (against,) = [one for one in parsed if getattr(one, "trl", None)]
+    (compared,) = [one for one in parsed if hasattr(one, "kv_heads") and hasattr(one, "backends")]
+    assert compared.backends == ["varlen", "triton", "sdpa", *backend]
     assert against.ours == [override] and against.trl == ["no options", "mb4", "mb1"]
 
 

@@ -46,6 +46,7 @@ KERNELS = {
     "scoring.logps",
     "scoring.reference",
     "model.attention",
+    "model.attention_packages",
     "model.kernels",
     "model.latent",
     "model.layer",

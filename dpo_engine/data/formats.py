@@ -118,8 +118,7 @@ def _detected(row: dict[str, Any]) -> Format:
 
 @FORMATS.register(AUTO)
 def auto(row: dict[str, Any]) -> Pair | Sequence[Pair] | None:
-    """Choose the format with :func:`detect`. The format of a source's first usable record is used for all its records.
-    """
+    """Choose the format with :func:`detect`. A source's first usable record decides for all its records."""
     return detect(row)(row)
 
 

@@ -1,5 +1,4 @@
-"""Load a tokenizer directory with transformers, and check that the result agrees with the directory's tokenizer.json.
-"""
+"""Load a tokenizer directory with transformers, and check that the result agrees with its tokenizer.json."""
 
 from __future__ import annotations
 

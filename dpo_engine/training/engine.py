@@ -101,10 +101,8 @@ class Engine:
         dims, platform = parallel_dims(config, arch, world), open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels, flash = {"attention": config.model.attention, "head": config.model.head}, config.model.flash_attention
-        spec, needs = (
-            choose_layers(config, arch, dims, platform, dtype),
-            attention_options(arch, config.data.max_length),
-        )
+        spec = choose_layers(config, arch, dims, platform, dtype)
+        needs = attention_options(arch, config.data.max_length)
         choose_kernels(kernels, arch, platform, dtype, needs, tp=dims.tp, cp=dims.cp, spec=spec, flash=flash)
         if fp64 and "triton" in kernels_in_use():
             raise ConfigError("kernels=triton: Triton computes sums in fp32, but --fp64 needs fp64; use eager and sdpa")

@@ -9,7 +9,7 @@ from torch.nn import attention
 from dpo_engine.errors import ConfigError
 from dpo_engine.model import attention_packages
 from dpo_engine.model.kernels import choose_kernels
-from dpo_kernels import Tree, dispatch, eager
+from dpo_kernels import Tree, dispatch, eager, varlen
 
 GPU, CPU = (SimpleNamespace(gpu=gpu, device=torch.device("cpu")) for gpu in (True, False))
 ARCH = SimpleNamespace(
@@ -196,3 +196,47 @@ def test_flash_attention_that_cannot_compute_the_heads(function, loaded, monkeyp
         "model.flash_attention=4: FlashAttention 4 cannot compute this model's attention: FA4 flash_attention backward "
         "unsupported: windowed attention not supported; set another value"
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("name", TREES)
+def test_transformer_engine_on_a_gpu(name, window, d):
+    pytest.importorskip("transformer_engine.pytorch")
+    tree = Tree.of(*TREES[name])
+    torch.manual_seed(0)
+    wide = [
+        torch.randn(n, heads, d, device="cuda").bfloat16()
+        for n, heads in ((len(tree.rows), 4), (tree.n, 2), (tree.n, 2))
+    ]
+    inputs = [tensor.clone().requires_grad_() for tensor in wide]
+    wide = [tensor.double().requires_grad_() for tensor in wide]
+    results = []
+    for function, tensors in ((attention_packages.tree_attention, inputs), (eager.tree_attention, wide)):
+        out = function(*tensors, tree, window=window)
+        results.append([out, *torch.autograd.grad(out.sum(), tensors)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=6e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
+@pytest.mark.parametrize("version, module", [(3, "flash_attn_interface"), (4, "flash_attn.cute")])
+def test_newer_flash_attention_on_a_gpu(version, module):
+    pytest.importorskip(module)
+    arch = SimpleNamespace(**vars(ARCH) | {"head_dim": 64})
+    platform = SimpleNamespace(gpu=True, device=torch.device("cuda"))
+    tree, shapes = Tree.of(*TREES["forest"]), ((12, 4, 64), (12, 2, 64), (12, 2, 64))
+    inputs = [torch.randn(*shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+    expected = eager.tree_attention(*(tensor.double() for tensor in inputs), tree)
+    expected = [expected, *torch.autograd.grad(expected.sum(), inputs)]
+    try:
+        choose_kernels({**AUTO, "attention": "varlen"}, arch, platform, torch.bfloat16, flash=version)
+        got = varlen.tree_attention(*inputs, tree)
+        got = [got, *torch.autograd.grad(got.sum(), inputs)]
+    finally:
+        attention.restore_flash_attention_impl()
+    for result, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(result.double(), want.double(), rtol=1e-2, atol=6e-2)

@@ -20,7 +20,7 @@ TILE = 128
 """Maximum number of queries in one masked call. In a full tile, about TILE / 2 scores per query are masked."""
 
 SHORT = 64
-"""Maximum number of tokens in a group of neighboring trees that share one call. Separate calls would cost more."""
+"""Maximum number of tokens in a group of neighboring trees that share one call. A call per tree would be slower."""
 
 
 class Chain(NamedTuple):
@@ -114,8 +114,8 @@ def tree_attention(
     torch's ``causal_lower_right`` could compute a whole run in one call, but on a CPU it also computes and stores the
     invisible half. With a window, the keys of a tile start at the first key that the tile's first query sees.
 
-    torch's operator supports neither soft caps nor sinks. If there is a soft cap or a sink, all calls are
-    calls of :func:`~dpo_kernels.tile_attention.tile_attention`.
+    torch's operator supports neither soft caps nor sinks. If there is a soft cap or a sink, all calls go to
+    :func:`~dpo_kernels.tile_attention.tile_attention` instead.
     """
     if not len(tree.rows):
         # The result is empty, but must be part of the autograd graph.

@@ -94,7 +94,7 @@ class Adaptation:
         return AdapterShape(rank, alpha / (math.sqrt(rank) if self.rslora else rank))
 
     def setting(self, name: str, projection: str) -> Any:
-        """Return ``rank`` or ``alpha`` for a projection: that of the first matching pattern, or else the default."""
+        """Return ``rank`` or ``alpha`` for a projection: the first matching pattern's value, or else the default."""
         patterns: Sequence[tuple[str, Any]] = getattr(self, f"{name}_pattern")
         return next((value for pattern, value in patterns if matches(pattern, projection)), getattr(self, name))
 
@@ -273,6 +273,8 @@ def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: i
         if any(shapes):
             outputs = sum(tensor.shape[0] for tensor in tensors) // (tp if split else up)
             kept[part] += sum(shape.rank for shape in shapes if shape) + adaptation.dora * outputs
-        elif rule.cut == 0 or part == "mlp":  # attention keeps its output in any case, its output projection's input
+        elif rule.cut == 0 or part == "mlp":
+            # A frozen linear does not keep its input. The output projection of attention is excluded, because core
+            # attention keeps this input as its own output.
             kept[part] -= tensors[0].shape[1] // (tp if split else down)
     return LayerAdapters(parameters, **kept)

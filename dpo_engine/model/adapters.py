@@ -256,7 +256,7 @@ def _add_adapter(
         return result
     out, separate_bias = result
     bias = None if separate_bias is not None else getattr(linear, "bias", None)
-    bias = bias if bias is not None and bias.numel() else None  # an empty tensor is Transformer Engine's "no bias"
+    bias = bias if bias is not None and bias.numel() else None  # without a bias, Transformer Engine's bias is empty
     return adapter(args[0], out, linear.weight, bias), separate_bias
 
 

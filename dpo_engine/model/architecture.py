@@ -297,7 +297,7 @@ def _check_heads(arch: Architecture, config: HFConfig) -> None:
         config.problem(f"head_dim={arch.head_dim}: must be even for rotary embeddings; correct config.json")
     if arch.rotary_dim is not None and (arch.rotary_dim % 2 or not arch.rotary_dim):
         config.problem(
-            f"partial_rotary_factor: rotates {arch.rotary_dim} of {arch.head_dim} dimensions, which must be an even "
+            f"partial_rotary_factor: rotates {arch.rotary_dim} of {arch.head_dim} dimensions, but must rotate an even "
             "number above 0; correct config.json"
         )
     scaling = arch.rope_scaling or {}
@@ -309,6 +309,6 @@ def _check_heads(arch: Architecture, config: HFConfig) -> None:
         )
     if arch.out_bias and not arch.qkv_bias:
         config.problem(
-            "attention has a bias in its output projection but none in those of queries, keys and values, which "
+            "attention has a bias in its output projection, but none in its query, key and value projections, which "
             "Megatron's layers do not support; use another model"
         )

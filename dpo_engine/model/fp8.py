@@ -15,10 +15,10 @@ the weights can have changed since the previous pass.
 Recipes. ``tensorwise`` has one scale for each tensor, from the largest value of all tokens of a micro-batch, so a
 token's numbers depend on the other tokens. ``blockwise`` has a scale for every 128 numbers of a token, and ``mxfp8``
 for every 32: in a forward pass, a token's numbers do not depend on other sequences. All three compute scales from the
-tensor itself. Products are summed in fp32. The exception is forward passes with ``tensorwise``, which by Transformer
-Engine's default sum with fewer bits, because this is faster. ``delayed`` uses the largest values of earlier passes.
-These values would differ between policy and reference (each has its own history, or the history mixes both), every
-evaluation would change training, and a resumed run would start without the values. The engine therefore refuses
+tensor itself. Products are summed in fp32. There is one exception: in forward passes with ``tensorwise``, Transformer
+Engine by default sums with fewer bits, because this is faster. ``delayed`` uses the largest values of earlier passes.
+These values would differ between policy and reference (each model has its own history, or one history mixes both),
+every evaluation would change training, and a resumed run would start without the values. The engine therefore refuses
 ``delayed``.
 
 Row lengths. FP8 products need numbers of tokens that are multiples of 16 or 32, so rows are padded to such a multiple

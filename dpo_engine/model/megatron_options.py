@@ -118,7 +118,7 @@ def dataclass_of(part: str) -> type:
 
 
 def megatron_problems(config: Config) -> list[str]:
-    """List the problems of the section ``megatron`` with the installed version of Megatron-Core, whatever the model.
+    """List the conflicts of the section ``megatron`` with the installed version of Megatron-Core and other sections.
 
     Megatron is imported only if the section sets something.
     """

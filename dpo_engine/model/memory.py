@@ -71,7 +71,10 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The nonzero parts of the peak, by name: either ``update``, or ``activations`` and ``working``."""
+        """The nonzero parts of the peak, by name.
+
+        Only the larger one of ``update`` and the sum of ``activations`` and ``working`` is part of the peak.
+        """
         last = ("update",) if self.update > self.activations + self.working else ("activations", "working")
         names = ("weights", "gradients", "optimizer", "reference", "fp8", *last)
         return {name: getattr(self, name) for name in names if getattr(self, name)}
@@ -233,7 +236,7 @@ def stage_adapter_memory(
 
 
 def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bool, recompute: str) -> tuple[int, int]:
-    """Return the bytes per token that a layer keeps for its backward pass, and those that its recomputation adds.
+    """Return the bytes per token that a layer keeps for its backward pass, and the bytes that recomputation adds.
 
     split      whether sequence parallelism shards the activations outside the tensor-parallel regions
     recompute  ``model.recompute``

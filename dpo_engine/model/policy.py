@@ -82,9 +82,9 @@ class Policy(GPTModel):
         if self.pre_process and self.embedding_scale != 1.0:
             hidden = hidden * self.embedding_scale
         if self.frozen_input and self.pre_process and torch.is_grad_enabled() and not hidden.requires_grad:
-            # Megatron's checkpointed layers need an input that requires a gradient, and the backward pass of the first
-            # pipeline stage needs an output that requires one. Otherwise, recomputed layers above a frozen embedding
-            # would silently get no gradients.
+            # Megatron's checkpointed layers need an input that requires a gradient. Otherwise, recomputed layers above
+            # a frozen embedding would silently get no gradients. In addition, the backward pass of the first pipeline
+            # stage needs an output that requires a gradient.
             hidden.requires_grad_(self.needs_input_gradient)
         hidden = self.decoder(
             hidden_states=hidden,

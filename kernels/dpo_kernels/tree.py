@@ -119,7 +119,7 @@ class Tree:
         return np.arange(self.n) - np.repeat(self.starts - before, self.lengths)
 
     def effective(self, window: int | None) -> int | None:
-        """Return ``window``, or None if the window has no effect because no path is longer."""
+        """Return ``window``. If no path is longer than the window, it has no effect; return None."""
         return None if window is None or window > self.positions.max() else window
 
     @property

@@ -18,7 +18,7 @@ ROWS, COLUMNS = 16, 1024
 
 @triton.jit
 def _partners(columns, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Return each dimension's partner in the rotation, their angle's index, and whether it is the first of the two."""
+    """Return each dimension's partner in the rotation, their angle's index, and whether the partner comes later."""
     if INTERLEAVED:
         return columns + 1 - 2 * (columns % 2), columns // 2, columns % 2 == 0
     return tl.where(columns < HALF, columns + HALF, columns - HALF), columns % HALF, columns < HALF

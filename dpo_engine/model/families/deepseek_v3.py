@@ -58,7 +58,7 @@ def latent_facts(config: HFConfig, *, interleaved: bool) -> dict[str, Any]:
 
 
 def with_heads(arch: Architecture) -> Architecture:
-    """Return ``arch`` with the sizes of query and key heads, only some of whose dimensions are rotated."""
+    """Return ``arch`` with the sizes and the number of latent attention's heads. Heads are only partly rotated."""
     inside = arch.latent
     return replace(
         arch,

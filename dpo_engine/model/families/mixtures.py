@@ -91,7 +91,10 @@ def sparse_layers(config: HFConfig) -> tuple[int, ...]:
 
 
 def checked(config: HFConfig, experts: Experts) -> Experts | None:
-    """Return the mixture; None if no layer has experts. If its numbers are inconsistent, record a problem."""
+    """Return the mixture, or None if no layer has experts.
+
+    If the numbers of the mixture are inconsistent, record a problem and return None.
+    """
     size = experts.count // experts.groups
     for found, limit, what in (
         (experts.chosen, experts.count, "experts per token, but there are only {} experts"),

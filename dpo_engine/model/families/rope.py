@@ -147,4 +147,4 @@ def _longrope(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dic
 
 
 OTHERS = {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
-"""By the kind of scaling, functions that check the required numbers and read the optional numbers."""
+"""Functions that check the required numbers of a kind of scaling, and read its optional numbers."""

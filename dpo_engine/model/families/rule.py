@@ -73,13 +73,16 @@ class Rule:
         return (self.when is None or attrgetter(self.when)(arch)) and not (self.tied_to and arch.tied_embeddings)
 
     def places(self, arch: Architecture) -> list[tuple[int | None, int | None]]:
-        """Return a layer and an expert for each parameter of this rule in the whole model; None: it belongs to none."""
+        """Return the layer and the expert of each parameter of this rule in the whole model.
+
+        The layer is None if the parameter belongs to no layer. The expert is None if it belongs to no expert.
+        """
         layers: list[int | None] = [*arch.layers(self.layers)] if "{l}" in self.parameter else [None]
         experts: list[int | None] = [*range(arch.experts.count)] if self.expert else [None]
         return [(layer, expert) for layer in layers for expert in experts]
 
     def uses(self, arch: Architecture) -> int:
-        """Return how many parameters of this rule a token uses: one per layer; for experts, one per chosen expert."""
+        """Return how many parameters of this rule a token uses. In each layer: one, or one per chosen expert."""
         return len(arch.layers(self.layers)) * (arch.experts.chosen if self.expert else 1)
 
     def row_counts(self, arch: Architecture) -> list[int]:

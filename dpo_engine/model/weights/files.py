@@ -135,7 +135,7 @@ class CheckpointFiles:
         )
 
     def slices(self, names: Iterable[str]) -> list[Any]:
-        """Return an object for each tensor in ``names``. Indexing the object like a tensor reads only that part."""
+        """Return an object for each tensor in ``names``. Indexing it like a tensor reads only the selected part."""
         names = list(names)
         absent = next((name for name in names if name not in self.file_of), None)
         if absent is not None:

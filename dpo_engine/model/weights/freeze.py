@@ -32,7 +32,7 @@ def frozen_patterns(config: Config, arch: Architecture) -> tuple[str, ...]:
 
 
 def router_problems(config: Config, arch: Architecture) -> list[str]:
-    """List the settings of routers that have no effect; there are none if the model has experts."""
+    """If the model has no experts, list the settings of routers, because they have no effect."""
     if arch.experts is not None:
         return []
     settings = {"loss.balance": config.loss.balance, "loss.router_z": config.loss.router_z}

@@ -1,6 +1,6 @@
 """The adapters of a model: the adapted projections, their ranks and scales, and the tensors of the PEFT adapter.
 
-The settings have the names and meanings that they have in PEFT. This module does not import Megatron.
+Each setting has the same meaning as PEFT's corresponding setting. This module does not import Megatron.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Attention(SelfAttention):
         columns: Tensor | None = None,
         **megatron: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the output of attention. Return it with the bias that the caller must add to it, or None.
+        """Return the output of attention, and None or a bias that the caller must add to the output.
 
         hidden_states   [s/cp (/t), r, h], normalized
         attention_mask  [2, k] int64, in host memory: segments of a row of trees; None for causal rows

@@ -29,8 +29,8 @@ class Chain(NamedTuple):
     The tokens of a chain are contiguous in the row. The first segment of a chain is a root or a child that is not a
     first child.
 
-    prefix       the tokens of the chain's ancestors: for each part of the row that contains such tokens, the number of
-                 the part, and how many tokens at its start are ancestors
+    prefix       where the row contains the tokens of the chain's ancestors: pairs of a part's number, and the number of
+                 these tokens, which are the first tokens of the part
     start, stop  the range of the chain's tokens
     runs         contiguous runs of queries: (index in ``tree.rows`` of the first query, its token, number of queries)
     """

@@ -1,6 +1,6 @@
 """The adapters of a model: the adapted projections, their ranks and scales, and the tensors of the PEFT adapter.
 
-The settings have the names and meanings that they have in PEFT. This module does not import Megatron.
+Each setting has the same meaning as PEFT's corresponding setting. This module does not import Megatron.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Adaptation:
 
     targets        names of projections, or last parts of names such as ``q_proj``; or a regular expression that must
                    match a projection's whole name
-    layers         indices of the adapted layers; None: all. Targets that are whole names are adapted in any layer
+    layers         indices of the adapted layers; None: all layers. A target that is the whole name of a projection is
+                   adapted even if its layer is not listed
     rank_pattern   pairs of a regular expression and a rank; the rank of the first pair whose expression matches the
                    name of a projection, or the end of the name, replaces ``rank``
     alpha_pattern  pairs of a regular expression and a value that replaces ``alpha`` in the same way
@@ -86,28 +87,28 @@ class Adaptation:
         return self.kind == "dora"
 
     def shape(self, projection: str) -> AdapterShape | None:
-        """Return the adapter of a projection, such as ``model.layers.0.self_attn.q_proj``, or None if it has none."""
+        """Return the adapter of a projection, such as ``model.layers.0.self_attn.q_proj``; None: it is not adapted."""
         if not self._targets(projection):
             return None
         rank, alpha = self.setting("rank", projection), self.setting("alpha", projection)
         return AdapterShape(rank, alpha / (math.sqrt(rank) if self.rslora else rank))
 
     def setting(self, name: str, projection: str) -> Any:
-        """Return the ``rank`` or ``alpha`` of a projection's adapter, which a pattern can set."""
+        """Return ``rank`` or ``alpha`` for a projection: the first matching pattern's value, or else the default."""
         patterns: Sequence[tuple[str, Any]] = getattr(self, f"{name}_pattern")
         return next((value for pattern, value in patterns if matches(pattern, projection)), getattr(self, name))
 
     def _targets(self, projection: str) -> bool:
         if isinstance(self.targets, str):
             return re.fullmatch(self.targets, projection) is not None
-        if projection in self.targets:  # PEFT applies `layers` only to names that match by their ends
+        if projection in self.targets:  # PEFT ignores `layers` for a target that is the whole name
             return True
         named = any(projection.endswith(f".{target}") for target in self.targets)
         return named and (self.layers is None or layer_of(projection) in self.layers)
 
 
 def ending(pattern: str) -> str:
-    """Return the regular expression that PEFT builds from a pattern, which also matches the end of a name."""
+    """Return the regular expression that PEFT builds from a pattern. It also matches the end of a name, after a dot."""
     return rf"(.*\.)?({pattern})$"
 
 
@@ -190,8 +191,8 @@ def adapter_rule(base: Rule, projection: str, part: str, rank: int | None) -> Ru
     rank        rank of the adapter; not needed for the magnitude
 
     If the matrix is sharded along its inputs, so is ``A``. If it is sharded along its outputs, so are ``B`` and the
-    magnitude. If the checkpoint stores the whole matrix as one tensor, the rows of ``B`` and of the magnitude have the
-    matrix's order.
+    magnitude. If the checkpoint stores the whole matrix as one tensor, the rows of ``B`` and of the magnitude are in
+    the order of the matrix's rows.
     """
     index = next(index for index, name in enumerate(base.tensors) if name.split(".")[-2] == projection)
     rows, layout = (base.rows, base.layout) if is_whole(base) else ((base.rows[index],), "plain")
@@ -219,7 +220,7 @@ def adapter_parameters(adaptation: Adaptation, arch: Architecture) -> int:
 
 
 def adapter_lines(asked: AdapterConfig | None, adaptation: Adaptation | None, arch: Architecture) -> list[str]:
-    """Return a line for the log that describes the adapters, if there are any."""
+    """Return the log line that describes the adapters, in a list; the list is empty if there are no adapters."""
     if asked is None or adaptation is None:
         return []
     shapes = adapter_shapes(adaptation, arch)
@@ -244,7 +245,8 @@ class LayerAdapters(NamedTuple):
 
     parameters  number of parameters of the adapters
     attention   difference in the number of activations per token that attention keeps for the backward pass, compared
-                with training all weights: adapters keep more, but frozen linears do not keep their inputs
+                with training all weights: adapters keep additional activations, but frozen linears do not keep their
+                inputs
     mlp         the same difference for the MLP
     """
 
@@ -271,6 +273,8 @@ def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: i
         if any(shapes):
             outputs = sum(tensor.shape[0] for tensor in tensors) // (tp if split else up)
             kept[part] += sum(shape.rank for shape in shapes if shape) + adaptation.dora * outputs
-        elif rule.cut == 0 or part == "mlp":  # attention itself keeps its output, the last projection's input
+        elif rule.cut == 0 or part == "mlp":
+            # A frozen linear does not keep its input. The output projection of attention is excluded, because core
+            # attention keeps this input as its own output.
             kept[part] -= tensors[0].shape[1] // (tp if split else down)
     return LayerAdapters(parameters, **kept)

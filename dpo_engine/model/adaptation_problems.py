@@ -22,7 +22,9 @@ from dpo_engine.wording import join, nearest, show
 
 
 def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: bool = False) -> list[str]:
-    """List the problems of a section ``adapter`` that has no ``path``: names that match nothing, and bad patterns.
+    """List the problems of a section ``adapter`` without ``path``: bad patterns, and unknown names and layers.
+
+    Targets that match weights that cannot be adapted, such as matrices of experts, are also problems.
 
     unused  whether targets and patterns that match nothing are allowed, as in PEFT
     """

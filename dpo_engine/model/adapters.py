@@ -15,8 +15,8 @@ temporary matrix::
     z    = x A_all^T                     [s, b, R]     R is the sum of the adapters' ranks
     out += z B_all^T                                   B_all [rows of this rank, R], scaled
 
-To compute this, tensor-parallel ranks exchange ``z``, whose width is R, but no wider activations. (If there are more
-ranks than key heads, they also gather ``B``.)
+For this computation, tensor-parallel ranks exchange ``z``, whose width is R, but no wider activations. (If there are
+more ranks than key heads, the ranks also gather ``B``.)
 
 ===================================  =====================================  ====================================
 linear                               forward                                backward
@@ -31,8 +31,8 @@ Under sequence parallelism, a rank computes the gradient of a replicated matrix 
 these gradients over tp, because the parameters have the attribute ``sequence_parallel``. Without sequence parallelism,
 each rank has the whole gradient.
 
-Not covered: dropout inside adapters, because its masks would depend on the layout, and adapters of the embedding and of
-the output layer.
+Not covered: adapters of the embedding and of the output layer; and dropout inside adapters, because its masks would
+depend on the layout.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +70,7 @@ class Adapter(nn.Module):
 
     linear   the adapted linear, already on its device
     base     rule of the linear's weight
-    shapes   for each projection of the rule, by the last part of its name: its adapter, or None
+    shapes   adapters of the rule's projections, by the last part of the projection's name; None: it is not adapted
     parts    names of the parts that each adapter has, from :func:`~dpo_engine.model.adaptation.parts_of`
     dtype    dtype of the adapter's parameters
 
@@ -180,7 +180,7 @@ class Adapter(nn.Module):
         bias    the bias that ``out`` includes, or None
 
         *Collectives*: those in the table at the top of this file, and those of :meth:`up`. With DoRA, also an
-        all-gather of the magnitude if ranks gather ``B``, and a SUM of one number per row over tp if columns are
+        all-gather of the magnitude if ranks gather ``B``, and a SUM over tp of one number per row if columns are
         sharded.
         """
         down, up = self.down(), self.up()
@@ -216,13 +216,13 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def _norms(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Return the norm of each row of ``weight + B A``, for this rank's rows; a constant in the backward pass.
+        """Return the norm of each of this rank's rows of ``weight + B A``. The norms have no gradient.
 
-        The sum of the two matrices is never formed: ``|w + u D|^2 = |w|^2 + 2 w D^T u^T + u D D^T u^T``.
+        The sum of the two matrices is never computed: ``|w + u D|^2 = |w|^2 + 2 w D^T u^T + u D D^T u^T``.
 
         *Source*: DoRA (arXiv 2402.09353), section 4.3, which treats the norm as a constant.
 
-        *Collectives*: with sharded columns, a SUM of one number per row over tp.
+        *Collectives*: with sharded columns, a SUM over tp of one number per row.
         """
         cross = ((weight.to(down.dtype) @ down.T) * up).sum(1, dtype=torch.float64)
         square = ((up @ (down @ down.T)) * up).sum(1, dtype=torch.float64)
@@ -235,7 +235,7 @@ class Adapter(nn.Module):
     def reset_magnitude(self, weight: Tensor) -> None:
         """With DoRA, set the magnitudes to the norms of the linear's rows. Call this after the weights are loaded.
 
-        *Collectives* with DoRA: if columns are sharded, a SUM of one number per row over tp; if ranks gather ``B``, an
+        *Collectives* with DoRA: if columns are sharded, a SUM over tp of one number per row; if ranks gather ``B``, an
         all-gather of these numbers.
         """
         if not self.dora:
@@ -256,7 +256,7 @@ def _add_adapter(
         return result
     out, separate_bias = result
     bias = None if separate_bias is not None else getattr(linear, "bias", None)
-    bias = bias if bias is not None and bias.numel() else None  # Transformer Engine uses an empty tensor for no bias
+    bias = bias if bias is not None and bias.numel() else None  # without a bias, Transformer Engine's bias is empty
     return adapter(args[0], out, linear.weight, bias), separate_bias
 
 

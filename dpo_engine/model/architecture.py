@@ -46,9 +46,9 @@ class Architecture:
     norm_bias           whether norms have biases
     norm_offset         number that is added to the weights of norms
     norm_place          where the norms of hidden states are: ``before`` attention and MLP, ``after`` them, or ``both``
-    parallel            None: the MLP's input contains the attention's output. Otherwise, attention and MLP have the
-                        same input, through ``one norm`` that they share or ``two norms``, one for each
-    whole_qk_norm       whether the queries of all heads are normalized together, and so are the keys of all heads
+    parallel            None: the MLP's input contains the attention's output. ``one norm`` or ``two norms``: attention
+                        and MLP have the same input, which passes through one norm for both, or one norm for each
+    whole_qk_norm       whether one norm covers the queries of all heads, and another norm the keys of all heads
     norm_after_rope     whether queries and keys are normalized after they are rotated
     out_bias            whether the output projection of attention has a bias
     mlp_bias            whether the linear layers of the MLP have biases
@@ -57,7 +57,8 @@ class Architecture:
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
     attention_softcap, logit_softcap  soft caps of attention scores and of logits; a cap c changes x to ``c * tanh(x /
                                       c)``; None: no cap
-    learned_positions   whether a learned vector for each position is added to the embeddings, and nothing is rotated
+    learned_positions   whether a learned vector for each position is added to the embeddings; queries and keys are then
+                        not rotated
     attention_sinks     whether each head has an additional key with a learned score and with value 0
     embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
                         of the logits
@@ -137,7 +138,7 @@ class Architecture:
 
     @cached_property
     def windows(self) -> list[int | None]:
-        """The sliding window of each layer; None for a layer that has none."""
+        """The sliding window of each layer; None for a layer without a window."""
         return [self.window(layer) for layer in range(self.num_layers)]
 
     @property
@@ -217,7 +218,7 @@ class Architecture:
 
     @property
     def matrix_parameters(self) -> int:
-        """Number of parameters in the matrices that a token uses: linear layers, its experts, and the output layer."""
+        """Number of parameters in the matrices that a token uses: linear layers, the token's experts, output layer."""
         rules = [rule for rule in FAMILIES[self.model_type].rules if "{l}" in rule.parameter and rule.applies(self)]
         layers = sum(rule.parameters(self) * rule.uses(self) for rule in rules if rule.columns is not None)
         return layers + self.vocab_size * self.hidden_size
@@ -234,11 +235,12 @@ class Architecture:
     def facts(self) -> dict[str, Any]:
         """The fields as JSON values. Fields that have their defaults are omitted, except ``sliding_window``.
 
-        An empty ``sliding_layers``, () or None, is also omitted, and so are newer fields of ``experts`` with defaults.
+        ``sliding_layers`` is also omitted if it is None. Newer fields of ``experts`` are omitted if they have their
+        defaults.
         """
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
-        if not self.sliding_layers:  # () and None need no distinction: no family with windows uses both
+        if not self.sliding_layers:  # the facts need not distinguish () from None: no family with windows uses both
             del values["sliding_layers"]
         if self.experts is not None:
             later = {name: vars(Experts)[name] for name in ("router_bias", "biases", "clamp", "slope")}
@@ -295,7 +297,7 @@ def _check_heads(arch: Architecture, config: HFConfig) -> None:
         config.problem(f"head_dim={arch.head_dim}: must be even for rotary embeddings; correct config.json")
     if arch.rotary_dim is not None and (arch.rotary_dim % 2 or not arch.rotary_dim):
         config.problem(
-            f"partial_rotary_factor: rotates {arch.rotary_dim} of {arch.head_dim} dimensions, which must be an even "
+            f"partial_rotary_factor: rotates {arch.rotary_dim} of {arch.head_dim} dimensions, but must rotate an even "
             "number above 0; correct config.json"
         )
     scaling = arch.rope_scaling or {}
@@ -307,6 +309,6 @@ def _check_heads(arch: Architecture, config: HFConfig) -> None:
         )
     if arch.out_bias and not arch.qkv_bias:
         config.problem(
-            "attention has a bias in its output projection but none in those of queries, keys and values, which "
+            "attention has a bias in its output projection, but none in its query, key and value projections, which "
             "Megatron's layers do not support; use another model"
         )

@@ -56,7 +56,7 @@ class TreeShare(NamedTuple):
 
     tree     segments of the whole row, and the columns of this rank as queries
     shares   the columns of each rank; together, they are all columns of the row
-    rank     the number of this rank
+    rank     this rank's number in the context-parallel group
     """
 
     tree: Tree
@@ -212,8 +212,8 @@ class CoreAttention(nn.Module):
         Returns         [s/cp, b, n/t * d], or [q, b, n/t * d]
         """
         cp, rank = self.group.size(), self.group.rank()
-        # `value` is a view of the output of the fused projection. Attention saves its inputs for the backward pass,
-        # and a view would keep the whole output in memory.
+        # `value` is a view of the output of the fused projection. Attention saves its inputs for the backward pass;
+        # a saved view would keep the whole output of the projection in memory.
         value = value.contiguous()
         if attention_mask is not None:
             segments = attention_mask.numpy().tobytes()

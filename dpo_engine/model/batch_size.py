@@ -1,8 +1,8 @@
 """Choose the layout and the size of micro-batches, if the configuration sets them to ``auto``.
 
 Larger micro-batches are more efficient: a GPU idles between small kernels, and each micro-batch reads and writes all
-gradients once. The gain shrinks with the size, and above `ENOUGH` tokens it is a few percent. Three other facts limit
-the size. Memory sets a maximum (:mod:`~dpo_engine.model.memory`). The stages of a pipeline idle while the pipeline
+gradients once. The gain shrinks with the size, and above `ENOUGH` tokens it is a few percent. Three other facts matter
+for the size. Memory sets a maximum (:mod:`~dpo_engine.model.memory`). The stages of a pipeline idle while the pipeline
 fills and drains, and with fewer micro-batches this idle time is a larger part of a step. A pair is never split, so a
 micro-batch must have room for the longest pair.
 
@@ -30,8 +30,8 @@ OVERHEAD = {"gpu": 224, "cpu": 96}
 """Overhead of each micro-batch on a context-parallel rank, as the number of tokens whose computation takes as long.
 
 On a GPU, this is the time to read and write fp32 gradients (12 bytes per weight, at an H100's bandwidth), divided by
-the time of a token (8 FLOP per weight, at half of an H100's peak). On a CPU, it follows from the measured throughput of
-rows of 512 to 4,096 tokens."""
+the time to compute a token (8 FLOP per weight, at half of an H100's peak). The number for CPUs follows from the
+measured throughput of rows of 512 to 4,096 tokens."""
 
 USABLE = 0.92
 """Share of a device's memory that the estimate may fill.
@@ -53,7 +53,7 @@ def settle_batches(
     """Replace ``auto`` in ``batch.layout`` and ``batch.tokens_per_micro_batch``.
 
     dtype          "fp64", "fp32" or "bf16"
-    device_memory  bytes of memory of the smallest device; None: a CPU
+    device_memory  memory of the smallest device, in bytes; None: the devices are CPUs
     slow_trees     see :func:`~dpo_engine.batching.micro_batches.choose_layout`
 
     Returns  the configuration without ``auto``, and lines for the log. If ``train.micro_batch_size`` is set, the number

@@ -2,7 +2,8 @@
 
 Megatron's router cannot be used. It computes scores in fp32 even in fp64 models, it cannot rank groups of experts by
 their best expert (DeepSeek-V2), and it always divides sigmoid scores by their sum. Its losses for load balancing depend
-on the layout: they are means over a micro-batch, and they expect a later division by the number of tokens.
+on the layout: they are means over a micro-batch, and they assume that gradients are later divided by the number of
+tokens.
 """
 
 from typing import Any
@@ -67,7 +68,8 @@ class Router(nn.Module):
         weights, chosen, scores = choose(logits, self.experts, self.expert_bias)
         routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
         weights = torch.zeros_like(logits).scatter(1, chosen, weights)
-        # A recomputed layer runs its forward pass twice, but only one of these passes has gradients enabled.
+        # A recomputed layer runs its forward pass twice, but only one of these passes has gradients enabled, so the
+        # losses are computed once.
         if self.entries is not None and torch.is_grad_enabled():
             weights = self.losses.attach(weights, logits, scores, routed, self.entries)
         return weights, routed
@@ -77,7 +79,7 @@ def choose(logits: Tensor, experts: Experts, bias: Tensor | None) -> tuple[Tenso
     """Choose the experts of each token.
 
     logits   [n, experts]
-    bias     [experts], added to the scores for the choice only
+    bias     [experts], added to the scores that rank the experts, but not to their weights; None: no bias
     Returns  weights of the chosen experts [n, chosen], their indices [n, chosen] int64, and the scores of all experts
              [n, experts]
 

@@ -6,25 +6,27 @@ DPO compares two models that are nearly equal. A recipe must not give equal mode
 depend on what a run did before.
 
 What runs in FP8. The linear layers of attention, the MLP and the experts: their inputs, weights and output gradients
-are rounded to FP8 just before each product. Megatron's block turns this on around every layer. Embedding, norms,
-attention itself, router, adapters and output layer remain in bf16, and so do weights, and activations between linear
-layers. Weights are loaded, saved and exported as without FP8. Transformer Engine keeps FP8 copies of the weights for
-all micro-batches of a pass. Megatron's schedules renew them at the first micro-batch of every pass, because the weights
-may have changed since the last one.
+are rounded to FP8 just before each product. Megatron's transformer block turns FP8 on around every layer. Embedding,
+norms, attention itself, router, adapters and output layer remain in bf16, and so do weights, and activations between
+linear layers. Weights are loaded, saved and exported as without FP8. Transformer Engine keeps FP8 copies of the weights
+for all micro-batches of a pass. Megatron's schedules renew the copies at the first micro-batch of every pass, because
+the weights can have changed since the previous pass.
 
 Recipes. ``tensorwise`` has one scale for each tensor, from the largest value of all tokens of a micro-batch, so a
 token's numbers depend on the other tokens. ``blockwise`` has a scale for every 128 numbers of a token, and ``mxfp8``
 for every 32: in a forward pass, a token's numbers do not depend on other sequences. All three compute scales from the
-tensor itself. Products are summed in fp32, but with ``tensorwise`` in forward passes with fewer bits, which is faster
-(Transformer Engine's default). ``delayed`` uses the largest values of earlier passes. They would differ between policy
-and reference (each has its own past, or one that contains both), every evaluation would change training, and a resumed
-run would start without them. It is refused.
+tensor itself. Products are summed in fp32. There is one exception: in forward passes with ``tensorwise``, Transformer
+Engine by default sums with fewer bits, because this is faster. ``delayed`` uses the largest values of earlier passes.
+These values would differ between policy and reference (each model has its own history, or one history mixes both),
+every evaluation would change training, and a resumed run would start without the values. The engine therefore refuses
+``delayed``.
 
-Row lengths. FP8 products need numbers of tokens that are multiples of 16 or 32, so rows are padded to them
+Row lengths. FP8 products need numbers of tokens that are multiples of 16 or 32, so rows are padded to such a multiple
 (:attr:`~dpo_engine.config.parallel_section.MegatronConfig.token_multiple`). Padding is never scored, and no other token
 sees it, but with ``tensorwise`` it can change a scale. Megatron pads the tokens of each expert.
 
-Not covered. FP8 weights, FP8 attention, FP8 output layers, FP4. Numbers: no test here has computed in FP8.
+Not covered. FP8 weights, FP8 attention, FP8 output layers, FP4. The numerical results are also not covered: no test has
+computed in FP8.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ FIELDS = (
     "num_layers_at_start_in_bf16",
     "num_layers_at_end_in_bf16",
 )
-"""Fields of Megatron's ``TransformerConfig`` that can be set. All except ``fp8`` have no effect without it."""
+"""Fields of Megatron's ``TransformerConfig`` that can be set. Without ``fp8``, the other fields have no effect."""
 
 RECIPES = join(list(TOKEN_MULTIPLES), "or")
 PER_TOKEN = ("blockwise", "mxfp8")
@@ -85,14 +87,14 @@ def fp8_problems(config: Config) -> Iterator[str]:
             f"computed in other micro-batches; use {join(PER_TOKEN, 'or')}, or set reference.mode=resident"
         )
     if asked.get("distribute_saved_activations"):
-        yield "transformer.distribute_saved_activations=true: was never tested with fp8; remove it"
+        yield "transformer.distribute_saved_activations=true: has never been tested with fp8; remove it"
     for name in FIELDS[3:]:
         if asked.get(name, 0) < 0:
             yield f"transformer.{name}={asked[name]}: must be at least 0; correct it"
 
 
 def fp8_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -> list[str]:
-    """List the reasons why a model, divided in this way, cannot compute in FP8."""
+    """List the reasons why a model cannot compute in FP8 with these parallel sizes."""
     if (multiple := TOKEN_MULTIPLES.get(config.megatron.fp8_recipe)) is None:
         return []
     asked, problems = config.megatron.transformer, []
@@ -124,7 +126,7 @@ def fp8_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -
 
 
 def linear_sizes(arch: Architecture, dims: ParallelDims) -> dict[str, int]:
-    """Return the inputs and outputs that the linear layers have on each rank, by what they are."""
+    """Return the widths that inputs and outputs of linear layers have on each rank, by a description of the width."""
     sizes = {
         "hidden size": arch.hidden_size,
         "width of queries, keys and values": arch.qkv_size // dims.tp,
@@ -151,7 +153,7 @@ def fp8_layers(config: Config, arch: Architecture) -> range:
 
 
 def fp8_line(config: Config, arch: Architecture) -> str:
-    """Describe the FP8 products for the log; an empty text without them."""
+    """Return a description of the FP8 products for the log; without FP8, return an empty text."""
     if (recipe := config.megatron.fp8_recipe) is None:
         return ""
     layers = fp8_layers(config, arch)
@@ -175,7 +177,7 @@ def without_fp8(config: Config) -> Config:
 
 
 def device_problem(config: Config) -> str | None:
-    """Return the reason why this GPU, or this version of Transformer Engine, cannot use the run's recipe, if any."""
+    """Return the reason why this GPU or this version of Transformer Engine cannot use the run's recipe, or None."""
     if (recipe := config.megatron.fp8_recipe) is None:
         return None
     import torch

@@ -38,7 +38,7 @@ class GatherChunks(torch.autograd.Function):
 
 
 class GatherColumns(torch.autograd.Function):
-    """Like :class:`GatherChunks`, but for any assignment of columns that gives all ranks the same number of them."""
+    """Like :class:`GatherChunks`, but for any assignment of columns that gives all ranks the same number of columns."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, order: Tensor, inverse: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -62,8 +62,8 @@ class Windows(NamedTuple):
 
     length   number of columns of the whole row
     own      [s/cp]  columns of this rank
-    sent     for each rank, the columns that this rank sends to it, as indices into ``own``
-    received for each rank, the columns of the row that this rank receives from it
+    sent     one tensor per rank: the columns that go to that rank, as indices into ``own``
+    received one tensor per rank: the columns of the row that come from that rank
     """
 
     length: int

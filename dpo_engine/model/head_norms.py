@@ -25,8 +25,8 @@ class HeadNorm(RMSNorm):
 class WholeNorm(nn.Module):
     """Root-mean-square norm of the queries of all heads together. Every tensor-parallel rank has the whole weight.
 
-    A rank's gradient of the weight is 0 for the heads of other ranks. Megatron sums the gradients of parameters whose
-    names contain ``q_layernorm`` or ``k_layernorm`` over tp.
+    A rank's gradient of the weight is 0 for the heads of other ranks. Megatron sums the gradient over tp, because the
+    parameter's name contains ``q_layernorm`` or ``k_layernorm``.
     """
 
     heads = "num_attention_heads"

@@ -30,9 +30,10 @@ def choose_kernels(
     asked  ``model.attention`` and ``model.head``, by group. With ``auto``, a plugin or the environment variable
            ``DPO_KERNELS`` can choose the backend. If neither does, the head runs on ``eager``. Attention runs on
            ``varlen`` if flash attention supports the device, dtype and head size, else on ``sdpa``. There are two
-           exceptions, for which attention runs on ``triton`` if the group ``layer`` does by default (see below): soft
-           caps, because flash attention does not have them (without ``triton``: ``sdpa``), and context parallelism,
-           because ``varlen`` then copies the keys of a path for each block of queries
+           exceptions: soft caps, which flash attention does not support, and context parallelism, with which
+           ``varlen`` would copy the keys of a path for each block of queries. In these two cases, attention runs on
+           ``triton`` if this is the default of the group ``layer`` (see below). If it is not, attention with soft caps
+           runs on ``sdpa``
     needs  options of ``tree_attention`` that the model's layers use, from
            :func:`~dpo_engine.model.attention.attention_options`
     tp     number of ranks of tensor parallelism

@@ -36,8 +36,8 @@ class Replicated(nn.Module):
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype, device=device))
         # With sequence parallelism, a rank computes the gradient from its own tokens, and Megatron sums it over tp.
-        # Without it, the backward pass of the sharded linear layer that follows sums the gradient of this layer's
-        # output over tp.
+        # Without sequence parallelism, the backward pass of the sharded linear layer that follows sums the gradient of
+        # this layer's output over tp.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Attention(SelfAttention):
         columns: Tensor | None = None,
         **megatron: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the output of attention. Return it with the bias that the caller must add to it, or None.
+        """Return the output of attention, and None or a bias that the caller must add to the output.
 
         hidden_states   [s/cp (/t), r, h], normalized
         attention_mask  [2, k] int64, in host memory: segments of a row of trees; None for causal rows
@@ -80,12 +80,12 @@ class Attention(SelfAttention):
         return self.linear_proj(core(query, key, value, attention_mask))
 
     def _heads(self, hidden_states: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries [s/cp, r, n/t, d], rotated keys [s/cp, r, n_kv/t, d], and values like the keys."""
+        """Return rotated queries [s/cp, r, n/t, d], and rotated keys and values, both [s/cp, r, n_kv/t, d]."""
         mixed, _ = self.linear_qkv(hidden_states)
         groups, ranks = self.config.num_query_groups, self.pg_collection.tp.size()
         shared = max(ranks // groups, 1)  # number of ranks that share a key head
         if shared > 1:
-            # This rank's rows of the weight do not form whole heads.
+            # This rank's rows of the weight do not form whole heads, so ranks gather their outputs.
             mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
             mixed = mixed.chunk(groups, dim=-1)[self.pg_collection.tp.rank() // shared]
         mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))

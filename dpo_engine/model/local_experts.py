@@ -1,10 +1,10 @@
-"""Experts that Megatron's modules cannot compute: experts with biases, and experts with an activation other than SiLU.
+"""Experts that Megatron's modules cannot compute: experts with biases, and experts with a clamped gate.
 
 Megatron's experts with biases have two problems. They add a bias in place to the output of a linear layer, which
 torch's autograd refuses. They also cannot be sharded, because each rank would add the whole bias of the second matrix
-to its summand of the output. Here, this bias is sharded too, and each rank adds its shard to the same columns of its
-summand. Each element is therefore added once, and its gradient exists on one rank only. The linear layers and the names
-of the parameters are Megatron's.
+to its partial sum of the output. Here, this bias is sharded too, and each rank adds its shard to the matching columns
+of its partial sum. Each element is therefore added once, and its gradient exists on one rank only. The linear layers
+and the names of the parameters are Megatron's.
 
 Not covered: grouped matrix products. A rank computes its experts one after the other.
 """
@@ -52,11 +52,13 @@ class _ClampedGate(torch.autograd.Function):
 
 
 def clamped_gate(both: Tensor, clamp: float, slope: float) -> Tensor:
-    """Limit gate and up, and compute ``gate * sigmoid(slope * gate) * (up + 1)``. Only the input is kept for backward.
+    """Limit gate and up, and compute ``gate * sigmoid(slope * gate) * (up + 1)``.
 
     both     [..., 2 f]  gate and up, concatenated. ``gate`` is limited to at most ``clamp``, and ``up`` to between
              ``-clamp`` and ``clamp``; beyond the limits, gradients are zero
     Returns  [..., f]
+
+    Only the input is saved for the backward pass.
 
     *Source*: the reference implementation of gpt-oss, and its model card (arXiv 2508.10925) section 2.2.
     """
@@ -83,7 +85,7 @@ class LocalExpert(nn.Module):
             set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=True, dim=0, stride=1)
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Compute the expert's output times the weights of the tokens; if the expert is sharded, this rank's summand.
+        """Compute the expert's output times the tokens' weights; if the expert is sharded, this rank's partial sum.
 
         tokens   [n, h]       weights  [n] in at least fp32
         Returns  [n, h]

@@ -1,4 +1,4 @@
-"""The section ``megatron`` of a configuration: options of Megatron for which the engine has no own key.
+"""The section ``megatron`` of a configuration: options of Megatron for which the engine has no key of its own.
 
 Megatron-Core reads its settings from dataclasses. The section ``megatron`` sets some of their fields, with the names
 and types of the installed version. Only the fields in `ACCEPTED` can be set; tests train with each of them. All other
@@ -31,7 +31,7 @@ from dpo_engine.wording import join, nearest, show
 REFUSED: dict[str, dict[str, list[str]]] = yaml.safe_load(
     Path(__file__).with_name("megatron_fields.yaml").read_text(encoding="utf-8")
 )
-"""Fields that are refused for a known reason, by dataclass and reason. A reason may name the key to use instead."""
+"""Fields that are refused for a known reason, by dataclass and reason. A reason can name the key to use instead."""
 
 ACCEPTED = {
     "transformer": (
@@ -49,7 +49,7 @@ ACCEPTED = {
         "pad_buckets_for_high_nccl_busbw",
         "reduce_scatter_with_fp32_accumulation",
     ),
-    "optimizer": (),  # the messages name the engine's keys
+    "optimizer": (),  # no field can be set; the error messages name the engine's keys
 }
 
 MODULES = ("core_attn", "mlp")
@@ -87,7 +87,7 @@ def instances_of(config: Config) -> int:
 
 
 def instance_problems(config: Config, dims: ParallelDims) -> list[str]:
-    """List the problem if the data-parallel ranks cannot be divided into the instances of the distributed optimizer."""
+    """Return a list with a problem if the data-parallel ranks cannot be divided into the optimizer's instances."""
     count, ranks = instances_of(config), math.gcd(dims.dp * dims.cp, dims.expert_dp)
     if ranks % count == 0:
         return []
@@ -99,9 +99,9 @@ def instance_problems(config: Config, dims: ParallelDims) -> list[str]:
 
 
 def layout_problems(config: Config, arch: Architecture, dims: ParallelDims, *, ranks: bool) -> list[str]:
-    """List the problems of the section ``megatron`` with the model and the layout.
+    """List the conflicts of the section ``megatron`` with the model and the layout.
 
-    ranks   whether the number of ranks is that of the run
+    ranks   whether ``dims`` has as many ranks as the run
     """
     return fp8_model_problems(config, arch, dims) + (instance_problems(config, dims) if ranks else [])
 
@@ -118,7 +118,7 @@ def dataclass_of(part: str) -> type:
 
 
 def megatron_problems(config: Config) -> list[str]:
-    """List the problems of the section ``megatron`` with the installed version of Megatron-Core.
+    """List the conflicts of the section ``megatron`` with the installed version of Megatron-Core and other sections.
 
     Megatron is imported only if the section sets something.
     """

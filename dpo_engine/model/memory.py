@@ -1,9 +1,9 @@
 """Estimate the memory that one rank needs: weights, optimizer, reference, activations, and logits.
 
 The formulas count the tensors that the native layers keep, in ``model.dtype``. On an emulated GPU that computes nothing
-(``tests/nullgpu``), they match the measured peaks of full micro-batches to 3 %. There are two exceptions. In rows of
-trees with context parallelism, ``varlen`` needs 6 % more than estimated. With FP8, Transformer Engine keeps the inputs
-of linear layers in one byte per number, so the estimate of activations is too large. The allocator and CUDA need
+(``tests/nullgpu``), they match the measured peaks of full micro-batches to within 3 %. There are two exceptions. In
+rows of trees with context parallelism, ``varlen`` needs 6 % more than estimated. With FP8, Transformer Engine keeps the
+inputs of linear layers in one byte per number, so the estimate of activations is too large. The allocator and CUDA need
 additional memory.
 """
 
@@ -30,7 +30,8 @@ OUTSIDE = 5 * GIB // 2
 RESERVED = 1.03
 """Ratio of the memory that the allocator reserves to the memory that tensors occupy."""
 PIECE = 1 << 24
-"""Largest number of elements that an update in pieces converts or copies at a time: 64 MiB in fp32."""
+"""If an optimizer updates in pieces, the largest number of elements that it converts or copies at a time: 64 MiB in
+fp32."""
 
 
 def gib(size: int) -> str:
@@ -47,7 +48,8 @@ class Memory:
     """Memory of one rank of a pipeline stage, in bytes.
 
     weights, gradients, optimizer, reference  allocated during the whole run
-    fp8                                       FP8 copies of the policy's and the reference's weights, kept likewise
+    fp8                                       FP8 copies of the policy's and the reference's weights, also allocated
+                                              during the whole run
     activations                               tensors that forward passes in flight keep for their backward passes
     working                                   logits of one chunk and their gradients, or the activations of a layer
                                               that is recomputed, whichever is larger
@@ -69,7 +71,10 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The parts that are not empty, by name."""
+        """The nonzero parts of the peak, by name.
+
+        Only the larger one of ``update`` and the sum of ``activations`` and ``working`` is part of the peak.
+        """
         last = ("update",) if self.update > self.activations + self.working else ("activations", "working")
         names = ("weights", "gradients", "optimizer", "reference", "fp8", *last)
         return {name: getattr(self, name) for name in names if getattr(self, name)}
@@ -138,7 +143,7 @@ def _stage_memory(
     number = sum(counts)
     weight_bytes = BYTES[dtype]
     on_host = config.optim.states == "host" and dtype != "fp64"
-    # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy, as do all weights on the host.
+    # Adam keeps two moments. For bf16 weights, and if the states are on the host, it also keeps an fp32 main copy.
     state_bytes = 12 if on_host else {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
     states = "optimizer in host memory" if on_host else "optimizer"
     gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
@@ -154,8 +159,8 @@ def _stage_memory(
     logits = last * CHUNK_SITES * (dims.padded_vocab(arch.vocab_size) // dims.tp) * (2 * 4 + weight_bytes)
     activations, recomputed = _activations(config, arch, dims, stage, dtype, tokens, adapters)
     own_layers = set(dims.layers_of(stage, arch.num_layers)) & set(fp8_layers(config, arch) if dtype == "bf16" else ())
-    # A product of a backward pass needs another copy of the weight than that of a forward pass, with other scales or in
-    # the order of columns. The resident reference has no backward pass.
+    # Forward and backward passes need different copies of a weight: the copy for the backward pass has other scales, or
+    # is stored by columns. The resident reference has no backward pass, so it needs only one copy.
     fp8 = sum(sum(layer_parameters(arch, dims, layer)) for layer in own_layers) * (2 + resident)
     if config.adapter is not None:
         own = adapters.parameters  # in fp32, like their gradients and their two moments
@@ -196,7 +201,10 @@ def _stage_memory(
 
 
 def _buffers(*owned: int, count: int = 2) -> int:
-    """Return the bytes of ``count`` buffers for updates in pieces. Experts have an optimizer of their own."""
+    """Return the bytes of ``count`` fp32 buffers for updates in pieces, for each of this rank's optimizers.
+
+    owned   number of parameters of each optimizer; experts have an optimizer of their own
+    """
     return sum(4 * count * min(number, PIECE) for number in owned)
 
 
@@ -216,7 +224,7 @@ def splits_sequence(config: Config, dims: ParallelDims) -> bool:
 def stage_adapter_memory(
     adaptation: Adaptation | None, arch: Architecture, dims: ParallelDims, stage: int, split: bool
 ) -> LayerAdapters:
-    """Return the memory that the adapters of a stage add on each of its ranks, over all its layers.
+    """Return the memory that the adapters of a stage add on each of its ranks, summed over the stage's layers.
 
     split   whether sequence parallelism shards the activations outside the tensor-parallel regions
     """
@@ -228,7 +236,7 @@ def stage_adapter_memory(
 
 
 def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bool, recompute: str) -> tuple[int, int]:
-    """Return the bytes per token that a layer keeps for its backward pass, and the bytes of a layer being recomputed.
+    """Return the bytes per token that a layer keeps for its backward pass, and the bytes that recomputation adds.
 
     split      whether sequence parallelism shards the activations outside the tensor-parallel regions
     recompute  ``model.recompute``
@@ -241,7 +249,7 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
     # Queries and the output of this rank's columns; keys and values of the whole row, because every context-parallel
     # rank keeps all of them.
     attention = (2 * heads + 2 * kv_heads * dims.cp) * arch.head_dim * number
-    if arch.qk_norms:  # queries and keys before their norms; if norms are per head, a copy of the values beside these
+    if arch.qk_norms:  # queries and keys before their norms; if norms are per head, also a copy of the values
         attention += (heads + (1 + arch.qk_norm) * kv_heads) * arch.head_dim * number
     # The activation's input, which contains the gate, and its output.
     mlp = (2 + arch.gated) * (arch.ffn_hidden_size // dims.tp) * number
@@ -265,7 +273,8 @@ def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split:
     keep four: gate, up projection, product, and weighted product.
     """
     experts = arch.experts
-    tokens = 1 / (dims.tp if split else 1)  # sent by a rank, per token of the row; its experts receive as many
+    # Tokens that a rank sends to experts, per token of the row. The rank's own experts receive as many.
+    tokens = 1 / (dims.tp if split else 1)
     # If an expert is sharded over ranks, each of these ranks gets all of its tokens, but has only a part of its width.
     copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)

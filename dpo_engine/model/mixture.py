@@ -13,7 +13,7 @@ class Experts:
     count            number of experts in each of these layers
     chosen           number of experts that a token uses
     ffn_hidden_size  width of one expert
-    score            ``softmax`` over all experts, or ``sigmoid`` of each
+    score            function from logits to scores: ``softmax`` over all experts, or ``sigmoid`` for each expert
     normalized       whether the scores of the chosen experts are divided by their sum
     scale            factor of the chosen experts' scores
     bias             whether experts are chosen by score plus a bias of each expert; the biases are not trained

@@ -1,8 +1,8 @@
 """Norms of hidden states, with Megatron's constructor arguments. Plugins can register others in `NORMS`.
 
-Megatron's own torch norm does not support sequence parallelism, in which each rank normalizes only its share of the
-tokens. The gradient of a weight must then be summed over the tensor-parallel group. Megatron does this for parameters
-with the attribute ``sequence_parallel``.
+Megatron's own torch norm does not support sequence parallelism. With sequence parallelism, each rank normalizes only
+its share of the tokens, so the gradients of a norm's parameters must be summed over the tensor-parallel group. Megatron
+does this for parameters with the attribute ``sequence_parallel``.
 """
 
 from typing import Any

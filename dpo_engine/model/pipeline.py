@@ -20,10 +20,10 @@ class KnownShapes(P2PCommunicator):
     """Megatron's communication between pipeline stages, for micro-batches whose shapes every stage knows.
 
     Micro-batches of a non-interleaved schedule can have different lengths. Megatron then sends the shape of each tensor
-    before the tensor, and the host waits for the device to read the shape. Here, every stage has all micro-batches, so
-    it knows the shapes without this exchange.
+    before the tensor, and the host must wait for the device before it can read the shape. Here, every stage has all
+    micro-batches, so it knows the shapes without this exchange.
 
-    shapes  shape of the tensor between two stages for each micro-batch: ``[s/cp (/t), r, h]``
+    shapes  for each micro-batch, the shape of the tensor that one stage sends to the next: ``[s/cp (/t), r, h]``
     """
 
     def __init__(self, group: dist.ProcessGroup, config: Any, shapes: Sequence[list[int]]):
@@ -55,8 +55,8 @@ def run_pipeline(
     """Run the forward pass, and optionally the backward pass, of every micro-batch.
 
     chunks   this rank's model chunks, wrapped in Megatron's DDP if gradients are needed
-    batches  this rank's micro-batches. All ranks have the same number of them, and all ranks that share a model copy
-             have the same pairs
+    batches  this rank's micro-batches. All ranks have the same number of micro-batches, and all ranks that share a
+             model copy have the same pairs
     finish   called on the last stage as ``finish(index, batch, hidden [m, h], head [v/t, h])``, with the hidden states
              at the scored sites and the weight of the output layer; returns the scalar to differentiate, and a result
     entries  for each micro-batch, the tokens at which router losses are computed, from
@@ -64,8 +64,8 @@ def run_pipeline(
 
     Returns  on the last stage, the result of ``finish`` for each micro-batch; on other stages, an empty list
 
-    Megatron must not rescale the scalar. Therefore ``calculate_per_token_loss`` is set and the loss function returns a
-    3-tuple: with any other form, at least one supported version of Megatron divides the scalar by the number of
+    Megatron must not rescale the scalar. Therefore ``calculate_per_token_loss`` is set, and the loss function returns a
+    3-tuple. With any other return value, at least one supported version of Megatron divides the scalar by the number of
     micro-batches or by the context-parallel size.
     """
     no_tokens = torch.zeros((), dtype=torch.int, device=batches[0].tokens.device)

@@ -82,9 +82,9 @@ class Policy(GPTModel):
         if self.pre_process and self.embedding_scale != 1.0:
             hidden = hidden * self.embedding_scale
         if self.frozen_input and self.pre_process and torch.is_grad_enabled() and not hidden.requires_grad:
-            # Megatron's checkpointed layers need an input that requires a gradient, and the backward pass of the first
-            # pipeline stage needs such an output. Otherwise, recomputed layers above a frozen embedding would silently
-            # get no gradients.
+            # Megatron's checkpointed layers need an input that requires a gradient. Otherwise, recomputed layers above
+            # a frozen embedding would silently get no gradients. In addition, the backward pass of the first pipeline
+            # stage needs an output that requires a gradient.
             hidden.requires_grad_(self.needs_input_gradient)
         hidden = self.decoder(
             hidden_states=hidden,
@@ -227,7 +227,7 @@ def transformer_config(
 
 
 def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:
-    """Return the layers of each model chunk in Megatron's format, or None if all chunks have the same number."""
+    """Return the layers of each model chunk in Megatron's format; None if all chunks have equally many layers."""
     if dims.layers is None:
         return None
     layout = [["decoder"] * count for count in dims.layers]
@@ -270,7 +270,7 @@ def build_chunks(
     trees: bool = False,
     adapted: bool = False,
 ) -> list[Policy]:
-    """Build this rank's model chunks (``vpp`` of them if it is set, else one) with uninitialized weights.
+    """Build this rank's model chunks (``vpp`` chunks if ``vpp`` is set, else one) with uninitialized weights.
 
     spec     ``native`` or ``te``, from :func:`dpo_engine.model.spec.choose_spec`
     trees    whether the model will run rows of trees
@@ -316,9 +316,9 @@ def mark_experts(chunk: torch.nn.Module) -> None:
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
             # Sum the gradient over the copies of the expert. Megatron-Core 0.16 sums it only if ep > 1, but tp ranks
-            # can also hold copies of an expert, each of which gets other tokens.
+            # can also hold copies of an expert, each of which gets different tokens.
             parameter.allreduce = False
             # Count the gradient on every tp rank. With Transformer Engine, Megatron-Core 0.16 counts only the experts
-            # on the first tp rank. It treats all experts on the other tp ranks as copies, but some of them are other
-            # experts, or other shards of an expert.
+            # on the first tp rank. It treats all experts on the other tp ranks as copies, but some of them are
+            # different experts, or different shards of an expert.
             parameter.tensor_model_parallel = True

@@ -1,9 +1,9 @@
 """Losses on the load balance and the logits of routers, and metrics of both. Their values are the same in every layout.
 
 Problem. Losses for load balancing are usually means over the tokens of a micro-batch, or products of two such means.
-They depend on which pairs share a micro-batch, on padding, on how often the micro-batch contains a prompt, and on the
-layout. Megatron's losses also expect that gradients are later divided by the number of tokens, which does not happen
-here.
+They depend on which pairs share a micro-batch, on padding, on the number of copies of a prompt in the micro-batch, and
+on the layout. Megatron's losses also assume that gradients are later divided by the number of tokens, which does not
+happen here.
 
 Solution. The losses are computed for each response, at the tokens that predict the response's scored tokens::
 
@@ -13,10 +13,10 @@ Solution. The losses are computed for each response, at the tokens that predict 
     z       = mean over the n tokens of (logsumexp of the token's logits) squared
 
 Both losses are averaged over the two responses of a pair, over the layers with experts, and, like the preference loss,
-over the pairs with their weights. The losses therefore do not depend on how often a row contains a prompt, on whether
-pairs share a response, on padding, or on the distribution of pairs and tokens over ranks. A definition over all tokens
-would depend on the batch layout: in rows of trees, the last layer does not compute the prompts. ``f`` is a constant in
-the backward pass.
+over the pairs with their weights. The losses therefore do not depend on the number of copies of a prompt in a row, on
+whether pairs share a response, on padding, or on the distribution of pairs and tokens over ranks. A definition over all
+tokens would depend on the batch layout: in rows of trees, the last layer does not compute the prompts. ``f`` is a
+constant in the backward pass.
 
 In each layer, the number of a response's tokens per expert is summed over the ranks that have these tokens. The tokens
 are described by one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the
@@ -80,8 +80,8 @@ class RouterLosses:
     groups      Megatron's process groups
     split       whether sequence parallelism splits the tokens over tp
     layer       number of the layer in the whole model
-    sums        [2] fp64, this rank's summands of both losses, summed over the micro-batches of the step
-    counts      [experts] fp64, number of uses of each expert by this rank's tokens in the step
+    sums        [2] fp64, this rank's contribution to both losses, summed over the micro-batches of the step
+    counts      [experts] fp64, number of this rank's tokens in the step that use each expert
     """
 
     def __init__(self, groups: Any, count: int, *, split: bool):

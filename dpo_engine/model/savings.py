@@ -15,7 +15,7 @@ LAYOUT = ("tp", "pp", "cp", "ep")
 
 
 class Change(NamedTuple):
-    """A change to a run: its text ``KEY=VALUE``, and the configuration and sizes of the changed run.
+    """A change to a run: its text ``KEY=VALUE``, and the configuration and parallel sizes of the changed run.
 
     tokens  number of tokens in the rows of the largest micro-batch
     """
@@ -64,7 +64,7 @@ def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int)
 
 
 def _divided(config: Config, arch: Architecture, dims: ParallelDims, tokens: int) -> Iterator[Change]:
-    """Yield the layouts of the same number of ranks in which tp, pp, cp or ep is twice as large."""
+    """Yield the changes that double one of tp, pp, cp and ep. The number of ranks stays the same."""
     for name in ("tp", "pp", "cp", "ep"):
         size = 2 * getattr(dims, name)
         sizes = config.parallel.model_copy(update={"vpp": dims.vpp, **{key: getattr(dims, key) for key in LAYOUT}})

@@ -79,7 +79,7 @@ def choose_spec(
 def lack_of_transformer_engine(
     arch: Architecture, platform: Platform, dtype: torch.dtype, frozen: Sequence[str] = ()
 ) -> str | None:
-    """Return the reason why Transformer Engine's layers cannot be used, if any; arguments as for `choose_spec`."""
+    """Return the reason why Transformer Engine's layers cannot be used, or None; arguments as for `choose_spec`."""
     return (
         "this machine has no GPU"
         if not platform.gpu
@@ -102,8 +102,8 @@ def layer_spec(
 ) -> ModuleSpec:
     """Return the spec of one layer.
 
-    Native layers always use our core attention. Transformer Engine layers use it only for rows of trees, windows, soft
-    caps and sinks.
+    Native layers always use our core attention. Transformer Engine layers use our core attention only for rows of
+    trees, windows, soft caps and sinks.
 
     adapted  whether linears will have adapters. Adapters need the output of the norm, which Transformer Engine's fused
              modules do not return
@@ -124,7 +124,7 @@ def layer_spec(
 
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TENorm
             spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-            if not experts:  # a router separates the norm from the linears
+            if not experts:  # with experts, the norm is never fused, because the router reads its output
                 _mlp(spec).linear_fc1 = TEColumnParallelLinear
         if experts:
             _mlp(spec).router = Router

@@ -64,7 +64,7 @@ def use_backend(name: str, *groups: str) -> None:
 
 
 def set_default(name: str, group: str) -> None:
-    """Set the backend that ``auto`` means for a group. At first, it is sdpa for attention and eager for other groups.
+    """Set the backend that ``auto`` means for a group. Initially, ``auto`` means sdpa for attention, else eager.
 
     Raises ``ValueError`` like :func:`use_backend`.
     """

@@ -135,7 +135,7 @@ def _stats(logits: Tensor, targets: Tensor, start: int, moments: bool) -> Linear
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    """Return the number of rows per block of logits: on a CPU, as many as fit in a core's cache."""
+    """Return the number of rows per block of logits: on a CPU, as many as fit in a core's cache; on a GPU, all rows."""
     if logits.device.type != "cpu":
         return max(len(logits), 1)
     return max(1, CACHED_BYTES // max(1, logits.shape[1] * logits.element_size()))
@@ -212,7 +212,7 @@ def linear_keep(
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
-    """Like :func:`linear_grad`, but for one chunk whose logits were kept. The kept logits may be overwritten."""
+    """Like :func:`linear_grad`, but for one chunk whose logits were kept. This can overwrite the kept logits."""
     d_logits = kept.logits if kept.softcap is None else kept.logits.clone()
     d_logits[:, kept.valid :] = 0
     if kept.valid:
@@ -247,17 +247,17 @@ def tree_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Compute the attention of a tree's queries over the tokens that they may see. Differentiable.
+    """Compute the attention of a tree's queries over the tokens that they see. The result is differentiable.
 
     query       [n_q, heads, d]     queries of the tokens ``tree.rows``
     key         [n, kv_heads, d]    keys of all tokens of the row; heads is a multiple of kv_heads
     value       [n, kv_heads, d_v]  values of all tokens of the row
     scale       factor for the scores; the default is 1 / sqrt(d)
     window      maximum number of tokens that a query sees: itself, and the last tokens before it on its own path from
-                the root; None: all of them
+                the root; None: no maximum
     softcap     if given, scores become ``softcap * tanh(score / softcap)``
     sinks       [heads]  if given, each head has an additional key with this score and with value 0. The soft cap does
-                not apply to the score
+                not apply to this score
 
     Returns     [n_q, heads, d_v]  in the dtype of ``query``
     """

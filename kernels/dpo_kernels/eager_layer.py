@@ -118,7 +118,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
     *Source*: RMSNorm (arXiv 1910.07467) eq. 4.
     """
-    if offset:  # in at least fp32, because the sum would lose digits of the weight
+    if offset:  # add in at least fp32, because a sum in 16 bits would lose digits of the weight
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
     return _RMSNorm.apply(x, weight, eps)
 
@@ -127,8 +127,8 @@ class HeadNorms(NamedTuple):
     """Root-mean-square norms of each query head and each key head.
 
     query, key  [d]  weights
-    offset      is added to the weights
-    eps         is added to the mean square
+    offset      number that is added to the weights
+    eps         number that is added to the mean square
     """
 
     query: Tensor

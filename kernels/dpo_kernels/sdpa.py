@@ -20,7 +20,7 @@ TILE = 128
 """Maximum number of queries in one masked call. In a full tile, about TILE / 2 scores per query are masked."""
 
 SHORT = 64
-"""Maximum number of tokens in a group of neighboring trees that share one call. Separate calls would cost more."""
+"""Maximum number of tokens in a group of neighboring trees that share one call. A call per tree would be slower."""
 
 
 class Chain(NamedTuple):
@@ -29,8 +29,8 @@ class Chain(NamedTuple):
     The tokens of a chain are contiguous in the row. The first segment of a chain is a root or a child that is not a
     first child.
 
-    prefix       the tokens of the chain's ancestors: for each part of the row that contains such tokens, the number of
-                 the part, and how many tokens at its start are ancestors
+    prefix       where the row contains the tokens of the chain's ancestors: pairs of a part's number, and the number of
+                 these tokens, which are the first tokens of the part
     start, stop  the range of the chain's tokens
     runs         contiguous runs of queries: (index in ``tree.rows`` of the first query, its token, number of queries)
     """
@@ -114,8 +114,8 @@ def tree_attention(
     torch's ``causal_lower_right`` could compute a whole run in one call, but on a CPU it also computes and stores the
     invisible half. With a window, the keys of a tile start at the first key that the tile's first query sees.
 
-    torch's operator supports neither soft caps nor sinks. If there is a soft cap or a sink, all calls are
-    calls of :func:`~dpo_kernels.tile_attention.tile_attention`.
+    torch's operator supports neither soft caps nor sinks. If there is a soft cap or a sink, all calls go to
+    :func:`~dpo_kernels.tile_attention.tile_attention` instead.
     """
     if not len(tree.rows):
         # The result is empty, but must be part of the autograd graph.

@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_for(width: int, dtype: torch.dtype, generation: int, extended: bool = False) -> Blocks:
-    """Return block sizes for heads of at most 256 dimensions, which fit in shared memory and spill no registers.
+    """Return block sizes that fit in shared memory and spill no registers, for heads of at most 256 dimensions.
 
     width       padded head dimension
     generation  major compute capability of the GPU: 8 (A100), 9 (H100), 10 (B200); the sizes for 8 also suit GPUs
@@ -48,7 +48,7 @@ class TileLists(NamedTuple):
 
     order   [blocks]      block numbers, sorted by decreasing number of tiles, so that no long block starts last
     bounds  [blocks, 3]   indices into ``tiles``: start of the block's fully visible tiles, start of its partly visible
-                          tiles, and end
+                          tiles, and end of its tiles
     tiles   [visits]      numbers of the visited blocks
     """
 
@@ -62,7 +62,7 @@ class TileMap(NamedTuple):
 
     first, stop       [n, rounded up to whole blocks] the key is visible to the queries first <= i < stop, if the window
                       contains it; padding keys are not visible to any query
-    queries_at, keys_at  [n_q] and [n], rounded up to whole blocks: positions, if there is a window, otherwise None
+    queries_at, keys_at  [n_q] and [n], rounded up to whole blocks: positions; None if there is no window
     by_query, by_key  the same tiles, listed for each block of queries and for each block of keys
     """
 
@@ -101,8 +101,8 @@ def tile_matrix(
     full = (first.max(axis=1) <= low) & (stop.min(axis=1) >= high)
     if window is not None:
         queries_at, keys_at = _block_positions(tree, blocks)
-        # Ignore queries after the last one that sees a key of the block: they may be on another path, at smaller
-        # positions.
+        # Ignore queries after the last query that sees a key of the block: the later queries can be on another path,
+        # at smaller positions.
         last = np.clip(furthest - low, 1, blocks.queries) - 1
         nearest = np.take_along_axis(np.minimum.accumulate(queries_at, axis=1), last, axis=1)
         seen &= nearest - keys_at.max(axis=1) < window
@@ -111,7 +111,7 @@ def tile_matrix(
 
 
 def _block_positions(tree: Tree, blocks: Blocks) -> list[np.ndarray]:
-    """Return the positions of queries [query blocks, queries] and of keys; the last position is the padding."""
+    """Return the positions of queries [query blocks, queries] and of keys, both padded with the last position."""
     both = (tree.positions[tree.rows], blocks.queries), (tree.positions, blocks.keys)
     return [np.pad(at, (0, -len(at) % size), "edge" if len(at) else "empty").reshape(-1, size) for at, size in both]
 

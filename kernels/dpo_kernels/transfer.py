@@ -22,7 +22,7 @@ class Transfer:
     """
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device | str):
-        """Copy the tensors into the buffer. This does not wait for the device, so another thread can call it."""
+        """Copy the tensors into the buffer. This does not wait for the device, so a background thread can do it."""
         self.tensors = list(tensors)
         self.device = torch.device(device)
         kind = self.device.type

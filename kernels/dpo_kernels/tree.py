@@ -76,7 +76,7 @@ class Tree:
         return cls(lengths, parents, chosen)
 
     def select(self, rows: Ints) -> Tree:
-        """Return a tree with the same segments and other queries. Raises like :meth:`of`."""
+        """Return a tree with the same segments, and with ``rows`` as queries. Raises like :meth:`of`."""
         return Tree.of(self.lengths, self.parents, rows)
 
     @property
@@ -119,7 +119,7 @@ class Tree:
         return np.arange(self.n) - np.repeat(self.starts - before, self.lengths)
 
     def effective(self, window: int | None) -> int | None:
-        """Return ``window``, or None if no path is longer than the window, which then has no effect."""
+        """Return ``window``. If no path is longer than the window, it has no effect; return None."""
         return None if window is None or window > self.positions.max() else window
 
     @property

@@ -18,7 +18,7 @@ ROWS, COLUMNS = 16, 1024
 
 @triton.jit
 def _partners(columns, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Return the dimension with which each dimension is rotated, the index of their angle, and which is the first."""
+    """Return each dimension's partner in the rotation, their angle's index, and whether the partner comes later."""
     if INTERLEAVED:
         return columns + 1 - 2 * (columns % 2), columns // 2, columns % 2 == 0
     return tl.where(columns < HALF, columns + HALF, columns - HALF), columns % HALF, columns < HALF
@@ -36,7 +36,7 @@ def _turned(values, others, turned, first, angle, token, table, tokens, directio
 @triton.jit
 def _load_turned(source, columns, mask, token, table, tokens, direction,
                  HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """Load one head of several tokens, and rotate its first 2 * HALF dimensions. source points to rows."""
+    """Load one head of several tokens, and rotate its first 2 * HALF dimensions. source: a pointer for each token."""
     values = tl.load(source[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
     if HALF > 0:
         partner, angle, first = _partners(columns, HALF, INTERLEAVED)
@@ -49,7 +49,7 @@ def _load_turned(source, columns, mask, token, table, tokens, direction,
 @triton.jit
 def _move(source, target, inside, token, table, tokens, direction,
           D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """Copy one head of several tokens, and rotate its first 2 * HALF dimensions. source and target point to rows."""
+    """Copy one head of several tokens, rotated as in `_load_turned`. source and target: a pointer for each token."""
     columns = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (columns < D)
     values = _load_turned(source, columns, mask, token, table, tokens, direction, HALF, INTERLEAVED)
@@ -113,10 +113,10 @@ def _split_heads(
     QUERIES: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     TOKENS: tl.constexpr, BACKWARD: tl.constexpr, NORMED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Copy from ``mixed`` to ``query``, ``key`` and ``value``; BACKWARD: from the gradients of these to ``d_mixed``.
+    """Copy ``mixed`` to ``query``, ``key`` and ``value``; BACKWARD: copy the gradients of these three to ``d_mixed``.
 
     NORMED  normalize queries and keys before they are rotated
-    SUMS    also write the gradients of the norms' weights to ``sums``, for each program
+    SUMS    also write each program's part of the gradients of the norms' weights to ``sums``
     """
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot, slots = tl.program_id(1), tl.num_programs(1)

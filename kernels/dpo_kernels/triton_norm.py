@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 256
-"""Largest number of programs of the backward pass, and so of partial sums of the weight's gradient."""
+"""Largest number of programs in the backward pass. Each program writes one partial sum of the weight's gradient."""
 
 
 @triton.jit(do_not_specialize=["offset", "eps", "width"])

@@ -88,7 +88,8 @@ def runs_of(tree: Tree, window: int | None = None) -> Runs:
         above = np.arange(starts[parent], ends[parent]) if parent >= 0 else np.arange(0)
         paths.append(np.concatenate([paths[parent], above]) if parent >= 0 else above)
     segments = np.searchsorted(ends, rows, side="right")
-    # A query continues a run if it is the next token, in the same segment or in the first child of that segment.
+    # A query continues the previous query's run if its token is the next one in the row, and belongs to the same
+    # segment or to the first child of that segment.
     goes_on = np.diff(segments) == 0
     goes_on |= tree.parents[segments[1:]] == segments[:-1]
     firsts = np.flatnonzero(np.concatenate([[True], (np.diff(rows) != 1) | ~goes_on]))
@@ -166,7 +167,7 @@ def _flash_backward(
 
 
 def _window_size(window: int | None) -> tuple[int, int]:
-    """Return flash attention's window: how many tokens a query sees before itself and after itself; -1: all."""
+    """Return flash attention's window: how many tokens a query sees before itself and after itself; -1: no limit."""
     return (-1 if window is None else window - 1, 0)
 
 

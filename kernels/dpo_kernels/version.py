@@ -1,3 +1,3 @@
-"""The version of the kernels, which must equal the engine's version (``dpo_engine/version.py``)."""
+"""The version of the package ``dpo_kernels``, which must equal the engine's version (``dpo_engine/version.py``)."""
 
 __version__ = "0.1.0"

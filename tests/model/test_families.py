@@ -270,7 +270,7 @@ REFUSED = {
     ),
     "odd partial rope": (
         {"partial_rotary_factor": 0.4},
-        "partial_rotary_factor: rotates 3 of 8 dimensions, which must be an even number above 0; correct config.json",
+        "partial_rotary_factor: rotates 3 of 8 dimensions, but must rotate an even number above 0; correct config.json",
     ),
     "large partial rope": (
         {"partial_rotary_factor": 2},
@@ -351,7 +351,7 @@ REFUSED_IN_FAMILIES = {
     ),
     "seed_oss": (
         {"attention_bias": False, "attention_out_bias": True},
-        "attention has a bias in its output projection but none in those of queries, keys and values, which Megatron's",
+        "attention has a bias in its output projection, but none in its query, key and value projections, which Mega",
     ),
     "arcee": (
         {"hidden_act": "xielu"},

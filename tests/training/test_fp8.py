@@ -98,7 +98,7 @@ REFUSALS = [
     (
         {**BLOCKWISE, "distribute_saved_activations": True},
         {"model": {"recompute": "full"}, "parallel": {"tp": 2, "sequence_parallel": False}},
-        "distribute_saved_activations=true: was never tested with fp8; remove it",
+        "distribute_saved_activations=true: has never been tested with fp8; remove it",
     ),
     (
         {**BLOCKWISE, "fp8_param": True},
@@ -109,15 +109,15 @@ REFUSALS = [
     (
         {**BLOCKWISE, "fp8_amax_history_len": 16},
         {},
-        "fp8_amax_history_len=16: cannot be set, because only delayed scaling reads it, whose scales come from earlier "
-        "passes and are not in checkpoints; remove it",
+        "fp8_amax_history_len=16: cannot be set, because it is an option of delayed scaling, whose scales come from "
+        "earlier passes and are not in checkpoints; remove it",
     ),
     (
         {**BLOCKWISE, "fp8_dot_product_attention": True},
         {},
         "fp8_dot_product_attention=true: cannot be set, because attention stays in bf16; remove it",
     ),
-    ({"fp4": "e2m1"}, {}, "fp4=e2m1: cannot be set, because FP4 was never tested with the engine; remove it"),
+    ({"fp4": "e2m1"}, {}, "fp4=e2m1: cannot be set, because FP4 has never been tested with the engine; remove it"),
 ]
 
 

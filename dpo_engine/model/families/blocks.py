@@ -23,7 +23,8 @@ def norm(parameter: str, tensor: str, *, inside: str = HF_LAYER, when: str | Non
     """Return the rules for the weight and the bias of a norm of hidden states.
 
     inside  first part of the tensors' names; empty for a norm outside of the layers
-    when    condition for both, as in :class:`Rule`; for families whose norms always have biases
+    when    condition for both rules, as in :class:`Rule`, for families whose norms always have biases; None: the
+            model always has the weight, and it has the bias if ``norm_bias`` is true
     """
     name = f"{LAYER if inside else ''}{parameter}"
     return (
@@ -46,7 +47,7 @@ def linear(
     """Return the rules for the weight and the bias of a linear layer that is part of every transformer layer.
 
     tensors   maps each name in the checkpoint, without ``.weight``, to the Architecture attribute with its row count;
-              or the name of a single tensor, and the row counts of its parts
+              or a pair: the name of a single tensor, and the attributes with the row counts of its parts
     bias      boolean Architecture attribute that is true if there is a bias; None if there never is one
     inside    first part of the tensors' names
     transposed  whether the weight is stored with rows and columns exchanged
@@ -84,7 +85,7 @@ def root(embedding: str = "model.embed_tokens", final: str = "model.norm", head:
 
 
 def within(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Return rules for a model that is a part of another one: the names of all tensors start with ``prefix``."""
+    """Return the rules for a model that is part of a larger one: the names of its tensors start with ``prefix``."""
     return tuple(replace(rule, tensors=tuple(f"{prefix}{name}" for name in rule.tensors)) for rule in rules)
 
 
@@ -216,7 +217,7 @@ HF_ACTIVATIONS = {
 
 
 def activation(config: HFConfig, name: str = "hidden_act", default: str = "silu") -> str:
-    """Read the activation of the MLP from a field."""
+    """Read the activation of the MLP from the field ``name``."""
     value = config.get(name, default)
     if value in HF_ACTIVATIONS:
         return HF_ACTIVATIONS[value]
@@ -228,9 +229,10 @@ def activation(config: HFConfig, name: str = "hidden_act", default: str = "silu"
 
 
 def biases(config: HFConfig, attention: bool = False, mlp: bool | None = None) -> dict[str, bool]:
-    """Read ``attention_bias``, which applies to all linear layers of attention, and ``mlp_bias``, with these defaults.
+    """Read ``attention_bias``, which applies to all linear layers of attention, and ``mlp_bias``.
 
-    mlp   None: the family has no field ``mlp_bias``, and no biases in the MLP
+    attention, mlp   defaults of the two fields; ``mlp`` is None if the family has no field ``mlp_bias``, and no biases
+                     in the MLP
     """
     bias = config.flag("attention_bias", attention)
     found = {"qkv_bias": bias, "out_bias": bias}
@@ -271,7 +273,7 @@ def dense(
 ) -> Architecture:
     """Read the architecture of a dense decoder from the fields that most families share.
 
-    The defaults are used if ``config.json`` omits a field, and must be those of the family in transformers.
+    The defaults are used if ``config.json`` omits a field. They must be the family's defaults in transformers.
 
     head_dim       None: hidden_size / num_attention_heads
     num_kv_heads   None: num_attention_heads

@@ -15,7 +15,7 @@ class Cohere2:
     def architecture(config: HFConfig) -> Architecture:
         """Read a Command R7B ``config.json``."""
         windowed = sliding(config, config.count("sliding_window_pattern", 4))
-        config.values.pop("head_dim", None)  # transformers does not read it
+        config.values.pop("head_dim", None)  # transformers does not read this field
         return dense(
             config,
             eps=("layer_norm_eps", 1e-5),

@@ -51,14 +51,14 @@ def latent_facts(config: HFConfig, *, interleaved: bool) -> dict[str, Any]:
         value=config.count("v_head_dim", 128),
     )
     width = inside.plain + inside.rotary
-    config.values["head_dim"] = inside.rotary  # in transformers, the number of rotated dimensions
+    config.values["head_dim"] = inside.rotary  # in transformers, this field is the number of rotated dimensions
     factor = mscale(config)
     scale = None if factor == 1.0 else width**-0.5 * factor * factor
     return {"latent": inside, "rotary_interleaved": interleaved, "attention_scale": scale}
 
 
 def with_heads(arch: Architecture) -> Architecture:
-    """Return ``arch`` with the size of a head's query and key, of which only some dimensions are rotated."""
+    """Return ``arch`` with the sizes and the number of latent attention's heads. Heads are only partly rotated."""
     inside = arch.latent
     return replace(
         arch,

@@ -27,7 +27,10 @@ class Ministral3:
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:
-        """Read a Ministral 3 ``config.json``. The limit is the length up to which the model does not scale queries."""
+        """Read a Ministral 3 ``config.json``.
+
+        ``max_positions`` is at most the length up to which the model does not scale queries.
+        """
         if config.get("rope_parameters") is None and config.get("rope_scaling") is None:
             config.values["rope_parameters"] = YARN
         window = None if config.get("sliding_window") is None else config.count("sliding_window")

@@ -61,7 +61,7 @@ def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DO
     """Return the tensors that contain all experts of a layer, with their names in transformers' modules.
 
     With ``save_original_format=False``, transformers saves checkpoints in this form. If the router has a different name
-    there, its weight is also returned.
+    in these checkpoints, the result also contains the router's weight.
 
     inside, names   as for :func:`mixture`
     """
@@ -91,12 +91,15 @@ def sparse_layers(config: HFConfig) -> tuple[int, ...]:
 
 
 def checked(config: HFConfig, experts: Experts) -> Experts | None:
-    """Return the mixture; None if no layer has experts. If its numbers disagree, record a problem and return None."""
+    """Return the mixture, or None if no layer has experts.
+
+    If the numbers of the mixture are inconsistent, record a problem and return None.
+    """
     size = experts.count // experts.groups
     for found, limit, what in (
         (experts.chosen, experts.count, "experts per token, but there are only {} experts"),
         (experts.chosen_groups, experts.groups, "groups per token, but there are only {} groups"),
-        (experts.chosen, experts.chosen_groups * size, "experts per token, but its groups have only {} experts"),
+        (experts.chosen, experts.chosen_groups * size, "experts per token, but a token's groups have only {} experts"),
     ):
         if found > limit:
             config.problem(f"experts: {found} {what.format(limit)}; correct config.json")

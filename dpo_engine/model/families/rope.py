@@ -16,7 +16,7 @@ SCALINGS: dict[str, tuple[str, ...]] = {
 }
 """The kinds of scaling that are supported, and the numbers that each of them requires.
 
-``dynamic`` changes only rows longer than ``max_position_embeddings``, which the engine rejects."""
+``dynamic`` changes only rows longer than ``max_position_embeddings``, and the engine rejects such rows."""
 
 
 class Rope(NamedTuple):
@@ -48,14 +48,14 @@ def rope(config: HFConfig, *, theta: float = 10000.0, partial: float = 1.0) -> R
 
 
 def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) -> dict[str, Any]:
-    """Read the rotary fields of a family in which layers with a sliding window have other rotary positions.
+    """Read the rotary fields of a family in which layers with a sliding window have their own rotary positions.
 
     ``rope_parameters`` has an object for each kind of layer. In older files, ``rope_theta`` and ``rope_scaling`` at the
     top level are for the layers without a window.
 
     theta    base for the layers without a window if ``config.json`` omits ``rope_theta``
-    sliding  name and default of the field that has the base of the layers with a window in older files; the name is
-             None if older files have no such field
+    sliding  name and default of the field that gives the base for the layers with a window in older files; the name
+             is None if older files have no such field
 
     Returns the fields of ``Architecture``.
     """
@@ -97,7 +97,10 @@ def _llama3(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[
 
 
 def _yarn(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[str, Any]:
-    """Return the edges of the interpolated range, and the factor of cosines and sines (arXiv 2309.00071, eq. 22)."""
+    """Return the edges of the interpolated range, whether they are rounded, and the factor of cosines and sines.
+
+    *Source*: YaRN (arXiv 2309.00071) eq. 22 for the factor.
+    """
 
     def growth(weight: float) -> float:
         return 0.1 * weight * math.log(numbers["factor"]) + 1.0 if numbers["factor"] > 1 else 1.0
@@ -144,4 +147,4 @@ def _longrope(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dic
 
 
 OTHERS = {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
-"""For a kind of scaling, the function that checks its numbers and reads the optional ones."""
+"""Functions that check the required numbers of a kind of scaling, and read its optional numbers."""

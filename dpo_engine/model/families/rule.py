@@ -73,13 +73,16 @@ class Rule:
         return (self.when is None or attrgetter(self.when)(arch)) and not (self.tied_to and arch.tied_embeddings)
 
     def places(self, arch: Architecture) -> list[tuple[int | None, int | None]]:
-        """Return the layer and the expert, or None, of each of this rule's parameters in the whole model."""
+        """Return the layer and the expert of each parameter of this rule in the whole model.
+
+        The layer is None if the parameter belongs to no layer. The expert is None if it belongs to no expert.
+        """
         layers: list[int | None] = [*arch.layers(self.layers)] if "{l}" in self.parameter else [None]
         experts: list[int | None] = [*range(arch.experts.count)] if self.expert else [None]
         return [(layer, expert) for layer in layers for expert in experts]
 
     def uses(self, arch: Architecture) -> int:
-        """Return how many parameters of this rule a token uses: in each layer, one or, for experts, the chosen ones."""
+        """Return how many parameters of this rule a token uses. In each layer: one, or one per chosen expert."""
         return len(arch.layers(self.layers)) * (arch.experts.chosen if self.expert else 1)
 
     def row_counts(self, arch: Architecture) -> list[int]:
@@ -107,7 +110,8 @@ class Fused:
     """A tensor of the checkpoint that contains tensors of all experts of a layer, one expert after the other.
 
     The weight table has a tensor for each expert, whether or not the checkpoint fuses them. The fused tensor has one
-    more axis, the first one, whose index is the number of the expert.
+    more axis, the first one, whose index is the number of the expert. If the only part belongs to no expert, the tensor
+    is not fused, but has a different name in the checkpoint.
 
     tensor   name of the fused tensor; ``{l}`` is the layer number
     parts    names of the tensors in the weight table that contain an expert's rows, in their order; ``{e}`` is the

@@ -163,9 +163,9 @@ class Merge:
         return rounded
 
     def rounding(self, group: dist.ProcessGroup) -> str:
-        """Return a sentence about the part of the adapters' change that rounding the merged weights loses.
+        """Return a sentence about the share of the adapters' change that is lost when merged weights are rounded.
 
-        This part is the norm of the rounding errors, relative to the norm of the change of all merged weights.
+        This share is the norm of the rounding errors, relative to the norm of the change of all merged weights.
 
         *Collectives*: one all-gather of objects over ``group``.
         """

@@ -134,7 +134,7 @@ class Export:
     def open(self, source: Path, adapter: Path | None = None) -> None:
         """Clean up after an interrupted export, and create an empty staging directory.
 
-        source, adapter   directories at model.path and adapter.path, which must not be replaced
+        source, adapter   directories that the run reads (model.path and adapter.path) and that must not be replaced
 
         Raises :class:`~dpo_engine.errors.CheckpointError` if :meth:`refusal` returns a reason.
         """

@@ -35,7 +35,7 @@ PICKLED_WEIGHTS = (
     "save_pretrained of transformers"
 )
 MAX_HEADER_BYTES = 16 * 2**20
-"""Maximum size of a safetensors header, which has about 100 bytes per tensor."""
+"""Maximum size of a safetensors header, in bytes. A header has about 100 bytes per tensor."""
 
 
 class Header(NamedTuple):
@@ -135,7 +135,7 @@ class CheckpointFiles:
         )
 
     def slices(self, names: Iterable[str]) -> list[Any]:
-        """Return one object for each tensor in ``names``; indexing it like a tensor reads only the selected part."""
+        """Return an object for each tensor in ``names``. Indexing it like a tensor reads only the selected part."""
         names = list(names)
         absent = next((name for name in names if name not in self.file_of), None)
         if absent is not None:
@@ -221,8 +221,8 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
 
     Missing tensors are errors, and so are tensors that no rule uses. Unused tensors are allowed only if they match
     `DERIVED`, if the family carries them, or if they belong to layers for multi-token prediction
-    (:mod:`~dpo_engine.model.weights.kept`). If the embeddings are tied, the checkpoint may still contain the tied
-    tensor (`lm_head.weight`); it must then equal the original. Only headers are read, except to compare these two
+    (:mod:`~dpo_engine.model.weights.kept`). If the embeddings are tied, the checkpoint can still contain the tied
+    tensor (`lm_head.weight`), which must then equal the original. Only headers are read, except to compare these two
     tensors.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.

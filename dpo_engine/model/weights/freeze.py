@@ -1,7 +1,7 @@
 """Freeze weights that are selected by their names in the Hugging Face checkpoint (``optim.freeze``).
 
 Some parameters of the model consist of several checkpoint tensors, such as the query, key and value projections.
-These tensors can only be frozen together, because an optimizer updates whole parameters.
+These tensors can be frozen only together, because an optimizer updates whole parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def frozen_patterns(config: Config, arch: Architecture) -> tuple[str, ...]:
 
 
 def router_problems(config: Config, arch: Architecture) -> list[str]:
-    """List the settings of routers that have no effect, because the model has no experts."""
+    """If the model has no experts, list the settings of routers, because they have no effect."""
     if arch.experts is not None:
         return []
     settings = {"loss.balance": config.loss.balance, "loss.router_z": config.loss.router_z}
@@ -82,7 +82,8 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
 def freezes_some_experts(patterns: Sequence[str], arch: Architecture) -> bool:
     """Whether the patterns freeze a matrix of some experts of a layer, but not the same matrix of the other experts.
 
-    Transformer Engine computes gradients for all experts of a rank if the first of them is trained, otherwise for none.
+    Transformer Engine computes gradients for all experts of a rank if the first of these experts is trained. Otherwise,
+    it computes gradients for none of them.
     """
     frozen = frozen_tensors(patterns, arch) if patterns and arch.experts else {}
     found: dict[tuple[str, int | None], set[bool]] = {}
@@ -107,7 +108,7 @@ def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[s
 
 
 def frozen_lines(patterns: Sequence[str], arch: Architecture) -> list[str]:
-    """Return a line for the log that counts the frozen parameters of the whole model, if there are ``patterns``."""
+    """Return the log line with the number of frozen parameters, in a list; the list is empty without ``patterns``."""
 
     def count(tensors: Iterable[HFTensor]) -> int:
         return sum(math.prod(tensor.shape) for tensor in tensors)

@@ -27,7 +27,7 @@ BLOCKS, SCALES = "_blocks", "_scales"
 SIZE = 32
 """Number of values of a quantized matrix that have a common scale."""
 NAN = 255
-"""The scale whose values are all NaN."""
+"""If a scale has this value, all values with this scale are NaN."""
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of FP4 (E2M1), by their three bits. The fourth bit is the sign."""
 VALUES = torch.tensor([sign * value for sign in (1, -1) for value in MAGNITUDES])
@@ -36,11 +36,11 @@ PAIRS = torch.stack([VALUES.repeat(16), VALUES.repeat_interleave(16)], dim=1)
 
 
 class Place(NamedTuple):
-    """The place in the files of a tensor of the weight table.
+    """Where the files contain a tensor of the weight table.
 
     tensor   name of the fused tensor; if it is quantized, without the suffixes of its two tensors
-    expert   index on the first axis; None: the tensor is not fused, but has another name
-    part     index of the tensor among the parts that follow each other along the rows
+    expert   index on the first axis; None: the tensor is not fused, but has a different name
+    part     index of the tensor among the parts that are stacked along the rows
     parts    number of these parts
     packed   whether the tensor is quantized
     experts  number of experts in the layer
@@ -129,7 +129,7 @@ def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def fused_of(arch: Architecture) -> tuple[Fused, ...]:
-    """Return the other forms in which checkpoints of a family can store the tensors of a layer with experts."""
+    """Return the alternative forms in which checkpoints of a family can store the tensors of a layer with experts."""
     return getattr(FAMILIES[arch.model_type], "fused", ())
 
 
@@ -151,7 +151,7 @@ def places_of(arch: Architecture, names: Collection[str]) -> dict[str, Place]:
                 for expert in experts:
                     facts = (tensor, expert, part, len(fused.parts), packed, arch.experts.count)
                     own[name.format(l=layer, e=expert)] = Place(*facts)
-            if not own.keys() & known:  # otherwise, the fused tensor is superfluous
+            if not own.keys() & known:  # otherwise, the tensors of single experts are read, not the fused tensor
                 found |= own
     return found
 

@@ -30,7 +30,9 @@ def completed_tensors(placed: Placed, arch: Architecture) -> list[HFTensor]:
 
 
 def gather_experts(placed: Placed, arch: Architecture) -> Iterator[tuple[Placed, list[Tensor]]]:
-    """On the first of the ranks that own a layer's experts, yield this parameter for each of them, with all its shards.
+    """On the first of the ranks that own a layer's experts, yield the corresponding parameter of each of these ranks.
+
+    Each parameter is yielded with all its shards. On other ranks, nothing is yielded.
 
     *Collectives*: a gather over ep and, on the first rank of each ep group, a gather over expt_tp.
     """

@@ -38,7 +38,7 @@ def load_hf(
 ) -> None:
     """Load a Hugging Face checkpoint into this rank's model chunks, in the parameters' dtype.
 
-    Rank 0 first checks all headers. Then each rank reads its own slices only, one parameter at a time. The rows that
+    Rank 0 first checks all headers. Then each rank reads only its own slices, one parameter at a time. The rows that
     pad the vocabulary are set to zero.
 
     key   configuration key whose value is the directory, for error messages

@@ -57,7 +57,7 @@ OF_THE_ADAPTER = ("gaussian", "eva", "orthogonal")
 REASONS = {
     "bias": "the engine's adapters contain no biases",
     "modules_to_save": "the engine's adapters contain no whole modules",
-    "target_parameters": "adapters of parameters outside of projections, such as those of experts",
+    "target_parameters": "parameters outside of projections, such as those of experts, cannot be adapted",
     "fan_in_fan_out": "the model's linear layers store their weights as [out, in]",
     "layer_replication": "it changes the number of layers",
     "layers_pattern": "layers are numbered as in the checkpoint",
@@ -69,7 +69,7 @@ def read_adaptation(directory: str | Path, arch: Architecture) -> Adaptation:
     """Read the settings of the PEFT adapter in ``directory``, which can also be a Hub id.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with all problems: files that cannot be read, features that the
-    engine's adapters do not have, and targets that the model does not have.
+    engine's adapters do not have, and targets that cannot be adapted.
     """
     where = f"{KEY}={directory}"
     try:
@@ -173,7 +173,8 @@ def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str
     names.
     """
     adapted = adapter_shapes(adaptation, arch)
-    # An expression can also match modules that are not projections. PEFT would add adapters to them.
+    # An expression can also match modules that are not projections. PEFT would add adapters to these modules, so the
+    # names of the projections are written instead of an expression.
     targets = list(adapted) if isinstance(adaptation.targets, str) else sorted(adaptation.targets)
     values = {
         "alpha_pattern": _deviations(adaptation, adapted, "alpha"),
@@ -252,7 +253,7 @@ def adapter_digest(directory: str | Path) -> str:
     """
     files = AdapterFiles(directory)
     values = read_object(files.directory / ADAPTER_CONFIG)
-    settings = {name: values.get(name) for name in READ}  # PEFT writes sets as lists, in any order
+    settings = {name: values.get(name) for name in READ}  # lists are sorted below: PEFT writes sets in any order
     settings = {name: sorted(value) if isinstance(value, list) else value for name, value in settings.items()}
     whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(files.file_of):

@@ -76,8 +76,8 @@ def save_hf(
     replaced only if an earlier export wrote it.
 
     *Collectives*: one gather per sharded parameter over tp or, for experts, over expt_tp (only among the first ranks of
-    dp_cp or expt_dp), and one gather over ep for experts that are exported together. Over world, two all-gathers of
-    objects per file, for as many files as the stage with the most files has, and a few more.
+    dp_cp or expt_dp), and one gather over ep for experts that are exported together. Over world, a few all-gathers of
+    objects, and two more for each file of the rank that has the most files.
     On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
     source, export = model_directory(source), Export(directory)
@@ -189,7 +189,7 @@ def _collect(
 ) -> Exception | None:
     """Gather parameters on the first rank that has a shard, and add their tensors to ``shards`` there, without writing.
 
-    joined  incomplete tensors with all experts of a layer, of which only some experts have been gathered
+    joined  tensors with all experts of a layer that are incomplete, because only some experts have been gathered
 
     *Collectives*: one gather per sharded parameter. After an error, the remaining gathers still run, because the other
     ranks take part in them. Returns the error, or None.
@@ -226,7 +226,7 @@ def _carry(source: Path, arch: Architecture, shards: ShardWriter, dtype: torch.d
 
 
 def _write(failure: Exception | None, export: Export, shards: ShardWriter, meter: Meter, *, last: bool) -> None:
-    """Write this rank's complete files or, after the last round, all files. Raise ``failure`` if it is an error."""
+    """Write this rank's complete files or, after the last round, all files. Raise ``failure`` if it is not None."""
     if failure is not None:
         raise failure
     export.attempt(shards.finish if last else shards.flush)

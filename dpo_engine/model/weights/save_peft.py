@@ -35,7 +35,7 @@ def save_peft(
     tensors    the complete tensors of this stage's adapters, from
                :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`
     base       the model that the adapters belong to, as ``adapter_config.json`` names it
-    sources    directories at model.path and adapter.path, which must not be replaced
+    sources    directories that the run reads (model.path and adapter.path) and that must not be replaced
     tokenizer  directory of an export, whose tokenizer files are copied
     card       function that returns the content of README.md; None: no README.md
 

@@ -28,7 +28,7 @@ class Share(NamedTuple):
 class Filling:
     """Division of a sequence of tensors into files, by the sizes of the tensors alone.
 
-    max_bytes   maximum size of the tensors in one file; a file with a single tensor may be larger
+    max_bytes   maximum size of the tensors in one file; a file with a single tensor can be larger
     """
 
     def __init__(self, max_bytes: int):

@@ -16,13 +16,14 @@ Why this way. Loading copies the pieces from tensors to shards, and saving copie
 always the inverse of loading. Every rank reads only its own slices, in any layout, without an intermediate format. The
 table lists all expected names and shapes before a model is built, so a checkpoint can be checked by its headers alone.
 Nothing is skipped silently: a parameter without a rule, a shard whose shape differs from its rule, and a tensor that is
-unused or written twice are errors. (The only exception: stored rotary frequencies and masks are ignored.)
+unused or written twice are errors. (There are two exceptions. Stored rotary frequencies and masks are ignored. Tensors
+of layers for multi-token prediction, and of parts that a family carries, are exported unchanged.)
 
 Tensors that contain all experts of a layer, and quantized tensors, are divided into the tensors of the table when they
 are read (:mod:`dpo_engine.model.weights.fused`).
 
 Not covered. A rule can slice, stack, interleave, pad and transpose rows, and split columns evenly. It cannot permute
-the rows within a head, or scale.
+the rows within a head, or scale values.
 """
 
 import re
@@ -49,11 +50,11 @@ EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 class Piece(NamedTuple):
-    """Rows of a rule's tensor, and the rows of a rank's shard that they fill.
+    """Rows of a rule's tensor, and the equally many rows of a rank's shard that they fill.
 
     tensor  index of the tensor in the rule
     rows    the rows in the tensor
-    place   the rows in the shard, equally many
+    place   the rows in the shard that they fill
     """
 
     tensor: int
@@ -66,7 +67,7 @@ def pieces(rule: Rule, arch: Architecture, *, shard_rows: int, rank: int, tp: in
 
     shard_rows   number of rows in the shard, the same on all ``tp`` ranks; no piece covers padding rows at the end
 
-    If the rule shards columns, or nothing, every rank has all rows.
+    If the rule shards columns, or if it shards nothing, every rank has all rows.
     """
     if rule.cut != 0:
         rank, tp = 0, 1
@@ -97,7 +98,7 @@ class Placed(NamedTuple):
 
     expert  number of the expert in the whole layer; None if the parameter does not belong to an expert
     copy    whether this is the second copy of tied weights, which is loaded but not saved
-    shards  ranks that together have all shards; each has the whole parameter if it is replicated
+    shards  ranks that together have all shards; if the parameter is replicated, each of them has the whole parameter
     copies  ranks that have the same shard as this rank
     owners  ranks over which the layer's experts are distributed
     """
@@ -113,7 +114,7 @@ class Placed(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of the parameter in every layout."""
+        """Name of the parameter, which is the same in every layout."""
         return self.rule.parameter.format(l=self.layer, e=self.expert)
 
     @property

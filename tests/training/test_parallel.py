@@ -193,7 +193,7 @@ def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
 
 
 def gradient_norm(scale_weights: float, config):
-    """Return loss and gradient norm of one step in which all pair weights are multiplied by ``scale_weights``."""
+    """Return the loss and gradient norm of one step in which all pair weights are multiplied by ``scale_weights``."""
     from dpo_engine.testing.pairs import RandomPairs
     from dpo_engine.testing.trajectory import VOCAB
     from dpo_engine.training.engine import Engine, batch_facts

@@ -130,8 +130,8 @@ STEPS = {
 def step_operations(config):
     """Run one training step. Return torch's counts of this rank's products and attention, and the engine's count.
 
-    The engine's count is the one in ``mfu``, for all ranks. Torch's count of attention has two parts: the forward
-    passes and the backward passes.
+    The engine's count is for all ranks, and is computed from ``mfu``. Torch's count of attention has two parts: the
+    forward passes and the backward passes.
     """
     from dpo_engine.training import work
     from dpo_engine.training.engine import Engine, batch_facts
@@ -219,7 +219,7 @@ def test_padded_rows_are_those_of_all_ranks(world, size, tokens, parallel):
 
 
 def reported(config):
-    """Train as on a GPU with a known peak, and return the metrics of the last step."""
+    """Train as on a GPU whose peak FLOP/s are known, and return the metrics of the last step."""
     from dpo_engine.training import work
     from support.small_run import run
 

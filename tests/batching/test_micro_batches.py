@@ -121,7 +121,7 @@ class TestStacked:
         assert len({tuple(len(batch.index) for batch in rank) for rank in ranks}) == 1
         shapes = [batch.tokens.shape for rank in ranks for batch in rank]
         assert max(rows * columns for rows, columns in shapes) <= 300
-        # The first rank has the longest pairs. Only the last of its micro-batches may have room for another pair.
+        # The first rank has the longest pairs. Only the last of its micro-batches can have room for another pair.
         for batch in ranks[0][:-1]:
             rows, columns = batch.tokens.shape
             assert (rows + 2) * columns > 300

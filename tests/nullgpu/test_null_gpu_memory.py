@@ -59,7 +59,7 @@ def test_peak_is_what_check_and_plan_estimate(arguments):
 
 
 def test_adamw_needs_no_temporary_copy():
-    """A run of a 4B model with full recomputation and a stored reference must fit in 80 GB."""
+    """A run of a 4B model with full recomputation and a stored reference must fit on a GPU with 80 GB."""
     report = run("--model", "qwen3_4b", "model.recompute=full", "reference.mode=stored")
     assert report["last"]["reserved"] <= 74 * GIB
     assert activations(report) < 4 * GIB  # a temporary copy with 4 bytes per parameter would need 15 GiB
@@ -79,7 +79,7 @@ def test_states_on_the_host_leave_the_device():
     waits, copies = (counts[1][name] - counts[0].get(name, 0) for name in ("event_waits", "copies"))
     assert waits == 2 * pieces
     weights = 32 * 9 + 3
-    assert 2 * pieces <= copies <= 2 * pieces + weights, "one copy of a piece, and one of each slice of a weight in it"
+    assert 2 * pieces <= copies <= 2 * pieces + weights, "a piece has one copy of gradients, and one per slice of a weight"
 
 
 def test_the_start_needs_no_main_weights_on_the_device():

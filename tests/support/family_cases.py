@@ -1,4 +1,4 @@
-"""A tiny model of each family and variant."""
+"""The settings of a tiny model for each family and variant."""
 
 import copy
 from pathlib import Path

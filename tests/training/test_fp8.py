@@ -1,4 +1,4 @@
-"""Tests of FP8 linear layers, as far as a CPU allows: refusals, row lengths, and that padding changes no number.
+"""Tests of FP8 linear layers, as far as a CPU allows: refusals, row lengths, and padding, which must change no number.
 
 ``tests/nullgpu/test_null_gpu_fp8.py`` runs the layers on a GPU that computes nothing. No test computes in FP8.
 """

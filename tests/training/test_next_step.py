@@ -1,4 +1,4 @@
-"""Tests of preparing the next step on a second thread: order, errors, the thread's end, and no use of other ranks."""
+"""Tests of preparing the next step on a second thread: order, errors, the end of the thread, and no collectives."""
 
 import threading
 

@@ -49,7 +49,7 @@ def counted(config):
     chunks = engine.load_model(config.model.path)
     batches = engine.batches(pairs, indices)
     with flops_module().executed_flops() as counter, torch.no_grad():
-        if engine.groups.cp.size() == 1:  # the counter cannot run the attention mask of cp
+        if engine.groups.cp.size() == 1:  # the counter cannot handle the attention mask with cp
             score(chunks, batches, vocab_size=engine.arch.vocab_size, groups=engine.groups)
     work = forward_work(engine.arch, batches)
     dist.all_reduce(work, group=engine.groups.dp_cp)
@@ -270,7 +270,7 @@ def counted_products(config):
 @pytest.mark.parametrize(
     "family, ranks, parallel, layout",
     [
-        ("llama", 2, {"cp": 2}, "tree"),  # torch's counter cannot run the mask of stacked rows with cp
+        ("llama", 2, {"cp": 2}, "tree"),  # torch's counter cannot handle the mask of stacked rows with cp
         *((family, 1, {}, "tree") for family in ("olmoe", "deepseek_v3", "gemma2")),
         *(
             pytest.param(family, 1, {}, "stacked", marks=pytest.mark.slow)

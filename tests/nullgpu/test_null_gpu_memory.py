@@ -79,7 +79,7 @@ def test_states_on_the_host_leave_the_device():
     waits, copies = (counts[1][name] - counts[0].get(name, 0) for name in ("event_waits", "copies"))
     assert waits == 2 * pieces
     weights = 32 * 9 + 3
-    assert 2 * pieces <= copies <= 2 * pieces + weights, "a piece has one copy of gradients, and one per slice of a weight"
+    assert 2 * pieces <= copies <= 2 * pieces + weights, "a piece has one copy of gradients and one per weight slice"
 
 
 def test_the_start_needs_no_main_weights_on_the_device():

@@ -78,8 +78,7 @@ def replace_peers(card: Card, rank: int, world: int) -> None:
 def replace_numbers(*, weights: bool = False) -> None:
     """Replace the numbers that control a step, so that every step is accepted.
 
-    Kernels do not run, so the real numbers are arbitrary bits. The copies and waits for
-    reading them still happen.
+    Kernels do not run, so the real numbers are arbitrary bits. The copies and waits for reading them still happen.
 
     weights   whether the engine reads the weights of a checkpoint
     """

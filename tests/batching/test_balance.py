@@ -38,7 +38,7 @@ def test_capacity_is_respected(items, count):
     costs, sizes = map(np.array, zip(*items, strict=True))
     bins = deal_evenly(costs, count, sizes=sizes, capacity=30)
     if bins is None:
-        # If the bins are at most half full, the largest-first rule can place every item.
+        # Placing the largest items first always succeeds if the items fill at most half of the total capacity.
         assert sizes.sum() > 15 * count
     else:
         assert np.bincount(bins, sizes, minlength=count).max() <= 30

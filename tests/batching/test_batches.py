@@ -1,4 +1,4 @@
-"""Tests of batches of padded rows: contents, scored tokens, dummy pairs, and shards equal to those of Megatron."""
+"""Tests of batches of padded rows: contents, scored tokens, dummy pairs, and shards, which must equal Megatron's."""
 
 import doctest
 import inspect
@@ -101,7 +101,7 @@ def entries(batch, scored):
 
 
 def labels(batch):
-    """Return targets and owners as tensors with the shape of the tokens. They have -100 at columns without scores."""
+    """Return targets and owners as tensors with the shape of the tokens. Positions without scores contain -100."""
     targets, owners = torch.full((2, *batch.tokens.shape), -100)
     for column, row, target, owner, _ in entries(batch, batch.scored):
         place = row, batch.positions == column

@@ -1,4 +1,7 @@
-"""Tests of the layout that `auto` chooses, and of micro-batches: each pair once, equal sizes, and the token budget."""
+"""Tests of the layout that `auto` chooses, and of micro-batches.
+
+Micro-batches must contain each pair once, have equal sizes on all ranks, and respect the token budget.
+"""
 
 from types import SimpleNamespace
 
@@ -118,7 +121,7 @@ class TestStacked:
         assert len({tuple(len(batch.index) for batch in rank) for rank in ranks}) == 1
         shapes = [batch.tokens.shape for rank in ranks for batch in rank]
         assert max(rows * columns for rows, columns in shapes) <= 300
-        # The first rank has the longest pairs. Only the last of its micro-batches may have room for another pair.
+        # The first rank has the longest pairs. Only the last of its micro-batches can have room for another pair.
         for batch in ranks[0][:-1]:
             rows, columns = batch.tokens.shape
             assert (rows + 2) * columns > 300
@@ -132,7 +135,7 @@ class TestStacked:
         ranks = self.batches(tmp_path, pairs, dp=2, pp=2, vpp=2, tokens_per_micro_batch=300)
         ((rows, columns),) = {batch.tokens.shape for rank in ranks for batch in rank}
         assert rows * columns <= 300 < (rows + 2) * columns and len(ranks[0]) % 2 == 0
-        assert (len(ranks[0]) - 2) * rows // 2 < 9 <= len(ranks[0]) * rows // 2  # the fewest for 9 pairs
+        assert (len(ranks[0]) - 2) * rows // 2 < 9 <= len(ranks[0]) * rows // 2  # as few as 9 pairs need
 
 
 def test_unsettled_micro_batches_are_refused(tmp_path):

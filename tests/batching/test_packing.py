@@ -103,7 +103,7 @@ class TestTrees:
         assert cost.flops(tree) == 2 * 80 * 16 + 32 * (tree.visible + 2 * tree.within(window)) + 40 * 11
 
     def test_costs_match_the_operations_of_a_model(self, tiny_hf):
-        """Compare with the FLOP of a transformers model. Its eager attention also computes masked pairs of tokens."""
+        """Compare with the FLOPs of a transformers model, whose eager attention also computes masked token pairs."""
         import torch
         from torch.utils.flop_counter import FlopCounterMode
         from transformers import AutoModelForCausalLM
@@ -261,7 +261,8 @@ def check_balance(lengths, parts, contiguous=1.0):
     """Check the distribution of 128 pairs over 8 ranks.
 
     Checks the largest cost of a rank relative to the mean cost, and the number of tokens relative to the number of
-    tokens of unsplit trees. Returns the imbalance that a distribution of consecutive pairs would have.
+    tokens of unsplit trees. Returns the imbalance that a distribution of consecutive pairs would have; it must
+    exceed ``contiguous``.
     """
     dealt = deal_trees(np.arange(128), lengths, parts, cost=LLAMA_8B, dp_size=8, tokens_per_micro_batch=8192)
     ranks = [np.concatenate(rank) for rank in dealt]

@@ -85,7 +85,8 @@ class TestBlending:
         # Source 0 has 2 pairs and weight 1; source 1 has 4 pairs and weight 2. Their shares of the 6 draws of an epoch
         # are (2 x 1) / 10 and (4 x 2) / 10, which are 1.2 and 4.8 draws.
         assert draws_per_source([2, 4], [1.0, 2.0]) == [1, 5]
-        # Shares are exact fractions. If the shares of three sources are equal, the first sources get the remainder.
+        # The shares of the three sources are equal up to rounding. Each source gets 2 of the 7 draws, and the first
+        # source also gets the remaining draw.
         assert draws_per_source([3, 3, 1], [0.1, 0.1, 0.3]) == [3, 2, 2]
         ids = ids_of([2, 4])
         orders = [blended_order(ids, [1.0, 2.0], seed=0, epoch=e, shuffle=False).tolist() for e in range(3)]
@@ -175,7 +176,7 @@ class TestPlan:
 
 
 class TestGroupedByPrompt:
-    """With `data.group_by_prompt`, pairs with the same prompt are adjacent in every epoch; other rules still hold."""
+    """With `data.group_by_prompt`, pairs with the same prompt are adjacent in every epoch; the other rules hold too."""
 
     @given(
         prompts=st.lists(st.integers(0, 5), min_size=1, max_size=40), seed=st.integers(0, 9), epoch=st.integers(0, 3)
@@ -243,7 +244,7 @@ class TestPosition:
         assert [taken[i * n : (i + 1) * n].tolist() for i in range(3)] == expected and len(taken) == 3 * n
 
     def test_this_epoch_and_the_next_are_ordered_once(self, monkeypatch):
-        """The two epochs alternate in the calls, because the next step's pairs are read during the current step."""
+        """Near an epoch's end, calls alternate between two epochs, because pairs are read one step ahead."""
         ordered = []
         monkeypatch.setattr(
             "dpo_engine.batching.plan.blended_order",
@@ -284,10 +285,10 @@ class TestIntervals:
     )
     @settings(deadline=None)
     def test_parts_of_an_epoch(self, size, batch, epochs, interval):
-        """A step is due if a multiple of the interval lies in (pairs before the step, pairs after the step]."""
+        """A step is due if the number of used pairs reaches or passes a multiple of the interval in this step."""
         plan = plan_of([size], global_batch_size=batch, epochs=epochs)
         due = [step for step in range(1, plan.num_steps + 1) if plan.due(step, Fraction(interval))]
-        twentieths = round(20 * float(interval))  # of an epoch
+        twentieths = round(20 * float(interval))  # the interval in twentieths of an epoch
         multiples = range(0, 20 * size * epochs + 1, twentieths * size)  # in twentieths of a pair
         expected, done = [], 0
         for step in range(1, plan.num_steps + 1):
@@ -298,7 +299,7 @@ class TestIntervals:
         assert interval != "1" or due == [plan.steps_per_epoch * (epoch + 1) for epoch in range(epochs)]
 
     def test_another_batch_size_after_resuming(self):
-        """An epoch has 10 pairs, so a quarter is 2.5 pairs. Two steps have 3 pairs, and later steps 2 pairs."""
+        """An epoch has 10 pairs, so a quarter is 2.5 pairs. The first two steps have 3 pairs each, later steps 2."""
         first = plan_of([10], global_batch_size=3, epochs=2)
         plan = plan_of([10], global_batch_size=2, epochs=2, start=first.position(2))
         assert [step for step in (1, 2) if first.due(step, Fraction("0.25"))] == [1, 2]  # after 3 and 6 pairs

@@ -1,4 +1,7 @@
-"""Tests of tree rows: their contents, and the same metrics and gradients as with padded rows in every layout."""
+"""Tests of tree rows: their contents, and training with them.
+
+In every parallel layout, metrics, gradients and weights must match those of training with padded rows.
+"""
 
 import doctest
 from itertools import groupby
@@ -63,7 +66,7 @@ class TestPlant:
                 continue
             response, other = (pair.chosen, pair.rejected) if owner < b else (pair.rejected, pair.chosen)
             assert batch.scored.targets[mine].tolist() == response.tolist()
-            # In every row, the site that predicts token i attends to the prompt and the first i tokens of the response.
+            # The site that predicts token i of a response attends to the prompt and the response's first i tokens.
             for i, site in enumerate(batch.scored.sites[mine].tolist()):
                 expected = [*pair.prompt.tolist(), *response[:i].tolist()]
                 assert tokens[sees[site]].tolist() == expected
@@ -82,7 +85,7 @@ class TestPlant:
         assert (plain.segments[1] == -1).all()
 
     def test_equal_responses_with_other_masks_are_scored_separately(self):
-        """The second pair scores one token of the same response, so it must not use the scores of the first pair."""
+        """Both pairs have the same response. The second pair scores only one token, so it needs scores of its own."""
         pair = MANY[0]._replace(chosen=np.array([5, 6, 7], dtype=np.int32), chosen_mask=None)
         masked = pair._replace(chosen_mask=np.array([False, True, False]))
         batch = plant([pair, masked], [0, 1], pad_id=99)
@@ -150,7 +153,7 @@ class TestShares:
             assert columns == sorted(set(columns)) and scored <= set(columns) <= set(range(share.tokens.shape[1]))
             expected = (
                 -(-max(len(scored), 1) // tp) * tp
-            )  # a rank without scored tokens keeps one column per tp rank, so that it runs the same operations
+            )  # a rank without scored tokens keeps one column per tp rank, to run the same operations as other ranks
             assert len(columns) == expected
 
     def test_length_that_does_not_split_into_blocks_is_refused(self):
@@ -250,7 +253,7 @@ ODD = ((1, 1, 1), (1, 40, 1), (1, 1, 300), (300, 2, 1), (127, 300, 290), (64, 64
 def odd_step(config, kept, fp64):
     """Run one step on pairs whose lengths are `ODD`, and save the gradients to the file `kept`.
 
-    Returns metrics, log-probabilities, the number of elements in the largest tensor, and the number of sites.
+    Returns metrics, log-probabilities, the number of elements in the largest tensor, and the number of scored sites.
     """
     from dpo_engine.model.weights.table import placed_parameters
     from dpo_engine.scoring.reference import score
@@ -302,6 +305,6 @@ def test_odd_lengths_match_padded_rows_without_full_logits(tiny_hf, tmp_path, mo
     for name, gradient in torch.load(tmp_path / "tree.pt").items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
         assert error < rel, f"{name}: {error:.1e}"
-    # The logits of 64 sites have 0.26 million elements, the largest activations 0.39, and all logits of the longest
-    # pair 2.4.
+    # The logits of 64 sites have 0.26 million elements, the largest activation has 0.39 million, and all logits of the
+    # longest pair would have 2.4 million.
     assert largest < 0.5e6 < sites * 4099 / 8

@@ -1,4 +1,4 @@
-"""Tests of checkpoints: a resumed run continues the same trajectory in any layout, and damage is reported."""
+"""Tests of checkpoints: resumed runs continue in any layout, damage is reported, and old checkpoints are deleted."""
 
 import json
 import random
@@ -35,7 +35,7 @@ def saver_of(engine, trained, folder, identity=IDENTITY, **options):
 def run(
     config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY, asynchronous=False, draws=False, **load
 ):
-    """Train with batches of ``SIZES``, from the beginning or from a checkpoint.
+    """Train with batches of the sizes ``SIZES``, from the beginning or from a checkpoint.
 
     draws  whether to also record numbers drawn from every random generator after each step
     load   options of load_checkpoint
@@ -239,7 +239,10 @@ def test_resume_in_another_layout(written, read, tiny_hf, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tiny_hf, tmp_path_factory):
-    """Save a checkpoint of two ranks. Return its folder and the configuration. Tests damage copies of the folder."""
+    """Save a checkpoint of two ranks. Return its parent folder and the configuration.
+
+    Tests damage copies of the folder.
+    """
     folder = tmp_path_factory.mktemp("saved")
     config = config_of(tiny_hf("llama"), folder, {"tp": 2})
     run_ranks(run, 2, config=config, save_at=HALF, folder=str(folder / "c"))
@@ -423,7 +426,10 @@ def resumed_reference(config, folder):
 
 
 def test_resume_keeps_the_exact_reference_and_the_count_of_updates(tiny_hf, tmp_path):
-    """The checkpoint is as if three of five steps were skipped, so Adam must continue with its third update."""
+    """The checkpoint is of step 5 but has only two updates, as if three steps had been skipped.
+
+    Adam must therefore continue with its third update.
+    """
     model = tiny_hf("llama", num_hidden_layers=2)
     reference = {"sync_every": 1, "sync_alpha": 0.3}
     config = config_of(model, tmp_path, {}, model={"path": str(model), "dtype": "bf16"}, reference=reference)

@@ -134,7 +134,7 @@ def test_state_of_another_optimizer_is_always_refused(optim, says, arch):
             compare(saved, changed, ["optim"], where="c")
         ending = "the saved optimizer state does not fit; restore the old value, or set another train.output_dir"
         assert error.value.problems == [f"c: {says}; {ending}"]
-    with pytest.raises(CheckpointError, match="is now"):  # the new run has the default value, which is refused too
+    with pytest.raises(CheckpointError, match="is now"):  # changing back to the default is refused too
         compare(changed, identity_of(arch), where="c")
 
 

@@ -136,7 +136,7 @@ def test_requeued_job_takes_its_own_lease_at_once(tmp_path):
 
 @pytest.mark.parametrize("facts", [{"job": "/7", "restarts": 1}, {"job": "other/7"}, {"job": "/8"}, {}])
 def test_other_start_on_another_machine_is_watched(tmp_path, facts):
-    """The holder is the same start of the same job, a job of another cluster, another job, or a run without Slurm."""
+    """The holder is this start of this job, a job of another cluster, another job, or a run without Slurm."""
     plant(tmp_path, elsewhere(**facts))
     began = time.monotonic()
     take(tmp_path, me=Holder.here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}), watch_s=0.3).release()
@@ -169,7 +169,7 @@ def test_lease_given_back_during_the_watch_is_taken(tmp_path):
 
 
 def test_slow_storage_prolongs_the_watch(tmp_path, monkeypatch):
-    """A read takes longer than the usual watch. Then the holder renews its lease, which must still be noticed."""
+    """A read takes longer than the usual watch. Afterward the holder renews its lease, which must still be noticed."""
     path, read, calls = plant(tmp_path, elsewhere()), leases._read, []
 
     def slow(place):
@@ -209,7 +209,7 @@ def test_empty_file_of_a_run_that_is_just_starting_is_read_again(tmp_path):
 
 
 def test_process_that_slept_through_another_run_does_not_take_its_number_again(tmp_path, monkeypatch):
-    """This process finds that the holder of lease 1 is dead. Before it continues, others take lease 2 and lease 3."""
+    """This process finds that the holder of lease 1 is dead. Before it continues, other runs take leases 2 and 3."""
     plant(tmp_path, elsewhere())
     living, others = leases._living, []
 
@@ -345,7 +345,7 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize("turns", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_races_have_one_winner(turns, tmp_path):
-    """Start four processes at the same moment. Half of the directories contain the lease of a dead process."""
+    """Four processes try to take one lease at the same moment. Half of the directories hold a dead process's lease."""
     racers = [
         subprocess.Popen([sys.executable, "-c", RACE], stdin=-1, stdout=-1, text=True, bufsize=1) for _ in range(4)
     ]

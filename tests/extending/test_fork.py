@@ -1,4 +1,4 @@
-"""Tests of extensions as a fork would write them: in a package outside the tree, with the code of the documentation.
+"""Tests of extensions as a fork would write them: in a package outside the tree, with code from the documentation.
 
 The fast tests import the package without loading Megatron. The slow tests train through the command line.
 """
@@ -28,7 +28,7 @@ PLUGINS = [f"my_lab.{module}" for module in MODULES]
 
 
 def section(title: str, language: str) -> str:
-    """Return the first block of code in a section of the page."""
+    """Return the first code block in ``language`` in a section of the page."""
     text = PAGE.read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
     return re.search(f"```{language}\n(.*?)```", text, re.DOTALL)[1]
 

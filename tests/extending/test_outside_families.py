@@ -1,4 +1,4 @@
-"""Tests of model families outside of the tree, with the checks that a family's author can import from the package."""
+"""Tests of model families outside the tree, with the checks that a family's author can import from `dpo_engine`."""
 
 import importlib.util
 import os

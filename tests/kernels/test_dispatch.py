@@ -1,4 +1,4 @@
-"""Tests of choosing kernels: a requested backend, or one that the machine supports, and never a silent fallback."""
+"""Tests of choosing kernel backends: automatic choice, requested backends, and refusal instead of silent fallbacks."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for three generations of GPUs, on any machine, and check shared memory and registers."""
+"""Compile the Triton kernels for three generations of GPUs, without a GPU, and check shared memory and registers."""
 
 import os
 import subprocess
@@ -106,9 +106,10 @@ for sm in map(int, sys.argv[1].split(",")):
 
 
 def compile_for(sm, operand, width, tmp_path, *kernels):
-    """Compile kernels. Return shared memory, stack and the use of Hopper's tensor cores, by capability and kernel.
+    """Compile kernels. Return (shared memory, stack, use of Hopper's tensor cores) by (compute capability, kernel).
 
-    Sizes are in bytes. `sm` is one or more compute capabilities, separated by commas.
+    Sizes are in bytes. `sm` is one or more compute capabilities, separated by commas. `kernels` selects kernels and
+    variants.
     """
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -1,4 +1,4 @@
-"""Tests of rotary embedding, head splitting, norms and gated activation in every backend, with formulas in fp64."""
+"""Tests of rotary embedding, head splitting, norms and gated activations: every backend must match formulas in fp64."""
 
 import math
 
@@ -34,7 +34,7 @@ def random(*shape, seed=0):
 
 
 def turned(states, angles, interleaved):
-    """Multiply pairs of dimensions, as complex numbers, by exp(i angle). The shape of angles is [s, w/2]."""
+    """Multiply pairs of dimensions, as complex numbers, by exp(i angle). Angles are [s, number of pairs]."""
     half = angles.shape[-1]
     first, second = (
         (states[..., 0 : 2 * half : 2], states[..., 1 : 2 * half : 2])
@@ -121,7 +121,7 @@ def test_heads_are_normalized_before_they_are_rotated(case, frozen, backend):
 
 @pytest.mark.parametrize("width, offset", [(12, 0.5), (70, 0.0)])
 def test_root_mean_square_norm(width, offset, backend):
-    """There are more rows than programs of Triton's backward pass."""
+    """There are more rows than Triton's backward pass has programs."""
     states, weight = random(3, 91, width).requires_grad_(), random(width, seed=1).requires_grad_()
     given = states.detach().to(dtype_of(backend)).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     own = weight.detach().to(dtype_of(backend)).requires_grad_()

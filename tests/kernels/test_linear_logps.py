@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "extend" / "backend.py"
 
 @pytest.fixture
 def backends(monkeypatch):
-    """Return the backends: eager, the example backend, and triton.
+    """Return the backends by name: eager, triton, and the example backend.
 
     Without a GPU, triton gets small tiles, so that the tests' small inputs need several tiles.
     """
@@ -34,7 +34,7 @@ def backends(monkeypatch):
 
 
 def inputs(rows, width, tp, dtype=torch.float32, hidden_size=HIDDEN):
-    """Make hidden states, a weight, targets that include the edges of shards, and a gradient.
+    """Make hidden states, a weight, targets, and a gradient. The targets include the edges of all shards.
 
     The weight is padded to ``tp`` equal shards. The padding rows would give huge logits if they were used.
     """
@@ -68,7 +68,7 @@ def exact(hidden, weight, targets, grad, logit_scale, softcap):
 
 
 def merged(stats: list[LinearStats]) -> tuple[torch.Tensor, ...]:
-    """Merge the shards' statistics as the all-reduces do.
+    """Merge the shards' statistics as the engine's all-reduces do.
 
     Returns the log-sum-exp, the target logit, and the expected probability and expected logit under the softmax
     distribution. The two expected values are None without moments.
@@ -204,7 +204,7 @@ def test_empty_input_and_frozen_weight(name, backends):
 
 
 def test_gradients_in_fp64():
-    """Compare the gradient of ``sum(grad * logps)`` with finite differences of its definition."""
+    """Compare the gradient of ``sum(grad * logps)`` with finite differences of this sum."""
     hidden, weight, targets, grad = inputs(4, 75, 1, torch.float64, hidden_size=3)
     options = {"logit_scale": 0.7, "softcap": 3.0}
 
@@ -281,7 +281,7 @@ def test_triton_scores_without_logits(backends):
     with Work() as again:
         lse = stats.maximum + stats.sum_exp.log()
         triton.linear_grad(hidden, weight, targets, lse, grad, 0, v, chunk=8, d_weight=torch.zeros_like(weight))
-    assert again.flops == 4 * n * HIDDEN * v  # a third product, the logits, is inside the kernel
+    assert again.flops == 4 * n * HIDDEN * v  # the kernel computes a third product, the logits
     assert again.largest <= max(8 * v, hidden.numel(), weight.numel())
 
 

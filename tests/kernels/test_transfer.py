@@ -1,4 +1,4 @@
-"""Tests of packing host tensors into one buffer."""
+"""Tests of packing host tensors into one buffer, and of unpacking them."""
 
 import torch
 

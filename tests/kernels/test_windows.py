@@ -24,7 +24,7 @@ CAP = 0.7
 
 
 def walked(tree: Tree, window: int | None) -> torch.Tensor:
-    """Return which keys each query sees, [n_q, n] bool."""
+    """Return which keys each query sees within the window, [n_q, n] bool."""
     starts = np.concatenate([[0], np.cumsum(tree.lengths)[:-1]])
     segment_of = np.repeat(np.arange(len(tree.lengths)), tree.lengths)
     seen = torch.zeros(len(tree.rows), tree.n, dtype=torch.bool)
@@ -161,7 +161,7 @@ def test_varlen_refuses_a_soft_cap():
 
 
 def test_sinks_are_added_to_flash_attention(monkeypatch):
-    """Flash attention itself runs only on GPUs, so the test replaces its two passes, which do not support sinks."""
+    """Flash attention runs only on GPUs, so the test replaces its passes with others that also do not support sinks."""
     tree = Tree.of(*TREES["pairs"])
     window = 7
     inputs, grad = tensors(tree, 4, 2, 8, 8, torch.float64)

@@ -1,4 +1,4 @@
-"""Tests of choosing the size of micro-batches: its limits, and that micro-batches fit the pairs and the device."""
+"""Tests of choosing the size of micro-batches: enough work, room for the longest pair, and the device's memory."""
 
 import math
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ class TestChoice:
 
     @pytest.mark.parametrize("pp, vpp", [(2, None), (4, None), (4, 2)])
     def test_pipelines_get_the_cheapest_number_of_micro_batches(self, pp, vpp, tmp_path):
-        """The expected cost of a number of micro-batches is the work, the bubble, and each micro-batch's overhead."""
+        """A step's expected cost is its work, plus the pipeline's bubble, plus an overhead for each micro-batch."""
         work, each = 20_000.0, OVERHEAD["cpu"]
         costs = {m: work * (1 + (pp - 1) / (m * (vpp or 1))) + m * each for m in range(1, 2000)}
         best = min(costs, key=costs.__getitem__)

@@ -22,7 +22,7 @@ from support.sharded import round_trip
 
 @pytest.mark.parametrize("case", MIXTURES)
 def test_experts_are_chosen_as_in_transformers(case, tiny_hf):
-    """Compare the weights of all experts for random tokens with the weights that transformers passes to its experts."""
+    """For random tokens, compare the routing weights of all experts with those that transformers computes."""
     from transformers import AutoModelForCausalLM
 
     directory = checkpoint(tiny_hf, case)
@@ -48,7 +48,7 @@ def test_experts_are_chosen_as_in_transformers(case, tiny_hf):
 
 
 def test_groups_are_judged_by_their_best_experts():
-    """There are four groups of two experts. The group with the best expert is not the group with the best sum."""
+    """There are four groups of two experts. The group with the best expert does not have the largest sum of scores."""
     logits = torch.tensor([[0.9, 0.1, 0.6, 0.5, 0.0, 0.0, 0.0, 0.0]]).logit(eps=1e-6)
     facts = {"layers": (0,), "count": 8, "chosen": 1, "ffn_hidden_size": 4, "score": "sigmoid", "normalized": False}
     for best, expected in ((1, 0), (2, 2)):
@@ -76,7 +76,7 @@ def test_names_of_transformer_engines_experts():
 
 
 def test_experts_are_counted_on_all_ranks():
-    """Simulate the attributes of Transformer Engine's experts in Megatron-Core 0.16, as if all tp ranks had copies."""
+    """In Megatron-Core 0.16, attributes of Transformer Engine's experts wrongly say that all tp ranks have copies."""
     names = ("decoder.layers.0.mlp.experts.linear_fc1.weight0", "decoder.layers.0.mlp.shared_experts.linear_fc1.weight")
     named = {name: torch.nn.Parameter(torch.zeros(2, 2)) for name in names}
     for parameter in named.values():
@@ -88,7 +88,7 @@ def test_experts_are_counted_on_all_ranks():
 
 
 def test_layers_for_multi_token_prediction_are_kept(tiny_hf, tmp_path):
-    """DeepSeek-V3 and GLM-4.5 publish an additional layer after the last layer. transformers does not load it."""
+    """Checkpoints of DeepSeek-V3 and GLM-4.5 have an extra layer at the end, which transformers does not load."""
     source, export = tmp_path / "source", tmp_path / "export"
     shutil.copytree(checkpoint(tiny_hf, "deepseek_v3"), source)
     extra = {

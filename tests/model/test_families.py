@@ -124,7 +124,7 @@ def test_table_covers_every_tensor_of_the_model(family, options, config_dir):
 
 
 def test_llama3_frequencies(config_dir):
-    """Compare with Meta's formula, written out here. It interpolates only the middle one of three wavelength ranges."""
+    """Compare with Meta's formula, which interpolates only the middle one of three ranges of wavelengths."""
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 64
     arch = read_architecture(config_dir(head_dim=64, rope_theta=10000.0, rope_scaling=scaling))
@@ -232,7 +232,7 @@ PINNED = {
 
 @pytest.mark.parametrize("family, variant", PINNED)
 def test_digest_and_identity_of_a_known_model_never_change(family, variant, config_dir):
-    """The engine finds stored references by the digest, and resumes a checkpoint only if the identity is equal."""
+    """The engine finds stored references by the digest. It resumes from a checkpoint only if the identity is equal."""
     options = {**VARIANTS[variant], "max_window_layers": "absent"}
     arch = read_architecture(config_dir(family, **options))
     assert arch.digest == PINNED[family, variant]

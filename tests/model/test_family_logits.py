@@ -1,4 +1,4 @@
-"""Tests of every family: transformers' logits in fp64 in several layouts, and bitwise identical exports."""
+"""Tests of every family in several layouts: fp64 logits match those of transformers, and exports are bitwise equal."""
 
 import pytest
 

@@ -62,7 +62,7 @@ def both_digests(compute, directories):
 
 
 def quantize(source, target):
-    """Replace the experts' matrices with random matrices in MXFP4, under the names of the published checkpoints."""
+    """Replace the experts' matrices with random MXFP4 matrices, which are named as in the published checkpoints."""
     shutil.copytree(source, target)
     tensors, generator = load_file(target / FILE), torch.Generator().manual_seed(7)
     for name in [name for name in tensors if name.endswith("_proj")]:
@@ -107,7 +107,7 @@ def test_quantized_experts_are_read_as_by_transformers(layout, ranks, quantized,
 
 
 def test_every_quantized_number_is_that_of_transformers():
-    """Compare all bytes with all scales except the largest. By the specification, the largest scale is not a number."""
+    """Compare each byte with each scale, except for the largest scale, which means NaN by the specification."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()
@@ -184,7 +184,7 @@ def test_other_quantization_is_refused(quantized, tmp_path):
 
 
 def test_gradients_of_the_clamped_gate():
-    """Many of the numbers are beyond the limits, where gradients are zero."""
+    """Many of the inputs are beyond the clamp's limits, where gradients are zero."""
     both = (3 * torch.randn(7, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).requires_grad_()
     gate, up = both[:, :5], both[:, 5:]
     shut, near = torch.clamp(gate, max=1.5), torch.clamp(up, -1.5, 1.5)

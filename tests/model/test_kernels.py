@@ -64,7 +64,7 @@ def test_small_operations_are_fused_on_a_gpu(platform, dtype, able, layer, monke
 
 
 def test_precedence(monkeypatch):
-    """The key has the highest precedence, then a plugin, then the environment variable, then the automatic choice."""
+    """The order of precedence is: configuration, plugin, environment variable, automatic choice."""
     arch = SimpleNamespace(head_dim=128)
     monkeypatch.setenv("DPO_KERNELS", "eager,sdpa")
     choose_kernels(AUTO, arch, GPU, torch.bfloat16)

@@ -100,7 +100,7 @@ def test_states_on_the_host_take_host_memory(tiny_hf):
 
     device, host, count = cost(), cost(states="host"), stage_parameters(arch, ParallelDims(), 0) // 2
     assert (device.optimizer, device.host) == (12 * count, {})
-    assert host.optimizer == 8 * count  # two buffers in fp32; a larger model's are smaller than its states
+    assert host.optimizer == 8 * count  # two fp32 buffers; with a larger model, they are smaller than the states
     assert host.host == {"optimizer states": 12 * count, "buffers": 16 * count}
     assert host.formula.startswith(
         f"{2 * count:,} parameters x (2 weight + 4 gradient + 12 optimizer in host memory / 2"
@@ -136,7 +136,10 @@ def test_memory_without_reference_or_distributed_optimizer(tiny_hf):
 
 
 def kept_by_hand(tokens, layers, hidden, heads, kv_heads, dim, ffn):
-    """Return the bytes that a GPU keeps in bf16: inputs and outputs of norms, and tensors of attention and the MLP."""
+    """Return the bytes of activations that a GPU keeps in bf16.
+
+    They are the inputs and outputs of norms, and tensors of attention and the MLP.
+    """
     return 2 * tokens * layers * (4 * hidden + 2 * heads * dim + 2 * kv_heads * dim + 3 * ffn)
 
 

@@ -37,7 +37,7 @@ KINDS = {
 
 
 def exported(config):
-    """Load the run's initial model, and export the merged model and the adapter. Return the line about rounding."""
+    """Load the run's initial model, and export the merged model and the adapter. Return the log line about rounding."""
     from dpo_engine.model.weights.save import save_hf
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.exporting import merge_of, save_adapter

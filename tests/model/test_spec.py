@@ -12,7 +12,7 @@ from dpo_engine.platform.device import Platform
 from support.family_cases import checkpoint
 
 LLAMA = SimpleNamespace(model_type="llama", suits_transformer_engine=True, experts=None)
-CASES = [  # gpu, installed, dtype, and the reason why Transformer Engine cannot be used, or None
+CASES = [  # gpu, installed, dtype, and None or the reason why Transformer Engine cannot be used
     (False, True, torch.float32, "this machine has no GPU"),
     (True, False, torch.bfloat16, "Transformer Engine is not installed"),
     (True, True, torch.float64, "Transformer Engine does not support fp64"),

@@ -1,6 +1,6 @@
-"""Tests of exported tokenizers: transformers loads them next to config.json.
+"""Tests of exported tokenizers, which transformers loads from the directory that also contains config.json.
 
-Their token ids and their chat template must be the same as in training.
+The token ids and the chat template of a loaded tokenizer must be those that training used.
 """
 
 import json

@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def copy(tiny_hf, tmp_path):
-    """Return a function: ``copy("llama", sharded=True)`` makes a copy of a tiny checkpoint, for the test to damage."""
+    """Return a function: ``copy("llama", sharded=True)`` copies a tiny checkpoint. The test can damage the copy."""
 
     def make(family="llama", *, sharded=False, **options):
         source = tiny_hf(family, **options, **({"max_shard_size": "200KB"} if sharded else {}))

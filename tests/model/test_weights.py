@@ -1,4 +1,7 @@
-"""Tests of loading and saving checkpoints: transformers' logits in every layout, and bitwise identical exports."""
+"""Tests of loading and saving checkpoints.
+
+In every layout, logits must match those of transformers, and exports must be bitwise equal to the checkpoint.
+"""
 
 import json
 from pathlib import Path
@@ -58,7 +61,7 @@ def tokens():
 
 
 def cases():
-    """Yield every model with every layout. Except for llama, layouts that a larger layout includes are marked slow."""
+    """Yield every model with every layout. For models other than llama, layouts that are part of another are slow."""
     for model in MODELS:
         for layout in LAYOUTS:
             contained = model != "llama" and layout in ("one", "tp2", "pp2")

@@ -26,7 +26,7 @@ class Card:
     """The preloaded library of the null GPU. It never resets its counters, so callers subtract two readings."""
 
     def __init__(self) -> None:
-        self._library = ctypes.CDLL(str(BUILT))  # not a second copy: the preloaded library has this path
+        self._library = ctypes.CDLL(str(BUILT))  # opens no second copy: the preloaded library has this path
         self._library.nullgpu_counter.restype = ctypes.c_long
 
     def counts(self) -> Counter[str]:
@@ -45,7 +45,7 @@ class Card:
         return found
 
     def announce_group(self, rank: int, ranks: int) -> None:
-        """Announce the next NCCL communicator that will be split off: this process's rank in it, and its size."""
+        """Announce this process's rank in the next NCCL communicator that is split off, and the communicator's size."""
         self._library.nullgpu_announce_group(rank, ranks)
 
 
@@ -61,7 +61,7 @@ def attention_launches(kernels: Counter[str]) -> int:
 
 @contextmanager
 def waits_by_line() -> Iterator[Counter[str]]:
-    """Inside the block, count the waits about which torch warns, by the three innermost stack frames in SOURCES."""
+    """Count the waits about which torch warns inside the block, by the three innermost frames of files in SOURCES."""
     import torch
 
     places: Counter[str] = Counter()

@@ -78,7 +78,7 @@ def replace_peers(card: Card, rank: int, world: int) -> None:
 def replace_numbers(*, weights: bool = False) -> None:
     """Replace the numbers that control a step, so that every step is accepted.
 
-    Kernels do not run, so the real numbers are arbitrary bits. The copies and waits that read them still happen.
+    Kernels do not run, so the real numbers are arbitrary bits. The copies and waits for reading them still happen.
 
     weights   whether the engine reads the weights of a checkpoint
     """
@@ -98,8 +98,8 @@ def replace_numbers(*, weights: bool = False) -> None:
     def reduce(tensor: torch.Tensor, *rest: Any, **named: Any) -> Any:
         work = real_reduce(tensor, *rest, **named)
         if tensor.numel() <= MOST_FLAGS:
-            # The null GPU executes this small copy. Afterwards, flags are 0, and counts are 1: counts are in fp64, and
-            # the engine divides by them.
+            # The null GPU executes this small copy. It sets flags to 0, and it sets counts, which are in fp64, to 1,
+            # because the engine divides by counts.
             value = float(tensor.dtype is torch.float64)
             values = torch.full(tensor.shape, value, dtype=tensor.dtype, pin_memory=True)
             tensor.copy_(values, non_blocking=True)

@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     add("--snapshot", help="file for torch's memory snapshot (see https://pytorch.org/memory_viz)")
     add("--json", help="file for the whole report")
     add("keys", nargs="*", help="configuration, such as parallel.tp=2 model.recompute=full reference.mode=stored")
-    return parser.parse_intermixed_args()  # options may be between the keys
+    return parser.parse_intermixed_args()  # options can stand between the keys
 
 
 asked = arguments()

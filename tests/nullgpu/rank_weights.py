@@ -3,9 +3,9 @@
     tests/nullgpu/nullgpu python tests/nullgpu/rank_weights.py --model MODEL --out FOLDER --world 2 parallel.ep=2
 
 The null GPU executes copies of at most 16 MiB between host and device, so weights reach the device and can be read
-back. Positional arguments are configuration keys. For each parameter, the report has its name in the weight table and
-the attributes that determine how its gradient is reduced. If this rank can export the parameter's tensors without other
-ranks, the report also says for each of these tensors whether it equals the checkpoint's tensor.
+back. Positional arguments are configuration keys. For each parameter, the report contains the parameter's name in the
+weight table and the attributes that determine how the gradient is reduced. If this rank can export the parameter's
+tensors without other ranks, the report also says for each of these tensors whether it equals the checkpoint's tensor.
 """
 
 import argparse
@@ -91,8 +91,8 @@ def main() -> None:
         engine = Engine.open(configuration(folder))
         trained = engine.load_policy(total_steps=10)
         chunks = [chunk.module for chunk in trained.chunks]
-        # Load the weights again. DDP has moved them to its buffers by copies within the device, and the null GPU
-        # executes only the smallest of these copies.
+        # Load the weights again. DDP has copied them to its buffers within the device, but the null GPU executes only
+        # small copies within the device, so most weights are not in the buffers yet.
         engine.load_weights(chunks, asked.model, key="model.path")
         names = {parameter: name for chunk in chunks for name, parameter in chunk.named_parameters()}
         files, summed = CheckpointFiles(asked.model), expert_buffers(trained)

@@ -6,7 +6,7 @@
 # "trl". TRL selects tokens by masks on the device, so its shapes depend on the arbitrary numbers.
 #
 # Triton compiles its kernels for the GPU's generation into gpu-day/triton, where gpu_day.sh looks for them. Copy that
-# folder to the GPU's machine if the machine has the same versions of torch and Triton.
+# folder to the machine with the GPU if that machine has the same versions of torch and Triton.
 #
 #   PYTHON       an interpreter, as in run.sh
 #   PARTS        the parts to run, such as "stack kernels" (default: all)

@@ -34,7 +34,7 @@ requires_transformer_engine = pytest.mark.skipif(
 def run(*arguments: str, capability: int = 90, card: str = LARGE_CARD) -> dict[str, Any]:
     """Run one_rank.py with these arguments, and return its report. The figures of the last step are in ``last``.
 
-    If the run is out of memory, it ends before the last step, and ``out_of_memory`` has the lines of the error.
+    If the run runs out of memory, it ends before the last step, and ``out_of_memory`` has the lines of the error.
 
     The report and the output also remain in build/reports/.
 

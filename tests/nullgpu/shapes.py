@@ -1,4 +1,4 @@
-"""Architectures of published models. The null GPU needs only their config.json, no weights."""
+"""Architectures of published models. The null GPU needs only a model's config.json, not its weights."""
 
 import json
 from pathlib import Path

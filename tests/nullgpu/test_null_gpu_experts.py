@@ -35,7 +35,7 @@ def held_weights(directory, folder, world, rank, *keys):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_grouped_experts_are_loaded_and_exported(layout, tiny_hf, tmp_path):
-    """Compare weights with slices of the checkpoint, and attributes with those that Megatron's reduction requires."""
+    """Compare weights with slices of the checkpoint, and check the attributes on which gradient reduction depends."""
     family, (tp, ep, etp), world, rank = LAYOUTS[layout]
     directory = tiny_hf(family, pad_token_id=0, dtype=torch.bfloat16, **CASES[family][1])
     keys = (f"parallel.tp={tp}", f"parallel.ep={ep}", f"parallel.etp={etp}")
@@ -80,16 +80,17 @@ STEPS = {
 def test_the_host_waits_once_for_each_layer_of_experts(layout):
     """Before each all-to-all, the host reads the number of tokens per expert. Recomputing a layer repeats this wait."""
     last = run(*MIXTURE, "--layers", "2", *STEPS[layout])["last"]
-    passes = 3 if layout == "recompute" else 2  # one of the reference, one or two of the policy
+    passes = 3 if layout == "recompute" else 2  # one of the reference, and one or two of the policy
     assert last["waits_in_micro_batches"] == 2 * passes * last["micro_batches"], last["phases"]
     assert last["waits_besides"] <= 5, last["phases"]  # 4 as in a dense model, and 1 for the routers' metrics
 
 
 def test_products_and_launches_of_experts():
-    """cuBLAS computes the products of each expert's matrices. One kernel per matrix adds its gradient to the buffer."""
+    """cuBLAS multiplies by the experts' matrices. For each matrix, one kernel adds its gradient to the buffer."""
     few, many = (run(*MIXTURE, "--layers", layers, *STEPS["tp2 ep2"])["last"] for layers in "24")
     layers, local = 2 * many["micro_batches"], 64
     products = (many["counts"]["products"] - few["counts"]["products"]) / layers
     launches = (many["model_launches"] - few["model_launches"]) / layers
-    assert 2 * local * 4 < products <= 2 * local * 4 + 12  # reference, policy, and two in the backward pass
+    # Each matrix has one product of the reference, and one forward and two backward products of the policy.
+    assert 2 * local * 4 < products <= 2 * local * 4 + 12
     assert 2 * local < launches <= 2 * local + 260

@@ -1,6 +1,6 @@
 """Tests of linear layers in FP8, with Transformer Engine: number of products, copies of weights, waits and memory.
 
-Transformer Engine's own checks run, of shapes, types and the GPU. Nothing is computed, so numbers cannot be compared.
+Transformer Engine's own checks of shapes, types and the GPU run. Nothing is computed, so numbers cannot be compared.
 """
 
 import json
@@ -28,9 +28,9 @@ ALL = 4 * LINEARS * LAYERS
 MLP = 2 * LAYERS
 """Products of a micro-batch that recompute the MLPs."""
 FROZEN = (3 * LINEARS - 1) * LAYERS + LAYERS - 1
-"""Products if weights have no gradients. Nothing needs the gradient of the first layer's input."""
+"""Products if base weights have no gradients. The gradient of the first layer's input is not computed either."""
 
-CASES = {  # the keys, the GPU's generation, and the FP8 products of a micro-batch
+CASES = {  # the keys, the GPU's compute capability, and the FP8 products of a micro-batch
     "tensorwise tp2": ((*TENSORWISE, *TP2), 90, ALL),
     "blockwise tp2": ((*BLOCKWISE, *TP2), 90, ALL),
     "mxfp8 tp2": ((*MXFP8, *TP2), 100, ALL),
@@ -58,7 +58,7 @@ CASES = {  # the keys, the GPU's generation, and the FP8 products of a micro-bat
     "adapters trees": ((*TENSORWISE, *TP2, "adapter.kind=dora", "batch.layout=tree"), 90, FROZEN),
 }
 WEIGHTS = "quantize_transpose_square_blockwise"
-"""Part of the name of the kernel that rounds a weight, in blocks of 128 x 128 numbers."""
+"""Part of the name of the kernel that rounds a weight to FP8, in blocks of 128 x 128 numbers."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -71,7 +71,7 @@ def test_linear_layers_compute_in_fp8(name):
 
 
 def test_no_other_product_is_in_fp8():
-    """Those of attention and of the output layer, and of a run without FP8, are not."""
+    """Products of attention, of the output layer, and of a run without FP8 are not in FP8."""
     plain, fp8 = (run(*SHAPE, *TP2, *keys)["last"]["counts"] for keys in ((), BLOCKWISE))
     assert plain["fp8_products"] == 0
     assert plain["products"] == fp8["products"] > fp8["fp8_products"] > 0
@@ -80,9 +80,9 @@ def test_no_other_product_is_in_fp8():
 @pytest.mark.parametrize("mode", [(), ("reference.mode=offloaded", "reference.ahead=1")], ids=" ".join)
 @pytest.mark.parametrize("layout", [(), PP2, (*PP2, "parallel.vpp=2", "--layers", "4")], ids=" ".join)
 def test_each_pass_rounds_the_weights_once(layout, mode):
-    """Weights may have changed since the last pass: by the optimizer, or because those of the reference were loaded.
+    """Weights can change between passes: the optimizer updates them, or the reference's weights are loaded.
 
-    They do not change between the micro-batches of a pass.
+    Weights do not change between the micro-batches of a pass.
     """
     report = run(*SHAPE, *layout, *BLOCKWISE, *mode, "--steps", "3")
     layers = 1 if layout == PP2 else LAYERS
@@ -93,7 +93,7 @@ def test_each_pass_rounds_the_weights_once(layout, mode):
 
 
 def test_memory():
-    """The estimate counts the copies of the weights, and activations as without FP8, which is too much."""
+    """The estimate includes the FP8 copies of the weights. It counts activations as without FP8, so it is too high."""
     gib = {}
     for name, keys in {"bf16": (), "tensorwise": TENSORWISE, "blockwise": BLOCKWISE}.items():
         report = run("--model", "llama3_8b", "--world", "8", "model.spec=te", "parallel.tp=2", *keys)
@@ -109,7 +109,7 @@ LOCAL = 64
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_experts(recompute):
-    """Megatron pads the tokens of each expert. The host waits once in each forward pass, as without FP8."""
+    """Megatron pads the tokens of each expert. The host waits once in each layer's forward pass, as without FP8."""
     last = run(*MIXTURE, "--world", "4", "parallel.tp=2", *BLOCKWISE, f"model.recompute={recompute}")["last"]
     passes = 5 if recompute == "selective" else 4
     products = LAYERS * (4 * 2 + passes * 2 * LOCAL)

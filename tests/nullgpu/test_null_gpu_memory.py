@@ -27,9 +27,9 @@ def test_state_is_what_the_estimate_says(keys):
 
 
 def test_peak_is_the_state_and_the_bound_of_activations():
-    """The bound counts bf16 residuals, norms, query, key, value, attention, gate, up and gate * up, and fp32 logits.
+    """The bound counts activations of layers in bf16, and the logits of 2 chunks in fp32.
 
-    The logits are those of 2 chunks.
+    The activations are residuals, norms, query, key, value, attention, gate, up and gate * up.
     """
     report = run(*LLAMA_8B)
     hidden, ffn, key_value, layers, vocabulary, tokens, chunk = 4096, 14336, 1024, 32, 128256, 2 * 3072, 1024
@@ -59,14 +59,17 @@ def test_peak_is_what_check_and_plan_estimate(arguments):
 
 
 def test_adamw_needs_no_temporary_copy():
-    """A run of a 4B model with full recomputation and a stored reference must fit in 80 GB."""
+    """A run of a 4B model with full recomputation and a stored reference must fit on a GPU with 80 GB."""
     report = run("--model", "qwen3_4b", "model.recompute=full", "reference.mode=stored")
     assert report["last"]["reserved"] <= 74 * GIB
     assert activations(report) < 4 * GIB  # a temporary copy with 4 bytes per parameter would need 15 GiB
 
 
 def test_states_on_the_host_leave_the_device():
-    """12 bytes per owned parameter. The update waits for the gradients of each piece, and for a free buffer."""
+    """The device saves 12 bytes per owned parameter, but needs two fp32 buffers.
+
+    For each piece, the update waits for the gradients and for a free buffer.
+    """
     device, host = run(*LLAMA_8B, "reference.mode=stored"), run(*LLAMA_8B_HOST)
     owned = 8_030_261_248 // 8
     saved = device["last"]["after"] - host["last"]["after"]
@@ -76,11 +79,14 @@ def test_states_on_the_host_leave_the_device():
     waits, copies = (counts[1][name] - counts[0].get(name, 0) for name in ("event_waits", "copies"))
     assert waits == 2 * pieces
     weights = 32 * 9 + 3
-    assert 2 * pieces <= copies <= 2 * pieces + weights, "one copy of a piece, and one of each slice of a weight in it"
+    assert 2 * pieces <= copies <= 2 * pieces + weights, "a piece has one copy of gradients and one per weight slice"
 
 
 def test_the_start_needs_no_main_weights_on_the_device():
-    """While Megatron's DDP copies the weights to its buffer, the device has them twice; nothing later needs more."""
+    """While Megatron's DDP copies the weights to its buffer, the device has them twice.
+
+    No later moment of the start needs more memory.
+    """
     report = run(*LLAMA_1B, *LEAST, "optim.states=host")
     wrapped = 2 * report["parts"]["weights"] + report["parts"]["gradients"]
     assert report["start_peak"] == pytest.approx(wrapped, rel=0.01)

@@ -113,7 +113,7 @@ def test_launches_per_layer_with_transformer_engine():
 def test_transformer_engine_with_adapters(keys):
     """Test special cases of Transformer Engine's linear layers.
 
-    They reject submodules of another dtype, and may include the normalization layer that precedes them.
+    These layers reject submodules of another dtype, and can include the normalization layer that precedes them.
     """
     world = ("--world", "2") if "parallel.tp=2" in keys else ()
     last = run("--model", "llama3_8b", "--layers", "2", *world, "model.spec=te", "adapter.rank=16", *keys)["last"]

@@ -1,4 +1,4 @@
-"""Tests of frozen weights, compared with torch's autograd with ``requires_grad=False``, and of messages about them."""
+"""Tests of frozen weights: training must match autograd with ``requires_grad=False``. Wrong patterns are reported."""
 
 import re
 
@@ -79,7 +79,7 @@ def test_training_matches_autograd(ranks, layout, patterns, tied, recompute, exp
 
 
 def compare(got, expected, start, patterns, rel):
-    """Check that frozen weights are bitwise equal to those at the start, and that other weights moved as expected."""
+    """Check that frozen weights are bitwise unchanged, and that all other weights changed as expected."""
     for name, value in start.items():
         if any(re.fullmatch(pattern, name) for pattern in patterns):
             assert torch.equal(got[name].to(value.dtype), value), f"{name} is frozen, but has changed"
@@ -176,7 +176,10 @@ RUNS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_whole_run(name, files, tiny_hf, tmp_path):
-    """Train, save, resume in the same layout, and export. Frozen weights stay the same; resuming is bitwise equal."""
+    """Train, save, resume in the same layout, and export.
+
+    Frozen weights must not change, and the resumed run must be bitwise equal to the uninterrupted run.
+    """
     ranks, sections = RUNS[name]
     model, patterns = tiny_hf("llama"), sections.get("freeze", (EMBEDDING, LOWER))
     whole = train_to(4, files, model, tmp_path / "whole", ranks, **sections)

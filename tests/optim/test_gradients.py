@@ -1,4 +1,4 @@
-"""Tests of gradients that are summed in bf16: the dtype of buffers, and losses close to those of fp32 gradients."""
+"""Tests of gradients that are summed in bf16: the dtype of buffers, and losses close to those with fp32 gradients."""
 
 import pytest
 

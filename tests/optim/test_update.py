@@ -10,7 +10,10 @@ LR, DECAY, BETAS, EPS, LIMIT = 1e-2, 0.5, (0.8, 0.95), 1e-8, 1.0
 
 
 def updated(config, fp64, scale, fused=False):
-    """Set all gradients to ``scale`` times the weights, update once, and return each parameter before and after."""
+    """Update once with gradients that are the weights scaled to the norm ``scale``.
+
+    Returns the reported norm, and each parameter before and after the update.
+    """
     from dpo_engine.optim.optimizer import fuse_adam, update
     from dpo_engine.optim.state import adam_step, set_adam_step
     from dpo_engine.training.engine import Engine

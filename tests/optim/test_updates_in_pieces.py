@@ -1,6 +1,6 @@
 """Tests of updates in pieces, with the optimizer states on the device or in host memory.
 
-Numbers, weights and checkpoints are those of Megatron's optimizer, which updates all weights at once.
+Metrics, weights and checkpoints must equal those of Megatron's optimizer, which updates all weights at once.
 """
 
 from itertools import product
@@ -47,7 +47,7 @@ def fused(function, config, at_once=False, **arguments):
         for single in getattr(made, "chained_optimizers", [made]):
             for parameter, (group, order) in single.model_param_group_index_map.items():
                 tensor = single.param_groups[group]["params"][order]
-                if parameter.dtype is torch.bfloat16:  # it has a shape, but no memory
+                if parameter.dtype is torch.bfloat16:  # the tensor has a shape, but no memory
                     assert tensor.untyped_storage().nbytes() <= 4 < tensor.nbytes
                     assert parameter.main_param is None
 
@@ -125,7 +125,7 @@ def test_a_run_resumes_bitwise_with_its_states_elsewhere(files, tiny_hf, tmp_pat
     ids=["shared cores", "own cores", "torchrun's default", "as asked", "few cores"],
 )
 def test_an_update_uses_the_cores_of_its_rank(own, asked, expected, monkeypatch):
-    """A node has 8 GPUs, and 64 cores, of which a rank may use some; the last node has only 4."""
+    """A node has 8 GPUs and 64 cores, of which a rank can use ``own``. In the last case, the node has only 4 cores."""
     from dpo_engine.optim import host_states
 
     monkeypatch.setattr(host_states, "cores", lambda: own)
@@ -150,7 +150,10 @@ MODELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_checkpoints_do_not_depend_on_where_the_states_are(kind, files, tiny_hf, tmp_path):
-    """Checkpoints are bitwise equal, and runs resume bitwise, and to 1e-5 with other states in another layout."""
+    """Checkpoints and resumed runs are bitwise equal, whether states are on the device or on the host.
+
+    After a resume in another layout, metrics agree to 1e-5.
+    """
     family, changes, sections = MODELS[kind]
     where = {"files": files, "model": tiny_hf(family, **changes), **sections}
     device, host, moved = (tmp_path / name for name in ("device", "host", "moved"))

@@ -76,7 +76,10 @@ CASES = {
 
 
 def pairs_of(case: Case):
-    """Return pairs of three prompts, followed by a dummy pair. One response has the ids at the edges of all shards."""
+    """Return pairs with three prompts and, as the last pair, a dummy; or only dummies.
+
+    One response consists of the token ids at the edges of all shards.
+    """
     if case.dummies:
         return [None, None]
     few = RandomPairs(8, VOCAB, few=3, seed=1)
@@ -115,7 +118,8 @@ def losses_of(policy: PairLogps) -> torch.Tensor:
 def measure(layout: Layout, cases: dict[str, Case]):
     """Run every case on this rank.
 
-    Returns losses, scores computed without and with gradients, and the gradients of the tables and the output layer.
+    Returns for each case the losses, the scores computed without and with gradients, and the gradients of the tables
+    and the output layer.
     """
     import torch.distributed as dist
 
@@ -166,7 +170,7 @@ def measure_case(layout: Layout, case: Case, groups):
 def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
     """Return the gradient that the optimizer gets for the output layer, or None if the layer is frozen.
 
-    It is the sum of the gradients in the buffer, whose initial value is 3, and of autograd's gradient if that counts.
+    It is the gradient in the buffer, whose initial value is 3, plus autograd's gradient if DDP adds that.
     """
     if case.head == "frozen":
         assert head.grad is None
@@ -258,7 +262,8 @@ def test_against_log_softmax(name, layout, measured):
                     check(got, expected, atol=1e-4)
     # The gradient of the logits is rounded to the dtype before the matrix products. bf16 keeps 8 bits of each term.
     bounds = (1e-4, 1e-5) if case.dtype is torch.float32 else (5e-2, 2e-2)
-    # Each TP rank has a summand of the hidden states' gradient. Each CP rank has the gradient at its own sites.
+    # Each TP rank has a summand of the hidden states' gradient, and each CP rank has the gradient at its own sites. The
+    # sum over all ranks is the whole gradient.
     for number, expected in enumerate(tables):
         check(sum(result["tables"][number] for result in results), expected, *bounds)
     if case.head != "frozen":
@@ -295,7 +300,7 @@ def entropies(hidden: torch.Tensor):
 
 
 def test_known_distributions_far_from_zero():
-    """One token has a uniform distribution, and the other is certain. fp32 must be exact despite large logits."""
+    """One distribution is uniform; in the other one, a token is certain. fp32 must be exact despite large logits."""
     for got in run_ranks(entropies, 2, hidden=torch.tensor([[1.0, 0.0], [0.0, 1.0]])):
         expected = -math.log(VOCAB), 0.0
         assert (got.chosen.item(), got.rejected.item()) == pytest.approx(expected, abs=1e-5)
@@ -305,7 +310,10 @@ def test_known_distributions_far_from_zero():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradient_that_ddp_adds_to_the_buffer_is_zero(tied, monkeypatch):
-    """With overlap, DDP adds a tied embedding's returned gradient to the buffer, which already has the gradient."""
+    """With overlap, DDP adds the returned gradient of a tied embedding to the buffer.
+
+    The buffer already contains the gradient, so zeros must be returned.
+    """
     garbage = torch.full((3, 2), float("nan"))
     monkeypatch.setattr(torch, "empty_like", lambda weight: garbage)
     weight = torch.nn.Parameter(torch.ones(3, 2))

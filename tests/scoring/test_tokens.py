@@ -44,7 +44,7 @@ def of_transformers(path, prompt, response):
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory):
-    """Write pairs. Some of them share a prompt or a response."""
+    """Write a file of pairs, some of which share a prompt or a response. Return its path."""
     path = tmp_path_factory.mktemp("ranked") / "pairs.jsonl"
     write_pairs(path, 5, 100)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -142,7 +142,7 @@ def judge_slowly(config, **asked):
 
 
 def test_progress_of_evaluating_and_scoring(files, tiny_hf, tmp_path, capfd):  # noqa: F811
-    """All lines have the same form, and count a pair once for each model that scores it.
+    """All progress lines have the same form. They count a pair once for each model that scores it.
 
     Tokens have no log-probability under a stored reference, because a store has only sums over responses.
     """

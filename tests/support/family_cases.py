@@ -1,4 +1,4 @@
-"""A tiny model of each family and variant."""
+"""The settings of a tiny model for each family and variant."""
 
 import copy
 from pathlib import Path
@@ -144,7 +144,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": ("gpt_oss", {**OSS, "swiglu_limit": 0.5, "swiglu_alpha": 1.2}),
 }
-"""For each case, the ``model_type``, and the fields of ``config.json`` that differ from the other tiny models."""
+"""For each case, the ``model_type``, and the fields of ``config.json`` that differ from ``tiny_hf``'s defaults."""
 
 MIXTURES = [case for case in CASES if any(name in case for name in ("moe", "mixtral", "deepseek", "gpt_oss"))]
 """The cases with experts."""

@@ -104,7 +104,7 @@ _ports = itertools.count(os.getpid() * 64)
 
 
 def _free_port() -> int:
-    """Return a free port, and a different one on each call.
+    """Return a free port. Each call returns a different one.
 
     The ports are below the ephemeral range, so that no outgoing connection can take a port before rank 0 uses it.
     """

@@ -10,7 +10,7 @@ LAYOUTS = {"dp2": (2, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "tp2 pp
 
 
 def trajectory(output: Path) -> list[dict]:
-    """Return all lines of a run's metrics, without those of time, speed and memory. Floats are hexadecimal text."""
+    """Return all lines of a run's metrics, without metrics of time, speed and memory. Floats are hexadecimal text."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {k: v.hex() if isinstance(v, float) else v for k, v in json.loads(line).items() if k not in CLOCK}

@@ -43,7 +43,7 @@ CASES = {
     "name", [pytest.param(name, marks=() if name.startswith("start,") else pytest.mark.slow) for name in CASES]
 )
 def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
-    """Both references compute the same matrix products on the same numbers, so all metrics are bitwise equal."""
+    """A shared and a resident reference compute the same products on the same numbers, so metrics are bitwise equal."""
     adapter, reference, ranks, parallel = CASES[name]
     model = tiny_hf("llama", num_key_value_heads=2)
     if adapter == "start":
@@ -66,9 +66,9 @@ def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
 
 
 def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path):
-    """When a module is called, DDP waits for the module's gathered parameters, but not for those of its children.
+    """When a module is called, DDP waits for the module's own gathered parameters, but not for its children's.
 
-    This suffices for an adapter, because it has no children.
+    This suffices for an adapter, because an adapter has no child modules.
     """
     model, found = tiny_hf("llama"), {}
     adapter = {"path": str(make_adapter(model, tmp_path / "start", use_dora=True))}

@@ -35,7 +35,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def trained(tiny_hf, tmp_path_factory):
-    """Return a function that trains an adapter with PEFT. It returns model, adapter, norms and final tensors."""
+    """Return a function that trains with PEFT. It returns the model, the adapter, gradient norms and final tensors."""
     known = {}
 
     def train(kind, kv_heads=4, family="llama"):

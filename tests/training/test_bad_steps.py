@@ -17,7 +17,7 @@ def judged(asked, steps, restart_at=None):
     """Return the causes found in each step, and the final counts of skipped, good, and consecutive bad steps.
 
     steps       for each step, its metrics, and values that replace some of these metrics on rank 1
-    restart_at  the state is saved and restored before the step with this index
+    restart_at  index of the step before which the state is saved and restored; None: never
     """
     from torch import distributed as dist
 

@@ -95,7 +95,7 @@ def test_calls_and_added_metrics(start, tmp_path):
 
 
 def test_one_rank_ends_the_run(start, tmp_path):
-    """The run ends cleanly on all ranks. A new start trains no further steps unless the setting has changed."""
+    """The run ends cleanly on all ranks. A new start trains no further steps unless the options have changed."""
     first = start(last_step=3, asking_ranks=[1])
     assert [summary["step"] for summary in first] == [3, 3] and "loss" in first[0]["eval"]
     saved = tmp_path / "run" / "checkpoints" / "step_00000003" / "manifest.json"

@@ -11,9 +11,9 @@ PLACES = [7, 3, 9, 1, 4, 2**24 + 1]
 
 
 def coupled_losses(parts):
-    """Return the losses of this rank's pairs by their places in the data set.
+    """Return the losses of this rank's pairs, by the pairs' places in the data set.
 
-    parts   for each rank, the pairs of its micro-batches
+    parts   for each rank and each of its micro-batches, the pairs' indices in ``CHOSEN``
     """
     from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ def coupled_losses(parts):
 
 
 def expected():
-    """Combine the sorted quantities. Among equal ones, the pair with the smaller place in the data set is first."""
+    """Compute the losses from sorted values. Equal values are sorted by the places of their pairs in the data set."""
     order = sorted(range(6), key=lambda i: (CHOSEN[i], PLACES[i]))
     return {PLACES[i]: np.log1p(np.exp(-(CHOSEN[i] - other))) for i, other in zip(order, sorted(REJECTED), strict=True)}
 

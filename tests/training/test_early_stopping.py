@@ -234,7 +234,10 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
 @pytest.mark.slow
 @pytest.mark.parametrize("fault, judged", [("step:0:6:term", False), ("eval:0:4:term", True)])
 def test_signal_at_the_evaluation_that_ends_the_run(fault, judged, run_yaml, tmp_path):
-    """The run is stopped after step 6, before or during the evaluation that ends it. It must train no further step."""
+    """A signal stops the run before or during its last evaluation, after step 6.
+
+    The restarted run must not train further steps.
+    """
     run = run_yaml("run", **NO_GAIN)
     job = run_job(["train", str(run)], 1, tmp_path / "log1", fault=fault)
     assert job.codes == [75], job.said
@@ -249,7 +252,10 @@ def test_signal_at_the_evaluation_that_ends_the_run(fault, judged, run_yaml, tmp
 
 @pytest.mark.slow
 def test_best_is_chosen_again_after_the_last_evaluation(run_yaml, tmp_path):
-    """The last step is saved before its evaluation. If it is best, `best` names it, and the former best is removed."""
+    """The last step is saved before its evaluation.
+
+    If this step is the best, `best` must name it, and the checkpoint of the former best step must be removed.
+    """
     best = {"keep_best": {"metric": "loss", "count": 1}, "save_interval": 2, "keep_last": 2, "export": "best"}
     train = {"eval_interval": 2, "max_steps": 8}
     # With a learning rate that rises from 0, the loss decreases until the end.

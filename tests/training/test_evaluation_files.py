@@ -13,7 +13,10 @@ LOGGING = {"page": True, "token_samples": 3, "progress": "plain"}
 
 
 def train_watched(config):
-    """Train. Return the run's summary and, each time the page was written, the files in eval/ and the page's start."""
+    """Train. Return the run's summary, and a list with an entry for each time that the page was written.
+
+    An entry has the names of the files in eval/, and the beginning of the page.
+    """
     from dpo_engine.training import evaluation_files
 
     seen = []

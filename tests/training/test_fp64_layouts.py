@@ -1,4 +1,4 @@
-"""Tests in fp64: the metrics and weights in every layout match those of one rank with padded rows to 1e-10."""
+"""Tests in fp64: in every layout, metrics and weights match those of one rank with padded rows within 1e-10."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from support.layouts import LAYOUTS, SIZES, world
 PLAIN = {"distributed_optimizer": False}
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
 SLOW = ("one", "tp2", "pp2", "cp2", "dp2", "tp2 pp2 cp2")
-"""Layouts that other layouts include, and the largest layout."""
+"""Layouts that are part of other layouts, and the largest layout."""
 CASES = [
     pytest.param(name, rows, marks=pytest.mark.slow if name in SLOW else ())
     for name in LAYOUTS

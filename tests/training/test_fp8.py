@@ -1,4 +1,4 @@
-"""Tests of FP8 linear layers, as far as a CPU allows: refusals, row lengths, and that padding changes no number.
+"""Tests of FP8 linear layers, as far as a CPU allows: refusals, row lengths, and padding, which must change no number.
 
 ``tests/nullgpu/test_null_gpu_fp8.py`` runs the layers on a GPU that computes nothing. No test computes in FP8.
 """
@@ -202,7 +202,10 @@ def test_refusals_for_other_layers(tiny_hf):
 
 @pytest.fixture
 def transformer_engine(monkeypatch):
-    """Pretend that Transformer Engine is installed; its answers for each recipe, and the GPU's generation."""
+    """Pretend that Transformer Engine is installed, and that the GPU has compute capability 9.0.
+
+    Returns the object that says which recipes are available. At first, all of them are.
+    """
     known = SimpleNamespace(**{f"is_{name}_available": lambda: (True, "") for name in ("fp8", "mxfp8")})
     known.is_fp8_block_scaling_available = lambda: (True, "")
     module = ModuleType("transformer_engine.pytorch.fp8")

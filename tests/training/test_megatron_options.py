@@ -1,4 +1,4 @@
-"""Tests of the section ``megatron``: accepted options work and do not change results, and others are refused."""
+"""Tests of the section ``megatron``: accepted options work and do not change results, and other options are refused."""
 
 from collections import Counter
 from itertools import pairwise
@@ -348,13 +348,13 @@ def test_a_run_with_instances_resumes_bitwise_also_in_another_layout(files, tiny
     assert parts == whole and len(whole) >= 5
     for one, other in zip(whole[:3], plain[:3], strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
-    assert size("whole") == pytest.approx(size("plain"), rel=0.01)  # one instance writes
+    assert size("whole") == pytest.approx(size("plain"), rel=0.01)  # only one instance writes its states
     for one, other in zip(train("plain", 5, ranks=2, ddp={})[3:], whole[3:], strict=True):
         assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
 def test_reasons_are_about_fields_that_exist():
-    """Each listed field exists in a supported version. At most two per part are missing in the installed version."""
+    """Each field in REFUSED exists in a supported Megatron. The installed one lacks at most two fields of each part."""
     from dataclasses import fields
     from fnmatch import fnmatch
 

@@ -55,7 +55,7 @@ def test_overlapped_communication_gives_the_same_numbers(ranks, parallel, tiny_h
 
 @pytest.mark.parametrize("sizes", [(1, 3, 1)], ids=str)
 def test_offloaded_reference_scores_ahead_with_ranks_that_have_only_dummies(sizes, tiny_hf, tmp_path):
-    """With a batch of one pair, a rank has only dummies, but must take part in the other ranks' forward passes."""
+    """With a batch of one pair, a rank has only dummies, but must take part in the other rank's forward passes."""
     model = checkpoint(tiny_hf, "mixtral")
     config = offloaded(model, tmp_path, {"ep": 2})
     outcomes = run_ranks(offloaded_losses, 2, timeout_s=60, config=config, sizes=sizes)
@@ -102,7 +102,7 @@ def test_one_flipped_bit_in_a_copy_is_found(name, tiny_hf, tmp_path):
 
 
 def flipped(config, name):
-    """Flip a bit on rank 3, which shares its experts with rank 1."""
+    """Flip a bit on rank 3, whose experts are copies of rank 1's. Return the rank guard's error."""
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.rank_guard import RankGuard
 

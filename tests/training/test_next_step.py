@@ -1,4 +1,4 @@
-"""Tests of preparing the next step on a second thread: order, errors, the end of the thread, and no communication."""
+"""Tests of preparing the next step on a second thread: order, errors, the end of the thread, and no collectives."""
 
 import threading
 

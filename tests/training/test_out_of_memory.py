@@ -1,4 +1,4 @@
-"""Tests of the message that ends a run whose GPU is out of memory, and of the changes that it names."""
+"""Tests of the message that ends a run whose GPU is out of memory, and of the changes that the message suggests."""
 
 import io
 import re
@@ -24,7 +24,7 @@ ADVICE = " If reserved but unallocated memory is large try setting PYTORCH_CUDA_
 
 
 def ended(path):
-    """Run the command line on a run whose second step raises torch's error. Return its exit code and its stderr."""
+    """Run ``dpo-engine train``; the second step raises torch's error. Return the exit code and stderr."""
     import torch
 
     from dpo_engine.cli import main

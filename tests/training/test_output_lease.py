@@ -12,9 +12,10 @@ HOST = re.escape(os.uname().nodename)
 
 
 def shared(folder, keys, apart=(), late_s=0.0):
-    """Check the directories of ``keys`` under ``folder``. Return the notes.
+    """Check the directories of ``keys`` under ``folder``. Return the notes, followed by the error if there is one.
 
     apart   keys whose directories are different on rank 1
+    late_s  seconds after which these directories become links to the other ranks' directories; 0: never
     """
     import threading
 

@@ -68,7 +68,7 @@ def check_layout(one_rank, tiny_hf, tmp_path, name, layout, *, family="llama", m
 
 
 REPEATED = ("tp2", "pp2", "cp2", "dp2", "cp4", "pp2 vpp2", "tp2 pp2", "pp2 dp2", "dp2 plain optimizer")
-"""Layouts that other layouts include."""
+"""Layouts that are part of other layouts."""
 IN_FP64 = ("tp2 cp2", "cp2 dp2")
 """Layouts that test_fp64_layouts.py tests in fp64 in the default suite."""
 SOME = [
@@ -193,7 +193,7 @@ def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
 
 
 def gradient_norm(scale_weights: float, config):
-    """Return loss and gradient norm of one step in which all pair weights are multiplied by ``scale_weights``."""
+    """Return the loss and gradient norm of one step in which all pair weights are multiplied by ``scale_weights``."""
     from dpo_engine.testing.pairs import RandomPairs
     from dpo_engine.testing.trajectory import VOCAB
     from dpo_engine.training.engine import Engine, batch_facts

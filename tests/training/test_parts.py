@@ -27,7 +27,7 @@ def softplus(x):
 
 
 def metrics_of(name, options, coupled=False, **objective):
-    """Return the metrics of the pairs above, as one micro-batch; the last pair is padding."""
+    """Return the metrics of the pairs above, as one micro-batch. The last pair is a dummy."""
     loss = Objective(LOSSES[name], options, **objective)
     lengths = [torch.tensor(LENGTHS)] * 2
     policy = PairLogps(torch.tensor(CHOSEN), torch.tensor(REJECTED), *lengths, *[torch.ones(4)] * 6)
@@ -64,7 +64,7 @@ def test_terms_of_a_mixed_loss():
 
 def test_terms_of_a_coupled_loss():
     (got,) = run_ranks(metrics_of, 1, name="mix", options={"losses": AOT}, coupled=True)
-    # A pair of weight w counts as 2w copies of a pair of weight 1/2. The loss compares two sorted lists of such copies.
+    # A pair of weight w counts as 2w copies of a pair of weight 1/2. The loss compares two sorted lists of the copies.
     above, below = (
         sorted(v - r for v, r, w in zip(column, REFERENCE, WEIGHTS, strict=True) for _ in range(int(2 * w)))
         for column in (CHOSEN, REJECTED)
@@ -80,8 +80,8 @@ def test_terms_of_a_coupled_loss():
 def test_terms_of_losses_with_a_likelihood(name, weighting):
     got = metrics_of(name, {"nll": "response_mean"}, use_weighting=weighting)
     nll = [-c / n for c, n in zip(CHOSEN, LENGTHS, strict=True) if n]
-    # A factor of use_weighting is exp of the sum, over both responses, of (log p + a collision entropy of 1 nat) /
-    # tokens.
+    # With use_weighting, the factor of a pair is the product, over both responses, of exp((log p + c) / tokens). The
+    # collision entropy c is 1 nat in this test.
     factors = [math.exp((c + 1) / n + (r + 1) / n) for c, r, n in zip(CHOSEN, REJECTED, LENGTHS, strict=True) if n]
     factors = factors if weighting else [1.0] * 3
     assert got["loss/likelihood"] == pytest.approx(mean([f * v for f, v in zip(factors, nll, strict=True)]), rel=1e-5)
@@ -115,7 +115,7 @@ def test_zeros_are_those_of_tokens_that_do_not_occur(name, tied, tiny_hf, tmp_pa
     pairs = RandomPairs(6, VOCAB)
     rows = [np.concatenate([pair.prompt, part]) for pair in map(pairs.__getitem__, indices) for part in pair[1:3]]
     read = {int(token) for row in rows for token in row[:-1]}
-    hidden = 0 if tied else len(read)  # with tied weights, each row is an output row and has a gradient
+    hidden = 0 if tied else len(read)  # with tied weights, all rows are used by the output layer and have gradients
     expected = 0 if tied else (VOCAB - hidden) * 64
     assert [step["num_zeros_in_grad"] for result in results for step in result["steps"]] == [expected] * ranks
 

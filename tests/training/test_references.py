@@ -85,7 +85,7 @@ def counted(config, verb="train"):
 
 
 def numbers(folder):
-    """Return the metrics of all steps and evaluations, without those of time, speed and memory."""
+    """Return the metrics of all steps and evaluations, without metrics of time, speed and memory."""
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in log_of(folder)]
 
 
@@ -100,7 +100,10 @@ def assert_same(folder, expected, rtol=1e-5):
 
 @pytest.fixture(scope="module")
 def resident(files, policy, other, tmp_path_factory):
-    """Train on one rank with a resident reference, once with the policy's weights and once with other weights."""
+    """Train on one rank with a resident reference, once with the policy's weights and once with other weights.
+
+    Returns the output directories.
+    """
     folders = {}
     for name, path in (("same", None), ("other", str(other))):
         folders[name] = tmp_path_factory.mktemp(name)
@@ -176,7 +179,7 @@ def with_columns(files, model, folder):
 
 
 class TestStored:
-    """A store filled by the `reference` verb on two tensor-parallel ranks."""
+    """Tests with a store that the `reference` verb has filled on two tensor-parallel ranks."""
 
     @pytest.fixture(scope="class")
     def store(self, files, policy, tmp_path_factory):
@@ -543,7 +546,7 @@ def test_eval_uses_the_runs_reference(reference, files, policy, other, tmp_path)
 
 
 def test_zero_gradients_are_allowed_if_the_weights_differ(files, policy, other, tmp_path):
-    """Zero gradients can be correct in this case: those of a hinge loss are 0 if all pairs satisfy the margin."""
+    """Zero gradients can be correct: for example, a hinge loss has zero gradients if all pairs satisfy the margin."""
     sections = {"loss": {"name": "flat"}, "reference": {"path": str(other)}, "train": {"max_steps": 1}}
     outcome = run_ranks(dead_gradients, 1, config=config_of(files, policy, tmp_path, **sections))[0]["result"]
     assert outcome["step"] == 1 and outcome["train"]["grad_norm"] == 0.0

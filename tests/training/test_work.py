@@ -49,7 +49,7 @@ def counted(config):
     chunks = engine.load_model(config.model.path)
     batches = engine.batches(pairs, indices)
     with flops_module().executed_flops() as counter, torch.no_grad():
-        if engine.groups.cp.size() == 1:  # the counter cannot run the attention mask of cp
+        if engine.groups.cp.size() == 1:  # the counter cannot handle the attention mask with cp
             score(chunks, batches, vocab_size=engine.arch.vocab_size, groups=engine.groups)
     work = forward_work(engine.arch, batches)
     dist.all_reduce(work, group=engine.groups.dp_cp)
@@ -130,8 +130,8 @@ STEPS = {
 def step_operations(config):
     """Run one training step. Return torch's counts of this rank's products and attention, and the engine's count.
 
-    The engine's count is the one in ``mfu``, for all ranks. Torch's count of attention has two parts: the forward
-    passes and the backward passes.
+    The engine's count is for all ranks, and is computed from ``mfu``. Torch's count of attention has two parts: the
+    forward passes and the backward passes.
     """
     from dpo_engine.training import work
     from dpo_engine.training.engine import Engine, batch_facts
@@ -219,7 +219,7 @@ def test_padded_rows_are_those_of_all_ranks(world, size, tokens, parallel):
 
 
 def reported(config):
-    """Train as on a GPU with a known peak, and return the metrics of the last step."""
+    """Train as on a GPU whose peak FLOP/s are known, and return the metrics of the last step."""
     from dpo_engine.training import work
     from support.small_run import run
 
@@ -270,7 +270,7 @@ def counted_products(config):
 @pytest.mark.parametrize(
     "family, ranks, parallel, layout",
     [
-        ("llama", 2, {"cp": 2}, "tree"),  # torch's counter cannot run the mask of stacked rows with cp
+        ("llama", 2, {"cp": 2}, "tree"),  # torch's counter cannot handle the mask of stacked rows with cp
         *((family, 1, {}, "tree") for family in ("olmoe", "deepseek_v3", "gemma2")),
         *(
             pytest.param(family, 1, {}, "stacked", marks=pytest.mark.slow)

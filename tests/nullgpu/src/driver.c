@@ -1,4 +1,4 @@
-// libcuda.so.1 of the null GPU: the driver's functions that Triton calls. Kernels are loaded and launched by name.
+// libcuda.so.1 of the null GPU: the driver's functions that Triton calls. A launch of a kernel is only counted.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6,7 +6,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define NOT_FOUND 500
 
-// These are in the preloaded library.
+// These functions are in the preloaded library, libnullgpu.so.
 extern int cudaDeviceGetAttribute(int *, int, int);
 extern int cudaGetDeviceCount(int *);
 extern int cudaMemGetInfo(size_t *, size_t *);

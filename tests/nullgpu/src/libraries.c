@@ -1,11 +1,13 @@
-// NCCL, cuBLAS and cuDNN: calls are counted and do nothing.
+// NCCL, cuBLAS and cuDNN: calls are counted. Nothing is computed, but NCCL's small results are written.
 #include "nullgpu.h"
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-// ---- NCCL for a single process. Each collective returns its result as if every other rank had this rank's data. ----
-#define LARGEST_ANSWER ((size_t)1 << 20)  // larger results are not written, like the results of kernels
+// ---- NCCL for a single process ----
+// Reductions and broadcasts return this rank's data, and all-gathers return this rank's data once for each rank. The
+// results of other operations are not written.
+#define LARGEST_ANSWER ((size_t)1 << 20)  // larger results are not written
 
 typedef struct {
   int rank, ranks;
@@ -15,7 +17,8 @@ typedef struct {
 } UniqueId;
 static int next_rank, next_ranks;
 
-// ncclCommSplit does not get the size of the new communicator, so Python announces its rank and size before the split.
+// ncclCommSplit does not get the size of the new communicator. Before the split, Python therefore announces this
+// process's rank and the size.
 EXPORT void nullgpu_announce_group(int rank, int ranks) {
   next_rank = rank;
   next_ranks = ranks;
@@ -137,7 +140,7 @@ EXPORT int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a
     count(PRODUCTS); \
     return 0; \
   }
-// The layout of a matrix holds its type, by which FP8 products are counted.
+// The layout of a matrix holds the type of its elements, because products of FP8 matrices are also counted separately.
 typedef struct {
   int type;
 } MatrixLayout;

@@ -1,4 +1,4 @@
-// Memory of the null GPU. Device memory is reserved address space, of which only small copies touch any pages.
+// Memory of the null GPU. Device memory is reserved address space. Only small copies and fills write to it.
 #define _GNU_SOURCE
 #include "nullgpu.h"
 #include <cuda_runtime_api.h>

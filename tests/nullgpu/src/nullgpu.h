@@ -8,7 +8,7 @@
 typedef enum {
   LAUNCHES,          // launches of kernels, except for kernels inside cuBLAS and cuDNN
   PRODUCTS,          // calls of cuBLAS
-  FP8_PRODUCTS,      // those of two FP8 matrices
+  FP8_PRODUCTS,      // calls of cuBLAS that multiply two FP8 matrices
   CUDNN_CALLS,       // executions of a cuDNN plan
   CUDNN_PLANS,       // cuDNN plans built
   COLLECTIVES,       // NCCL operations, including sends and receives
@@ -17,16 +17,16 @@ typedef enum {
   DEVICE_WAITS,      // the host waits for the device
   EVENT_WAITS,       // the host waits for an event
   BLOCKING_COPIES,   // copies for which the host waits until they are done
-  PAGEABLE_COPIES,   // asynchronous copies from or to pageable host memory, which block the host in part
+  PAGEABLE_COPIES,   // copies from or to pageable host memory, which block the host at least in part
   COPIES,            // all copies
-  ALLOCATIONS,       // requests of the caching allocator to the device
+  ALLOCATIONS,       // requests of the caching allocator for device memory
   COUNTERS
 } Counter;
 
 typedef enum { UNKNOWN_MEMORY, HOST_MEMORY, DEVICE_MEMORY } MemoryKind;
 
 void count(Counter what);
-void count_kernel(const void *key);                        // a launch of a registered kernel
+void count_kernel(const void *key);                        // count a launch of a registered kernel
 void register_kernel(const void *key, const char *name);   // `key` identifies the kernel in launches
 const char *kernel_name(const void *key);
 void count_collective(const char *operation, size_t bytes, int ranks);
@@ -37,5 +37,5 @@ size_t free_device_memory(void);   // free memory of the card in bytes
 
 long setting(const char *variable, long otherwise);  // an environment variable's value, or `otherwise`
 
-// Return the driver's function with this name. torch requests the functions that reserve addresses and map memory.
+// Return this library's version of a driver function for memory, or NULL. torch requests these functions by name.
 void *memory_function(const char *name);

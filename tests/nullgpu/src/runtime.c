@@ -156,7 +156,7 @@ EXPORT cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function
   return cudaSuccess;
 }
 
-// An event holds the time of its record, in milliseconds.
+// An event holds the time at which it was recorded, in milliseconds.
 EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
   *event = calloc(1, sizeof(double));
   return cudaSuccess;
@@ -277,7 +277,7 @@ EXPORT cudaError_t cudaGetDriverEntryPoint(const char *name, void **function, un
   return cudaGetDriverEntryPointByVersion(name, function, 0, flags, result);
 }
 
-// ---- dlsym: libraries that look up CUDA's functions by name, such as cuDNN's front end, must find these ----
+// ---- dlsym: libraries that look up CUDA's functions by name, as cuDNN's front end does, must find this library's ----
 static void *(*real_dlsym)(void *, const char *);
 static void *this_library;
 

@@ -245,9 +245,13 @@ def _wrong_values(config: Config) -> list[str]:
 
 def _wanted(hint: Any) -> str:
     """Describe a field's type for an error message."""
+    return join(_choices(hint))
+
+
+def _choices(hint: Any) -> list[str]:
     if typing.get_origin(hint) is typing.Literal:
-        return join(typing.get_args(hint), "or")
+        return list(typing.get_args(hint))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_wanted(argument) for argument in typing.get_args(hint))
+        return [choice for argument in typing.get_args(hint) for choice in _choices(argument)]
     known = {bool: "true or false", int: "a whole number", type(None): "null"}
-    return known.get(hint, "a list of names")
+    return [known.get(hint, "a list of names")]

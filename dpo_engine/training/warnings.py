@@ -82,8 +82,8 @@ class Warnings(Callback):
             self._warn(
                 run,
                 "language",
-                f"logps/chosen: {-now:.2f} nats per token after step {run.step}, below a uniform distribution's "
-                f"{-uniform:.2f} ({-self.first:.2f} at the start), so the policy is no longer a language model; lower "
+                f"logps/chosen: {-now:.2f} nats per token after step {run.step} ({-self.first:.2f} at the "
+                f"start), below a uniform distribution's {-uniform:.2f}, so the policy is no longer a language model; lower "
                 "optim.lr, raise loss.beta, or add a likelihood term (loss mix with sft)",
             )
 

@@ -63,7 +63,7 @@ REFUSALS = [
         {},
         "fp8_recipe=custom: it runs code that the engine does not know; use tensorwise, blockwise or mxfp8",
     ),
-    ({"fp8": "e5m2"}, {}, "fp8=e5m2: must be e4m3 or hybrid or null; correct it"),
+    ({"fp8": "e5m2"}, {}, "fp8=e5m2: must be e4m3, hybrid or null; correct it"),
     ({"fp8": None}, {}, "fp8=null: has no effect unless its value is e4m3 or hybrid; change that, or remove it"),
     ({"fp8_recipe": "blockwise"}, {}, f"fp8_recipe=blockwise: {NO_EFFECT}; change that, or remove it"),
     ({"first_last_layers_bf16": True}, {}, f"first_last_layers_bf16=true: {NO_EFFECT}; change that, or remove it"),

@@ -224,7 +224,7 @@ REFUSALS = [
     ),
     (
         {"transformer": {"recompute_method": "some"}},
-        "recompute_method=some: must be uniform or block or null; correct it",
+        "recompute_method=some: must be uniform, block or null; correct it",
     ),
     (
         {"transformer": {"distribute_saved_activations": 1}},

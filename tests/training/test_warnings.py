@@ -121,8 +121,8 @@ def test_a_policy_that_is_no_longer_a_language_model():
     assert told({"sft_loss": limit + 0.5}, {"sft_loss": limit + 1.4}) == [], "random weights have not collapsed"
     (line,) = told({}, {"sft_loss": limit + 0.01}, {"sft_loss": 50.0})
     assert line.startswith(
-        "warning: logps/chosen: -4.62 nats per token after step 2, below a uniform distribution's -4.61 (-2.00 at the "
-        "start), so the policy is no longer a language model; lower optim.lr"
+        "warning: logps/chosen: -4.62 nats per token after step 2 (-2.00 at the start), below a uniform distribution's "
+        "-4.61, so the policy is no longer a language model; lower optim.lr"
     )
     assert len(told({}, evaluations=[{"sft_loss": 9.0}])) == 1
 

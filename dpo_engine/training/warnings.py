@@ -83,8 +83,8 @@ class Warnings(Callback):
                 run,
                 "language",
                 f"logps/chosen: {-now:.2f} nats per token after step {run.step} ({-self.first:.2f} at the "
-                f"start), below a uniform distribution's {-uniform:.2f}, so the policy is no longer a language model; lower "
-                "optim.lr, raise loss.beta, or add a likelihood term (loss mix with sft)",
+                f"start), below a uniform distribution's {-uniform:.2f}, so the policy is no longer a language model; "
+                "lower optim.lr, raise loss.beta, or add a likelihood term (loss mix with sft)",
             )
 
     def _warn(self, run: Run, about: str, line: str) -> None:

@@ -19,7 +19,7 @@ room in its queue of launches. If launches limit the speed of a step, preparing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -92,3 +92,15 @@ class OneAhead(Generic[T]):
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
+
+
+def one_ahead(make: Callable[[int], T], numbers: range) -> Iterator[T]:
+    """Yield the item of each number. A second thread makes the next item while the caller uses the current one."""
+    items = OneAhead(make, numbers.stop)
+    try:
+        for number in numbers:
+            item = items.take(number)
+            items.begin(number + 1)
+            yield item
+    finally:
+        items.close()

@@ -33,7 +33,7 @@ from dpo_engine.training.fill_store import leave_if_asked
 from dpo_engine.training.finite import require_finite
 from dpo_engine.training.first_step import known_equal, require_first_step, tolerance
 from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.next_step import OneAhead, step_data
+from dpo_engine.training.next_step import OneAhead, StepData, one_ahead, step_data
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.references import following, open_reference
 from dpo_engine.training.results import write_results
@@ -79,7 +79,8 @@ class Trainer:
         self.step = 0
         self.pairs_seen = 0
         self.trained = engine.load_policy(total_steps=data.plan.num_steps)
-        self.steps = OneAhead(lambda step: step_data(engine, data.train, data.plan.pairs(step)), data.plan.num_steps)
+        self.step_data = lambda step: step_data(engine, data.train, data.plan.pairs(step))
+        self.steps = OneAhead(self.step_data, data.plan.num_steps)
         self.bad_steps = BadSteps(self.config.bad_steps, engine.groups.world, engine.platform.device)
         self.reference = open_reference(
             engine,
@@ -114,9 +115,8 @@ class Trainer:
 
     def upcoming(self) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches for each of the next ``reference.ahead`` steps."""
-        plan = self.data.plan
-        for step in range(self.step, min(self.step + self.config.reference.ahead, plan.num_steps)):
-            yield self.engine.batches(self.data.train, plan.pairs(step))
+        stop = min(self.step + self.config.reference.ahead, self.data.plan.num_steps)
+        yield from map(StepData.batches, one_ahead(self.step_data, range(self.step, stop)))
 
     def resume(self) -> None:
         """Load the checkpoint from which the run resumes, if there is one."""

@@ -75,7 +75,7 @@ from dpo_engine.scoring.store import VALUES, Rows, keys  # noqa: E402
 from dpo_engine.training.bad_steps import BadSteps  # noqa: E402
 from dpo_engine.training.engine import Engine  # noqa: E402
 from dpo_engine.training.interruption import Interruption  # noqa: E402
-from dpo_engine.training.next_step import OneAhead, step_data  # noqa: E402
+from dpo_engine.training.next_step import OneAhead, one_ahead, step_data  # noqa: E402
 from dpo_engine.training.objective import Objective  # noqa: E402
 from dpo_engine.training.out_of_memory import explanation  # noqa: E402
 from dpo_engine.training.references import open_reference  # noqa: E402
@@ -173,8 +173,9 @@ class OneRank:
 
     def upcoming(self) -> Iterator[list[Any]]:
         """Yield the micro-batches of the next steps, which an offloaded reference scores ahead, as in the trainer."""
-        for indices in self.plan[self.step : self.step + self.config.reference.ahead]:
-            yield self.engine.batches(self.pairs, indices)
+        steps = range(self.step, min(self.step + self.config.reference.ahead, len(self.plan)))
+        for data in one_ahead(lambda step: step_data(self.engine, self.pairs, self.plan[step]), steps):
+            yield data.batches()
 
     @contextmanager
     def _measured(self, part: str) -> Iterator[None]:

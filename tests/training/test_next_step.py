@@ -8,7 +8,7 @@ import pytest
 from dpo_engine.testing.pairs import RandomPairs
 from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.testing.trajectory import VOCAB, run_config
-from dpo_engine.training.next_step import OneAhead
+from dpo_engine.training.next_step import OneAhead, one_ahead
 from support.small_run import config_of, log_of
 
 
@@ -71,6 +71,20 @@ class TestOneAhead:
         items.begin(1)
         items.close()
         assert not made[0][1].is_alive()
+
+    def test_all_items_in_order(self):
+        begun = threading.Event()
+
+        def make(number):
+            if number == 6:
+                begun.set()
+            return number
+
+        items = one_ahead(make, range(5, 9))
+        assert next(items) == 5
+        assert begun.wait(10), "the next item is made while the caller uses this one"
+        assert list(items) == [6, 7, 8]
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("next step")]
 
 
 def alone(config):

@@ -1,8 +1,8 @@
 """Write the generated parts of the documentation: python docs/generate.py [--check]
 
-On a page, each generated part goes between ``<!-- generated: NAME -->`` and ``<!-- end of NAME -->``.
-The whole page ``docs/migrating.md`` is generated. With ``--check``, nothing is written, and the exit code is 1 if a
-page is out of date.
+On a page, each generated part is between ``<!-- generated: NAME -->`` and ``<!-- end of NAME -->``. The whole page
+``docs/migrating.md`` is generated. With ``--check``, nothing is written, and the exit code is 1 if a page is out of
+date.
 """
 
 import html
@@ -86,7 +86,10 @@ def _options(loss: Loss) -> str:
 
 
 def _first_value(loss: Loss) -> str:
-    """Return the loss at the first step, when the policy and the reference are identical, with the default options."""
+    """Return the loss with the default options at the first step, when the policy and the reference are identical.
+
+    If this value is not known in advance, return the reason in words.
+    """
     options = with_defaults(loss, {})
     if options.keys() != loss_options(loss).keys():
         return "depends on its options"
@@ -103,7 +106,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "metrics.md": {"metrics": metric_table},
     "reliability.md": {"faults": fault_table},
 }
-"""For each page, its generated parts: part name to the function that generates it."""
+"""The generated parts of each page: the name of a part, and the function that generates the part."""
 
 
 def pages() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Draw `docs/images/report.png`, the top of the page that the quickstart writes, with Chromium:
+"""Write `docs/images/report.png`, a picture of the top of the page that the quickstart writes. Chromium draws it:
 
     bash launch/quickstart.sh
     python docs/screenshot.py runs/quickstart/dpo

@@ -42,7 +42,7 @@ def prose(text: str) -> str:
 
 
 def table(text: str, heading: str) -> list[list[str]]:
-    """Return the rows of the table whose header line begins with ``heading``, each as a list of cells."""
+    """Return the rows of the table whose header begins with the cells ``heading``, each row as a list of cells."""
     rows = text[text.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
 
@@ -58,9 +58,9 @@ AT_STEP_1 = {
     "ln(1 + e^gamma)": lambda o: math.log(1 + math.exp(o["gamma"])),
     "-ln 2 - ln(e(1-e))/2": lambda o: -math.log(2) - math.log(o["label_smoothing"] * (1 - o["label_smoothing"])) / 2,
 }
-"""For each text in the table of formulas, a function that computes the value from a loss's options.
+"""For each text in the column "at step 1", a function that computes the value from the options of a loss.
 
-If the function returns None, the test does not check the value.
+If the function returns None, the text does not state a value for these options, and the test checks none.
 """
 
 
@@ -88,7 +88,7 @@ def test_the_readme_counts_the_losses():
 
 
 def test_the_table_of_metrics_is_what_is_reported():
-    """The table has exactly the metrics summed over pairs, and the metrics that a step or the trainer adds."""
+    """The table has exactly the metrics that are means over pairs, and those that other parts of a step add."""
     reported = Reported(reference=True, entropy=True, sources=("NAME", "other"), averages=True, parts=("NAME",))
     sums = means(torch.ones(sum(reported.sizes), dtype=torch.float64), reported, 1.0)
     names = {name for name in sums if "other" not in name}
@@ -169,7 +169,10 @@ def test_the_readme_lists_every_file_under_its_wing():
 
 
 def test_the_readme_shows_what_the_quickstart_prints():
-    """The transcript in the README has the labels that ``show.py`` prints, in the same order. The picture is small."""
+    """The transcript in the README has the labels that ``show.py`` prints, in the same order.
+
+    The picture of the quickstart has at most 150,000 bytes.
+    """
     script = (ROOT / "examples/quickstart/show.py").read_text(encoding="utf-8")
     rows = re.findall(r"^  (\D+?) +[\d.]+% +[\d.]+%$", README, re.MULTILINE)
     assert len(rows) == 3
@@ -180,7 +183,7 @@ def test_the_readme_shows_what_the_quickstart_prints():
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_links_outside_of_the_site_lead_to_files(name):
-    """Check the links of two files that mkdocs does not check, because they are not pages of the site."""
+    """Check the links in two files that are not pages of the site, so mkdocs does not check their links."""
     targets = {target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(TEXTS[name])) if "://" not in target}
     assert targets and not [target for target in targets if not (ROOT / target).exists()]
     if name == "README.md":
@@ -247,7 +250,7 @@ def test_adapters_need_the_memory_that_the_page_says(tmp_path):
 
 
 def test_only_one_page_says_that_no_gpu_has_run_the_engine():
-    """After the first run on a GPU, only one sentence has to change. The README links to the sentence's page."""
+    """After the first run on a GPU, only one sentence has to change. The README links to the page of this sentence."""
     said = re.compile(r"(not\s+run\s+on\s+a\s+GPU|No\s+GPU\s+has|on\s+a\s+GPU,?\s+yet)")
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*"), *ROOT.glob("*/README.md")]
     found = {path.name: len(said.findall(path.read_text())) for path in pages if path.is_file()}

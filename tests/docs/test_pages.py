@@ -80,7 +80,7 @@ def test_every_column_of_an_evaluation_is_described():
 
 
 def lines(language: str) -> list[tuple[str, str]]:
-    """Return the commands in a language's blocks as (name of the page, command), without comments or descriptions."""
+    """Return the commands in the blocks of a language as (name of the page, command), without comments."""
     return [
         (name, command)
         for name, block in blocks(language)
@@ -104,7 +104,7 @@ def test_commands_name_what_exists(page, command):
 
 
 def engine_commands() -> list[tuple[str, str]]:
-    """Return the commands of dpo-engine in code blocks that name no language."""
+    """Return the commands that start dpo-engine, from code blocks that name no language, as `lines` does."""
     start = re.compile(r"(DPO_FAULT=\S+ )?(dpo-engine|torchrun) ")
     return [(page, line) for page, line in lines("") if start.match(line)]
 

@@ -65,6 +65,8 @@ def _model_rules(config: Config) -> Iterator[Rule]:
             "Transformer Engine has deterministic kernels for small micro-batches only; set train.deterministic=false "
             "or model.attention=auto",
         )
+    if config.model.flash_attention != 2 and config.model.dtype == "fp32":
+        yield ("model.flash_attention", "model.dtype"), "requires model.dtype=bf16; set it to 2"
     if parallel.sequence_parallel is True and parallel.tp == 1:
         yield (
             ("parallel.sequence_parallel", "parallel.tp"),

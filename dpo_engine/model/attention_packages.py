@@ -62,6 +62,8 @@ def activate_flash_attention(
     line = f"model.flash_attention={version}: "
     if not platform.gpu:
         raise ConfigError(f"{line}requires a GPU, but this machine has none; set it to 2")
+    if dtype is not torch.bfloat16:
+        raise ConfigError(f"{line}requires weights in bf16, but they are in {dtype}; set it to 2")
     from torch.nn import attention
 
     if f"FA{version}" not in getattr(attention, "list_flash_attention_impls", list)():

@@ -118,6 +118,19 @@ CONTRADICTIONS = [
     ),
     ({"parallel__vpp": 2}, "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it"),
     (
+        {"model__attention": "te", "model__spec": "native", "train__deterministic": False},
+        "model.attention=te: requires Transformer Engine's layers; set model.spec=te",
+    ),
+    (
+        {"model__attention": "te"},
+        "model.attention=te: Transformer Engine has deterministic kernels for small micro-batches only; set "
+        "train.deterministic=false or model.attention=auto",
+    ),
+    (
+        {"model__flash_attention": 3, "model__dtype": "fp32"},
+        "model.flash_attention=3: requires model.dtype=bf16; set it to 2",
+    ),
+    (
         {"parallel__sequence_parallel": True},
         "parallel.sequence_parallel=true: requires parallel.tp >= 2, but it is 1; remove it",
     ),

@@ -12,9 +12,7 @@ from dpo_engine.model.kernels import choose_kernels
 from dpo_kernels import Tree, dispatch, eager, varlen
 
 GPU, CPU = (SimpleNamespace(gpu=gpu, device=torch.device("cpu")) for gpu in (True, False))
-ARCH = SimpleNamespace(
-    head_dim=8, num_attention_heads=4, num_kv_heads=2, has_windows=True, arch_options={}, model_type="mistral"
-)
+ARCH = SimpleNamespace(head_dim=8, num_attention_heads=4, num_kv_heads=2, has_windows=True, model_type="mistral")
 TE = {"attention": "te", "head": "auto"}
 AUTO = {"attention": "auto", "head": "auto"}
 TREES = {
@@ -155,6 +153,12 @@ def test_flash_attention_needs_a_gpu(loaded):
         ConfigError, match="^model.flash_attention=3: requires a GPU, but this machine has none; set it"
     ):
         choose_kernels(AUTO, ARCH, CPU, torch.bfloat16, flash=3)
+    assert loaded == []
+
+
+def test_flash_attention_needs_bf16(loaded):
+    with pytest.raises(ConfigError, match="^model.flash_attention=3: requires weights in bf16, but they are in torch"):
+        choose_kernels(AUTO, ARCH, GPU, torch.float32, flash=3)
     assert loaded == []
 
 

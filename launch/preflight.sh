@@ -81,12 +81,12 @@ preflight() {
 # Check the GPUs of every node. End the script if a node does not answer, or has a GPU that must not be used.
 check_gpus() {
   local said node line bad=()
-  said=$(timeout --kill-after=10 "${GPU_CHECK_S:-120}" srun --overlap --kill-on-bad-exit=0 --ntasks-per-node=1 \
-    "--ntasks=$SLURM_NNODES" bash "$launch/gpu_check.sh") || true
   [[ -z $guessed ]] ||
     refuse "GPU_CHECK=1: scontrol show hostnames does not answer; submit the job again, or set GPU_CHECK=0"
+  said=$(timeout --kill-after=10 "${GPU_CHECK_S:-120}" srun --overlap --kill-on-bad-exit=0 --ntasks-per-node=1 \
+    "--ntasks=$SLURM_NNODES" bash "$launch/gpu_check.sh") || true
   for node in "${hosts[@]}"; do
-    line=$(grep "^$node: " <<<"$said") || line="$node: no answer within ${GPU_CHECK_S:-120} s"
+    line=$(awk -v start="$node: " 'index($0, start) == 1' <<<"$said" | grep .) || line="$node: no answer within ${GPU_CHECK_S:-120} s"
     if [[ $line != "$node: ok" ]]; then
       say "GPU check: $line"
       bad+=("$node")

@@ -84,9 +84,9 @@ def find_checkpoint(
         return Checkpoint(manifest["step"], directory, manifest, passed_over)
     if not damaged:
         return None
-    way_out = (
-        "restore a checkpoint, or remove all of them to start from step 0" if step is None else "choose another step"
-    )
+    if step is not None:
+        raise CheckpointError([*damaged, f"{folder}: the checkpoint for step {step} is damaged; choose another step"])
+    way_out = "restore a checkpoint, or remove all of them to start from step 0"
     raise CheckpointError([*damaged, f"{folder}: no checkpoint is intact; {way_out}"])
 
 

@@ -29,13 +29,18 @@ def adapter_rules(config: Config) -> Iterator[Rule]:
             ("reference.adapter", "reference.path"),
             "has no effect with reference.path, whose model is used without an adapter; remove it",
         )
-    if reference.mode == "offloaded":
+    if reference.mode == "offloaded" and reference.path is None:
         yield (
-            ("reference.mode", "adapter"),
+            ("reference.mode", "reference.path", "adapter"),
             "is not supported with an adapter, because the policy and the reference then share the base weights; set "
             "reference.mode=shared, which needs no extra memory",
         )
-    if config.reference_mode == "shared":
+    elif reference.mode == "offloaded":
+        yield (
+            ("reference.mode", "reference.path", "adapter"),
+            "is not supported with an adapter; set reference.mode=resident or stored",
+        )
+    elif config.reference_mode == "shared":
         yield from _shared_rules(config)
     elif reference.sync_every:
         yield (

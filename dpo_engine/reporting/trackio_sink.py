@@ -42,7 +42,8 @@ class TrackioSink:
                     auto_log_cpu=False,
                 )
         except Exception as error:  # trackio and huggingface_hub raise many kinds of errors
-            raise CannotOpen(first_line(error), "log in to the Hub, or remove space_id") from error
+            way_out = "log in to the Hub, or remove space_id" if space_id else "set TRACKIO_DIR to a writable directory"
+            raise CannotOpen(first_line(error), way_out) from error
         opening.remember("trackio", name)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:

@@ -7,6 +7,7 @@ same with and without callbacks, unless a callback writes to the weights.
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -105,7 +106,11 @@ class Callbacks:
             try:
                 callback.on_end(run)
             except Exception as error:
-                run.sinks.say(f"{key}: on_end failed: {type(error).__name__}: {error}")
+                line = f"{key}: on_end failed: {type(error).__name__}: {error}"
+                if run.engine.groups.world.rank() == 0:
+                    run.sinks.say(line)
+                else:  # the sinks of this rank print nothing
+                    sys.stderr.write(f"{line}\n")
 
     def _without_limit(self, run: Run, event: str, *seen: object) -> None:
         if self.callbacks:

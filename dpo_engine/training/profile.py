@@ -101,8 +101,10 @@ class MemorySnapshot:
 
     def write(self, path: Path) -> None:
         """Write the snapshot, and end the record."""
-        torch.cuda.memory._dump_snapshot(str(path))
-        torch.cuda.memory._record_memory_history(enabled=None)
+        try:
+            torch.cuda.memory._dump_snapshot(str(path))
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
 
 TOOLS: dict[str, Callable[[], Tool]] = {"torch": TorchTrace, "nsys": NsightSystems, "memory": MemorySnapshot}

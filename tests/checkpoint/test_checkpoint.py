@@ -280,7 +280,7 @@ def flip(path, position):
 def test_damage_is_reported_on_every_rank(change, message, saved, tmp_path):
     found = damaged(saved, tmp_path, change)
     assert found.startswith(f"checkpoint for step {HALF} skipped: ") and message in found
-    assert found.endswith("c: no checkpoint is intact; choose another step")
+    assert found.endswith(f"c: the checkpoint for step {HALF} is damaged; choose another step")
 
 
 def test_unknown_format_is_refused(saved, tmp_path):

@@ -61,6 +61,10 @@ CONTRADICTIONS = [
         "the base weights; set reference.mode=shared, which needs no extra memory",
     ),
     (
+        {"adapter__rank": 4, "reference__mode": "offloaded", "reference__path": "r"},
+        "reference.mode=offloaded: is not supported with an adapter; set reference.mode=resident or stored",
+    ),
+    (
         {"adapter__rank": 4, "reference__mode": "resident", "reference__sync_every": 2},
         "reference.sync_every=2: with an adapter, reference.mode must be shared, but it is resident; set "
         "reference.mode=shared",

@@ -250,6 +250,11 @@ class TestSlices:
         assert rows_of(f"{tmp_path}/set[:-20%]") + rows_of(f"{tmp_path}/set[-20%:]") == rows
         assert locate(f"{tmp_path}/set[9:11]", next(read_rows(f"{tmp_path}/set[9:11]"))[0]).endswith(f"1.{suffix}:1")
 
+    def test_slice_of_an_empty_file(self, tmp_path):
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(b"")
+        assert refusal(f"{path}[:5]") == f"{path}[:5]: the slice selects none of the 0 records; change its bounds"
+
     def test_bad_lines_count_as_records_and_matter_only_inside(self, tmp_path):
         path = tmp_path / "a.jsonl"
         path.write_bytes(b"\n".join([dump(ROWS[0]), b"{", b"", dump(ROWS[1]), dump(ROWS[2])]))

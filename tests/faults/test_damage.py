@@ -301,7 +301,7 @@ def test_other_verbs_refuse_a_damaged_checkpoint(verb, again, runs, tmp_path):
     given = [str(runs.yaml), f"train.output_dir={run}"]
     asked = run_job([verb, *given, "--step", "6"], 2, tmp_path / "log")
     assert asked.codes == [4, 4] and "checkpoint for step 6 skipped" in asked.errors[0]
-    assert asked.errors[0].endswith("checkpoints: no checkpoint is intact; choose another step\n")
+    assert asked.errors[0].endswith("checkpoints: the checkpoint for step 6 is damaged; choose another step\n")
     shutil.rmtree(run / "checkpoints/step_00000008")
     newest = run_job([verb, *given], 2, tmp_path / "log")
     assert newest.codes == [0, 0], newest.said

@@ -276,10 +276,12 @@ def test_on_a_gpu(d, dtype, atol, triton_backend):
             for result, want in zip(got, expected, strict=True):
                 torch.testing.assert_close(result.double(), want, rtol=1e-2, atol=atol)
         torch.use_deterministic_algorithms(True)  # otherwise, flash attention's backward pass is not deterministic
-        for attention in (triton_backend.tree_attention, *[varlen.tree_attention] * flash):
-            again, first = (with_grads(attention, inputs, grad, some) for _ in range(2))
-            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True)), "two runs gave different bits"
-        torch.use_deterministic_algorithms(False)
+        try:
+            for attention in (triton_backend.tree_attention, *[varlen.tree_attention] * flash):
+                again, first = (with_grads(attention, inputs, grad, some) for _ in range(2))
+                assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True)), "two runs gave different bits"
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 def test_dispatch_uses_the_chosen_backend(monkeypatch):

@@ -268,6 +268,14 @@ REFUSED = {
         {"rope_scaling": "linear"},
         "rope_scaling='linear': must be an object; correct config.json",
     ),
+    "rope kind that is a list": (
+        {"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}},
+        "rope_type=['linear']: only default, linear, dynamic, llama3, yarn, longrope are supported; use another model",
+    ),
+    "rope parameters that are a list": (
+        {"rope_parameters": [1]},
+        "rope_parameters=[1]: must be an object; correct config.json",
+    ),
     "odd partial rope": (
         {"partial_rotary_factor": 0.4},
         "partial_rotary_factor: rotates 3 of 8 dimensions, but must rotate an even number above 0; correct config.json",
@@ -447,6 +455,20 @@ def test_sparse_text_configs_have_the_defaults_of_transformers(config_dir):
         found = read_architecture(config_dir("gemma3", text_config=text, vision_config={}))
         assert found.differences(expected) == ["model_type='gemma3_text' instead of 'gemma3'"]
         assert found.max_positions == expected.max_positions
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"rope_parameters": [1]}, "rope_parameters=[1]: must be an object"),
+        ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention=3: must be an object"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn': must be an object"),
+        ({"rope_parameters": {"factor": 8.0}}, "rope_parameters: must have an object for each kind of layer in this"),
+    ],
+)
+def test_rotary_fields_by_kind_of_layer_are_checked(fields, says, config_dir):
+    (problem,) = problems(config_dir("gemma3_text", **fields))
+    assert problem.startswith(says)
 
 
 def test_problems_of_a_text_config_name_it(config_dir):

@@ -285,7 +285,7 @@ def test_length():
     short = one(verdict(few), "Too few pairs differ in length")
     assert (
         short.kind == "note"
-        and "equal length counts as half right. Only 2 pairs of 20 differ in length." in short.evidence
+        and "equal length counts as half right. Different lengths: 2 pairs of 20." in short.evidence
     )
 
 
@@ -295,7 +295,7 @@ def test_sources():
     bad = one(found, "Worse on bad.jsonl")
     assert bad.evidence.startswith("bad.jsonl: 0.0% of 30 pairs") and "good.jsonl: 100.0%" in bad.evidence
     fine = verdict(evaluation([1.0] * 60, source=["a/x"] * 30 + ["b/x"] * 30))
-    assert one(fine, "No source got worse; a/x has the lowest").kind == "good"
+    assert one(fine, "No source got clearly worse; a/x has the lowest").kind == "good"
     few = verdict(evaluation([1.0] * 6, source=["a"] * 3 + ["b"] * 3))
     assert one(few, "The sources have too few pairs").kind == "note"
 
@@ -314,8 +314,16 @@ def test_calibration():
     brier = 0.7 * (1 - confidence) ** 2 + 0.3 * confidence**2
     assert f"error {confidence - 0.7:.3f}, Brier score {brier:.3f}" in over.evidence
     assert one(verdict(evaluation([0.1] * 50)), "The model is underconfident").kind == "note"
+    few = evaluation([0.1] * 7 + [-0.1] * 3)
+    assert one(verdict(few), "The model's confidence matches"), "an accuracy of 70 % +- 28 % proves nothing"
     half = math.log(0.8 / 0.2)
     assert one(verdict(evaluation([half] * 80 + [-half] * 20)), "The model's confidence matches").kind == "good"
+
+
+def test_calibration_error_counts_pairs_by_weight():
+    measures = Measures(evaluation([2.0, -0.2], weight=np.array([3.0, 1.0])))
+    sure, unsure = 1 / (1 + math.exp(-2.0)), 1 / (1 + math.exp(-0.2))
+    assert measures.calibration_error == pytest.approx((3 * (1 - sure) + unsure) / 4)
 
 
 def test_reliability_bins_and_weights():

@@ -143,10 +143,15 @@ def test_metrics_that_cannot_be_logged_are_refused(metrics, says):
     assert str(refused.value) == says
 
 
-def test_an_error_at_the_end_does_not_stop_other_callbacks():
+def test_an_error_at_the_end_does_not_stop_other_callbacks(capsys):
     said = []
     last = Setting()
     last.on_end = lambda run: said.append("ended")
-    run = SimpleNamespace(sinks=SimpleNamespace(say=said.append))
-    Callbacks({"callbacks.mine": Setting(), "callbacks.last": last}).end(run)
-    assert said == ["callbacks.mine: on_end failed: OSError: the storage is full", "ended"]
+    line = "callbacks.mine: on_end failed: OSError: the storage is full"
+    for rank in (0, 1):
+        world = SimpleNamespace(rank=lambda rank=rank: rank)
+        engine = SimpleNamespace(groups=SimpleNamespace(world=world))
+        run = SimpleNamespace(engine=engine, sinks=SimpleNamespace(say=said.append))
+        Callbacks({"callbacks.mine": Setting(), "callbacks.last": last}).end(run)
+    assert said == [line, "ended", "ended"]
+    assert capsys.readouterr().err == f"{line}\n", "sinks print nothing on other ranks than the first"

@@ -168,6 +168,24 @@ def test_memory_snapshot_is_written_before_the_record_ends(tmp_path, monkeypatch
     assert run.sinks.lines == [f"profile: steps 1-2 are in {path.parent}, one file for each rank"]
 
 
+def test_recording_stops_if_a_snapshot_cannot_be_written(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: calls.append(options))
+
+    def full(path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", full)
+    run = fake_run(tmp_path)
+    profiler = profile.Profiler(ProfileConfig(steps=(1, 4), tool="memory"))
+    profiler.on_start(run)
+    run.step = 2
+    profiler.on_step(run, {})
+    profiler.on_end(run)
+    assert calls[-1] == {"enabled": None}
+    assert "No space left on device" in run.sinks.lines[0]
+
+
 @pytest.mark.parametrize("where", ["write", "stop"])
 def test_profile_that_cannot_be_written_does_not_end_the_run(where, tmp_path):
     class Broken:

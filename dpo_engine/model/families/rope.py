@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from dpo_engine.model.architecture import HFConfig
 
 LENGTH = "original_max_position_embeddings"
+KINDS = ("full_attention", "sliding_attention")
 SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -36,9 +37,7 @@ def rope(config: HFConfig, *, theta: float = 10000.0, partial: float = 1.0) -> R
     theta, partial  values if ``config.json`` omits ``rope_theta`` or ``partial_rotary_factor``
     """
     values = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(values, dict):
-        config.problem(f"rope_scaling={values!r}: must be an object; correct config.json")
-        return Rope()
+    values = _objects(config, "rope_scaling" if config.get("rope_scaling") else "rope_parameters", values)
     nested = [name for name, value in values.items() if isinstance(value, dict)]
     if nested:
         config.problem(f"rope_parameters.{nested[0]}: rotary positions cannot depend on the layer in this family")
@@ -59,9 +58,13 @@ def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) 
 
     Returns the fields of ``Architecture``.
     """
-    given = config.get("rope_parameters") or {}
-    full, near = ({**(given.get(name) or {})} for name in ("full_attention", "sliding_attention"))
-    full |= config.get("rope_scaling") or {}
+    given = _objects(config, "rope_parameters", config.get("rope_parameters") or {})
+    if given and not given.keys() & {*KINDS}:
+        config.problem(
+            "rope_parameters: must have an object for each kind of layer in this family; correct config.json"
+        )
+    full, near = (_objects(config, f"rope_parameters.{k}", given.get(k) or {}) for k in KINDS)
+    full |= _objects(config, "rope_scaling", config.get("rope_scaling") or {})
     name, base = sliding
     found = _read(config, {"rope_theta": config.get("rope_theta", theta), **full}, theta, 1.0)
     other = _read(config, {"rope_theta": base if name is None else config.get(name, base), **near}, base, 1.0)
@@ -71,9 +74,17 @@ def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) 
     return {**facts, "sliding_rope_theta": other.theta, "sliding_rope_scaling": other.scaling}
 
 
+def _objects(config: HFConfig, name: str, value: Any) -> dict[str, Any]:
+    """Return a copy of a JSON object; for any other value, record a problem and return an empty object."""
+    if isinstance(value, dict):
+        return dict(value)
+    config.problem(f"{name}={value!r}: must be an object; correct config.json")
+    return {}
+
+
 def _read(config: HFConfig, values: dict[str, Any], theta: float, partial: float) -> Rope:
     kind = values.get("rope_type") or values.get("type") or "default"
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         config.problem(f"rope_type={kind!r}: only {', '.join(SCALINGS)} are supported; use another model")
         return Rope()
     inner = HFConfig({LENGTH: config.get("max_position_embeddings"), **values}, config.where)

@@ -295,10 +295,15 @@ class Measures:
         return float((values * weights).sum() / weights.sum())
 
     @cached_property
+    def _binned(self) -> tuple[np.ndarray, np.ndarray]:
+        """The confidence of each pair, and the index of its bin."""
+        confidence = np.maximum(self.probability, 1 - self.probability)
+        return confidence, np.clip(np.searchsorted(BINS, confidence, side="right") - 1, 0, len(BINS) - 2)
+
+    @cached_property
     def reliability(self) -> list[tuple[float, float, int]]:
         """Mean confidence, accuracy, and number of pairs, for each non-empty bin of the confidence."""
-        confidence = np.maximum(self.probability, 1 - self.probability)
-        place = np.clip(np.searchsorted(BINS, confidence, side="right") - 1, 0, len(BINS) - 2)
+        confidence, place = self._binned
         weights, found = self.column("weight"), []
         for i in np.unique(place):
             rows = place == i
@@ -309,9 +314,10 @@ class Measures:
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error over the bins. *Source*: Guo et al. (arXiv 1706.04599) eq. 3."""
-        total = sum(count for *_, count in self.reliability)
-        return sum(abs(sure - right) * count for sure, right, count in self.reliability) / total
+        """Weighted expected calibration error over the bins. *Source*: Guo et al. (arXiv 1706.04599) eq. 3."""
+        confidence, place = self._binned
+        weights = self.column("weight")
+        return float(np.abs(np.bincount(place, weights * (confidence - self.right))).sum() / weights.sum())
 
 
 def percent(value: float) -> str:

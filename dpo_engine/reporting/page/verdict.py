@@ -180,8 +180,8 @@ def _length(m: Measures) -> Finding:
     rule = f"“the {m.length_rule} response is better” is right in {percent(m.length_accuracy)} of the pairs"
     if with_rule is None or against is None:
         title = "Too few pairs differ in length to say whether length explains the accuracy."
-        differ = f"{pairs_text(m.count - m.equal_lengths)} of {m.count:,} differ in length"
-        evidence = f"The rule {rule}; a pair of equal length counts as half right. Only {differ}."
+        different = f"Different lengths: {pairs_text(m.count - m.equal_lengths)} of {m.count:,}."
+        evidence = f"The rule {rule}; a pair of equal length counts as half right. {different}"
         return Finding("note", title, evidence, "", "length")
     evidence = (
         f"The rule {rule}. Where it is right, the accuracy is {percent(with_rule.mean)}; where it is wrong, "
@@ -214,12 +214,14 @@ def _sources(m: Measures) -> Iterator[Finding]:
         yield Finding("warn" if worse else "note", title, evidence + ".", "", "sources")
         return
     if worse:
-        advice = "Check the labels of this source; lower its weight, or remove it."
+        advice = "Check the labels of these sources; lower their weights, or remove them."
+        if len(worse) == 1:
+            advice = "Check the labels of this source; lower its weight, or remove it."
         yield Finding("bad", f"Worse on {', '.join(worse)}.", evidence + ".", advice, "sources")
         return
     lowest = min(judged, key=lambda name: judged[name].accuracy.mean, default=None)
     title = (
-        f"No source got worse; {lowest} has the lowest accuracy."
+        f"No source got clearly worse; {lowest} has the lowest accuracy."
         if lowest
         else "The sources have too few pairs to judge."
     )
@@ -246,8 +248,8 @@ def _calibration(m: Measures) -> Iterator[Finding]:
             "Lower optim.lr, stop earlier, or smooth the labels (loss.label_smoothing).",
             "calibration",
         )
-    elif gap < -OVERCONFIDENT:
-        title = "The model is underconfident, because margins are small: its accuracy exceeds its confidence."
+    elif gap < -OVERCONFIDENT and m.confidence < m.accuracy.low:
+        title = "The model is underconfident: its accuracy exceeds its confidence, because margins are small."
         yield Finding("note", title, evidence, "", "calibration")
     else:
         yield Finding(good(m), "The model's confidence matches its accuracy.", evidence, "", "calibration")
@@ -264,5 +266,5 @@ def _health(run: RunFiles) -> Iterator[Finding]:
         middle, place = float(np.nanmedian(norm.values)), int(np.nanargmax(norm.values))
         if norm.values[place] > SPIKE * middle > 0:
             evidence = f"{norm.values[place]:.3g} at step {norm.steps[place]}; the median is {middle:.3g}."
-            advice = "Look at the pairs of this step; a longer warmup or a lower optim.clip_grad limits spikes."
+            advice = "Look at the pairs of this step; a longer warmup, or a lower optim.clip_grad, limits its effect."
             yield Finding("note", "The gradient norm has a spike.", evidence, advice, "grad_norm")

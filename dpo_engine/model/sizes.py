@@ -22,7 +22,7 @@ def attention_output(arch: Architecture) -> int:
 
 
 def score_size(arch: Architecture) -> int:
-    """Return the mean of the widths of scores and values in a layer, summed over its heads.
+    """Return the mean of the widths of queries and values in a layer, each summed over the heads.
 
     A visible (query, key) pair costs twice this many multiplications.
     """

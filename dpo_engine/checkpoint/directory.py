@@ -286,7 +286,9 @@ def digest(manifest: dict[str, Any]) -> str:
 def _verify_file(path: Path, facts: dict[str, Any], meter: Meter | None) -> None:
     """Check a file's size and, if there is a ``meter`` to count the bytes, its hash."""
     if (size := _plain_size(path)) != facts["size"]:
-        raise Damaged(f"{path}: has {size} bytes, but must have {facts['size']}; the file was truncated or replaced")
+        raise Damaged(
+            f"{path}: its size is {size} B, but must be {facts['size']} B; the file was truncated or replaced"
+        )
     if meter is None:
         return
     found = hashlib.sha256()

@@ -91,7 +91,8 @@ class Block:
     lines     JSON records that are not parsed yet, or parsed rows, with their places; an unusable record is replaced by
               a :class:`BadRecord`
     rows      rows of a table; None for JSON
-    passed    number of bytes of the source that have been read, including this block
+    passed    number of bytes of the source that have been read, including this block; for a table, an estimate from the
+              number of rows
     validate  whether the rows come from a damaged Arrow file. Offsets in such rows may point beyond the file, so each
               value is checked before it is converted, and the block must not be copied to another process
     """
@@ -140,8 +141,8 @@ class _Lines(BadLines):
 
 
 def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield each record of a source after its place, which is the number of the JSON line, array item or table row,
-    from 1.
+    """Yield (place, record) for each record of a source; the place is the number of the JSON line, array item or table
+    row, counted from 1.
 
     source  a file, directory, glob, saved data set or Hub id, with or without a slice; see :func:`find_shards`. In file
             number n of a source, counted from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and
@@ -159,8 +160,8 @@ def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
     """Yield the unparsed records of a source, in blocks of at most `most` JSON records or `PARQUET_ROWS` rows.
 
     A block of JSON records takes at most `BLOCK_BYTES` plus one line of `MAX_RECORD_BYTES` of memory. A block of table
-    rows takes at most the memory of one batch of the table.
-    Lines with only whitespace are skipped, and a carriage return before the line feed is ignored.
+    rows takes at most the memory of one batch of the table. Lines with only whitespace are skipped, and a carriage
+    return before the line feed is ignored.
 
     Raises :class:`DataError` if a file is missing, has an unsupported type, or is damaged, or if a slice is empty. For
     a damaged file, the error is raised after the last readable block is yielded.

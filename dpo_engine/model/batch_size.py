@@ -24,7 +24,7 @@ from dpo_engine.model.memory import GIB, memory
 from dpo_engine.platform.dims import ParallelDims
 
 ENOUGH = {"gpu": 8192, "cpu": 2048}
-"""Tokens per micro-batch and context-parallel rank above which more tokens hardly save time."""
+"""Tokens per micro-batch and context-parallel rank above which more tokens save hardly any time."""
 
 OVERHEAD = {"gpu": 224, "cpu": 96}
 """Overhead of each micro-batch on a context-parallel rank, as the number of tokens whose computation takes as long.
@@ -103,7 +103,7 @@ def choose_tokens(
     """
     device = "cpu" if device_memory is None else "gpu"
     enough = ENOUGH[device] * dims.cp
-    tokens, reason = enough, "more would hardly save time"
+    tokens, reason = enough, "more would save hardly any time"
     if dims.pp > 1:
         # With m micro-batches, the bubble takes (pp - 1) / (m * chunks) of the step's work, and the micro-batches
         # add m times the overhead of one. The sum of the two is smallest where they are equal.
@@ -121,7 +121,7 @@ def choose_tokens(
     if room >= longest:
         return room, f"as many as fit into {USABLE:.0%} of {available}, by the estimate"
     return longest, (
-        f"the length of the longest pair; by the estimate, only {room:,} fit into {USABLE:.0%} of {available}"
+        f"the length of the longest pair, but by the estimate, {USABLE:.0%} of {available} has room for {room:,} tokens"
     )
 
 

@@ -71,8 +71,8 @@ def choose_kernels(
             raise ConfigError(f"model.{group}={name}: {error}") from error
     if "softcap" in needs and backend_name("attention") == "varlen":
         raise ConfigError(
-            f"model.attention=varlen: flash attention has no soft cap of scores, which {arch.model_type} models have; "
-            "set model.attention=auto"
+            "model.attention=varlen: flash attention does not support the soft cap on attention scores that "
+            f"{arch.model_type} models use; set model.attention=auto"
         )
     known = inspect.signature(backend("attention").tree_attention).parameters
     if lacking := [option for option in needs if option not in known]:

@@ -22,7 +22,10 @@ def attention_output(arch: Architecture) -> int:
 
 
 def score_size(arch: Architecture) -> int:
-    """Return half of the number of multiplications per visible (query, key) pair in a layer, for scores and values."""
+    """Return the mean of the widths of queries and values in a layer, each summed over the heads.
+
+    A visible (query, key) pair costs twice this many multiplications.
+    """
     return (arch.query_size + arch.value_size) // 2
 
 

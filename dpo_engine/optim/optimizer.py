@@ -117,7 +117,8 @@ def wrap_policy(
 
 
 def _start_gathers(chunk: DistributedDataParallel, *parameters: Any) -> None:
-    """Start the all-gathers of a chunk's weights over dp_cp that have not started since the last update.
+    """Start the all-gathers of a chunk's weights over dp_cp (experts': over expt_dp) that have not started since the
+    last update.
 
     An earlier forward pass of the same step, such as the scoring pass of a coupled loss, may have started some of them.
     """

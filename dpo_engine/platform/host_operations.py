@@ -1,4 +1,4 @@
-"""CPU versions of operations that are fused kernels on a GPU. They need few memory passes and few buffers."""
+"""CPU versions of operations for which Megatron uses fused kernels, device copies or NCCL on a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +61,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def counts_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """Return a tensor, which is in host memory, as a NumPy array if ``as_numpy`` is set, and unchanged otherwise.
 
-    This function replaces Megatron's function, which copies tensors from a GPU.
+    This function replaces Megatron's ``maybe_move_tensor_to_cpu``, which converts only tensors on a GPU.
     """
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 

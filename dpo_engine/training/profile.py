@@ -100,7 +100,7 @@ class MemorySnapshot:
         """Do nothing, because :meth:`write` still needs the record."""
 
     def write(self, path: Path) -> None:
-        """Write the snapshot, and end the record."""
+        """Write the snapshot, and stop recording."""
         try:
             torch.cuda.memory._dump_snapshot(str(path))
         finally:
@@ -192,7 +192,8 @@ def require_profile(config: Config, *, gpu: bool, num_steps: int) -> None:
     if asked.steps[1] > num_steps:
         steps = f"{num_steps} step{'' if num_steps == 1 else 's'}"
         problems.append(
-            f"logging.profile.steps={show(asked.steps)}: the run has {steps}; end with one of them, or train longer"
+            f"logging.profile.steps={show(asked.steps)}: the run has {steps}; set the last profiled step to at most "
+            f"{num_steps}, or train longer"
         )
     if problems:
         raise ConfigError(problems)

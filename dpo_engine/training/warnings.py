@@ -1,4 +1,4 @@
-"""Warn, in the log, about runs that continue without an error but train wrongly."""
+"""Warn, in the log, about runs that continue without an error, but whose training goes wrong."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Warnings(Callback):
             self._warn(
                 run,
                 "gradient",
-                f"grad_norm: 0 in the last {STEPS} steps, so the weights change only by weight decay; every pair may "
+                f"grad_norm: 0 in the last {STEPS} steps, so the loss no longer trains the weights; every pair may "
                 "have satisfied the loss: end the run here, or use a loss without a flat region, such as sigmoid",
             )
         elif self.still == 0 and len(self.losses) == STEPS and len(set(self.losses)) == 1:

@@ -36,7 +36,8 @@ def export(
     to     directory to write; None: a directory in train.output_dir, named after the step
     best   choose the best evaluated checkpoint by ``checkpoint.keep_best`` or, if that is null, by the lowest
            ``eval/loss``
-    dtype  ``fp32``, ``bf16`` or ``fp16`` for all tensors; None: each tensor has its dtype in model.path
+    dtype  ``fp32``, ``bf16`` or ``fp16`` for all tensors; None: each tensor keeps the dtype that it has in
+           model.path
     say    called with each line of the report; some lines come from every rank, others only from the first rank
 
     Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint;

@@ -17,9 +17,9 @@ With a window, a run has only the keys that at least one of its queries sees. Si
 a query's output by 1 / (1 + exp(sink - lse)). With this output, and a log-sum-exp that includes the sink, flash
 attention's backward pass returns the gradients of queries, keys and values.
 
-Not covered. Flash attention has no soft cap. On a GPU, it needs 16-bit operands and heads of at most 256 dimensions. On
-a CPU, each run is computed by a separate call. This is slower than ``sdpa``, and is meant only for tests of the runs
-without a GPU.
+Not covered. Flash attention does not support soft caps. On a GPU, it needs 16-bit operands and heads of at most 256
+dimensions. On a CPU, each run is computed by a separate call. This is slower than ``sdpa``, and is meant only for tests
+of the runs without a GPU.
 """
 
 from collections.abc import Callable
@@ -244,7 +244,8 @@ def tree_attention(
     """
     if softcap is not None:
         raise ValueError(
-            "varlen tree_attention: flash attention has no soft cap of scores; use the backend triton or sdpa"
+            "varlen tree_attention: flash attention does not support a soft cap on attention scores; use the backend "
+            "triton or sdpa"
         )
     width = max(query.shape[-1], value.shape[-1])
     if query.is_cuda and (query.element_size() != 2 or width > WIDEST_HEAD):

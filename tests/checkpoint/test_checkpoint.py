@@ -270,7 +270,7 @@ def flip(path, position):
         (lambda d: flip(d / "rank_00001.safetensors", -5), "rank_00001.safetensors: SHA-256 differs"),
         (
             lambda d: (d / "rank_00000.safetensors").write_bytes(b"x" * 10),
-            "rank_00000.safetensors: has 10 bytes, but must have",
+            "rank_00000.safetensors: its size is 10 B, but must be",
         ),
         (lambda d: (d / "rank_00001.safetensors").unlink(), "No such file"),
         (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: is damaged"),

@@ -1,4 +1,4 @@
-"""Tests of the text of single tokens: with any tokenizer, the pieces of text join to the whole text."""
+"""Tests of the text of single tokens: with any tokenizer, the pieces, joined, give the whole text."""
 
 import pytest
 

@@ -41,7 +41,7 @@ def runs(run_files, tiny_hf, tmp_path_factory):
 
 
 def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
-    """Drop the final evaluation of a run that ended before step ``last``. A run to step ``last`` has no such line."""
+    """Drop the final evaluation of a run that ended before step ``last``, which an uninterrupted run does not have."""
     return [line for line in lines if "loss" in line or line["step"] == last]
 
 
@@ -94,11 +94,11 @@ def linked(path: Path) -> None:
 
 SHARD, HISTORY, MANIFEST = "rank_00001.safetensors", "metrics.jsonl", "manifest.json"
 PASSED_OVER = {
-    "shard cut to nothing": (lambda d: cut(d / SHARD, 0), f"{SHARD}: has 0 bytes, but must have"),
-    "shard cut to one byte": (lambda d: os.truncate(d / SHARD, 1), f"{SHARD}: has 1 bytes, but must have"),
-    "shard cut to a half": (lambda d: cut(d / SHARD, 0.5), "bytes, but must have"),
-    "shard without its last byte": (lambda d: cut(d / SHARD, 1, 1), "bytes, but must have"),
-    "shard with one more byte": (lambda d: open(d / SHARD, "ab").write(b"x"), "bytes, but must have"),
+    "shard cut to nothing": (lambda d: cut(d / SHARD, 0), f"{SHARD}: its size is 0 B, but must be"),
+    "shard cut to one byte": (lambda d: os.truncate(d / SHARD, 1), f"{SHARD}: its size is 1 B, but must be"),
+    "shard cut to a half": (lambda d: cut(d / SHARD, 0.5), " B, but must be "),
+    "shard without its last byte": (lambda d: cut(d / SHARD, 1, 1), " B, but must be "),
+    "shard with one more byte": (lambda d: open(d / SHARD, "ab").write(b"x"), " B, but must be "),
     "flipped byte in a shard's data": (lambda d: flip(d / SHARD, 0.9), f"{SHARD}: SHA-256 differs"),
     "flipped byte in a shard's header": (lambda d: flip(d / SHARD, 0.001), f"{SHARD}: SHA-256 differs"),
     "flipped byte in the history": (lambda d: flip(d / HISTORY, 0.5), f"{HISTORY}: SHA-256 differs"),

@@ -156,7 +156,7 @@ def test_bf16(name, backends):
 def test_varlen_refuses_a_soft_cap():
     tree = Tree.of(*TREES["pair"])
     inputs, _ = tensors(tree, 2, 1, 16, 16, torch.float32)
-    with pytest.raises(ValueError, match="^varlen tree_attention: flash attention has no soft cap of scores; use the"):
+    with pytest.raises(ValueError, match="^varlen tree_attention: flash attention does not support a soft cap on"):
         varlen.tree_attention(*inputs, tree, softcap=50.0)
 
 

@@ -43,10 +43,10 @@ def choose(tmp_path, dims=None, *, gib=None, longest=100, per_step=1e6, **sectio
 
 class TestChoice:
     def test_there_is_enough_work_for_the_device(self, tmp_path):
-        assert choose(tmp_path) == (ENOUGH["cpu"], "more would hardly save time")
+        assert choose(tmp_path) == (ENOUGH["cpu"], "more would save hardly any time")
         assert choose(tmp_path, gib=250) == (
             ENOUGH["gpu"],
-            "more would hardly save time, and the estimate is below 92% of 250.0 GiB of device memory",
+            "more would save hardly any time, and the estimate is below 92% of 250.0 GiB of device memory",
         )
 
     def test_each_context_parallel_rank_has_enough(self, tmp_path):
@@ -88,7 +88,8 @@ class TestChoice:
     def test_a_pair_without_room_is_named(self, tmp_path):
         tokens, reason = choose(tmp_path, gib=20, longest=1000)
         assert tokens == 1000 and reason == (
-            "the length of the longest pair; by the estimate, only 0 fit into 92% of 20.0 GiB of device memory"
+            "the length of the longest pair, but by the estimate, 92% of 20.0 GiB of device memory has room for 0 "
+            "tokens"
         )
 
 
@@ -104,7 +105,7 @@ class TestSettled:
         layout, tokens, lines = settle(config(tmp_path), *[(60, 20, 20)] * 99)
         assert (layout, tokens) == ("tree", ENOUGH["cpu"])
         assert lines[0].startswith("batch layout: tree; stacked computes 1.60x as many tokens as tree")
-        assert lines[1] == f"micro-batches: at most {tokens:,} tokens; more would hardly save time"
+        assert lines[1] == f"micro-batches: at most {tokens:,} tokens; more would save hardly any time"
 
     @pytest.mark.parametrize(
         "layout, share, longest", [("stacked", True, 3200), ("tree", True, 2100), ("tree", False, 2700)]

@@ -130,8 +130,8 @@ def test_soft_caps_do_not_run_on_flash_attention(able, attention, monkeypatch):
         with pytest.raises(ConfigError) as refused:
             choose_kernels(AUTO | asked, arch, CPU, torch.float32, needs)
         assert str(refused.value) == (
-            "model.attention=varlen: flash attention has no soft cap of scores, which gemma2 models have; set "
-            "model.attention=auto"
+            "model.attention=varlen: flash attention does not support the soft cap on attention scores that "
+            "gemma2 models use; set model.attention=auto"
         )
 
 

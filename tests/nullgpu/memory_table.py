@@ -28,7 +28,7 @@ CELLS: dict[str, tuple[str, ...]] = {
     "the same, `recompute: selective`": (*LLAMA_8B, "model.recompute=selective"),
     "the same, `recompute: full`": (*LLAMA_8B, "model.recompute=full"),
     "the same, stored reference": (*LLAMA_8B, "reference.mode=stored"),
-    "the same, `optim.states: host`": LLAMA_8B_HOST,
+    "the same, `optim.states: host`, stored reference": LLAMA_8B_HOST,
     "the same, rows of trees": (*LLAMA_8B, *TREE),
     "8B, tp 2, dp 4": (*LLAMA_8B, "parallel.tp=2"),
     "8B, tp 2, cp 2, dp 2": (*LLAMA_8B, "parallel.tp=2", "parallel.cp=2"),

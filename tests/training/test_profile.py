@@ -101,7 +101,8 @@ def test_profile_that_cannot_be_made_is_refused_before_the_model_is_loaded(files
         "ConfigError",
         [
             "logging.profile.tool=nsys: needs a GPU, because Nsight Systems traces CUDA calls; use tool: torch",
-            "logging.profile.steps=[2, 9]: the run has 6 steps; end with one of them, or train longer",
+            "logging.profile.steps=[2, 9]: the run has 6 steps; set the last profiled step to at most "
+            "6, or train longer",
         ],
     )
 

@@ -147,7 +147,7 @@ def guarded(config, *, harm=None, facts=None, times=0):
     Then repeat the comparison `times` times. Return the error, or the time that each of the repeated comparisons took.
 
     harm   (rank, local parameter name): one bit of this parameter is flipped on this rank
-    facts  for a rank, the facts that differ on this rank
+    facts  facts by rank: the facts of a rank replace the engine's facts on this rank
     """
     from dpo_engine.training.engine import Engine
 

@@ -1,4 +1,4 @@
-"""Tests of the warnings about runs that train wrongly. A healthy run must have no warnings."""
+"""Tests of the warnings about runs whose training goes wrong. A healthy run must have no warnings."""
 
 import itertools
 import json
@@ -101,7 +101,7 @@ def test_steps_without_a_gradient():
     still = {"grad_norm": 0.0}
     assert told(*[still] * (STEPS - 1), {}, *[still] * (STEPS - 1)) == []
     (line,) = told({}, *[still] * (3 * STEPS))
-    assert line.startswith("warning: grad_norm: 0 in the last 10 steps, so the weights change only by weight decay;")
+    assert line.startswith("warning: grad_norm: 0 in the last 10 steps, so the loss no longer trains the weights;")
     (line,) = told({}, *[{"grad_norm": 0.0, "loss": 0.0}] * (3 * STEPS))
     assert "grad_norm" in line, "the cause must be reported, not its effect on the loss"
 
@@ -131,7 +131,7 @@ def test_a_resumed_run_compares_with_its_first_step(tmp_path):
     log = [{"step": 1, "lr": 0.1}, {"step": 2, "sft_loss": 2.0}, {"step": 3, "sft_loss": 9.0}]
     lines = resumed(tmp_path, log)
     assert len(lines) == 1 and "-2.00 at the start" in lines[0]
-    assert resumed(tmp_path, log[:1]) == [], "if the log has no first loss, the first one after the start is used"
+    assert resumed(tmp_path, log[:1]) == [], "if the log has no loss, the first loss after resuming is used"
 
 
 def resumed(folder, log):

@@ -9,7 +9,7 @@ If the engine trains only a part of each model of the family, the class has a th
 
 ``carried``                prefixes of the names of tensors that are exported as they are in the checkpoint
 
-The class of a family of mixtures can have two more members:
+The class of a mixture-of-experts family can have two more members:
 
 ``fused``                  the tensors that contain all experts of a layer, each a ``Fused``
 ``packed``                 the ``quant_method`` of quantized experts that the engine reads

@@ -64,8 +64,8 @@ class ModelConfig(Section):
 class BatchConfig(Section):
     layout: Literal["auto", "stacked", "tree"] = "auto"
     """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: stacked if it would
-    compute less than 1.05 times as many tokens as tree, or if this device is slow with the kernels for trees;
-    otherwise tree"""
+    compute less than 1.05 times as many tokens as tree, or if the chosen kernels are slow for trees on this
+    device; otherwise tree"""
     share: bool = True
     """tree layout only: whether all responses to a prompt share one copy of the prompt; false: plain packing, with
     one copy per response"""

@@ -73,7 +73,7 @@ class CheckpointError(EngineError):
 
 
 class Interrupted(EngineError):
-    """A signal or the time limit stopped the run. Completed steps were saved; the same command continues the run."""
+    """A signal or the time limit stopped the run. The same command continues it from the completed steps, if any."""
 
     exit_code = 75
 

@@ -120,5 +120,5 @@ fi
 if ((code == 75)); then interrupted "$progress"; fi
 rm -f "$idle_starts"
 if [[ -z $first || $first == 6 ]]; then await_requeue_after_loss; fi
-say "not requeued: exit code $code; a job is requeued after exit code 75 (interrupted and saved)"
+say "not requeued: exit code $code; a job is requeued after exit code 75 (interrupted)"
 exit "$code"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2154  # job.sh sets the variables that are not set here
-# Functions of launch/job.sh that prepare and check the environment before the ranks start. A problem is thus reported
-# in a single line instead of once by every rank.
+# Functions for launch/job.sh that prepare and check the environment before the ranks start, so that a problem is
+# reported in a single line, and not once by every rank.
 
 # Run a command of the site (a module or SITE_HOOK). Its code can use unset variables, and can continue after errors.
 relaxed() {
@@ -41,7 +41,7 @@ run_site_hook() {
   set +a
 }
 
-# Without a container, the ranks run the engine of the clone that contains this script, from any directory.
+# Without a container, the ranks run the engine of the clone that contains this script, whatever the working directory is.
 use_clone() {
   local clone=${launch%/*}
   if [[ $CONTAINER != none ]]; then return 0; fi
@@ -94,7 +94,7 @@ check_gpus() {
   done
   if ((${#bad[@]} == 0)); then return 0; fi
   if [[ ${EXCLUDE_ON_LOSS:-0} != 0 ]] && restartable; then
-    requeue "these nodes failed the GPU check: ${bad[*]}" "it starts on other nodes" "${bad[@]}"
+    requeue "these nodes failed the GPU check: ${bad[*]}" "the job starts on other nodes" "${bad[@]}"
   fi
   node=$(printf '%s,' "${bad[@]}")
   say "not requeued: these nodes failed the GPU check: ${bad[*]}; exclude them (sbatch --exclude=${node%,}), or set" \

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2154  # job.sh sets the variables that are not set here
-# Functions of launch/job.sh about Slurm: the time limit and its warning, requeues, and lost nodes. A busy controller
+# Functions for launch/job.sh about Slurm: the time limit and its warning, requeues, and lost nodes. A busy controller
 # answers a command with an error, or does not answer, so every command that must succeed is tried again.
 
 child='' warned='' alarm='' began='' limit='' record='' excluded='' guessed=''
@@ -263,7 +263,7 @@ await_requeue_after_loss() {
   fi
   # If no node answers, the cause is probably not a lost node.
   if ((${#lost[@]} > 0 && ${#lost[@]} < SLURM_NNODES)) && restartable; then
-    requeue "these nodes did not answer: ${lost[*]}" "it continues from its newest checkpoint" "${lost[@]}"
+    requeue "these nodes did not answer: ${lost[*]}" "the job continues from its newest checkpoint" "${lost[@]}"
   fi
   trap - TERM
   say "a node does not answer: waiting for Slurm to requeue the job"

@@ -160,7 +160,7 @@ def test_failed_run_fails_the_job(job, calls, tmp_path, code, ranks_say, expecte
     """The job exits with the code of the first rank that exited by itself. The launcher's own code can differ."""
     left, _, err = finish(job(CODE=str(code), RANKS_SAY=ranks_say))
     assert left == expected
-    assert f"not requeued: exit code {expected}; a job is requeued after exit code 75 (interrupted and saved)" in err
+    assert f"not requeued: exit code {expected}; a job is requeued after exit code 75 (interrupted)" in err
     assert ["requeue", "4711"] not in calls("scontrol")
     assert list(tmp_path.glob(".dpo-engine*")) == []
 

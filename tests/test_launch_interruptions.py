@@ -217,7 +217,7 @@ def test_lost_node_is_excluded(stage):
     stage.set_record(ExcNodeList="n7")
     code, _, err = finish(stage.start(CODE="137", EXCLUDE_ON_LOSS="1"))
     assert code == 0 and err == (
-        "requeued: these nodes did not answer: n2; it continues from its newest checkpoint\n"
+        "requeued: these nodes did not answer: n2; the job continues from its newest checkpoint\n"
         "excluded from the next start: n2\n"
     )
     assert stage.calls("scontrol")[-1] == ["update", "JobId=4711", "ExcNodeList=n7,n2"]

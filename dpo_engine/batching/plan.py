@@ -1,4 +1,7 @@
-"""Plan which pairs each optimizer step uses and which data-parallel rank processes each pair, without communication."""
+"""Plan which pairs each optimizer step uses and which data-parallel rank processes each pair.
+
+Every rank computes the same plan, so the ranks do not need to communicate.
+"""
 
 from __future__ import annotations
 

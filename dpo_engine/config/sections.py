@@ -50,11 +50,12 @@ class ModelConfig(Section):
     """what to recompute in the backward pass instead of storing it: nothing (none), the MLP of each layer (selective),
     or whole layers (full)"""
     attention: Text = "auto"
-    """kernels for attention in rows of trees and in sliding windows: varlen (flash attention), te (Transformer Engine),
-    triton, sdpa, eager or the name that a plugin registers; auto: the fastest kernels that support the model, dtype
-    and layout; the log names them"""
+    """kernels for attention in packed (tree) rows and in sliding windows: varlen (flash attention), te (Transformer
+    Engine), triton, sdpa, eager or the name that a plugin registers; auto: the fastest kernels that support the model,
+    dtype and layout; the log names them"""
     flash_attention: Literal[2, 3, 4] = 2
-    """version of flash attention in torch, for stacked rows and for varlen: 2 is part of torch; 3 and 4 are packages"""
+    """version of flash attention that torch uses for stacked rows and for varlen: 2 comes with torch; 3 and 4 need a
+    separate package"""
     head: Text = "auto"
     """kernels for the log-probabilities of the output layer: eager, triton or the name that a plugin registers; auto:
     eager"""
@@ -62,8 +63,9 @@ class ModelConfig(Section):
 
 class BatchConfig(Section):
     layout: Literal["auto", "stacked", "tree"] = "auto"
-    """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: tree if stacked would
-    compute at least 1.05 times the tokens of tree, otherwise stacked"""
+    """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: stacked if it would
+    compute less than 1.05 times as many tokens as tree, or if the chosen kernels are slow for trees on this
+    device; otherwise tree"""
     share: bool = True
     """tree layout only: whether all responses to a prompt share one copy of the prompt; false: plain packing, with
     one copy per response"""
@@ -144,7 +146,7 @@ class TrainConfig(Section):
     """number of pairs per optimizer step, over all ranks"""
     micro_batch_size: Count | None = None
     """number of pairs per micro-batch on one data-parallel rank; in the tree layout, a micro-batch may hold more pairs,
-    but no more tokens than this many of the longest pairs would have; null: as many pairs as
+    but its tokens are limited to the total of the micro_batch_size longest pairs of the data; null: as many pairs as
     batch.tokens_per_micro_batch allows"""
     epochs: Count = 1
     """number of passes over data.train"""
@@ -198,7 +200,7 @@ class BadStepsConfig(Section):
 
 
 class KeepBest(Section):
-    """The metric by which checkpoints are compared, and the number of the best checkpoints to keep."""
+    """The metric by which checkpoints are compared, and how many of the best checkpoints to keep."""
 
     metric: Text
     """a metric of the evaluations, such as eval/loss or eval/rewards/accuracies; the prefix eval/ may be omitted"""
@@ -206,7 +208,7 @@ class KeepBest(Section):
     """whether low (min) or high (max) values are better; null: min for a loss, max for accuracies and margins; required
     for all other metrics"""
     count: Count = 1
-    """number of the best steps to save and keep"""
+    """how many of the best steps to save and keep"""
 
     @field_validator("metric")
     @classmethod
@@ -252,10 +254,10 @@ class CheckpointConfig(Section):
     """number of steps between checkpoints, or number of epochs such as 0.5epoch; the run also saves at the end, when it
     is interrupted, and for checkpoint.keep_best; 0: no other saves"""
     keep_last: Annotated[int, Field(ge=2)] = 2
-    """number of the newest checkpoints to keep; at least 2"""
+    """how many of the newest checkpoints to keep; at least 2"""
     keep_best: KeepBest | None = None
-    """whether to save and keep, in addition to the newest checkpoints, the evaluated steps with the best values of a
-    metric on held-out pairs: a mapping {metric, mode, count}; null: no"""
+    """mapping {metric, mode, count}: also save and keep the evaluated steps with the best values of this metric on
+    held-out pairs; null: keep only the newest checkpoints"""
     async_save: bool = True
     """whether to write checkpoints in the background from a copy in host memory; false: training waits for each save"""
     resume: bool = True
@@ -265,7 +267,7 @@ class CheckpointConfig(Section):
     change" in the documentation of checkpoints"""
     export: bool | Literal["best"] = True
     """whether to export a Hugging Face checkpoint to <train.output_dir>/hf at the end: from the last step (true), from
-    the best checkpoint by checkpoint.keep_best (best), or not at all (false)"""
+    the best checkpoint according to checkpoint.keep_best (best), or not at all (false)"""
 
     @field_validator("keep_best", mode="before")
     @classmethod

@@ -84,7 +84,7 @@ class EncodeBlock:
             for line, pairs in chunk:
                 results = list(itertools.islice(encoded, len(pairs)))
                 unfit = next((result for result in results if isinstance(result, BadRecord)), None)
-                if unfit:  # also skip the record's other pairs, because all of them share its weight
+                if unfit:  # the record counts as bad, so its other pairs are not kept either
                     bad.add(block.path, line, unfit)
                     continue
                 part.read += 1

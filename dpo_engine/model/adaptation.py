@@ -77,7 +77,7 @@ class Adaptation:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The settings in a form to compare: names and layers are sorted, because their order has no meaning."""
+        """The settings in a form that can be compared: names and layers are sorted, as their order has no meaning."""
         targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
         return {**asdict(self), "targets": targets, "layers": self.layers and sorted(self.layers)}
 
@@ -188,6 +188,7 @@ def adapter_rule(base: Rule, projection: str, part: str, rank: int | None) -> Ru
 
     base        rule of the matrix that contains the projection
     projection  last part of the projection's name, such as ``q_proj``
+    part        ``A``, ``B`` or ``magnitude``; see `PARTS`
     rank        rank of the adapter; not needed for the magnitude
 
     If the matrix is sharded along its inputs, so is ``A``. If it is sharded along its outputs, so are ``B`` and the
@@ -274,7 +275,7 @@ def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: i
             outputs = sum(tensor.shape[0] for tensor in tensors) // (tp if split else up)
             kept[part] += sum(shape.rank for shape in shapes if shape) + adaptation.dora * outputs
         elif rule.cut == 0 or part == "mlp":
-            # A frozen linear does not keep its input. The output projection of attention is excluded, because core
-            # attention keeps this input as its own output.
+            # A frozen linear does not keep its input. Attention's output projection is excluded: core attention keeps
+            # that projection's input anyway, as its own output.
             kept[part] -= tensors[0].shape[1] // (tp if split else down)
     return LayerAdapters(parameters, **kept)

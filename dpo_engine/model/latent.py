@@ -41,7 +41,7 @@ class Replicated(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute x [..., inputs] -> [..., outputs]."""
+        """Apply the layer: x [..., inputs] -> [..., outputs]."""
         return F.linear(x, self.weight)
 
 

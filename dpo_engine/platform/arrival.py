@@ -1,4 +1,4 @@
-"""Let ranks that are ready to connect wait for ranks that still read files or download a model.
+"""Let ranks that are ready to connect wait for ranks that are still reading files or downloading a model.
 
 Before any process group exists, each rank checks its run: it downloads and reads the model, the tokenizer and the first
 records. On some nodes, this can take longer than `parallel.timeout_s`. A rank that is still preparing therefore
@@ -31,7 +31,10 @@ PREPARING = "preparing"
 """Key of the counter that each rank increments until it is ready."""
 
 _served: dist.Store | None = None
-"""Rank 0's connection to the store, and perhaps its server; kept open until rank 0 has opened another connection."""
+"""Rank 0's connection to the store. If rank 0 hosts the store, this object is also the server.
+
+It is kept until rank 0 has opened another connection; see :func:`release`.
+"""
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 `parallel.timeout_s` limits collectives, so that a rank that hangs is noticed. It must not limit work on files, whose
 duration depends on the size of the files and on the storage. Ranks therefore do not wait for such work in a collective,
 but in a loop that reads the store that all ranks share. If another rank dies, a waiting rank still notices the death at
-once, because the lifeline reports it. In addition, a thread of each rank increments a counter in the store, and each
-rank watches the counter of the previous rank. These counters detect a rank whose process is suspended and, if there is
-no lifeline, the loss of a machine. They do not detect a rank whose work never ends.
+once, because the lifeline reports it (TCP connections between the ranks; see :mod:`dpo_engine.platform.peer_watch`). In
+addition, a thread of each rank increments a counter in the store, and each rank watches the counter of the previous
+rank. These counters detect a rank whose process is suspended and, if there is no lifeline, the loss of a machine. They
+do not detect a rank whose work never ends.
 
-All ranks must call one of these functions within the time limit. Every file access that may be slow therefore belongs
+All ranks must reach the same call, at most one time limit apart. Every file access that may be slow therefore belongs
 inside such a call, and not before it.
 """
 
@@ -69,7 +70,7 @@ class Meter:
         self.done += size
 
     def open(self, key: str) -> None:
-        """Begin a wait. In the store, the sums of all waits are kept under the ``key`` of the first wait."""
+        """Begin a wait. The byte counts of all waits of this meter are added up in the store, under the first key."""
         self._key = self._key or key
         if time.monotonic() - self._ended > FIRST_S:
             self._line.wait()

@@ -55,7 +55,7 @@ def main() -> None:
         signal.signal(number, _leave)
     text = os.environ[LIMIT] = os.environ.get(LIMIT) or str(WITHIN_S)
     if not text.isdecimal():
-        sys.exit(f"{LIMIT}={text}: must be a number of seconds without a fraction; unset it to wait {WITHIN_S} s")
+        sys.exit(f"{LIMIT}={text}: must be a whole number of seconds; unset it to wait {WITHIN_S} s")
     within = int(text)
     if C10D.search(" ".join(sys.argv)):
         # Let rank 0 host a new store for the ranks at each start. Otherwise the ranks would use the rendezvous store,

@@ -37,7 +37,7 @@ class Run(Protocol):
     engine   process groups, architecture, and objective
     data     pairs and plan
     trained  this rank's part of the policy, its optimizer, and its schedule
-    sinks    ``sinks.say(line)`` prints a line once, whichever ranks call it
+    sinks    ``sinks.say(line)`` prints and logs a line if rank 0 calls it; on all other ranks, it does nothing
     """
 
     step: int

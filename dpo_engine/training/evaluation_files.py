@@ -26,7 +26,10 @@ class EvaluatingRun(Run, Protocol):
 
 
 def page_lines(config: Config) -> list[str]:
-    """Return a log line with the path of the run's page, or about missing plotly; no line if the page is turned off."""
+    """Return the log line that gives the path of the run's page, or says that plotly is missing, in a list.
+
+    The list is empty if the page is turned off.
+    """
     if not config.logging.page:
         return []
     if find_spec("plotly") is None:
@@ -41,8 +44,9 @@ def record_evaluation(run: EvaluatingRun) -> None:
 
     If a file cannot be written, a line is logged and the run continues.
 
-    *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs` and
-    :func:`~dpo_engine.training.token_samples.sample_tokens`. Writing has no time limit.
+    *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`,
+    :func:`~dpo_engine.training.token_samples.sample_tokens` and :func:`write_run_page`, and two all-gathers of objects
+    over world. Writing has no time limit.
     """
     asked, engine, pairs = run.config.logging, run.engine, run.data.validation
     if not asked.page and not asked.token_samples:
@@ -67,13 +71,19 @@ def record_evaluation(run: EvaluatingRun) -> None:
 
 
 def write_run_page(run: Run) -> None:
-    """Write the run's page, if ``logging.page`` is true and plotly is installed."""
+    """Write the run's page, if ``logging.page`` is true and plotly is installed.
+
+    *Collectives* over world: two all-gathers of objects if the page is written. Writing has no time limit.
+    """
     if run.config.logging.page and find_spec("plotly") is not None:
         _on_first(run, lambda: write_page([run.output], run.output / PAGE), "writing the page")
 
 
 def _on_first(run: Run, work: Callable[[], None], what: str) -> None:
-    """Call ``work`` on rank 0. If a file cannot be read or written, log a line instead of ending the run."""
+    """Call ``work`` on rank 0. If a file cannot be read or written, log a line instead of ending the run.
+
+    *Collectives* over world: two all-gathers of objects. ``work`` has no time limit.
+    """
 
     def attempt() -> None:
         try:

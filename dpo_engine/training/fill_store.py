@@ -115,7 +115,7 @@ def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.
 
     Returns  on every rank, whether each key is missing [n] bool, and a line for each problem found in the store
 
-    *Collectives*: one broadcast of objects from rank 0.
+    *Collectives*: those of :func:`~dpo_engine.platform.long_work.from_first`.
     """
 
     def read() -> tuple[np.ndarray, list[str]]:
@@ -129,7 +129,7 @@ def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.
 def everywhere(engine: Engine, store: ReferenceStore) -> Rows:
     """Return on every rank the rows that rank 0 has read from the store.
 
-    *Collectives*: one broadcast of objects from rank 0.
+    *Collectives*: those of :func:`~dpo_engine.platform.long_work.from_first`.
     """
     return from_first(engine.groups.world, lambda: store.rows, Meter("reading the reference store"))
 

@@ -29,8 +29,9 @@ def write_results(run: Run, evaluator: Evaluator | None, identity: dict[str, Any
 
     Returns  the paths of the evaluation (``eval_pairs``) and of the export (``hf``), if they were written
 
-    *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`, and of exporting. Writing has no time
-    limit.
+    *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`, of exporting, and of
+    :func:`~dpo_engine.training.evaluation_files.write_run_page`; over world, two all-gathers of objects; with
+    ``checkpoint.export: best``, also those of choosing and loading a checkpoint. Writing has no time limit.
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks; the message says how to write the file later.
     """
     written = {}

@@ -57,7 +57,8 @@ def open_data(
     """Tokenize the pairs into the cache, on one rank per node, and open them on every rank.
 
     say           called on the first rank of each node with each line of the report
-    interruption  records signals that request a stop; after a signal, a rank that tokenizes stops soon
+    interruption  records signals that request a stop; after a signal, a rank that is tokenizing stops at the next
+                  opportunity
 
     *Collectives*: the other ranks wait, without a time limit, for the ranks that tokenize. If one rank fails, all ranks
     raise its error.

@@ -46,7 +46,8 @@ def sample_tokens(
 
     Returns  the path of the file
 
-    *Collectives*: those of scoring; broadcasts of objects. Writing has no time limit.
+    *Collectives*: those of scoring and of :func:`~dpo_engine.scoring.tokens.token_logps`; over world, four all-gathers
+    and one broadcast of objects. Writing has no time limit.
     """
     world, writer = engine.groups.world, engine.groups.world.rank() == 0
     chosen = from_first(world, lambda: choose_pairs(evaluation.columns, count))

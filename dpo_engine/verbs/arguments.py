@@ -10,7 +10,7 @@ from dpo_engine.version import __version__
 
 EXIT_CODES = """exit codes: 0 success; 1 other failure, or parity or rehearse found a difference; 2 configuration error;
     3 data error; 4 checkpoint error; 5 non-finite or wrong numbers; 6 a rank was lost, hangs, or cannot be reached;
-    75 interrupted after saving. After 6 or 75, run the same command again to resume"""
+    75 interrupted; completed steps, if any, were saved. After 6 or 75, run the same command again to resume"""
 
 
 def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         default="H100",
         help="GPU model (default: %(default)s)",
     )
-    plan.add_argument("--nodes", type=int, metavar="M", help="number of nodes (default: 8 GPUs per node)")
+    plan.add_argument("--nodes", type=int, metavar="M", help="number of nodes (default: one per 8 GPUs)")
     verbs.add_parser(
         "tokenize",
         parents=[shared],
@@ -67,7 +67,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "inspect", parents=[shared], help="show how pairs of a run are tokenized, and which tokens are scored"
     )
     inspect.add_argument("--pairs", type=int, default=3, metavar="N", help="number of pairs (default: %(default)s)")
-    inspect.add_argument("--tokens", action="store_true", help="show the names of the tokens instead of the text")
+    inspect.add_argument("--tokens", action="store_true", help="show the token strings instead of the decoded text")
     verbs.add_parser(
         "reference", parents=[shared], help="score the run's pairs with the reference and store the results"
     )
@@ -117,7 +117,8 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     which.add_argument(
         "--best",
         action="store_true",
-        help="the best evaluated checkpoint by checkpoint.keep_best (null: the lowest eval/loss)",
+        help="export the evaluated checkpoint that is best according to checkpoint.keep_best (if null: the one with "
+        "the lowest eval/loss)",
     )
     export.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of all tensors (default: as in model.path)"

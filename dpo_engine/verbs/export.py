@@ -34,10 +34,9 @@ def export(
 
     step   step of the checkpoint; None: the newest checkpoint
     to     directory to write; None: a directory in train.output_dir, named after the step
-    best   choose the best evaluated checkpoint by ``checkpoint.keep_best`` or, if that is null, by the lowest
-           ``eval/loss``
-    dtype  ``fp32``, ``bf16`` or ``fp16`` for all tensors; None: each tensor keeps the dtype that it has in
-           model.path
+    best   choose the evaluated checkpoint that is best according to ``checkpoint.keep_best`` or, if that is null,
+           the one with the lowest ``eval/loss``
+    dtype  ``fp32``, ``bf16`` or ``fp16`` for all tensors; None: each tensor keeps the dtype that it has in model.path
     say    called with each line of the report; some lines come from every rank, others only from the first rank
 
     Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint;

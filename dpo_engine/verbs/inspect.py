@@ -42,7 +42,7 @@ class Piece:
 
     kind    a key of `STYLES`
     text    the decoded tokens
-    tokens  the names of the tokens
+    tokens  the token strings
     """
 
     kind: str
@@ -157,7 +157,7 @@ def _pieces(ids: np.ndarray, kinds: Sequence[str], tokenizer: Tokenizer) -> tupl
 
 
 def saved_line(config: Config) -> str | None:
-    """Return a line with the run's checkpoints and the best one by checkpoint.keep_best; None without checkpoints."""
+    """Return a line with the run's checkpoints and the best one, according to `criterion`; None without checkpoints."""
     if not (there := steps(config.checkpoint_dir)):
         return None
     line = f"checkpoints: steps {', '.join(map(str, there))}"
@@ -168,7 +168,7 @@ def saved_line(config: Config) -> str | None:
 def lines(pair: Inspected, *, tokens: bool = False) -> Iterator[tuple[str, str]]:
     """Yield the lines that describe a pair, each with the kind of token that determines its style, or "".
 
-    tokens   show the names of the tokens instead of the text
+    tokens   show the token strings instead of the decoded text
     """
     yield "", f"{pair.place}{': ' + pair.note if pair.note else ''}"
     for name, pieces in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):

@@ -160,9 +160,9 @@ def test_dataset_and_its_report(build, tmp_path):
 
 
 def test_record_with_an_unusable_pair_is_dropped_whole(build, tmp_path):
-    """If one pair is unusable, all pairs of its record are dropped, because they share the record's weight.
+    """If one pair is unusable, the whole record counts as bad, and all of its pairs are dropped.
 
-    The report counts one bad record.
+    Pairs that are only too long are dropped one by one.
     """
     unfit = {**ROW, "responses": [" 5", "<|im_end|>", " 22", " four"]}
     given = source(tmp_path / "a.jsonl", [ROW, unfit, ROW], "ranked_all")

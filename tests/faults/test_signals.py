@@ -31,7 +31,10 @@ def whole(run_yaml, tmp_path):
 
 @pytest.fixture
 def held_signals():
-    """Block the signals in this process. The ranks inherit this, and start like `python -m dpo_engine`."""
+    """Block the signals in this process.
+
+    The ranks inherit the mask, so they start with blocked signals, as under `python -m dpo_engine`.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS.values())
     yield
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS.values())

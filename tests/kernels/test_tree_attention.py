@@ -1,4 +1,4 @@
-"""Tests of tree attention: every backend must match causal attention on each path from root to leaf, in fp64."""
+"""Tests of tree attention: every backend must match causal attention in fp64 on each path from root to leaf."""
 
 import numpy as np
 import pytest

@@ -98,7 +98,7 @@ def test_invalid_limit_is_refused():
     environment = {**os.environ, torchrun.LIMIT: "1.5"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == (
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1.5: must be a number of seconds without a fraction; unset it to wait 3600 s\n"
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1.5: must be a whole number of seconds; unset it to wait 3600 s\n"
     )
 
 

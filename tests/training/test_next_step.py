@@ -1,4 +1,4 @@
-"""Tests of preparing the next step on a second thread: order, errors, the end of the thread, and no collectives."""
+"""Tests of the second thread that prepares the next step: its order, errors and end; it needs no other rank."""
 
 import threading
 
@@ -110,7 +110,7 @@ def test_preparing_a_step_needs_no_other_rank(layout, tiny_hf, tmp_path):
 
 
 def failing_third_step(config):
-    """Train with pairs that cannot be read for step 3. Return the error, and whether each step's thread is alive."""
+    """Train while the pairs of step 3 cannot be read. Return the error, and whether each step's thread still runs."""
     from dpo_engine.errors import DataError
     from dpo_engine.training.engine import Engine
     from dpo_engine.verbs.train import train

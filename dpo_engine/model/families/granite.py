@@ -1,4 +1,4 @@
-"""Granite 3 and 4 dense models."""
+"""Granite 3 dense models."""
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import DENSE, biases, dense

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x, and the many models that share Llama's ``config.json``."""
+"""Llama 1 to 3.x, and the many models that use ``model_type: llama``."""
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import DENSE, biases, dense

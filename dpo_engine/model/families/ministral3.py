@@ -21,7 +21,7 @@ YARN = {
 
 @FAMILIES.register("ministral3")
 class Ministral3:
-    """Mistral's layers; rows are limited to the original length, beyond which the model would scale queries."""
+    """Mistral's layers; rows are limited to ``original_max_position_embeddings``, as later queries would be scaled."""
 
     rules = DENSE
 

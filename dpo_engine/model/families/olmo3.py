@@ -8,7 +8,7 @@ from dpo_engine.model.families.rope import ropes
 
 @FAMILIES.register("olmo3")
 class Olmo3:
-    """OLMo 2's layers; three of four layers have a sliding window, and only the others scale their rotary positions."""
+    """OLMo 2's layers; three of every four layers have a sliding window; only the fourth scales rotary positions."""
 
     rules = Olmo2.rules
 

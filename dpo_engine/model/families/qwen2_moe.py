@@ -11,7 +11,7 @@ from dpo_engine.model.mixture import Experts
 
 @FAMILIES.register("qwen2_moe")
 class Qwen2Moe:
-    """Qwen2's layers, with experts, and with an MLP that every token uses and whose output a gate scales."""
+    """Qwen2's layers, with experts and with a gated shared expert."""
 
     rules = ROOT + NORMS + ATTENTION + DENSE_MLP + mixture(shared="shared_expert")
     fused = fused_experts()

@@ -108,7 +108,10 @@ def _llama3(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[
 
 
 def _yarn(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[str, Any]:
-    """Return the edges of the interpolated range, whether they are rounded, and the factor of cosines and sines.
+    """Return the optional numbers of the scaling ``yarn``.
+
+    These are the edges of the ramp between interpolated and unchanged frequencies, whether the edges are rounded, and
+    the factor by which cosines and sines are multiplied.
 
     *Source*: YaRN (arXiv 2309.00071) eq. 22 for the factor.
     """
@@ -127,7 +130,7 @@ def _yarn(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[st
 
 
 def mscale(config: HFConfig) -> float:
-    """Return the factor by which DeepSeek's models scale queries and keys with YaRN; 1 without ``mscale_all_dim``.
+    """Return the factor by which DeepSeek models that use YaRN scale queries and keys; 1 without ``mscale_all_dim``.
 
     *Source*: the ``yarn_get_mscale`` of DeepSeek-V2's release.
     """
@@ -143,7 +146,11 @@ def mscale(config: HFConfig) -> float:
 
 
 def _longrope(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[str, Any]:
-    """Return the factors of the frequencies in short rows, and the factor of cosines and sines."""
+    """Return the numbers of the scaling ``longrope``.
+
+    These are the divisor of each frequency for rows of at most the original length, and the factor by which cosines and
+    sines are multiplied.
+    """
     original = numbers[LENGTH]
     factors = inner.get("short_factor")
     if not isinstance(factors, list) or not all(type(each) in (int, float) and each > 0 for each in factors):

@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import DENSE, dense
 
 @FAMILIES.register("seed_oss")
 class SeedOss:
-    """Llama's layers; biases of attention's input projections, its output projection and the MLP are set separately."""
+    """Llama's layers; separate fields turn on biases of attention's input and output projections, and of the MLP."""
 
     rules = DENSE
 

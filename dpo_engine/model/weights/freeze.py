@@ -32,7 +32,7 @@ def frozen_patterns(config: Config, arch: Architecture) -> tuple[str, ...]:
 
 
 def router_problems(config: Config, arch: Architecture) -> list[str]:
-    """If the model has no experts, list the settings of routers, because they have no effect."""
+    """If the model has no experts, list the router settings that are set, because they have no effect."""
     if arch.experts is not None:
         return []
     settings = {"loss.balance": config.loss.balance, "loss.router_z": config.loss.router_z}
@@ -67,16 +67,20 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
     frozen = frozen_tensors(patterns, arch)
     if len(frozen) == len(names):
         return ["optim.freeze: freezes every weight of the model; leave some weights to train"]
+    split = []
     for rule, parts in _parameters(arch):
         kept = [name for name in parts if name not in frozen]
         if kept and len(kept) < len(parts):
-            first = next(name for name in parts if name in frozen)
-            problems.append(
-                f"optim.freeze: freezes {first}, but not {' and '.join(kept)}, which are stored in the same parameter "
-                f"({rule.parameter.rpartition('.')[0].rpartition('.')[2]}); freeze all of them, or none"
-            )
-    more = f" (and {len(problems) - 1} more such parameters)" if len(problems) > 1 else ""
-    return [problems[0] + more] if problems else []
+            split.append((rule, next(name for name in parts if name in frozen), kept))
+    if not split:
+        return []
+    rule, first, kept = split[0]
+    where = rule.parameter.rpartition(".")[0].rpartition(".")[2]
+    where += f", the first of {len(split)} such parameters" if len(split) > 1 else ""
+    return [
+        f"optim.freeze: freezes {first}, but not {' and '.join(kept)}, which are stored in the same parameter "
+        f"({where}); freeze all of them, or none"
+    ]
 
 
 def freezes_some_experts(patterns: Sequence[str], arch: Architecture) -> bool:

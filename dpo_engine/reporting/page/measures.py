@@ -19,7 +19,7 @@ BINS = np.linspace(0.5, 1.0, 11)
 RESAMPLES = 1000
 MOST_SOURCES = 30
 SMALLEST = 10
-"""Groups with fewer pairs get no estimate."""
+"""Minimum number of pairs for `along_length` and `against_length`."""
 
 
 class Change(NamedTuple):
@@ -41,7 +41,7 @@ class Group(NamedTuple):
 class Measures:
     """Estimates over the pairs of an evaluation.
 
-    earlier    function that returns the evaluation after a given step, or None if there is no readable file
+    earlier    function that returns the evaluation at a given step, or None if there is no readable file
     first      the run's first evaluated step; None if it is unknown
     per_token  whether the loss compares log-probabilities per token
     """
@@ -217,7 +217,9 @@ class Measures:
         return int(((self.reference_margin > 0) & (self.policy_margin < 0)).sum())
 
     def loss_rise(self, step: int) -> Estimate | None:
-        """Return the paired change of the loss since ``step``; None if the pairs at that step are unknown or others."""
+        """Return the paired change of the loss since ``step``.
+
+        None if the pairs at that step are unknown or different."""
         before = self.earlier(step)
         if before is None or before.columns["id"].tolist() != self.column("id").tolist():
             return None
@@ -234,7 +236,7 @@ class Measures:
 
     @property
     def length_rule(self) -> str:
-        """The response of a pair that is chosen more often: ``longer`` or ``shorter``.
+        """Which response is chosen in more of the pairs: the ``longer`` or the ``shorter`` one.
 
         If both are chosen equally often, this is the response that the reward margins favor.
         """
@@ -264,7 +266,7 @@ class Measures:
 
     @cached_property
     def sources(self) -> dict[str, Group]:
-        """The largest sources by name, at most `MOST_SOURCES`, by decreasing number of pairs."""
+        """A mapping from names of sources to groups, with the largest sources first, and at most `MOST_SOURCES`."""
         column = self.column("source").astype(str)
         names, place, counts = np.unique(column, return_inverse=True, return_counts=True)
         return {

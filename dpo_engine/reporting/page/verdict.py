@@ -52,7 +52,7 @@ def findings(run: RunFiles, measures: Measures | None) -> list[Finding]:
 
 def _ended(run: RunFiles) -> Iterator[Finding]:
     if run.ended:
-        yield Finding("bad", "The last start of the run ended with an error.", run.ended, "See log.txt.")
+        yield Finding("bad", "The last time the run was started, it ended with an error.", run.ended, "See log.txt.")
 
 
 def _untrained(m: Measures) -> Finding:

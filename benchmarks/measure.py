@@ -67,8 +67,8 @@ class Measured:
     steps_s         (processor seconds, wall seconds) of every step
     peak_bytes      peak resident memory minus the resident memory after the imports; on a GPU, peak memory allocated
                     by torch
-    reserved_bytes  on a GPU: peak memory reserved by torch
-    outside_bytes   on a GPU: memory in use on the device after the last step, minus the memory reserved by torch
+    reserved_bytes  engine on a GPU: peak memory reserved by torch
+    outside_bytes   engine on a GPU: memory in use on the device after the last step, minus the memory reserved by torch
     flops           number of executed operations, if `Job.count` is set
     largest_tokens  number of tokens in the largest micro-batch, including padding
     metrics         metrics of every step: loss, and mean log-probabilities of chosen and rejected responses

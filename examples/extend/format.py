@@ -9,7 +9,7 @@ from dpo_engine.data.formats import FORMATS, BadRecord, Pair
 def scored(row: dict[str, Any]) -> Pair | None:
     """Read ``{"question": ..., "answers": [{"text": ..., "score": ...}, ...]}``.
 
-    A record without two different scores is skipped.
+    A record without two different scores is left out and counted.
     """
     try:
         answers = sorted(row["answers"], key=lambda answer: answer["score"])

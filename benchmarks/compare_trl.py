@@ -97,7 +97,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the comparison that the command line requests; return 1 if the engine and TRL disagree."""
+    """Run the comparison that the command line requests.
+
+    Returns  0; 1 if the engine and TRL disagree; or the exit code of an error of the engine
+    """
     asked = arguments(argv)
     reports, found = [], {}
     try:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train an aligned model on this machine's CPU, from scratch, in a few minutes:
+# Create a small model, and align it with DPO on this machine's CPU, in a few minutes:
 #
 #   bash launch/quickstart.sh [a.b=c ...]
 #
-# This creates a virtual environment and a small task, runs DPO on 4 processes with TP 2 x PP 2, and shows the result.
+# This creates a virtual environment and a small task, runs DPO in 4 processes with TP 2 x PP 2, and shows the result.
 # Overrides apply to examples/quickstart/run.yaml and may change the layout: parallel.tp=1 parallel.pp=4
 #
 #   RANKS=8     number of processes (default: 4, or as many as the layout needs; extra processes are data parallel)

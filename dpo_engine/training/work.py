@@ -71,7 +71,8 @@ def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> d
     dims = engine.groups.dims
     metrics = {"tokens_per_s": tokens / elapsed, "layout_gain": work.padded / (products + attention)}
     peak = peak_flops(engine.platform, engine.dtype)
-    if peak and not engine.config.optim.freeze and not engine.omits_gradients:
+    frozen = engine.config.optim.freeze or engine.config.train.freeze_router
+    if peak and not frozen and not engine.omits_gradients:
         own = 1 + engine.objective.facts.couples_pairs
         forward = own + reference.passes
         flops = (forward + (1 if engine.adaptation else BACKWARD)) * products + (forward + BACKWARD) * attention

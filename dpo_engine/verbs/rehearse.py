@@ -158,7 +158,8 @@ def train_command(config: Config, run: Path, output: Path) -> list[str]:
         "checkpoint.keep_best=null",
         "data.validation=null",
         "logging.log_interval=1",
-        *("logging.tensorboard=false", "logging.wandb=null", "logging.mlflow=null", "logging.progress=plain"),
+        *("logging.tensorboard=false", "logging.wandb=null", "logging.mlflow=null", "logging.sinks={}"),
+        *("logging.profile=null", "logging.progress=plain"),
     ]
     for name in ("warmup_steps", "decay_steps"):
         if (steps := getattr(config.optim, name)) is not None:

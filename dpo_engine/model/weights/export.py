@@ -166,7 +166,7 @@ class Export:
         """Return the name of a file in the target directory that was not written by an export of ours, or None."""
         if self.directory.exists() and not self.directory.is_dir():
             return "a regular file"
-        known = {"config.json", ADAPTER_CONFIG, INDEX, GENERATION, *TOKENIZER_FILES}
+        known = {"config.json", ADAPTER_CONFIG, INDEX, GENERATION, *PROCESSOR_FILES, *TOKENIZER_FILES}
         for path in sorted(self.directory.iterdir()) if self.directory.exists() else []:
             if path.suffix == ".safetensors" and not path.is_symlink():
                 try:

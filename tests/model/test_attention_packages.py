@@ -1,4 +1,4 @@
-"""Tests of attention from other packages. No package runs here: its documented behavior takes its place on the CPU."""
+"""Tests of attention from other packages. On a CPU, stand-ins with their documented behavior replace the packages."""
 
 from types import SimpleNamespace
 
@@ -129,7 +129,7 @@ def test_te_is_refused_if_it_has_no_fused_kernel(unfused, installed):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """Return the versions of flash attention that torch has activated; loading them does not fail."""
+    """Return a list of the versions of FlashAttention that torch is told to activate. Nothing is loaded."""
     monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"], raising=False)
     found = []
     monkeypatch.setattr(attention, "activate_flash_attention_impl", found.append, raising=False)

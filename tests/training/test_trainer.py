@@ -1,4 +1,4 @@
-"""Tests of complete training runs that read and write real files: outputs, resuming, evaluation, and first step."""
+"""Tests of complete training runs that read and write real files: outputs, resuming, evaluation, and the first step."""
 
 import json
 import math

@@ -80,7 +80,7 @@ def replace_numbers(*, weights: bool = False) -> None:
 
     Kernels do not run, so the real numbers are arbitrary bits. The copies and waits for reading them still happen.
 
-    weights   whether the engine reads the weights of a checkpoint
+    weights   whether the engine reads the weights of a checkpoint, and draws the weights of new adapters
     """
     from dpo_engine.optim import optimizer
     from dpo_engine.training import adapting, engine, metrics, step

@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     add("--vary", action="store_true", help="give pairs different lengths, from 0.3 to 1 times --lengths")
     add("--steps", type=int, default=2, help="number of steps; the first one creates Adam's moments")
     add("--waits", action="store_true", help="print where the host waits in the last step")
-    add("--compile", action="store_true", help="use torch.compile, as a run does; the start is faster without this option")
+    add("--compile", action="store_true", help="use torch.compile, as a run does; the start is faster without it")
     add("--losses", action="store_true", help="afterwards, run one step with each registered loss")
     add("--snapshot", help="file for torch's memory snapshot (see https://pytorch.org/memory_viz)")
     add("--json", help="file for the whole report")

@@ -76,7 +76,7 @@ CASES = {
 
 
 def pairs_of(case: Case):
-    """Return eight pairs with three different prompts, followed by a dummy; or only dummies.
+    """Return eight pairs, whose prompts are drawn from three, followed by a dummy; or only dummies.
 
     One response consists of the token ids at the edges of all shards.
     """

@@ -1,6 +1,7 @@
 """Tests of extensions as a fork would write them: in a package outside the tree, with code from the documentation.
 
-The fast tests import the package without loading Megatron. The slow tests train through the command line.
+The fast tests import the package in this process. The slow tests start other processes, which import the package
+without Megatron, or train through the command line.
 """
 
 import csv

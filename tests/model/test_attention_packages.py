@@ -23,7 +23,7 @@ TREES = {
 
 
 class DotProductAttention:
-    """Transformer Engine's documented attention for the format ``thd``, row by row in fp64."""
+    """A stand-in for Transformer Engine's attention in the format ``thd``, as documented. It computes row by row."""
 
     def __init__(self, heads, head_dim, *, num_gqa_groups, window_size, softmax_scale, **options):
         assert options == {
@@ -178,7 +178,7 @@ def test_flash_attention_that_torch_does_not_know(monkeypatch):
         choose_kernels(AUTO, ARCH, GPU, torch.bfloat16, flash=4)
 
 
-@pytest.mark.skipif(not hasattr(attention, "list_flash_attention_impls"), reason="torch cannot use FlashAttention 3")
+@pytest.mark.skipif(not hasattr(attention, "list_flash_attention_impls"), reason="torch has no FlashAttention 3 or 4")
 @pytest.mark.parametrize("version, module", [(3, "flash_attn_interface"), (4, "flash_attn")])
 def test_flash_attention_that_is_not_installed(version, module, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)

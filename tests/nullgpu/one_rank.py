@@ -321,7 +321,7 @@ def main() -> int:
         say(f"step {step}: GiB {sizes};", {name: figures[name] for name in named})
         say("  ", {name: number for name, number in figures["counts"].items() if number})
     for place, number in report.get("waits_by_line", {}).items():
-        say(f"  {number:4d} waits at {place}")
+        say(f"  {number:4d} x wait at {place}")
     if asked.losses:
         report["losses"] = every_loss(rank)
         say("losses:", {name: why or "ok" for name, why in report["losses"].items()})

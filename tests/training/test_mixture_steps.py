@@ -1,4 +1,4 @@
-"""Tests of training steps of mixtures of experts, compared with transformers and autograd in fp64; frozen routers."""
+"""Tests of training steps of mixtures of experts against transformers and autograd in fp64, and of frozen routers."""
 
 import pytest
 import torch

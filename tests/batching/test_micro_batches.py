@@ -135,7 +135,7 @@ class TestStacked:
         ranks = self.batches(tmp_path, pairs, dp=2, pp=2, vpp=2, tokens_per_micro_batch=300)
         ((rows, columns),) = {batch.tokens.shape for rank in ranks for batch in rank}
         assert rows * columns <= 300 < (rows + 2) * columns and len(ranks[0]) % 2 == 0
-        assert (len(ranks[0]) - 2) * rows // 2 < 9 <= len(ranks[0]) * rows // 2  # as few as 9 pairs need
+        assert (len(ranks[0]) - 2) * rows // 2 < 9 <= len(ranks[0]) * rows // 2  # two fewer have no room for 9 pairs
 
 
 def test_unsettled_micro_batches_are_refused(tmp_path):

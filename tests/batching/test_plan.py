@@ -176,7 +176,10 @@ class TestPlan:
 
 
 class TestGroupedByPrompt:
-    """With `data.group_by_prompt`, pairs with the same prompt are adjacent in every epoch; the other rules hold too."""
+    """With `data.group_by_prompt`, a source's pairs with the same prompt are adjacent in the order of the source.
+
+    With equal weights, each pair still occurs once per epoch, and the sources are still mixed in proportion.
+    """
 
     @given(
         prompts=st.lists(st.integers(0, 5), min_size=1, max_size=40), seed=st.integers(0, 9), epoch=st.integers(0, 3)
@@ -299,7 +302,7 @@ class TestIntervals:
         assert interval != "1" or due == [plan.steps_per_epoch * (epoch + 1) for epoch in range(epochs)]
 
     def test_another_batch_size_after_resuming(self):
-        """An epoch has 10 pairs, so a quarter is 2.5 pairs. The first two steps have 3 pairs each, later steps 2."""
+        """An epoch has 10 pairs, so a quarter is 2.5 pairs. The first two steps have 3 pairs, and later steps 2."""
         first = plan_of([10], global_batch_size=3, epochs=2)
         plan = plan_of([10], global_batch_size=2, epochs=2, start=first.position(2))
         assert [step for step in (1, 2) if first.due(step, Fraction("0.25"))] == [1, 2]  # after 3 and 6 pairs

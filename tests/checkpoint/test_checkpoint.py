@@ -464,7 +464,10 @@ def test_leftovers_of_dead_writers_are_removed(tmp_path):
     ],
 )
 def test_which_checkpoints_are_deleted(there, step, damaged, expected, tmp_path):
-    """Two intact checkpoints remain: the new checkpoint, and the newest one of an earlier step."""
+    """Two intact checkpoints remain: the new checkpoint, and the newest one of an earlier step.
+
+    The newest intact checkpoint of a best step also remains, unless the new checkpoint is of the same step.
+    """
     from dpo_engine.checkpoint.directory import superseded
 
     def names(text):

@@ -1,6 +1,7 @@
 """Tests of extensions as a fork would write them: in a package outside the tree, with code from the documentation.
 
-The fast tests import the package without loading Megatron. The slow tests train through the command line.
+The fast tests import the package in this process. The slow tests start other processes, which import the package
+without Megatron, or train through the command line.
 """
 
 import csv
@@ -179,7 +180,7 @@ def test_run_from_the_command_line(package, run_files, tiny_hf, tmp_path):
     assert "optim.freeze[0]=x: matches no weight of the model; " in wrong.stderr
     done = engine("train")
     assert done.returncode == 0, done.stderr
-    assert "the run ends after step 4 of 12: callbacks.patience: no lower loss in 1 evaluations" in done.stdout
+    assert "the run ends after step 4 of 12: callbacks.patience: evaluations without a lower loss: 1" in done.stdout
     table = list(csv.reader((tmp_path / "run" / "metrics.csv").open()))
     assert table[0] == ["step", "loss", "learning_rate"] and [row[0] for row in table[1:]] == ["1", "2", "3", "4"]
     rates = [float(row[2]) for row in table[1:]]

@@ -1,4 +1,4 @@
-"""Tests that attention work is proportional to the number of visible scores, for Triton's tiles and for sdpa."""
+"""Tests that attention computes few scores besides the visible ones, with Triton's tiles and with sdpa."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Tests of attention from other packages. No package runs here: its documented behavior takes its place on the CPU."""
+"""Tests of attention from other packages. On a CPU, stand-ins with their documented behavior replace the packages."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ TREES = {
 
 
 class DotProductAttention:
-    """Transformer Engine's documented attention for the format ``thd``, row by row in fp64."""
+    """A stand-in for Transformer Engine's attention in the format ``thd``, as documented. It computes row by row."""
 
     def __init__(self, heads, head_dim, *, num_gqa_groups, window_size, softmax_scale, **options):
         assert options == {
@@ -129,7 +129,7 @@ def test_te_is_refused_if_it_has_no_fused_kernel(unfused, installed):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """Return the versions of flash attention that torch has activated; loading them does not fail."""
+    """Return a list of the versions of FlashAttention that torch is told to activate. Nothing is loaded."""
     monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"], raising=False)
     found = []
     monkeypatch.setattr(attention, "activate_flash_attention_impl", found.append, raising=False)
@@ -178,7 +178,7 @@ def test_flash_attention_that_torch_does_not_know(monkeypatch):
         choose_kernels(AUTO, ARCH, GPU, torch.bfloat16, flash=4)
 
 
-@pytest.mark.skipif(not hasattr(attention, "list_flash_attention_impls"), reason="torch cannot use FlashAttention 3")
+@pytest.mark.skipif(not hasattr(attention, "list_flash_attention_impls"), reason="torch has no FlashAttention 3 or 4")
 @pytest.mark.parametrize("version, module", [(3, "flash_attn_interface"), (4, "flash_attn")])
 def test_flash_attention_that_is_not_installed(version, module, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)

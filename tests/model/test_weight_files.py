@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def copy(tiny_hf, tmp_path):
-    """Return a function: ``copy("llama", sharded=True)`` copies a tiny checkpoint. The test can damage the copy."""
+    """Return a function that copies a tiny checkpoint and returns the copy's directory. A test can damage the copy."""
 
     def make(family="llama", *, sharded=False, **options):
         source = tiny_hf(family, **options, **({"max_shard_size": "200KB"} if sharded else {}))
@@ -30,7 +30,7 @@ def copy(tiny_hf, tmp_path):
 
 
 def change(directory, **changes):
-    """Replace tensors in model.safetensors. The value None removes a tensor. ``__`` in a name stands for a dot."""
+    """Add or replace tensors in model.safetensors. None removes a tensor. ``__`` in a name stands for a dot."""
     held = load_file(directory / "model.safetensors")
     held |= {name.replace("__", "."): value for name, value in changes.items()}
     save_file({k: v for k, v in held.items() if v is not None}, directory / "model.safetensors", {"format": "pt"})

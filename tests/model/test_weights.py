@@ -61,7 +61,7 @@ def tokens():
 
 
 def cases():
-    """Yield every model with every layout. For models other than llama, layouts that are part of another are slow."""
+    """Yield every model with every layout. Except for llama, layouts that other layouts contain are marked slow."""
     for model in MODELS:
         for layout in LAYOUTS:
             contained = model != "llama" and layout in ("one", "tp2", "pp2")
@@ -173,7 +173,7 @@ def padding(directory, layout):
 
 
 def doctored(directory: Path, target: Path, **changes) -> Path:
-    """Copy a checkpoint and replace tensors in the copy. None removes a tensor. ``__`` in a name stands for a dot."""
+    """Copy a checkpoint, and add or replace tensors in the copy. None removes a tensor. ``__`` stands for a dot."""
     held = load_weights(directory)
     for name, value in changes.items():
         held[name.replace("__", ".")] = value

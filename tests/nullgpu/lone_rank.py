@@ -1,7 +1,7 @@
 """Replace a rank's inputs from other ranks and from files, so that one process can act as any rank of any run.
 
-The replaced inputs are the rendezvous, Python objects from other ranks, the weights of a checkpoint, and the few
-numbers that control a step. The engine's computation is not replaced.
+The replaced inputs are the rendezvous, Python objects from other ranks, the few numbers that control a step, the
+numbers of tokens for each expert and, optionally, the weights. The engine's computation is not replaced.
 """
 
 from typing import Any
@@ -80,7 +80,7 @@ def replace_numbers(*, weights: bool = False) -> None:
 
     Kernels do not run, so the real numbers are arbitrary bits. The copies and waits for reading them still happen.
 
-    weights   whether the engine reads the weights of a checkpoint
+    weights   whether the engine reads the weights of a checkpoint, and draws the weights of new adapters
     """
     from dpo_engine.optim import optimizer
     from dpo_engine.training import adapting, engine, metrics, step

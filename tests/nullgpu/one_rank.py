@@ -36,9 +36,9 @@ def arguments() -> argparse.Namespace:
     add("--pairs", type=int, default=2, help="pairs per step and data-parallel rank")
     add("--lengths", default="2048,1024,1024", help="tokens of prompt, chosen and rejected")
     add("--vary", action="store_true", help="give pairs different lengths, from 0.3 to 1 times --lengths")
-    add("--steps", type=int, default=2, help="the first step creates Adam's moments; the last one is examined")
+    add("--steps", type=int, default=2, help="number of steps; the first one creates Adam's moments")
     add("--waits", action="store_true", help="print where the host waits in the last step")
-    add("--compile", action="store_true", help="use torch.compile, as a run does; without it, the start is faster")
+    add("--compile", action="store_true", help="use torch.compile, as a run does; the start is faster without it")
     add("--losses", action="store_true", help="afterwards, run one step with each registered loss")
     add("--snapshot", help="file for torch's memory snapshot (see https://pytorch.org/memory_viz)")
     add("--json", help="file for the whole report")
@@ -321,7 +321,7 @@ def main() -> int:
         say(f"step {step}: GiB {sizes};", {name: figures[name] for name in named})
         say("  ", {name: number for name, number in figures["counts"].items() if number})
     for place, number in report.get("waits_by_line", {}).items():
-        say(f"  {number:4d} waits at {place}")
+        say(f"  {number:4d} x wait at {place}")
     if asked.losses:
         report["losses"] = every_loss(rank)
         say("losses:", {name: why or "ok" for name, why in report["losses"].items()})

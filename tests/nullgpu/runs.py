@@ -32,9 +32,10 @@ requires_transformer_engine = pytest.mark.skipif(
 
 @functools.cache
 def run(*arguments: str, capability: int = 90, card: str = LARGE_CARD) -> dict[str, Any]:
-    """Run one_rank.py with these arguments, and return its report. The figures of the last step are in ``last``.
+    """Run one_rank.py with these arguments, and return its report.
 
-    If the run runs out of memory, it ends before the last step, and ``out_of_memory`` has the lines of the error.
+    ``last`` has the figures of the last completed step, or is None if no step was completed. If the device runs out of
+    memory, the run ends early, and ``out_of_memory`` has the lines of the error.
 
     The report and the output also remain in build/reports/.
 

@@ -1,4 +1,4 @@
-"""Tests of the micro-batches that a run without batch options gets: they fit the card, and are not too small."""
+"""Tests of automatically chosen micro-batches: they fit the card, and are not too small."""
 
 import pytest
 

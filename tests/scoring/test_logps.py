@@ -76,7 +76,7 @@ CASES = {
 
 
 def pairs_of(case: Case):
-    """Return pairs with three prompts and, as the last pair, a dummy; or only dummies.
+    """Return eight pairs, whose prompts are drawn from three, followed by a dummy; or only dummies.
 
     One response consists of the token ids at the edges of all shards.
     """
@@ -170,7 +170,8 @@ def measure_case(layout: Layout, case: Case, groups):
 def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
     """Return the gradient that the optimizer gets for the output layer, or None if the layer is frozen.
 
-    It is the gradient in the buffer, whose initial value is 3, plus autograd's gradient if DDP adds that.
+    Without a buffer, it is autograd's gradient. Otherwise, it is what was added to the buffer, whose initial value is
+    3, plus autograd's gradient if DDP adds this gradient to the buffer.
     """
     if case.head == "frozen":
         assert head.grad is None
@@ -260,7 +261,7 @@ def test_against_log_softmax(name, layout, measured):
                 else:
                     assert got.dtype == torch.float32
                     check(got, expected, atol=1e-4)
-    # The gradient of the logits is rounded to the dtype before the matrix products. bf16 keeps 8 bits of each term.
+    # The gradient of the logits is rounded to the dtype before the matrix products. bf16 keeps 8 significant bits.
     bounds = (1e-4, 1e-5) if case.dtype is torch.float32 else (5e-2, 2e-2)
     # Each TP rank has a summand of the hidden states' gradient, and each CP rank has the gradient at its own sites. The
     # sum over all ranks is the whole gradient.
@@ -300,7 +301,7 @@ def entropies(hidden: torch.Tensor):
 
 
 def test_known_distributions_far_from_zero():
-    """One distribution is uniform; in the other one, a token is certain. fp32 must be exact despite large logits."""
+    """One distribution is uniform; in the other one, a token is certain. fp32 must be accurate despite large logits."""
     for got in run_ranks(entropies, 2, hidden=torch.tensor([[1.0, 0.0], [0.0, 1.0]])):
         expected = -math.log(VOCAB), 0.0
         assert (got.chosen.item(), got.rejected.item()) == pytest.approx(expected, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Skip a test, and give the reason, if a program that the test needs is not installed."""
+"""Skip a test, or fail in CI, with the reason, if a program that the test needs is not installed."""
 
 import os
 import shutil
@@ -8,14 +8,14 @@ import pytest
 
 
 def absent(what: str) -> NoReturn:
-    """Skip the test. If CI is ``true``, fail instead, because `.ci/run` installs everything that tests need."""
+    """Skip the test, but fail if ``CI=true`` is in the environment: `.ci/run` installs everything that tests need."""
     if os.environ.get("CI") == "true":
         pytest.fail(what, pytrace=False)
     pytest.skip(what)
 
 
 def need(*programs: str) -> None:
-    """Skip the test unless all of these programs are installed."""
+    """Skip the test, or fail in CI, unless all of these programs are installed."""
     search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [program for program in programs if shutil.which(program, path=search) is None]
     if missing:

@@ -19,7 +19,7 @@ class Finished(NamedTuple):
     """The result of a job.
 
     codes      exit code of each rank; if a signal ended the rank, the negative number of the signal
-    seconds    for each rank, the time from the start of the job to the rank's exit
+    seconds    for each rank, seconds from the start of the job to the rank's exit
     errors     stderr of each rank
     output     stdout of each rank
     survivors  processes of the job that were still running after the last rank had exited; they have been killed

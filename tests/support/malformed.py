@@ -11,7 +11,7 @@ RIGHT = {"role": "assistant", "content": "The second."}
 WRONG = {"role": "assistant", "content": "The first."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 LIMIT = 4096
-"""Maximum length of a line, in bytes, for the kind "endless line". Only that kind's malformed line is longer."""
+"""Limit in bytes that tests set for the lines of the kind "endless line". Only its malformed line is longer."""
 
 
 @dataclass(frozen=True)

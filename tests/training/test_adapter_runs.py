@@ -1,4 +1,4 @@
-"""Tests of whole runs with adapters: references, checkpoints in other layouts, evaluation and export."""
+"""Tests of training with adapters: references, overlap, resuming in other layouts, evaluation, export, and bf16."""
 
 import json
 import math
@@ -142,7 +142,7 @@ def test_resumed_run_continues_in_any_layout(ranks, layout, more, other, rel, st
 
 
 def test_run_with_a_new_adapter(start, files, tmp_path):
-    """After training, a resume with another adapter is refused, and evaluation and export agree with the run."""
+    """After training, a resume with other adapter settings is refused. Evaluation and export agree with the run."""
     from dpo_engine.verbs.evaluate import evaluate
     from dpo_engine.verbs.export import export
 

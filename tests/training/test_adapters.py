@@ -35,7 +35,11 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def trained(tiny_hf, tmp_path_factory):
-    """Return a function that trains with PEFT. It returns the model, the adapter, gradient norms and final tensors."""
+    """Return a function that trains with PEFT, only once for each combination of arguments.
+
+    The function returns the directories of the model and the initial adapter, the gradient norms, and the final
+    tensors of the adapter.
+    """
     known = {}
 
     def train(kind, kv_heads=4, family="llama"):

@@ -77,7 +77,7 @@ def state_of(output, step, rank):
     "phase, asynchronous", [("eval", False), ("save-shards", True), ("save-manifest", False), ("save-rename", True)]
 )
 def test_killed_while_the_second_best_step_is_saved(phase, asynchronous, whole, files, tiny_hf, tmp_path):
-    """The restarted run has the steps, evaluations and checkpoints of the uninterrupted run, bit by bit."""
+    """The steps, evaluations and checkpoints of the restarted run are bitwise those of the uninterrupted run."""
     sections = {**BEST, "checkpoint": {**BEST["checkpoint"], "async_save": asynchronous}}
     killed = write_run(tmp_path, "killed", files, tiny_hf, sections)
     job = run_job(["train", str(killed)], 2, tmp_path / "log1", fault=f"{phase}:0:2:kill", timeout_s=60)

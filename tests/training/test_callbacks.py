@@ -17,7 +17,8 @@ from support.small_run import config_of, log_of, run
 class Recorder(Callback):
     """A callback that writes every call to a file, and adds a metric to every step.
 
-    After step ``last_step``, it returns ``returned`` on the ranks ``asking_ranks``. By default, this ends the run.
+    After step ``last_step`` (0: never), it returns ``returned`` on the ranks ``asking_ranks``. The default value of
+    ``returned`` ends the run.
     """
 
     folder: str
@@ -61,7 +62,7 @@ def recorded(folder, rank=0):
 
 @pytest.fixture
 def start(files, tiny_hf, tmp_path):
-    """Return a function: ``start(last_step=3)`` trains 6 steps on two ranks. The options are those of the recorder."""
+    """Return a function that trains at most 6 steps on two ranks. Its keyword arguments are options of the recorder."""
 
     def train(**options):
         run_config = config_of(
@@ -154,4 +155,4 @@ def test_an_error_at_the_end_does_not_stop_other_callbacks(capsys):
         run = SimpleNamespace(engine=engine, sinks=SimpleNamespace(say=said.append))
         Callbacks({"callbacks.mine": Setting(), "callbacks.last": last}).end(run)
     assert said == [line, "ended", "ended"]
-    assert capsys.readouterr().err == f"{line}\n", "sinks print nothing on other ranks than the first"
+    assert capsys.readouterr().err == f"{line}\n", "only rank 1, whose sinks print nothing, must write to stderr"

@@ -1,4 +1,4 @@
-"""Tests of early stopping, the best checkpoints and their export, and intervals that are parts of an epoch."""
+"""Tests of early stopping, the best checkpoints and their export, and intervals that are fractions of an epoch."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ HIGH = KeepBest(metric="loss", mode="max")
         (LOW, [0.5, 0.4, 0.4, 0.41], 2),
         (HIGH, [0.5, 0.4, 0.3], 2),
         (HIGH, [0.5, 0.4, 0.6], 0),
-        (LOW, [0.5, 0.4999999, 0.5000001], 2),  # differences within rounding error are no gain
+        (LOW, [0.5, 0.4999999, 0.5000001], 2),  # a difference within rounding error is not a gain
         (LOW, [None, None, 0.5, None], 1),
         (LOW, [None, None], 2),
         (HIGH, [-0.5, -0.4, -0.45], 1),
@@ -186,7 +186,8 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
     long = run_yaml("long", **{**NO_GAIN, "train": {"eval_interval": "0.25epoch"}, "checkpoint": {"export": False}})
     assert run_job(["train", str(long)], 1, tmp_path / "log0").codes == [0]
     losses = {line["step"]: line["eval/loss"] for line in log_of(tmp_path / "long") if "eval/loss" in line}
-    # An epoch has 22 pairs in batches of 4. A quarter of an epoch is 5.5 pairs, and these steps reach its multiples.
+    # An epoch has 22 pairs in batches of 4. A quarter of an epoch is 5.5 pairs, and each of these steps is the first to
+    # reach another multiple of it.
     assert sorted(losses) == [2, 3, 5, 6, 8, 9, 11, 12]
     assert losses[2] > losses[3] > losses[5] > losses[6] > losses[8]
 

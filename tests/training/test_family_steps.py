@@ -32,7 +32,11 @@ DEFAULT = (
 
 
 def layouts_of(case):
-    """Return the layouts in which a case is tested. Most mixtures are tested in only some of ``EXPERT_LAYOUTS``."""
+    """Return the layouts in which a case is tested.
+
+    Most mixtures are tested in only some of ``EXPERT_LAYOUTS``. The mixtures in ``ALL_LAYOUTS`` are also tested in
+    ``LAYOUTS``.
+    """
     if case not in MIXTURES:
         return [*LAYOUTS]
     names = [*EXPERT_LAYOUTS]

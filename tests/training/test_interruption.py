@@ -148,7 +148,7 @@ def limited_with_evaluations(device):
 
 
 def test_time_limit_leaves_room_for_an_evaluation():
-    """The limit is 1200. From 1101 on, after each step, another evaluation of 100 s would end too late."""
+    """The limit is 1200. From 1101 on, another evaluation of 100 s would end too late, so every check stops the run."""
     import torch
 
     expected = [None] + ["train.save_by"] * 21
@@ -157,7 +157,7 @@ def test_time_limit_leaves_room_for_an_evaluation():
 
 @pytest.mark.parametrize("rank_0_late", [False, True])
 def test_time_limit_leaves_room_for_a_step_and_a_save(rank_0_late):
-    """The limit is 1100. If a step of up to 40 s and a save of 30 s start at 1020, they end in time; at 1060, too late.
+    """The limit is 1100. A step of up to 40 s and a save of 30 s end in time if they start at 1020, but not at 1060.
 
     Only the clock of rank 0 counts.
     """

@@ -354,7 +354,10 @@ def test_a_run_with_instances_resumes_bitwise_also_in_another_layout(files, tiny
 
 
 def test_reasons_are_about_fields_that_exist():
-    """Each field in REFUSED exists in a supported Megatron. The installed one lacks at most two fields of each part."""
+    """Each field in REFUSED exists in a supported version of Megatron.
+
+    The installed version lacks at most two of the fields of each part.
+    """
     from dataclasses import fields
     from fnmatch import fnmatch
 

@@ -1,4 +1,4 @@
-"""Tests of every metric of the global batch, compared with its definition computed pair by pair."""
+"""Tests of the metrics that are computed from pairs, compared with their definitions, and of the names of sources."""
 
 import math
 import statistics
@@ -24,7 +24,7 @@ PAIRS = range(4)
 def metrics_of(
     parts=(slice(None),), *, reference=True, entropy=False, sources=("only",), averages=False, tolerance=0.0
 ) -> dict[str, float]:
-    """Return the metrics of the pairs above, summed over the micro-batches ``parts``."""
+    """Return the metrics of the pairs above, computed from sums over the micro-batches ``parts``."""
     known = Reported(reference=reference, entropy=entropy, sources=sources, averages=averages)
     total = 0
     for part in parts:

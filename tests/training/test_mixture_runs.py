@@ -55,7 +55,7 @@ def test_overlapped_communication_gives_the_same_numbers(ranks, parallel, tiny_h
 
 @pytest.mark.parametrize("sizes", [(1, 3, 1)], ids=str)
 def test_offloaded_reference_scores_ahead_with_ranks_that_have_only_dummies(sizes, tiny_hf, tmp_path):
-    """With a batch of one pair, a rank has only dummies, but must take part in the other rank's forward passes."""
+    """With a batch of one pair, one rank has only dummies, but must take part in the other rank's forward passes."""
     model = checkpoint(tiny_hf, "mixtral")
     config = offloaded(model, tmp_path, {"ep": 2})
     outcomes = run_ranks(offloaded_losses, 2, timeout_s=60, config=config, sizes=sizes)

@@ -1,4 +1,4 @@
-"""Tests of the second thread that prepares the next step: its order, errors and end; it needs no other rank."""
+"""Tests of the thread that prepares the next step: order, errors, end, and independence of other ranks."""
 
 import threading
 
@@ -82,13 +82,13 @@ class TestOneAhead:
 
         items = one_ahead(make, range(5, 9))
         assert next(items) == 5
-        assert begun.wait(10), "the next item is made while the caller uses this one"
+        assert begun.wait(10), "the next item must be made while the caller uses this one"
         assert list(items) == [6, 7, 8]
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("next step")]
 
 
 def alone(config):
-    """Prepare a step on rank 0 while other ranks do nothing, and then on the others. Return the micro-batch count."""
+    """Prepare a step on rank 0 while the other ranks wait, and then on the others. Return the micro-batch count."""
     import torch.distributed as dist
 
     from dpo_engine.training.engine import Engine

@@ -1,4 +1,4 @@
-"""Tests that directories which ranks do not share, or to which another export writes, are refused."""
+"""Tests of directories that ranks do not share, or to which another export writes: only a cache may differ."""
 
 import os
 import re

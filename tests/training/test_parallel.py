@@ -68,7 +68,7 @@ def check_layout(one_rank, tiny_hf, tmp_path, name, layout, *, family="llama", m
 
 
 REPEATED = ("tp2", "pp2", "cp2", "dp2", "cp4", "pp2 vpp2", "tp2 pp2", "pp2 dp2", "dp2 plain optimizer")
-"""Layouts that are part of other layouts."""
+"""Layouts whose kinds of parallelism also occur in other layouts."""
 IN_FP64 = ("tp2 cp2", "cp2 dp2")
 """Layouts that test_fp64_layouts.py tests in fp64 in the default suite."""
 SOME = [
@@ -175,7 +175,7 @@ def test_same_layout_is_bitwise_reproducible(name, tiny_hf, tmp_path):
 
 @pytest.mark.parametrize("name", ["dp2", "dp2 plain optimizer", "tp2 pp2"])
 def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
-    """bf16 rounds every intermediate value to 8 bits. The tolerance is the resulting error in a loss near ln 2."""
+    """bf16 rounds every intermediate value to 8 significant bits. The tolerances allow for the resulting errors."""
     expected, expected_dir = one_rank()
     model = tiny_hf("llama")
     config = run_config(model, tmp_path, parallel=LAYOUTS[name], model={"path": str(model), "dtype": "bf16"})

@@ -17,7 +17,10 @@ from support.small_run import config_of, log_of, run
 
 
 def train(files, tiny_hf, output, asked, ranks=1, **sections):
-    """Train 4 steps of at most 8 pairs. After every second step, evaluate 7 pairs and save."""
+    """Train 4 steps of at most 8 pairs, unless ``sections`` sets another number of steps.
+
+    After every second step, evaluate 7 pairs and save.
+    """
     base = {
         "parallel": {"pp": ranks},
         "batch": {"layout": "stacked"},

@@ -142,12 +142,12 @@ class TestFingerprint:
 
 
 def guarded(config, *, harm=None, facts=None, times=0):
-    """Build the policy, change a parameter or a fact on one rank, and compare the ranks.
+    """Build the policy, change a parameter or facts if ``harm`` or ``facts`` is given, and compare the ranks.
 
     Then repeat the comparison `times` times. Return the error, or the time that each of the repeated comparisons took.
 
     harm   (rank, local parameter name): one bit of this parameter is flipped on this rank
-    facts  facts by rank: the facts of a rank replace the engine's facts on this rank
+    facts  facts by rank: they replace the engine's facts of the same names on this rank
     """
     from dpo_engine.training.engine import Engine
 

@@ -149,7 +149,10 @@ def test_all_modes_train_identically(mode, weights, layout, files, policy, other
 
 
 def with_columns(files, model, folder):
-    """Write copies of the files with additional columns of log-probabilities, computed by transformers."""
+    """Write copies of the files with additional columns of log-probabilities, computed by transformers.
+
+    Returns ``files`` with the paths of the copies.
+    """
     from transformers import AutoModelForCausalLM
 
     from dpo_engine.config.run import Config
@@ -179,7 +182,10 @@ def with_columns(files, model, folder):
 
 
 class TestStored:
-    """Tests with a store that the `reference` verb has filled on two tensor-parallel ranks."""
+    """Tests of stored log-probabilities.
+
+    The verb `reference` fills the fixture ``store`` on two tensor-parallel ranks.
+    """
 
     @pytest.fixture(scope="class")
     def store(self, files, policy, tmp_path_factory):
@@ -423,7 +429,7 @@ class TestFollowing:
         assert len({step["logps/chosen"] for step in steps}) == 6
 
     def test_updated_reference_matches_the_papers_formula(self, files, policy, tmp_path):
-        """After two steps, the reference of the evaluation has the weights 0.6 policy + 0.4 start.
+        """After two steps, the reference of the evaluation has the weights 0.6 * policy + 0.4 * start.
 
         The expected values are computed with transformers.
         """
@@ -506,7 +512,7 @@ class TestDataset:
 
 
 def dead_gradients(config):
-    """Train with a loss whose gradient is zero at the initial policy."""
+    """Train with a loss whose gradient is always zero."""
     from dpo_engine.objective.losses import LOSSES
 
     def flat(policy, reference):

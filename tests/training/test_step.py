@@ -179,14 +179,17 @@ def test_five_steps_against_trl(tiny_hf, tmp_path):
 
 
 def token_statistics(model, prompt, response) -> torch.Tensor:
-    """Return log-probability, entropy and ``log sum p^2`` of each response token, in fp64. The shape is [3, tokens]."""
+    """Return the log-probability, entropy and ``log sum p^2`` of each response token: [3, tokens] in fp64."""
     logits = model(torch.tensor([*prompt, *response])[None]).logits[0, len(prompt) - 1 : -1].double()
     p, targets = logits.softmax(-1), torch.tensor(response).long()[:, None]
     return torch.stack([p.gather(1, targets)[:, 0].log(), -(p * p.log()).sum(1), p.square().sum(1).log()])
 
 
 def independent_step(directory, reference_directory, name: str, ld_alpha: float, weighted_by_likelihood: bool) -> dict:
-    """Compute a step of a token-weighted loss with transformers and autograd, on 6 pairs from two sources."""
+    """Return the metrics of a step with a token-weighted loss on 6 pairs from two sources.
+
+    They are computed with transformers and autograd.
+    """
     from transformers import AutoModelForCausalLM
 
     policy = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

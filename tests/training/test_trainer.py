@@ -1,4 +1,4 @@
-"""Tests of complete training runs that read and write real files: outputs, resuming, evaluation, and first step."""
+"""Tests of complete training runs that read and write real files: outputs, resuming, evaluation, and the first step."""
 
 import json
 import math
@@ -140,7 +140,7 @@ def test_other_reference_changes_the_start(files, tiny_hf, tmp_path):
     config = config_of(files, tiny_hf("llama"), tmp_path, reference={"path": str(other)})
     run_ranks(run, 1, config=config)
     first = next(line for line in log_of(tmp_path) if "loss" in line)
-    assert abs(first["rewards/margins"]) > 1e-3, "policy and reference must differ from the first step on"
+    assert abs(first["rewards/margins"]) > 1e-3, "policy and reference must already differ in the first step"
 
 
 def test_bad_data_ends_all_ranks_with_one_message(files, tiny_hf, tmp_path):

@@ -84,7 +84,7 @@ def test_shared_pairs_are_counted_by_their_whole_digest():
 
 
 def told(*steps, evaluations=(), vocab=100):
-    """Return the warnings of a run whose steps have these metrics. ``evaluations`` come after the last step."""
+    """Return the warnings of a run with the metrics ``steps`` and, after the last step, ``evaluations``."""
     lines, callback = [], Warnings()
     seen = SimpleNamespace(
         step=0, engine=SimpleNamespace(arch=SimpleNamespace(vocab_size=vocab)), sinks=SimpleNamespace(say=lines.append)

@@ -195,7 +195,7 @@ EXPORT void __cudaRegisterFunction(void **binary, const char *host, char *device
   if (real) real(binary, host, device, name, limit, thread, block, block_size, grid_size, warp_size);
 }
 
-// A GPU refuses a launch with an empty or too large grid, so the null GPU does too.
+// A GPU refuses a launch whose grid or block is empty or too large, so the null GPU does too.
 static cudaError_t launch(const void *kernel, dim3 grid, dim3 block) {
   count_kernel(kernel);
   int empty = !grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z;

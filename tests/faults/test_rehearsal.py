@@ -77,13 +77,15 @@ def test_run_that_resumes_differently_fails(run_yaml, tmp_path, forked, monkeypa
     )
 
 
-def test_settings_that_need_evaluations_are_switched_off(run_yaml, tmp_path):
-    """A rehearsal evaluates nothing, so it must not keep a best checkpoint or stop early."""
+def test_settings_that_do_not_fit_a_rehearsal_are_switched_off(run_yaml, tmp_path):
+    """A rehearsal evaluates nothing, so it must not keep a best checkpoint or stop early. It reports to no tracker."""
     best = {"keep_best": {"metric": "eval/loss"}, "export": "best", "save_interval": "0.5epoch"}
-    run = run_yaml(train={"eval_interval": "0.25epoch", "stop_after_no_gain": 2}, checkpoint=best)
+    logs = {"profile": {"steps": [10, 12]}, "sinks": {"swanlab": {}}}
+    run = run_yaml(train={"eval_interval": "0.25epoch", "stop_after_no_gain": 2}, checkpoint=best, logging=logs)
     assert contradictions(Config.load(run)) == []
     overrides = [part for part in rehearsal.train_command(Config.load(run), run, tmp_path) if "=" in part]
-    assert contradictions(Config.load(run, overrides)) == []
+    rehearsed = Config.load(run, overrides)
+    assert contradictions(rehearsed) == [] and rehearsed.logging.sinks == {}
 
 
 def test_run_with_too_few_steps_is_refused(run_yaml, forked):

@@ -17,8 +17,6 @@ LAYOUTS = {
     "tp2 pp2 cp2": {"tp": 2, "pp": 2, "cp": 2},
 }
 
-WORLD = {"dp2": 2, "dp2 plain optimizer": 2, "dp3": 3, "pp2 dp2": 4, "cp2 dp2": 4}
-
 
 def world(name: str, layout: dict) -> int:
     copies = 2 if "dp2" in name else 3 if "dp3" in name else 1

@@ -228,21 +228,25 @@ def reported(config):
 
 
 @pytest.mark.parametrize(
-    "freeze",
-    [pytest.param([], id="all weights", marks=pytest.mark.slow), pytest.param([r"lm_head\.weight"], id="frozen")],
+    "family, frozen",
+    [
+        pytest.param("llama", {}, id="all weights", marks=pytest.mark.slow),
+        pytest.param("llama", {"optim": {"freeze": [r"lm_head\.weight"]}}, id="frozen"),
+        pytest.param("qwen3_moe", {"train": {"freeze_router": True}}, id="frozen router", marks=pytest.mark.slow),
+    ],
 )
-def test_mfu_is_reported_only_if_all_weights_are_trained(freeze, files, tiny_hf, tmp_path):
+def test_mfu_is_reported_only_if_all_weights_are_trained(family, frozen, files, tiny_hf, tmp_path):
     config = config_of(
         files,
-        tiny_hf("llama", num_hidden_layers=2),
+        tiny_hf(family, num_hidden_layers=2),
         tmp_path,
         data={"validation": None},
-        optim={"freeze": freeze},
-        train={"max_steps": 1},
+        optim=frozen.get("optim", {}),
+        train={"max_steps": 1, **frozen.get("train", {})},
         checkpoint={"export": False},
     )
     (metrics,) = run_ranks(reported, 1, config=config)
-    assert ("mfu" in metrics) == (not freeze) and metrics["tokens_per_s"] > 0
+    assert ("mfu" in metrics) == (not frozen) and metrics["tokens_per_s"] > 0
 
 
 def counted_products(config):

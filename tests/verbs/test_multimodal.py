@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from dpo_engine.config.adapter_section import AdapterConfig
 from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.peft import adapter_problems
 from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.verbs.check import check
@@ -51,5 +52,6 @@ def test_run_exports_the_whole_model(model, files, tmp_path):
     for name, value in before.items():
         assert torch.equal(value, after[name]) == name.startswith(OTHERS), name
     assert json.loads((tmp_path / "run" / "hf" / "preprocessor_config.json").read_text()) == {}
+    assert Export(tmp_path / "run" / "hf").refusal(model) is None, "a later export replaces this one"
     reread = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "run" / "hf")
     assert reread.config.vision_config.image_size == 28

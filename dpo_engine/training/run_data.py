@@ -212,8 +212,8 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
         if len(absent):
             file = pairs.sources[pairs.source_ids[absent[0]]]
             raise DataError(
-                f"{file}: {reader} needs {field} in every record of {key}, but {len(absent)} of {len(pairs)} pairs "
-                f"do not have it; add it to every record, or choose another {reader.split()[0]}"
+                f"{file}: {reader} needs {field} in every record of {key}, but it is missing in {len(absent)} of "
+                f"{len(pairs)} pairs; add it to every record, or choose another {reader.split()[0]}"
             )
 
 

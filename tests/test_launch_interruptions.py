@@ -35,7 +35,7 @@ def test_interrupted_run_is_requeued(stage, code, ranks_say):
 
 def test_restarts_are_limited(stage, submit):
     code, _, err = finish(stage.start(CODE="75", SLURM_RESTART_COUNT="3", MAX_RESTARTS="3"))
-    said = "not requeued: interrupted and saved, but already restarted 3 times (MAX_RESTARTS)"
+    said = "not requeued: interrupted and saved, but the number of restarts is already 3 (MAX_RESTARTS)"
     assert (code, err) == (75, f"{said}; {submit}\n")
     assert requeues(stage) == 0
 
@@ -103,8 +103,8 @@ def test_job_that_makes_no_progress_is_not_requeued_forever(stage, submit):
     assert start("75", "no-progress") == again, "progress resets the count"
     assert start("75", "no-progress") == again
     said = (
-        "not requeued: 3 starts in a row were interrupted before they made progress (MAX_IDLE_STARTS); request more "
-        "time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS)"
+        "not requeued: starts in a row that were interrupted before they made progress: 3 (MAX_IDLE_STARTS); request "
+        "more time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS)"
     )
     assert start("75", "no-progress") == (75, f"{said}; {submit}\n")
     assert requeues(stage) == 4

@@ -75,8 +75,8 @@ def open_data(
         require_columns("data.validation", held_out, config)
     if local_rank() == 0 and len(train) < config.train.global_batch_size:
         say(
-            f"the number of pairs in data.train, {len(train)}, is less than "
-            f"train.global_batch_size={config.train.global_batch_size}, so each step uses all pairs"
+            f"data.train has fewer pairs ({len(train)}) than train.global_batch_size={config.train.global_batch_size}, "
+            "so each step uses all pairs"
         )
     return RunData(train, held_out, make_plan(config, train), tokenizer)
 

@@ -85,7 +85,9 @@ def test_file_of_bad_lines_is_refused(skip, job):
 def test_fewer_pairs_than_one_global_batch(count, job, tmp_path):
     found = job(pairs(count), epochs=3)
     assert found.codes == [0, 0], found.said
-    assert f"pairs in data.train, {count}, is less than train.global_batch_size=8, so each step uses" in found.output[0]
+    assert (
+        f"data.train has fewer pairs ({count}) than train.global_batch_size=8, so each step uses all" in found.output[0]
+    )
     assert steps(tmp_path) == [1, 2, 3]
     first = trajectory(tmp_path / "out")[0]
     assert float.fromhex(first["loss"]) == pytest.approx(np.log(2), abs=1e-6)
@@ -94,7 +96,7 @@ def test_fewer_pairs_than_one_global_batch(count, job, tmp_path):
 @pytest.mark.slow
 def test_short_last_batch(job, tmp_path):
     found = job(pairs(11), epochs=2)
-    assert found.codes == [0, 0] and steps(tmp_path) == [1, 2, 3, 4] and "is less than" not in found.output[0]
+    assert found.codes == [0, 0] and steps(tmp_path) == [1, 2, 3, 4] and "fewer pairs" not in found.output[0]
 
 
 @pytest.mark.slow

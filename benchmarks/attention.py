@@ -98,7 +98,7 @@ def measure(asked: argparse.Namespace, pair: tuple[int, int, int], count: int) -
     for backend in asked.backends:
         for got, wanted in zip(once(backend, inputs, grad, tree), expected, strict=True):
             if not (got - wanted).norm() <= TOLERANCE[asked.dtype] * wanted.norm():
-                raise SystemExit(f"{backend} and {asked.backends[0]} differ on {count} pairs of {pair}")
+                raise SystemExit(f"{backend} and {asked.backends[0]} differ on a row of {count} x {pair}")
         times.append(clock(lambda backend=backend: once(backend, inputs, grad, tree)))
     work = 14 * asked.heads * asked.head_dim * tree.visible  # two matrix products forward, five backward
     return [

@@ -22,7 +22,7 @@ expected=${SLURM_GPUS_ON_NODE:-$found}
 ((found > 0)) || bad "no GPU answers"
 while IFS=', ' read -r gpu errors; do
   # GPUs without error correction answer [N/A].
-  if [[ $errors =~ ^[0-9]+$ ]] && ((errors > 0)); then bad "GPU $gpu has $errors uncorrected memory errors"; fi
+  if [[ $errors =~ ^[0-9]+$ ]] && ((errors > 0)); then bad "GPU $gpu has uncorrected memory errors: $errors"; fi
 done <<<"$said"
 # Older GPUs and drivers do not support this query.
 if said=$(query --query-remapped-rows=gpu_bus_id,remapped_rows.pending,remapped_rows.failure); then

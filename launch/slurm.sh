@@ -157,13 +157,13 @@ interrupted() { # "no-progress" if nothing was saved since this start
   starts=$(idle_count)
   if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_RESTARTS:-50})); then
     rm -f "$idle_starts"
-    say "not requeued: $what, but already restarted ${SLURM_RESTART_COUNT:-0} times (MAX_RESTARTS); $(submit_again)"
+    say "not requeued: $what, but the number of restarts is already ${SLURM_RESTART_COUNT:-0} (MAX_RESTARTS); $(submit_again)"
     exit 75
   fi
   if ((starts >= ${MAX_IDLE_STARTS:-3})); then
     rm -f "$idle_starts"
-    say "not requeued: $starts starts in a row were interrupted before they made progress (MAX_IDLE_STARTS); request" \
-      "more time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS); $(submit_again)"
+    say "not requeued: starts in a row that were interrupted before they made progress: $starts (MAX_IDLE_STARTS);" \
+      "request more time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS); $(submit_again)"
     exit 75
   fi
   requeue "$what" "$how"

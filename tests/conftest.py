@@ -17,10 +17,10 @@ from support.tiny_tokenizers import piece_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; tests of the Hub use a local server
 torch.set_num_threads(1)
-settings.register_profile("patient", deadline=None)  # shared machines can be slow, and no test may fail because of it
+settings.register_profile("patient", deadline=None)  # no test may fail only because the machine is slow
 settings.load_profile("patient")
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, here or by Megatron
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels or Megatron import Triton
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 EXTRAS="test"
 source launch/environment.sh
-# Tests run ranks as processes. With one thread each, the processes do not compete for cores.
+# Tests start ranks as processes. With one thread each, these processes compete less for the cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 exec "$python" -m pytest -n auto --dist worksteal "$@"

@@ -1,4 +1,8 @@
-"""Tests of imports: each wing (folder) imports only lower wings, and only some wings may import Megatron or kernels."""
+"""Tests of imports and of file lengths.
+
+A wing (folder or root module) imports only itself and lower wings. Only the listed wings and modules may import
+Megatron or the kernels.
+"""
 
 import ast
 from pathlib import Path
@@ -87,7 +91,7 @@ def own_imports(module: str) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
-    assert wing(module) in TOWER, f"{module} belongs to no wing: {', '.join(TOWER)}"
+    assert wing(module) in TOWER, f"{module} belongs to none of the wings {', '.join(TOWER)}"
     level = TOWER.index(wing(module))
     up = {name for name in own_imports(module) if TOWER.index(wing(name)) > level}
     assert not up, f"{module} ({wing(module)}) imports upward: {up}"
@@ -101,7 +105,7 @@ def test_only_tests_and_plugins_import_the_checks_of_families():
 
 def test_imports_have_no_cycles():
     def reach(module: str, way: tuple[str, ...]) -> None:
-        assert module not in way, f"circle: {' -> '.join((*way[way.index(module) :], module))}"
+        assert module not in way, f"import cycle: {' -> '.join((*way[way.index(module) :], module))}"
         if module not in done:
             for name in sorted(own_imports(module)):
                 reach(name, (*way, module))

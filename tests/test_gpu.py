@@ -1,4 +1,8 @@
-"""Tests on a CUDA device: nothing is patched, and training with both layer specs matches training on the CPU."""
+"""Tests on a CUDA device.
+
+Nothing is patched, training with both layer specs matches training on the CPU, a run resumes bitwise, and each profiler
+works.
+"""
 
 import json
 import subprocess
@@ -28,7 +32,7 @@ assert (torch.zeros, torch.Tensor.to, torch.cuda.current_device) == before
 def train(config, folder, **environment):
     """Train in one process with the command line. Return the metrics of the steps.
 
-    ``CUDA_VISIBLE_DEVICES=""`` in the environment selects the CPU.
+    The keyword arguments are added to the environment. ``CUDA_VISIBLE_DEVICES=""`` selects the CPU.
     """
     import os
 

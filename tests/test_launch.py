@@ -157,7 +157,10 @@ def test_invalid_settings_end_the_job(job, calls, settings, message):
     [(1, "", 1), (143, "", 143), (137, "6", 6), (143, "3 3", 3), (1, "5", 5), (143, "0", 143)],
 )
 def test_failed_run_fails_the_job(job, calls, tmp_path, code, ranks_say, expected):
-    """The job exits with the code of the first rank that exited by itself. The launcher's own code can differ."""
+    """The job exits with the first exit code that a rank recorded.
+
+    If no rank recorded an exit code, or the first one is 0, the job exits with the launcher's exit code.
+    """
     left, _, err = finish(job(CODE=str(code), RANKS_SAY=ranks_say))
     assert left == expected
     assert f"not requeued: exit code {expected}; a job is requeued after exit code 75 (interrupted)" in err
@@ -288,7 +291,7 @@ def test_scripts_that_are_not_found_say_where_to_submit_from(stage):
         f"launch/job.sh: not found next to the submitted script, or in {stage.folder}/elsewhere; submit the script by "
         "its path in a clone: sbatch PATH/TO/CLONE/launch/run.sbatch VERB RUN.yaml\n"
     )
-    assert len(stage.calls("sleep")) == 4, "the controller may be busy"
+    assert len(stage.calls("sleep")) == 4, "the controller can be busy, so the script must ask several times"
 
 
 @pytest.mark.parametrize(

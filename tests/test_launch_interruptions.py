@@ -35,7 +35,7 @@ def test_interrupted_run_is_requeued(stage, code, ranks_say):
 
 def test_restarts_are_limited(stage, submit):
     code, _, err = finish(stage.start(CODE="75", SLURM_RESTART_COUNT="3", MAX_RESTARTS="3"))
-    said = "not requeued: interrupted and saved, but already restarted 3 times (MAX_RESTARTS)"
+    said = "not requeued: interrupted and saved, but the number of restarts is already 3 (MAX_RESTARTS)"
     assert (code, err) == (75, f"{said}; {submit}\n")
     assert requeues(stage) == 0
 
@@ -103,8 +103,8 @@ def test_job_that_makes_no_progress_is_not_requeued_forever(stage, submit):
     assert start("75", "no-progress") == again, "progress resets the count"
     assert start("75", "no-progress") == again
     said = (
-        "not requeued: 3 starts in a row were interrupted before they made progress (MAX_IDLE_STARTS); request more "
-        "time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS)"
+        "not requeued: starts in a row that were interrupted before they made progress: 3 (MAX_IDLE_STARTS); request "
+        "more time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS)"
     )
     assert start("75", "no-progress") == (75, f"{said}; {submit}\n")
     assert requeues(stage) == 4
@@ -133,7 +133,7 @@ def test_warning_that_kills_a_starting_rank_is_an_interruption(stage):
 
 
 def test_warning_reaches_the_ranks_while_the_controller_is_busy(stage):
-    """srun sends a signal to its tasks without the controller."""
+    """srun can send a signal to its tasks without the controller, so the script uses srun if scancel fails."""
     stage.fail("scancel", "--signal=USR1", 99, BUSY)
     process = stage.start(WAIT="yes", CODE="75")
     stage.wait_for_start()
@@ -204,7 +204,7 @@ def test_job_that_lost_a_rank_waits_if_a_node_is_gone(stage, answers):
 
 
 def let_srun_miss(stage, node):
-    """Change the fake srun so that this node does not answer."""
+    """Change the fake srun so that ``node`` does not answer."""
     srun = stage.folder / "bin/srun"
     text = srun.read_text().replace(
         "while [[", f'[[ "$*" != *"--nodelist={node}"* && $* != *"ntasks=2 true" ]] || exit 1\nwhile [[', 1
@@ -283,7 +283,7 @@ def test_healthy_gpus_are_used(stage, gpus):
     ("settings", "reason"),
     [
         ({"GPUS": "0, 0"}, "1 of 2 GPUs answer"),
-        ({"GPUS": "0, 0\n1, 3"}, "GPU 1 has 3 uncorrected memory errors"),
+        ({"GPUS": "0, 0\n1, 3"}, "GPU 1 has uncorrected memory errors: 3"),
         ({"SMI_CODE": "9", "GPUS": "Failed to initialize NVML"}, "nvidia-smi failed: Failed to initialize NVML"),
         ({"ROWS": "GPU-1, 1, 0"}, "GPU GPU-1 must be reset to replace a memory row"),
         ({"ROWS": "GPU-1, 0, 1"}, "GPU GPU-1 could not replace a faulty memory row"),
@@ -302,7 +302,7 @@ def test_gpu_that_must_not_be_used_ends_the_job(stage, gpus, settings, reason):
 def test_node_that_fails_the_gpu_check_is_excluded(stage, gpus):
     code, err = gpus(nodes="n1\\nn2", EXCLUDE_ON_LOSS="1", GPU_CHECK_S="7")
     assert code == 0 and err == (
-        "GPU check: n2: no answer within 7 s\nrequeued: these nodes failed the GPU check: n2; it starts on "
+        "GPU check: n2: no answer within 7 s\nrequeued: these nodes failed the GPU check: n2; the job starts on "
         "other nodes\nexcluded from the next start: n2\n"
     )
     assert stage.calls("scontrol")[-1] == ["update", "JobId=4711", "ExcNodeList=n2"]

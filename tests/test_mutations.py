@@ -16,7 +16,7 @@ def rows():
 
 
 def functions_in(path):
-    """Return the names of all test functions in a file, including those in classes."""
+    """Return the names of all functions and methods in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 

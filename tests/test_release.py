@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def tracked() -> list[Path]:
-    """Return the files that git tracks, and new files that git does not ignore."""
+    """Return the files that git tracks, and new files that git does not ignore. Skip the test outside a checkout."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:

@@ -1,4 +1,4 @@
-"""Tests that settings reach Megatron and torch, that the reference is not trained, and that norms do not decay."""
+"""Tests of the setup: settings reach Megatron and torch, the reference is frozen, and norms have no weight decay."""
 
 import pytest
 import torch

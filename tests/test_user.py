@@ -133,7 +133,7 @@ def test_example_needs_the_memory_that_it_says(run, tmp_path):
 
 @pytest.fixture
 def overrides(small_task, tmp_path):
-    """Return a function: ``overrides("examples/x.yaml")`` returns overrides with which the run uses small files."""
+    """Return a function: ``overrides("examples/x.yaml")`` returns overrides for files that the tests make."""
 
     def of(run: str) -> list[str]:
         model = small_task / "base"
@@ -320,7 +320,7 @@ def test_quickstart_process_count_fits_the_layout(given, expected):
 
 
 def check_page(page: Path, ranked: re.Match, rewarded: str) -> None:
-    """Check that the page shows the accuracies that were computed with transformers."""
+    """Check the charts and tokens of the page, and that it shows the accuracies that transformers computed."""
     from support.browser import browser, check_charts, console, requests, show
 
     with browser() as driver:
@@ -373,7 +373,7 @@ def test_package_coexists_with_hugging_faces_kernels(tmp_path):
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
     ).stdout.strip()
-    # Make the packages of this environment visible in the new one, so that pip installs only the two tested ones.
+    # Make the packages of this environment visible in the new one, so that pip installs only the two tested packages.
     here = [entry for entry in sys.path if entry.endswith("site-packages")]
     (Path(site) / "here.pth").write_text("\n".join(here) + "\n")
 

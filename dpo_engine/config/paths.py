@@ -20,7 +20,7 @@ def expand(text: str) -> str:
 
     Expanding the result again changes nothing, so that a recorded configuration can be loaded on another machine.
 
-    Raises `ValueError` with the rule that the path violates, for example because a variable is not set.
+    Raises `ValueError` with the rule that the path violates, for example because a variable is unset or empty.
     """
 
     def value(found: re.Match[str]) -> str:
@@ -31,7 +31,7 @@ def expand(text: str) -> str:
             )
         if not os.environ.get(name):
             raise ValueError(
-                f"a path whose variables are set, but {name} is not set; set {name}, or write the path in full"
+                f"a path whose variables are set, but {name} is unset or empty; set {name}, or write the path in full"
             )
         return os.environ[name]
 

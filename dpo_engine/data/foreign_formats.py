@@ -131,7 +131,7 @@ def nemo_rl(row: dict[str, Any]) -> Pair | None:
     """
     context, completions = required(row, ("context",), (str, list))[0], required(row, ("completions",), list)[0]
     if len(completions) != 2:
-        raise BadRecord(f"completions has {len(completions)} items, not 2; for more, use the format ranked")
+        raise BadRecord(f"completions must have 2 items, not {len(completions)}; for more, use the format ranked")
     ranks, responses = [], []
     for place, item in enumerate(completions):
         here = f"completions[{place}]"

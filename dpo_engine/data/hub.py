@@ -213,7 +213,7 @@ def _split_files(repo: Repo, config: str | None, split: str | None, directory: P
         if not configs:
             raise EngineError(f"`datasets` finds no records in the data set ({_first_line(error)})") from error
         asked = f"has no config {config}" if config else "has several configs"
-        way_out = f"name one of {join(configs, 'and')}, as in {repo.name}/{configs[0]}:{split or 'train'}"
+        way_out = f"name one of its configs ({join(configs, 'and')}), as in {repo.name}/{configs[0]}:{split or 'train'}"
         way_out = f"remove /{config}" if configs == ["default"] else way_out
         raise EngineError(f"the data set {asked}; {way_out}") from error
     splits = {str(name): list(map(str, files)) for name, files in (builder.config.data_files or {}).items()}
@@ -223,7 +223,7 @@ def _split_files(repo: Repo, config: str | None, split: str | None, directory: P
         asked = f"has no split {split}" if split else "has several splits"
         revision = f"@{repo.revision}" if repo.revision else ""
         example = f"{repo.name}{f'/{config}' if config else ''}{revision}:{sorted(splits)[0]}"
-        way_out = f"name one of {join(sorted(splits), 'and')}, as in {example}"
+        way_out = f"name one of its splits ({join(sorted(splits), 'and')}), as in {example}"
         raise EngineError(f"the data set {asked}; {way_out}")
     files = [Path(file) for file in splits[split]]
     outside = next((file for file in files if directory.resolve() not in file.parents or ".." in file.parts), None)

@@ -75,7 +75,7 @@ def open_data(
         require_columns("data.validation", held_out, config)
     if local_rank() == 0 and len(train) < config.train.global_batch_size:
         say(
-            f"data.train has {len(train)} pairs, fewer than train.global_batch_size={config.train.global_batch_size}, "
+            f"data.train has fewer pairs ({len(train)}) than train.global_batch_size={config.train.global_batch_size}, "
             "so each step uses all pairs"
         )
     return RunData(train, held_out, make_plan(config, train), tokenizer)
@@ -212,8 +212,8 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
         if len(absent):
             file = pairs.sources[pairs.source_ids[absent[0]]]
             raise DataError(
-                f"{file}: {reader} needs {field} in every record of {key}, but {len(absent)} of {len(pairs)} pairs "
-                f"do not have it; add it to every record, or choose another {reader.split()[0]}"
+                f"{file}: {reader} needs {field} in every record of {key}, but it is missing in {len(absent)} of "
+                f"{len(pairs)} pairs; add it to every record, or choose another {reader.split()[0]}"
             )
 
 

@@ -112,7 +112,9 @@ def plan(
         if number is not None and number < 1
     ]
     if not 0 < gpu_memory * GIB < math.inf:
-        problems.append(f"--gpu-memory={gpu_memory:g}: must be a positive number; pass the GiB of one GPU, such as 80")
+        problems.append(
+            f"--gpu-memory={gpu_memory:g}: must be positive and finite; pass the GiB of one GPU, such as 80"
+        )
     if problems:
         raise ConfigError(problems)
     nodes = nodes or -(-gpus // PER_NODE)

@@ -314,7 +314,7 @@ def test_every_key_is_documented():
             if inner:
                 visit(inner[0], f"{above}{name}.")
             else:
-                assert field.description, f"{above}{name} has no docstring"
+                assert field.description, f"{above}{name} has no description"
 
     visit(Config)
     assert documented <= set(dotted_names(Config))

@@ -73,13 +73,13 @@ def test_recorded_configuration_has_expanded_paths_and_does_not_change(monkeypat
     [
         (
             "train.output_dir=$NOPE/x",
-            "train.output_dir=$NOPE/x: must be a path whose variables are set, but NOPE is not set; set NOPE, or write "
-            "the path in full",
+            "train.output_dir=$NOPE/x: must be a path whose variables are set, but NOPE is unset or empty; set "
+            "NOPE, or write the path in full",
         ),
         (
             "data.train=[a, '${EMPTY}/x']",
-            "data.train[1].path=${EMPTY}/x: must be a path whose variables are set, but EMPTY is not set; set EMPTY, "
-            "or write the path in full",
+            "data.train[1].path=${EMPTY}/x: must be a path whose variables are set, but EMPTY is unset or empty; set "
+            "EMPTY, or write the path in full",
         ),
         (
             "data.cache_dir='${DATA:-x}'",
@@ -123,7 +123,9 @@ def test_base_file_is_expanded(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         Config.load(path)
     (line,) = error.value.problems
-    assert line.startswith(f"{path}: base=$NOPE/base.yaml: must be a path whose variables are set, but NOPE is not set")
+    assert line.startswith(
+        f"{path}: base=$NOPE/base.yaml: must be a path whose variables are set, but NOPE is unset or empty"
+    )
 
 
 @pytest.mark.parametrize("value", ["a\udcff", "a\x01"])
@@ -155,5 +157,5 @@ def test_paths_of_options_are_expanded(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["export", "--to=$NOPE/x"])
     line = capsys.readouterr().err.splitlines()[-1]
-    rule = "must be a path whose variables are set, but NOPE is not set; set NOPE, or write the path in full"
+    rule = "must be a path whose variables are set, but NOPE is unset or empty; set NOPE, or write the path in full"
     assert line.endswith(f"argument --to: $NOPE/x: {rule}")

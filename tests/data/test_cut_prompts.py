@@ -44,7 +44,7 @@ def test_the_cut_and_the_rest_are_the_whole_prompt(make, bos, score):
     left = [*pair.prompt, *pair.chosen]
     assert len(left) <= 40 and left[: len(start)] == start
     whole = tokenizer.encode(ROWS[2]["prompt"] + "yes")
-    assert found[2] + left[len(start) : -1] == whole, "the last token is the end of the response"
+    assert found[2] + left[len(start) : -1] == whole, "the last token is the EOS"
 
 
 def test_nothing_is_read_if_no_pair_reaches_a_limit(make, tmp_path):

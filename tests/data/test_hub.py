@@ -280,9 +280,11 @@ class TestData:
         server.add("dataset", "org/d", folder_of(tmp_path / "d", README__md=card + "---\n", **files))
         assert [row for _, row in read_rows("org/d/hard:train")] == ROWS[1:2]
         for source, says in {
-            "org/d:train": "the data set has several configs; name one of easy and hard, as in org/d/easy:train",
-            "org/d/odd": "the data set has no config odd; name one of easy and hard, as in org/d/easy:train",
-            "org/d/easy:test": "the data set has no split test; name one of train, as in org/d/easy:train",
+            "org/d:train": "the data set has several configs; name one of its configs (easy and hard), as in "
+            "org/d/easy:train",
+            "org/d/odd": "the data set has no config odd; name one of its configs (easy and hard), as in "
+            "org/d/easy:train",
+            "org/d/easy:test": "the data set has no split test; name one of its splits (train), as in org/d/easy:train",
         }.items():
             with pytest.raises(DataError) as error:
                 find_shards(source)
@@ -291,7 +293,8 @@ class TestData:
     def test_splits_must_be_named_if_there_are_several(self, server, tmp_path):
         server.add("dataset", "org/d", folder_of(tmp_path / "d", train__jsonl=lines(ROWS), test__jsonl=lines(ROWS)))
         with pytest.raises(
-            DataError, match="the data set has several splits; name one of test and train, as in org/d:test"
+            DataError,
+            match="the data set has several splits; name one of its splits .test and train., as in org/d:test",
         ):
             find_shards("org/d")
         with pytest.raises(DataError, match="the data set has no config odd; remove /odd"):

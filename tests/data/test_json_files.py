@@ -1,4 +1,7 @@
-"""Tests of files with one JSON array: records equal those of the json module, and errors give record numbers."""
+"""Tests of `.json` files, which contain one array or JSON lines.
+
+The records equal those of the json module, and errors in an array give record numbers.
+"""
 
 import json
 

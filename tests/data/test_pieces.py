@@ -1,4 +1,4 @@
-"""Tests of the text of single tokens: with any tokenizer, the pieces, joined, give the whole text."""
+"""Tests of the text of each token: with any tokenizer, the pieces join to the decoded text."""
 
 import pytest
 

@@ -22,7 +22,7 @@ CALL = {
     "tool_calls": [{"type": "function", "function": {"name": "compare", "arguments": {"a": 1, "b": 2}}}],
 }
 RESULT = {"role": "tool", "name": "compare", "content": "2"}
-AGENT = (  # like agent models' templates: tools are first, calls are JSON, generation marks enclose assistant turns
+AGENT = (  # as in agent models' templates: tools first, calls as JSON, and generation marks around assistant turns
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>\n{% endif %}{{ m.content }}"

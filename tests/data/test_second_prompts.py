@@ -1,4 +1,4 @@
-"""Tests of records with two prompts, and of responses that repeat the prompt: no text is lost or used twice."""
+"""Tests of records with two prompts, and of responses that repeat the prompt: no text is silently lost or repeated."""
 
 import json
 

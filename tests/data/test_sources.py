@@ -28,7 +28,7 @@ ROWS = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong 
 
 
 def write_as(path, rows):
-    """Write rows in the format of the path's extension, and return the path. Tables are written by pyarrow itself."""
+    """Write rows in the format of the path's extension, and return the path. Tables are written without `datasets`."""
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows)

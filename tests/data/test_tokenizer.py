@@ -43,7 +43,7 @@ class TestTransformers:
         assert load_tokenizer(path).encode_all(TEXTS) == expected
 
     def test_class_that_changes_ids_is_used(self, tmp_path, monkeypatch):
-        """CodeLlama's class is an example: it overrides `_encode_plus`."""
+        """A class can change ids by overriding `_encode_plus`, as CodeLlama's class does."""
 
         class Reversed(transformers.PreTrainedTokenizerFast):
             def _encode_plus(self, text, **options):

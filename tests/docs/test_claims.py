@@ -107,7 +107,10 @@ def test_exit_codes():
 
 @pytest.mark.parametrize("name", OURS)
 def test_keys_in_prose_exist_and_take_the_values_given(name, tmp_path):
-    """Text in backticks that starts with a section's name must be a valid `key`, `key: value` or `key=value`."""
+    """Text in backticks that starts with a section's name must be a valid `key`, `key: value` or `key=value`.
+
+    Values of loss options are not checked.
+    """
     run = tmp_path / "run.yaml"
     run.write_text("{}")
     sections = "|".join(Config.model_fields)

@@ -104,7 +104,7 @@ def test_commands_name_what_exists(page, command):
 
 
 def engine_commands() -> list[tuple[str, str]]:
-    """Return the commands that start dpo-engine, from code blocks that name no language, as `lines` does."""
+    """Return the commands that start dpo-engine, from code blocks without a language, in the form of `lines`."""
     start = re.compile(r"(DPO_FAULT=\S+ )?(dpo-engine|torchrun) ")
     return [(page, line) for page, line in lines("") if start.match(line)]
 

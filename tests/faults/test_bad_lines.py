@@ -31,7 +31,7 @@ def named(kinds):
 def job(run_yaml, tmp_path):
     """Return a function: ``job(content)`` writes ``pairs.jsonl``, and trains on it with two ranks.
 
-    The working directory of the ranks is the folder of this file.
+    The working directory of the ranks is the folder of ``pairs.jsonl``.
     """
 
     def run(content: bytes, **data):

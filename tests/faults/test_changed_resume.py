@@ -292,7 +292,7 @@ def cosine(step, total, peak=1e-4, warmup=1):
 
 @slow
 class TestAccepted:
-    """An accepted change has only the intended effect. The expected values come from the uninterrupted run."""
+    """An accepted change has only the intended effect. The expected values come from uninterrupted runs."""
 
     @pytest.fixture
     def whole(self, made, write):

@@ -25,7 +25,7 @@ from support.small_run import write_run
 
 
 def record(config_path: str, folder: str) -> list[tuple]:
-    """Train, and return this rank's operations below ``folder`` as (start time, operation, path, argument)."""
+    """Train, and return this rank's operations in and on ``folder`` as (start time, operation, path, argument)."""
     from dpo_engine.config.run import Config
     from dpo_engine.verbs.train import train
 

@@ -1,4 +1,7 @@
-"""Fault tests, group I: if one rank is started differently, all ranks exit together and report the difference."""
+"""Fault tests, group I: a rank is started differently, or its copy of the weights changes.
+
+All ranks exit together, and one line reports each difference.
+"""
 
 import os
 import shutil
@@ -35,7 +38,7 @@ def lines_of(job, code):
 
 
 def line_of(job, code):
-    """Check the exit codes like :func:`lines_of`, and that there is a single line on stderr. Return the line."""
+    """Check the ranks as :func:`lines_of` does, and check that stderr has a single line. Return the line."""
     (line,) = lines_of(job, code)
     assert len(line) < 260
     return line

@@ -1,4 +1,7 @@
-"""Fault tests: if a rank dies or hangs, all ranks soon exit with code 6 and one line that says what happened."""
+"""Fault tests: if a rank dies, hangs or fails, the others soon exit, and one line says what happened.
+
+They exit with code 6 unless all ranks report the same error.
+"""
 
 import os
 import signal

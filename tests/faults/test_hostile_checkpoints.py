@@ -37,7 +37,10 @@ def facts(content: bytes) -> dict:
 
 
 def place(name):
-    """Return a change that adds a file outside the folder to the manifest, with the file's name, size and hash."""
+    """Return a change that adds the file ``name(checkpoint)`` to the manifest, with the size and hash of a pickle.
+
+    The pickle is outside of the checkpoint.
+    """
 
     def change(manifest, checkpoint):
         (checkpoint.parent / "outside.safetensors").write_bytes(PICKLE)
@@ -47,7 +50,7 @@ def place(name):
 
 
 def replaced(content):
-    """Return a change that replaces the content of a shard and updates its hash in the manifest."""
+    """Return a change that replaces the content of a shard, and updates its size and hash in the manifest."""
 
     def change(manifest, checkpoint):
         (name,) = (name for name in manifest["files"] if name.endswith(".safetensors"))

@@ -169,7 +169,8 @@ def test_package_uses_no_unsafe_readers(path):
 def test_vulnerable_library_versions_are_excluded():
     """The required versions are not vulnerable to known attacks with files.
 
-    These are CVE-2025-32434 and CVE-2026-24747 (torch), CVE-2026-4372 (transformers), and CVE-2025-27516 (Jinja).
+    The attacks are CVE-2025-32434 and CVE-2026-24747 (torch), CVE-2026-4372 (transformers), CVE-2025-27516 (Jinja), and
+    CVE-2023-47248 (pyarrow).
     """
     text = (PACKAGE.parent / "pyproject.toml").read_text()
     for needed in ("torch>=2.10.0a0", "transformers>=5.3", "jinja2>=3.1.6", "pyarrow>=14.0.1"):

@@ -1,4 +1,4 @@
-"""Fault tests of mixtures of experts: a rank dies while other ranks wait to exchange tokens with its experts."""
+"""Fault tests of mixtures of experts: if a rank dies, the others exit, and a restart matches an uninterrupted run."""
 
 import signal
 

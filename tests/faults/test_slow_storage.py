@@ -40,7 +40,7 @@ PLACES = (
     r"llama.*/model\.safetensors",
     r"tok\.model",
 )
-"""Patterns of paths. On slow storage, the first access to a path of each pattern is slow, in every process."""
+"""Patterns of paths. On slow storage, the first access of a process to a path of each pattern is slow."""
 
 
 def slow_storage(rank, log, places=PLACES, seconds=SLOW_S):

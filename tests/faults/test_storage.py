@@ -34,7 +34,7 @@ def left(output: Path) -> list[str]:
 
 
 def refused(finished, says: str) -> str:
-    """Check that both ranks exited with code 4 and printed a single line. Return the line."""
+    """Check that both ranks exited with code 4, and that rank 0 printed a single line. Return the line."""
     lines = [line for line in finished.errors[0].splitlines() if not line.startswith("DPO_FAULT")]
     assert finished.codes == [4, 4] and len(lines) == 1 and says in lines[0], finished.said
     return lines[0]

@@ -64,5 +64,6 @@ def test_killed_rank_is_restarted_and_the_run_resumes(nodes, run_yaml, tmp_path)
     assert codes == [0, 0], said
     assert "DPO_FAULT: step, occurrence 5" in said
     assert trajectory(tmp_path / "restarted") == trajectory(tmp_path / "whole")
-    # The file's first line must be an exit code of the last start, so the restart removes the failed start's code.
+    # The job script takes the job's exit code from the first line of this file, so the restart must have removed the
+    # code of the failed start.
     assert (tmp_path / "codes").read_text() == "0\n0\n"

@@ -1,4 +1,4 @@
-"""Tests of the image's files without a build: hadolint, and the lists of constraints that docker/install.py writes."""
+"""Tests of the image's files without a build: hadolint, and the constraints that docker/install.py writes."""
 
 import importlib.util
 import re
@@ -106,7 +106,7 @@ def test_python_without_tested_versions_is_refused(install, monkeypatch):
 
 @pytest.fixture
 def main(install, monkeypatch, tmp_path):
-    """Return a function that installs with a fake pip. It returns pip's arguments and the lists of constraints."""
+    """Return a function that installs with a fake pip. The function returns pip's arguments and the constraints."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(install, "write", lambda path, lines: written.append(lines))
     written, calls = [], []

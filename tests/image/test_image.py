@@ -141,7 +141,7 @@ def test_two_nodes_train_in_containers(store, in_containers, run_yaml, tmp_path)
 def test_cancelled_job_leaves_no_container(store, in_containers, tmp_path):
     """No container may remain, even if training ignores SIGTERM and SIGUSR1.
 
-    At the end of the job, Slurm kills podman's client, but not the container. The job script must remove the container.
+    At the end of the job, Slurm kills podman's client, but not the container. launch/task.sh must remove the container.
     """
     deaf = tmp_path / "deaf"
     is_preflight = "if [[ $3 == config ]]; then exit 0; fi"

@@ -1,4 +1,4 @@
-"""Tests of ranks that wait for a key in the store: no time limit while a rank prepares, an error if it dies."""
+"""Tests of ranks that wait for a key in the store: the time limit counts from the latest sign of life of any rank."""
 
 import threading
 import time

@@ -20,7 +20,7 @@ TOKEN = b"t" * 16
 def linked(world, first=lambda port: None):
     """Open the lifelines of several ranks within this process, connect them, and return them by rank.
 
-    Every other rank calls `first` with the port of rank 0 before it connects.
+    Each rank except rank 0 calls `first` with the port of rank 0 before the rank connects.
     """
     box, known, ends = [], threading.Event(), {}
 

@@ -26,7 +26,7 @@ def test_pace():
 
 
 def work(clock, seconds=40, **options):
-    """Work on 200 pairs in 50 parts of one second each, but only for the first `seconds`."""
+    """Work on 200 pairs in 50 parts of one second each, but stop after `seconds` seconds."""
     with counting("eval\x1buating", 200, parts=50, **options):
         for _ in range(seconds):
             clock.now += 1

@@ -34,7 +34,7 @@ def judged(name, chosen, rejected, wrong=0, **more):
 def test_a_run_with_a_better_accuracy_that_broke():
     """The second run ranks four pairs correctly that the first ranks wrongly, which is no clear difference.
 
-    The same sentence names what became worse.
+    The summary must also say what became worse.
     """
     told = comparison(judged("dpo", 0.6, -3.7, wrong=4), judged("hot", -2.07, -48.8))
     assert told["found"]["sign_test"] == 0.125 and (told["found"]["won"], told["found"]["lost"]) == (4, 0)

@@ -1,4 +1,7 @@
-"""Tests of confidence intervals: bootstrap intervals of means, and exact intervals of shares."""
+"""Tests of the sign test and of confidence intervals.
+
+The intervals are bootstrap intervals of means, and exact intervals of shares and of their differences.
+"""
 
 import itertools
 import math

@@ -230,14 +230,14 @@ def test_run_beside_run(folder, tmp_path):
     data = data_of(html)
     loss = data["charts"]["curves"][0]
     assert [trace["name"] for trace in loss["traces"]][1::2] == ["one · held out", "two · held out"]
-    assert "60 pairs in common" in html and "two minus one" in html and "optim.lr" in html
+    assert "Pairs in common: 60." in html and "two minus one" in html and "optim.lr" in html
     first, second = (run.evaluation.columns for run, _ in read_runs([folder, other]))
     won = int((second["accuracy"] > first["accuracy"]).sum())
     lost = int((second["accuracy"] < first["accuracy"]).sum())
     assert (
         f"two ranks {won} better, {lost} worse" in html
         and "exact sign test: p = " in html
-        and f"{won + lost} pairs that the runs judge diff" in html
+        and f"{won + lost}</summary>" in html
     )
     assert {pair["run"] for pair in data["pairs"]} == {0, 1}
     assert next(held_out(read_runs([folder, other])))["traces"][1]["name"] == "two"

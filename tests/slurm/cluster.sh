@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run a real Slurm cluster of two nodes on this machine, for tests. It runs as root, needs neither systemd nor cgroups,
-# and writes nothing to /etc.
+# Run a real Slurm cluster of two nodes on this machine, for tests. The cluster runs as root, needs neither systemd nor
+# cgroups, and writes nothing to /etc.
 #
 #   cluster.sh install     install the necessary Debian packages
 #   cluster.sh start       start the controller and the nodes, unless they are running; restart lost nodes
-#   cluster.sh env         print the variables with which sbatch finds the cluster: eval "$(cluster.sh env)"
+#   cluster.sh env         print the variable with which sbatch finds the cluster: eval "$(cluster.sh env)"
 #   cluster.sh status      print one line for each daemon, and then Slurm's list of the nodes
 #   cluster.sh lose NODE   kill all processes of the node at once, as in a power failure
 #   cluster.sh stop        cancel all jobs, and end all processes that this script has started
@@ -194,7 +194,7 @@ start() {
     if ready; then return 0; fi
     sleep 0.2
   done
-  say "the nodes do not become ready:"
+  say "the nodes did not become ready:"
   sinfo -N >&2 || true
   tail -n 20 "$dir"/log/* >&2
   stop

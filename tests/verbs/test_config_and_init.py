@@ -1,4 +1,4 @@
-"""Tests that `dpo-engine config` prints valid run configurations, and that `init` writes one."""
+"""Tests that `dpo-engine config` prints valid run configurations and the schema, and that `init` writes a run file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tests of the parts of a run that `check` tries (loss, resuming, trackers, intervals), and of its warnings."""
+"""Tests of the parts of a run that `check` tries (loss, resuming, trackers, intervals), and of warnings."""
 
 import json
 

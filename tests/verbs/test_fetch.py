@@ -20,7 +20,7 @@ from support.tiny_tokenizers import piece_model
 
 @pytest.fixture
 def published(server, tmp_path, tiny_hf):
-    """Publish a tiny model with its tokenizer, and a data set of two splits. Return the model's commit."""
+    """Publish a tiny model with its tokenizer, and a data set with two splits. Return the model's commit."""
     model = tmp_path / "model"
     shutil.copytree(tiny_hf("llama", num_hidden_layers=2), model)
     piece_model(model / "tokenizer.model")
@@ -113,7 +113,7 @@ def test_fetch_reports_every_problem(published, server, tmp_path):
         f"model.path=org/none: {absent}",
         f"model.tokenizer=org/gone: {absent}",
         "data.train[0].path=org/pairs@v1:dev: no such file or directory, nor a usable Hub id: the data set has no "
-        "split dev; name one of test and train, as in org/pairs@v1:test",
+        "split dev; name one of its splits (test and train), as in org/pairs@v1:test",
     ]
 
 

@@ -134,9 +134,9 @@ def test_gpus_that_do_not_fill_the_nodes_are_refused(run):
 @pytest.mark.parametrize(
     "gpus, options, expected",
     [
-        (8, {"gpu_memory": float("nan")}, "--gpu-memory=nan: must be a positive number; pass the GiB of one GPU"),
-        (8, {"gpu_memory": float("inf")}, "--gpu-memory=inf: must be a positive number; pass the GiB of one GPU"),
-        (8, {"gpu_memory": -1}, "--gpu-memory=-1: must be a positive number; pass the GiB of one GPU"),
+        (8, {"gpu_memory": float("nan")}, "--gpu-memory=nan: must be positive and finite; pass the GiB of one GPU"),
+        (8, {"gpu_memory": float("inf")}, "--gpu-memory=inf: must be positive and finite; pass the GiB of one GPU"),
+        (8, {"gpu_memory": -1}, "--gpu-memory=-1: must be positive and finite; pass the GiB of one GPU"),
         (8, {"nodes": 0}, "--nodes=0: must be at least 1; pass the number of nodes"),
         (0, {}, "--gpus=0: must be at least 1; pass the number of GPUs"),
         (-8, {"nodes": 1}, "--gpus=-8: must be at least 1; pass the number of GPUs"),

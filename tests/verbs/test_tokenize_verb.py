@@ -61,7 +61,7 @@ def test_field_that_the_loss_reads_is_required(run_yaml, tmp_path, capsys):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"data": {"train": str(data), "validation": None}, "loss": {"name": "sigmoid", "margin_scale": 1.0}}
     assert cli.main(["tokenize", str(run_yaml(**settings))]) == 3
-    assert "needs margin in every record of data.train, but 1 of 20 pairs do not have it" in capsys.readouterr().err
+    assert "needs margin in every record of data.train, but it is missing in 1 of 20 pairs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

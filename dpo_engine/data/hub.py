@@ -205,6 +205,7 @@ def _turn() -> Iterator[None]:
 def _split_files(repo: Repo, config: str | None, split: str | None, directory: Path) -> tuple[Path, ...]:
     from datasets import load_dataset_builder
 
+    revision = f"@{repo.revision}" if repo.revision else ""
     try:
         builder = load_dataset_builder(str(directory), config)
     except (ValueError, OSError, RuntimeError) as error:
@@ -213,7 +214,8 @@ def _split_files(repo: Repo, config: str | None, split: str | None, directory: P
         if not configs:
             raise EngineError(f"`datasets` finds no records in the data set ({_first_line(error)})") from error
         asked = f"has no config {config}" if config else "has several configs"
-        way_out = f"name one of its configs ({join(configs, 'and')}), as in {repo.name}/{configs[0]}:{split or 'train'}"
+        example = f"{repo.name}/{configs[0]}{revision}:{split or 'train'}"
+        way_out = f"name one of its configs ({join(configs, 'and')}), as in {example}"
         way_out = f"remove /{config}" if configs == ["default"] else way_out
         raise EngineError(f"the data set {asked}; {way_out}") from error
     splits = {str(name): list(map(str, files)) for name, files in (builder.config.data_files or {}).items()}
@@ -221,7 +223,6 @@ def _split_files(repo: Repo, config: str | None, split: str | None, directory: P
         split = next(iter(splits))
     if split not in splits:
         asked = f"has no split {split}" if split else "has several splits"
-        revision = f"@{repo.revision}" if repo.revision else ""
         example = f"{repo.name}{f'/{config}' if config else ''}{revision}:{sorted(splits)[0]}"
         way_out = f"name one of its splits ({join(sorted(splits), 'and')}), as in {example}"
         raise EngineError(f"the data set {asked}; {way_out}")

@@ -282,6 +282,8 @@ class TestData:
         for source, says in {
             "org/d:train": "the data set has several configs; name one of its configs (easy and hard), as in "
             "org/d/easy:train",
+            "org/d@main:train": "the data set has several configs; name one of its configs (easy and hard), as in "
+            "org/d/easy@main:train",
             "org/d/odd": "the data set has no config odd; name one of its configs (easy and hard), as in "
             "org/d/easy:train",
             "org/d/easy:test": "the data set has no split test; name one of its splits (train), as in org/d/easy:train",

@@ -237,7 +237,7 @@ def test_run_beside_run(folder, tmp_path):
     assert (
         f"two ranks {won} better, {lost} worse" in html
         and "exact sign test: p = " in html
-        and f"{won + lost}</summary>" in html
+        and f"Pairs that the runs judge differently: {won + lost}</summary>" in html
     )
     assert {pair["run"] for pair in data["pairs"]} == {0, 1}
     assert next(held_out(read_runs([folder, other])))["traces"][1]["name"] == "two"

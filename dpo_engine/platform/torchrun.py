@@ -44,7 +44,7 @@ def describe_limit() -> list[str]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or LIMIT in os.environ:
         return []
     return [
-        "torchrun kills the ranks 30 s after a signal, unless it has --shutdown-timeout; if a step and a save take "
+        "torchrun kills the ranks 30 s after a signal, unless --shutdown-timeout is set; if a step and a save take "
         "longer, start the ranks with `python -m dpo_engine.platform.torchrun` instead of torchrun"
     ]
 

@@ -88,7 +88,8 @@ class BadSteps:
     def _spike(self, value: float, before: Sequence[float]) -> bool:
         """Whether ``value`` is more than ``spike_sigma`` standard deviations above the mean of previous good steps.
 
-        False if ``spike_sigma`` is null, or while fewer than half of ``spike_window`` good steps are known.
+        False if ``spike_sigma`` is null, if fewer good steps than half of ``spike_window`` are known, or if the values
+        of all known good steps are equal.
 
         *Source*: OLMo 2 (arXiv 2501.00656) skips a step whose value is more than 6 standard deviations above the mean
         of the last 128 steps.
@@ -142,7 +143,7 @@ class BadSteps:
         found = f"{why} (loss {metrics['loss']:.4g}, grad norm {metrics['grad_norm']:.4g})"
         if self.in_a_row >= self.asked.stop_after:
             raise NumbersError(
-                f"step {step}: {found}; {self.in_a_row} bad steps in a row, the limit (bad_steps.stop_after); "
+                f"step {step}: {found}; bad steps in a row: {self.in_a_row}, the limit (bad_steps.stop_after); "
                 f"inspect the pairs listed in {file.parent}, or lower optim.lr"
             )
         return (

@@ -75,7 +75,7 @@ def open_data(
         require_columns("data.validation", held_out, config)
     if local_rank() == 0 and len(train) < config.train.global_batch_size:
         say(
-            f"data.train has {len(train)} pairs, fewer than train.global_batch_size={config.train.global_batch_size}, "
+            f"data.train has fewer pairs ({len(train)}) than train.global_batch_size={config.train.global_batch_size}, "
             "so each step uses all pairs"
         )
     return RunData(train, held_out, make_plan(config, train), tokenizer)

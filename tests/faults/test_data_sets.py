@@ -86,7 +86,7 @@ def test_fewer_pairs_than_one_global_batch(count, job, tmp_path):
     found = job(pairs(count), epochs=3)
     assert found.codes == [0, 0], found.said
     assert (
-        f"data.train has {count} pairs, fewer than train.global_batch_size=8, so each step uses all" in found.output[0]
+        f"data.train has fewer pairs ({count}) than train.global_batch_size=8, so each step uses all" in found.output[0]
     )
     assert steps(tmp_path) == [1, 2, 3]
     first = trajectory(tmp_path / "out")[0]

@@ -161,7 +161,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(layout, run_yaml, tmp_path):
     assert done.codes == [5] * ranks and not done.survivors, done.said
     says = [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
     assert len(says) == 1 and says[0].startswith(f"step 5: {GRADIENT} (loss 0.6")
-    assert "3 bad steps in a row, the limit (bad_steps.stop_after)" in says[0]
+    assert "bad steps in a row: 3, the limit (bad_steps.stop_after)" in says[0]
     assert run_job(["train", path], ranks, tmp_path / "log").codes == [0] * ranks, (
         "the run did not resume from its last checkpoint"
     )

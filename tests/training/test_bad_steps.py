@@ -92,7 +92,7 @@ def test_run_stops_at_the_limit_of_bad_steps_in_a_row(in_a_row, stops, tmp_path)
     try:
         line = watch._line(5, {"loss": math.nan, "grad_norm": 1.0}, ["a:1"], tmp_path / "step.json")
     except NumbersError as error:
-        assert stops and "2 bad steps in a row, the limit (bad_steps.stop_after)" in str(error)
+        assert stops and "bad steps in a row: 2, the limit (bad_steps.stop_after)" in str(error)
     else:
         assert not stops and line.endswith("bad steps in a row: 1 (the run stops at 2)")
 

@@ -96,7 +96,7 @@ class Batch:
                         a dummy
     chosen_tokens, rejected_tokens    [b]  fp32, number of scored tokens in each response; 0 for a dummy
     source     [b]      int64, index of the pair's source; 0 for a dummy
-    digest     [b, 2]   int64, in host memory: hash of the pair's token ids, in two halves; 0 for a dummy
+    digest     [b, 2]   int64, in host memory: hash of the pair's token ids and masks, in two halves; 0 for a dummy
     index      [b]      int64, index of the pair in its data set; -1 for a dummy
     """
 

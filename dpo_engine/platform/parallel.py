@@ -37,7 +37,7 @@ class ParallelGroups:
     dp_cp  dp and cp combined: the ranks over which gradients are summed
     ep       ranks that hold different experts of the same layers, and exchange tokens
     expt_tp  ranks that each hold a part of every matrix of the same experts
-    expt_dp  ranks that hold the same parts of the same experts, over which the gradients of experts are summed
+    expt_dp  ranks that hold the same parts of the same experts; the gradients of experts are summed over these ranks
     """
 
     dims: ParallelDims

@@ -250,7 +250,7 @@ class RankGuard:
         self.device = device
 
     def check(self, models: Mapping[str, Sequence[torch.nn.Module]] | None = None, *, step: int = 0) -> None:
-        """Compare all ranks, and raise an error if they differ.
+        """Compare all ranks, and raise an error if they differ. With one rank, do nothing.
 
         models  this rank's chunks of each model, by the model's name
         step    number of optimizer steps done, for the error message

@@ -22,7 +22,7 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 
 PAIRS_PER_SEGMENT = 1024
-"""Maximum number of pairs scored between two writes to the store. A killed job loses the results of at most as many."""
+"""Maximum number of pairs scored between two writes to the store. A killed job loses at most this many results."""
 
 Say = Callable[[str], None]
 

@@ -67,7 +67,7 @@ class Interruption:
     received  number of the first signal received; 0 if there was none
     save_s    expected duration of a save in seconds, as set by the trainer
     finish    whether the run must end cleanly after this step. If one rank sets it, :meth:`agreed` sets it on all
-              ranks, unless there is also a reason to stop
+              ranks, unless a signal or the time limit stops the run
     """
 
     def __init__(self) -> None:

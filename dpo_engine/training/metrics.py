@@ -72,9 +72,9 @@ METRICS = {
     "entropy/rejected": "like `entropy/chosen`, for the rejected responses",
     "router/balance": "for models with experts: how unevenly the routers use the experts at the tokens that predict "
     "responses. For a response and a layer, it is the number of experts times the sum, over experts, of the product of "
-    "the expert's share of all uses and its mean score. The metric is the mean over responses, pairs and layers; 1 if "
-    "all experts are used equally. `loss.balance` times this number is part of the training objective, but not of "
-    "`loss`",
+    "the expert's share of all uses and its mean normalized score. The metric is the mean over responses, pairs and "
+    "layers; 1 if all experts are used equally. `loss.balance` times this number is part of the training objective, "
+    "but not of `loss`",
     "router/z": "for models with experts: squared logarithm of the sum of exponentials of the routers' logits, "
     "averaged like `router/balance`; its coefficient is `loss.router_z`",
     "router/load": "for models with experts: number of uses of an expert at the tokens that predict responses, divided "

@@ -7,8 +7,8 @@ The solution: compare the facts of the ranks with two functions. Facts are named
 that must be equal on all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with
 different layouts would hang while creating the groups. Each rank puts its facts into the rendezvous store; rank 0 reads
 them and answers all ranks. `RankGuard.check` runs before the first step. It runs again every `train.guard_interval`
-steps, after steps that are or may be saved, and after the last step; if the interval is 0, none of these later checks
-run.
+steps, before scheduled saves, before evaluations that can lead to a save (`checkpoint.keep_best`), and after the last
+step; if the interval is 0, none of these later checks run.
 `RankGuard.check` also compares facts about the data, and all weights of which several ranks have copies: data-parallel
 and context-parallel replicas, parameters that tensor parallelism does not split, experts, and tied embeddings.
 

@@ -191,7 +191,7 @@ class Saver:
         If the step seems to be among the best, finish the current save, because it may save a better step. Then decide
         again.
 
-        *Collectives* and errors: those of ``from_first``, and again after it finishes a save; then also of :meth:`finish`.
+        *Collectives* and errors: those of ``from_first`` for each decision, and those of :meth:`finish`.
         """
         asked = partial(must_save, self.folder, step, self.history, keep_best=self.keep_best, damaged=self.damaged)
         decide = as_checkpoint_error(asked, self.folder, CHECK_STORAGE)

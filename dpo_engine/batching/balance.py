@@ -15,13 +15,14 @@ def deal_evenly(
 ) -> np.ndarray | None:
     """Assign items to `count` bins so that the largest total cost of a bin is small.
 
-    1. Take the items in order of decreasing cost. Of the bins with enough room for an item, put the item into the bin
-       with the lowest total cost.
-    2. If step 1 found no room for an item, start again: take the items in order of decreasing size, and put each item
-       into the fullest bin that still has enough room for it.
-    3. Move an item out of the most expensive bin, or exchange it with an item from another bin. Repeat while this
-       lowers the maximum cost, but at most n times. Stop earlier if the cost of the most expensive bin exceeds the mean
-       by at most 1 / `CLOSE` of the mean.
+    1. Take the items in order of decreasing cost, and items with equal costs in order of decreasing size. Of the bins
+       with enough room for an item, put the item into the bin with the lowest total cost.
+    2. If step 1 found no room for an item, start again: take the items in order of decreasing size, and items with
+       equal sizes in order of decreasing cost. Put each item into the fullest bin that still has enough room for it.
+    3. Move an item from the most expensive bin to another bin, or exchange it with an item from another bin. Choose the
+       move or exchange after which the larger cost of these two bins is smallest. Repeat while the larger cost of the
+       two bins decreases, but at most n times. Stop earlier if the cost of the most expensive bin exceeds the mean by
+       at most 1 / `CLOSE` of the mean.
 
     If several choices are equally good, the choice with the lowest index is taken, so the result is deterministic.
 
@@ -72,7 +73,7 @@ def _fullest_bin_first(costs: np.ndarray, sizes: np.ndarray, count: int, capacit
 
 
 def _exchange(bins: np.ndarray, costs: np.ndarray, sizes: np.ndarray, count: int, capacity: int) -> np.ndarray:
-    """Repeatedly apply the single move or exchange that lowers the maximum cost the most."""
+    """Do step 3 of :func:`deal_evenly`: repeatedly apply the best move or exchange for the most expensive bin."""
     loads, room = np.zeros(count, dtype=np.int64), np.full(count, capacity)
     np.add.at(loads, bins, costs)
     np.subtract.at(room, bins, sizes)

@@ -24,7 +24,9 @@ from dpo_kernels.transfer import Transfer
 
 DUMMY_LENGTH = 2
 CHUNK_SITES = 1024
-"""Maximum number of sites whose logits are in memory at the same time. A pair with more sites is scored in pieces."""
+"""Maximum number of sites whose logits are in memory at the same time.
+
+A pair with more sites is scored in pieces, and so is a group of pairs that share sites and together have more."""
 NO_DIGEST = np.zeros(2, dtype=np.int64)
 
 
@@ -94,7 +96,7 @@ class Batch:
                         a dummy
     chosen_tokens, rejected_tokens    [b]  fp32, number of scored tokens in each response; 0 for a dummy
     source     [b]      int64, index of the pair's source; 0 for a dummy
-    digest     [b, 2]   int64, in host memory: hash of the pair's token ids, in two halves; 0 for a dummy
+    digest     [b, 2]   int64, in host memory: hash of the pair's token ids and masks, in two halves; 0 for a dummy
     index      [b]      int64, index of the pair in its data set; -1 for a dummy
     """
 
@@ -123,7 +125,7 @@ class Batch:
     def shard(self, cp_rank: int, cp_size: int) -> Batch:
         """Return one context-parallel rank's share of the batch (:func:`~dpo_engine.batching.shares.share_columns`).
 
-        Returns  a batch with s / cp_size columns; the tensors with one value per pair are unchanged
+        Returns  a batch with s / cp_size columns; `segments` and the tensors with values per pair are unchanged
 
         Raises `ValueError` if the columns cannot be split into equal parts.
         """
@@ -161,7 +163,7 @@ class Batch:
 
 
 def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-    """Return the tensors of :class:`Batch` that contain one value per pair. A pair that is None is a dummy."""
+    """Return the tensors of :class:`Batch` that contain values per pair, by name. A pair that is None is a dummy."""
 
     def column(name: str) -> Tensor:
         return torch.tensor([0.0 if pair is None else getattr(pair, name) for pair in pairs], dtype=torch.float32)

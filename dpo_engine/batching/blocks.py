@@ -6,8 +6,8 @@ positions restart with every tree and every response.
 
 Solution. The cost of each query is known exactly: a token at position i of its sequence sees i + 1 keys, whatever the
 shape of the tree. Cut the row into blocks of equal length. The cost of a block is the number of keys that its queries
-see. Give every rank the same number of blocks with :func:`~dpo_engine.batching.balance.deal_evenly`. All blocks have
-the same length, so all ranks get the same number of tokens.
+see. :func:`~dpo_engine.batching.balance.deal_evenly` gives every rank the same number of blocks, with total costs that
+are as even as possible. All blocks have the same length, so all ranks get the same number of tokens.
 
 Why blocks. Whole segments are too coarse: a row may contain a single pair, which has only three segments. Single tokens
 would balance best, but the attention kernels process tiles of adjacent queries and skip a tile of keys only if none of
@@ -19,7 +19,7 @@ Every rank computes the same split from the same positions, without communicatio
 
 Not covered. In rows of at most `BLOCK` tokens per rank, every rank gets one block, so the attention cost may be uneven.
 Such rows are cheap. The cost of a block counts only visible keys. It includes neither the extra work for partly visible
-tiles nor the work of the output layer.
+tiles nor the work of the output layer, and it ignores sliding windows.
 """
 
 from __future__ import annotations

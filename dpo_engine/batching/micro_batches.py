@@ -14,7 +14,9 @@ PLANNED_TOGETHER = 512
 """Maximum number of pairs that are planned together. A larger global batch is planned in several parts."""
 
 WORTH_IT = 1.05
-"""``auto`` chooses ``tree`` if ``stacked`` computes at least this many times as many tokens as ``tree``."""
+"""``auto`` chooses ``tree`` if ``stacked`` computes at least this many times as many tokens as ``tree``.
+
+``data.group_by_prompt`` is recommended if it could save at least the same factor."""
 
 
 def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tuple[str, str]:
@@ -114,7 +116,7 @@ def stacked_batches(
 def padded_rows(
     dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, sequence_parallel: bool
 ) -> np.ndarray:
-    """Return the rows and columns of all micro-batches of all ranks in layout ``stacked``, [k, 2]."""
+    """Return the numbers of rows and columns of all micro-batches of all ranks in layout ``stacked``, [k, 2]."""
     multiple = dims.sequence_multiple(sequence_parallel, config.megatron.token_multiple)
     places, length = _stacked_places(dataset, indices, config, dims, 0, multiple)
     sizes = np.array([len(place) for place in places])
@@ -143,7 +145,7 @@ def _stacked_places(
     """
     lengths = _row_lengths(dataset, indices)
     order = np.argsort(-lengths, kind="stable")
-    own = lengths[order[:: dims.dp]]  # the first rank's pairs; no rank has a longer pair at the same place
+    own = lengths[order[:: dims.dp]]  # the first rank's pairs; no rank has a longer pair at the same index
     if dims.vpp:
         size = _pairs_that_fit(own[0], config, multiple)
         sizes = [size] * (-(-len(own) // (size * dims.pp)) * dims.pp)
@@ -222,7 +224,7 @@ def tree_batches(
 def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
     """Return an identifier of the data and settings that determine how trees are assigned to micro-batches.
 
-    The numbers of ranks and of pipeline stages do not change the identifier.
+    The assignment also depends on the numbers of ranks and of pipeline stages, but the identifier does not.
     """
     settings = {
         "seed": config.data.seed,

@@ -126,11 +126,14 @@ class Tree:
 
     @property
     def visible(self) -> int:
-        """Number of visible (query, key) pairs. A token sees itself and earlier tokens of its prompt and response."""
+        """Number of visible (query, key) pairs in a layer without a sliding window.
+
+        A token sees itself and the earlier tokens of its prompt and response.
+        """
         return self.within(None)
 
     def within(self, window: int | None) -> int:
-        """Return the number of visible (query, key) pairs in layers with a sliding window."""
+        """Return the number of visible (query, key) pairs in a layer with this sliding window (None: no window)."""
         prompt = int(visible_pairs(self.prompt, window))
         inside = [int(visible_pairs(self.prompt + r, window)) - prompt for r in self.responses.values()]
         return self.copies * prompt + sum(inside)

@@ -1,6 +1,7 @@
-"""Plan which pairs each optimizer step uses and which data-parallel rank processes each pair.
+"""Plan which pairs each optimizer step uses and, in layout `stacked`, which data-parallel rank processes each pair.
 
-Every rank computes the same plan, so the ranks do not need to communicate.
+Every rank computes the same plan, so the ranks do not need to communicate. In layout `tree`,
+:mod:`~dpo_engine.batching.packing` assigns the pairs of a step to ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Pairs(Protocol):
 
 
 def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True, source: int = 0) -> np.ndarray:
-    """Return a permutation of `range(n)` that depends only on (n, seed, epoch, source).
+    """Return a permutation of `range(n)` that depends only on the arguments.
 
     Each number is assigned 64 random bits as its sort key. numpy guarantees that the generator returns the same bits in
     all versions and on all machines. Without `shuffle`, the order is 0, 1, ..., n - 1.
@@ -69,7 +70,8 @@ def blended_order(
        fraction (j + 1/2) / d of the epoch. Every part of an epoch therefore contains draws from each source in
        proportion, to within about one draw.
 
-    Without `shuffle`, step 2 keeps the order of each source's pairs, and step 3 appends one source after the other.
+    Without `shuffle`, step 2 keeps the order of each source's pairs (with `prompts`, the order in which the prompts
+    first occur), and step 3 appends one source after the other.
 
     With equal weights, every pair occurs exactly once per epoch.
 
@@ -208,7 +210,7 @@ class Plan:
         return epoch + Fraction(pair, len(self.source_ids))
 
     def due(self, step: int, interval: int | Fraction) -> bool:
-        """Whether an event that recurs at an interval is due after `step` steps.
+        """Return whether an event that recurs at an interval is due after `step` steps.
 
         interval  number of steps, or 0 for never. A `Fraction` is a number of epochs; the event is due after each step
                   that reaches or passes a multiple of this number

@@ -16,14 +16,15 @@ determine the cost of its query. The zigzag split would be uneven: for a prompt 
 a row is cut into short blocks, which are assigned according to the number of keys that their queries see
 (:mod:`~dpo_engine.batching.blocks`).
 
-Why any split is correct. Only queries are split. Attention gathers the keys and values of the whole row on each rank
+Why any split is correct. Only queries are split. Attention gives each rank all keys and values that its queries see
 (:mod:`dpo_engine.model.attention`), and the rest of the model processes each token separately. A split therefore
 changes only the speed and the order of additions. The split is a pure function of the row, so ranks need not
 communicate to agree on it.
 
-Not covered. In each attention layer, the gathered keys and values need memory for the whole row; there is no ring
-attention. Scored tokens are not balanced, so the output layer may have more work on some ranks. Data-parallel ranks
-and micro-batches are balanced elsewhere (:mod:`~dpo_engine.batching.packing`).
+Not covered. In each layer, the engine's attention needs memory for the keys and values of the whole row; it is not ring
+attention. Attention in layers with a sliding window is not balanced. Scored tokens are not balanced, so the output
+layer may have more work on some ranks. Data-parallel ranks and micro-batches are balanced elsewhere
+(:mod:`~dpo_engine.batching.packing`).
 """
 
 from __future__ import annotations

@@ -65,9 +65,9 @@ def choose(
 
 
 def must_save(folder: Path, step: int, history: Path, *, keep_best: KeepBest, damaged: Collection[str]) -> bool:
-    """Return whether ``step``, which has just been evaluated, is among the best steps that have checkpoints.
+    """Return whether ``step``, which has just been evaluated, must be saved because it is among the best steps.
 
-    For the arguments, see :func:`choose`.
+    Only ``step`` and the steps that have intact checkpoints are compared. For the arguments, see :func:`choose`.
     """
     ranked = ranking(read_metrics(history), keep_best, {step, *intact(folder, damaged)})
     return step in [found.step for found in ranked[: keep_best.count]]
@@ -78,7 +78,7 @@ def best_saved(config: Config, say: Callable[[str], None] = lambda line: None) -
 
     say  called with a line about the choice, and with a line if a better step has no checkpoint
 
-    Raises :class:`~dpo_engine.errors.CheckpointError` if no checkpoint has been evaluated.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if no step with a checkpoint has a value of the metric.
     """
     folder, by = config.checkpoint_dir, criterion(config)
     lines = read_metrics(metrics_file(config))

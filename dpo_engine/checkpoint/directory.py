@@ -170,7 +170,9 @@ def superseded(
 ) -> list[str]:
     """Return the names of the checkpoints to remove after the checkpoint for ``step`` is published, oldest first.
 
-    keep_last  number of checkpoints to keep, including the checkpoint for ``step``
+    These names include every checkpoint for ``step`` that is already published.
+
+    keep_last  number of checkpoints to keep, including the checkpoint for ``step``; at least 2
     best       steps of checkpoints that are kept even if they are not among the newest
     damaged    names of checkpoints known to be damaged; they do not count toward ``keep_last``
     """

@@ -67,7 +67,7 @@ def identity(
     loss_options  all options of the loss, including defaults
     reference     everything that determines the reference's log-probabilities; see
                   :func:`~dpo_engine.training.references.reference_identity`
-    train_data    digest and number of the training pairs
+    train_data    digest of the training pairs, and their number
     tokenizer     digest of the tokenizer's files and chat template
     total_steps   number of steps in the whole run; included only if the learning rate depends on it
     adapter       as for :func:`model_identity`

@@ -10,7 +10,7 @@ creating the file with the next number, and the file system lets only one proces
 lease if there is no lease, if the last lease was released, or if the holder of the last lease is dead:
 
 1. On the same machine, the holder is dead if there is no process with the holder's process ID and start time.
-2. If the holder has the same Slurm job ID and a lower restart count, it is dead, because the job was requeued.
+2. If the holder has the Slurm job ID of this process and a lower restart count, it is dead: the job was requeued.
 3. Otherwise the holder is dead if the lease does not change while this process watches. The holder renews its lease
    every `RENEW_S` seconds in a thread: it sets the file's modification time. The watcher compares this time only with
    the time that it read before, never with its own clock, and watches longer if the storage answers slowly.
@@ -57,7 +57,7 @@ SLOWEST_READS = 3
 POLL_S = (0.02, 1.0)
 """Initial and maximum number of seconds between two reads of another run's lease."""
 QUIET_S = 1.0
-"""Seconds after which a waiting process says, once, that it is waiting."""
+"""Seconds of waiting after which a process logs, once, that it is waiting."""
 LARGEST = 1 << 16
 _NAME = re.compile(r"(\d{8})\.json")
 _FIELDS = {"host": str, "pid": int, "started": str, "machine": str, "since": str, "job": str, "restarts": int}

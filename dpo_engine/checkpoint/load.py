@@ -58,9 +58,9 @@ def find_checkpoint(
 
     *Collectives*: two all-gathers of objects and a broadcast of an object from rank 0. Then, for each checkpoint
     examined, three all-gathers of objects. Each rank verifies the hashes of a share of the files, without a time limit.
-    Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when there are checkpoints but none is intact, when
-    a checkpoint has a different format version, when the ranks do not see the same files, or when there is no
-    checkpoint for ``step``.
+    Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when the folder cannot be read, when there are
+    checkpoints but none is intact, when a checkpoint has a different format version, when the ranks do not see the same
+    files, or when there is no checkpoint for ``step``.
     """
     listing = from_first(
         world, as_checkpoint_error(partial(directories.committed, folder), folder), Meter(f"reading {folder}")
@@ -142,7 +142,7 @@ def load_checkpoint(
     random     whether to restore the states of the random number generators, if the checkpoint was saved in this layout
 
     *Collectives*: an all-gather of objects over all ranks before the tensors are read, and another after they are read;
-    reading has no time limit. Then an all-gather of the parameters over dp_cp.
+    reading has no time limit. Then the collectives of :func:`~dpo_engine.optim.state.after_load`.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when tensors are missing or do not fit the model.
     """
     manifest, directory = found.manifest, found.directory
@@ -213,7 +213,7 @@ def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGrou
 
 
 def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") -> Callable[[], Any]:
-    """Wrap ``work`` so that errors in reading or writing files become a one-line :class:`CheckpointError`.
+    """Wrap ``work`` so that errors in files, or in reading or writing them, become a one-line :class:`CheckpointError`.
 
     place   path that the line names if the error itself names no file
     ending  text added to the end of the line

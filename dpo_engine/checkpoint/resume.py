@@ -1,6 +1,6 @@
 """Compare a run's identity (the settings and data that determine its results) with its checkpoint's identity.
 
-A difference stops the run unless ``checkpoint.accept_changes`` lists its key.
+A difference stops the run unless its key is in :data:`ACCEPTED` and ``checkpoint.accept_changes`` lists it.
 """
 
 import re
@@ -18,7 +18,8 @@ from dpo_engine.wording import show
 ACCEPTED = {
     "dtype": "the model's weights are the checkpoint's fp32 weights, rounded to the new dtype",
     "tokenizer": "held-out pairs and the exported checkpoint use the new tokenizer",
-    "reference": "rewards are relative to the new reference, and its weights are not restored from the checkpoint",
+    "reference": "rewards are relative to the new reference, and its weights are not restored from the checkpoint "
+    "unless only the value of reference.sync_every or reference.sync_alpha changed",
     "loss": "the next step uses the new loss; Adam's moments are kept",
     "train_data": "training starts at the first of the new pairs, and train.epochs counts from there",
     "limits": "pairs are truncated or dropped according to the new limits",

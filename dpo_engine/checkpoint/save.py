@@ -128,7 +128,7 @@ class Saver:
         If the previous save is not complete, finish it first. Return as soon as training can change the state again. An
         asynchronous save completes later, in :meth:`advance` or :meth:`finish`.
 
-        *Collectives* and errors: those of :meth:`finish`.
+        *Collectives* and errors: those of :meth:`finish`; also two all-gathers of objects.
         """
         self.finish()
         started = time.perf_counter()
@@ -191,7 +191,7 @@ class Saver:
         If the step seems to be among the best, finish the current save, because it may save a better step. Then decide
         again.
 
-        *Collectives* and errors: those of :meth:`finish`.
+        *Collectives* and errors: those of ``from_first`` for each decision, and those of :meth:`finish`.
         """
         asked = partial(must_save, self.folder, step, self.history, keep_best=self.keep_best, damaged=self.damaged)
         decide = as_checkpoint_error(asked, self.folder, CHECK_STORAGE)
@@ -204,7 +204,7 @@ class Saver:
     def judged(self) -> None:
         """After the evaluation of a step that is already saved, choose the best checkpoints again and remove old ones.
 
-        *Collectives*: all-gathers of objects over all ranks. The wait for the files has no time limit.
+        *Collectives*: with ``keep_best``, two all-gathers of objects. The wait for the files has no time limit.
         """
         if self.keep_best is None:
             return
@@ -330,7 +330,7 @@ class Saver:
         return self.history.stat().st_size if self._first and self.history.exists() else 0
 
     def _state(self) -> dict[str, Tensor]:
-        """Return this rank's flat tensors by key: views of trained weights and moments, and frozen weights in fp32."""
+        """Return the flat tensors that this rank saves, of all kinds, by key. Trained weights and moments are views."""
         groups, trained = self.groups, self.trained
         rank = groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}

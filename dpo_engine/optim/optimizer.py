@@ -73,7 +73,8 @@ def wrap_policy(
     options    further fields of DDP's configuration, from the section ``megatron.ddp``
 
     This function also sets ``finalize_model_grads_func`` in Megatron's model config, so that the pipeline schedules
-    reduce gradients without rescaling them.
+    reduce gradients without rescaling them. With ``parallel.overlap``, it also gives the schedules and the chunks the
+    functions that delay, start and await the overlapped communication.
     """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
@@ -117,10 +118,11 @@ def wrap_policy(
 
 
 def _start_gathers(chunk: DistributedDataParallel, *parameters: Any) -> None:
-    """Start the all-gathers of a chunk's weights over dp_cp (experts': over expt_dp) that have not started since the
-    last update.
+    """Start the all-gathers of a chunk's weights that have not started since the last update.
 
     An earlier forward pass of the same step, such as the scoring pass of a coupled loss, may have started some of them.
+
+    *Collectives*: these all-gathers, over dp_cp (for experts' weights, over expt_dp).
     """
     for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
         if not group.param_gather_dispatched:

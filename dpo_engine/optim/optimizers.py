@@ -64,14 +64,14 @@ sgd.problems = _sgd_problems
 
 
 def optimizer_problems(config: Config) -> list[str]:
-    """List the problems of ``optim.optimizer`` and ``optim.optimizer_options``, and keys that the optimizer ignores."""
+    """List the problems of ``optim.optimizer`` and its options, and other settings that the optimizer cannot use."""
     optim, name = config.optim, config.optim.optimizer
     if name not in OPTIMIZERS:
         return [name_problem(OPTIMIZERS, name, f"optim.optimizer={show(name)}", plugins=bool(config.plugins))]
     problems = option_problems(OPTIMIZERS, name, optim.optimizer_options, "optim.optimizer_options")
     if not isinstance(getattr(OPTIMIZERS[name], "state", None), tuple):
         problems.append(
-            f"optim.optimizer={name}: is registered without its state, so it could not be resumed; register it with "
+            f"optim.optimizer={name}: is registered without its state, so a run could not resume; register it with "
             "state=(...), the names of the tensors that it keeps for each parameter"
         )
     return problems + list(_ignored(config)) if name != "adamw" else problems

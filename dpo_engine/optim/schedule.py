@@ -12,7 +12,7 @@ from dpo_engine.optim.schedules import SCHEDULES, MegatronSchedule, factors, war
 class RegisteredSchedule(OptimizerParamScheduler):
     """Megatron's scheduler with linear warmup, and then the factors of a registered schedule.
 
-    factors  [total_steps + 1]  factor for each step after the warmup; the last factor also applies to all later steps
+    factors  factor for each step since the warmup, starting with step 0; the last factor also applies to later steps
     """
 
     def __init__(self, optimizer: Any, *, factors: list[float], **megatron: Any):

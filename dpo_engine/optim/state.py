@@ -123,7 +123,7 @@ def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
 
 
 def set_adam_step(trained: Trained, step: int) -> None:
-    """Set the step count of all Adam optimizers to ``step``.
+    """Make the count of updates that each optimizer stores equal to ``step``.
 
     torch's AdamW stores a count for each parameter, in a tensor. Each parameter needs its own tensor, because a shared
     tensor would be incremented once for every parameter. Apex and Transformer Engine store the count in the parameter
@@ -139,7 +139,10 @@ def set_adam_step(trained: Trained, step: int) -> None:
 
 
 def adam_step(trained: Trained) -> int:
-    """Return the number of updates that Adam has made so far, or 0 on a rank that owns no parameters."""
+    """Return the number of updates that Adam has made so far.
+
+    Return 0 for an optimizer that does not count its updates, and on a rank that owns no parameters.
+    """
     for owned in owned_slices(trained):
         for kept in (owned.optimizer.state[owned.main], *owned.optimizer.param_groups):
             if "step" in kept:
@@ -150,7 +153,8 @@ def adam_step(trained: Trained) -> int:
 def after_load(trained: Trained) -> None:
     """Copy the main weights to the model weights after a checkpoint has been loaded.
 
-    *Collectives*: with the distributed optimizer, an all-gather of the parameters over dp_cp.
+    *Collectives*: with the distributed optimizer, an all-gather of the parameters over dp_cp (for experts' parameters,
+    over expt_dp).
     """
     for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
         mixed = isinstance(optimizer, (DistributedOptimizer, Float16OptimizerWithFloat16Params))

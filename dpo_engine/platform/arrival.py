@@ -39,7 +39,9 @@ It is kept until rank 0 has opened another connection; see :func:`release`.
 
 @contextmanager
 def preparing(timeout_s: float) -> Iterator[None]:
-    """While this block runs, increment the counter to show that this rank is alive. In a single process, do nothing.
+    """While this block runs, increment the counter to show that this rank is alive.
+
+    In a single process, without ``MASTER_ADDR``, or if the ranks are already connected, do nothing.
 
     timeout_s   time limit for connecting to the store, in seconds
 

@@ -52,7 +52,7 @@ def host_device(device: Any) -> Any:
 
 
 def on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Wrap ``factory`` so that its ``device`` argument passes through :func:`host_device`, and reject pinned memory."""
+    """Return a version of ``factory`` that creates on the CPU what is requested on a GPU, and rejects pinned memory."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""CPU versions of operations for which Megatron uses fused kernels, device copies or NCCL on a GPU."""
+"""CPU versions of operations for which Megatron uses fused kernels, device copies or NCCL on a GPU, and of `mm`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +67,9 @@ def counts_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = Fa
 
 
 def gather_rows(gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Extend Megatron's ``gather`` along the first axis to parts of different sizes: pad them, gather, and cut them.
+    """Extend Megatron's ``gather`` along the first axis to parts of different sizes.
+
+    The parts are padded to equal sizes and gathered, and the padding is removed from the result.
 
     *Collectives* of the returned function: the all-gather of ``gather``, with each part padded to the largest size.
     """

@@ -56,7 +56,7 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, i
         raise ConfigError(f"RANK: is not set, but WORLD_SIZE is {world}; {WAY_OUT}, or set RANK to {numbers}")
     rank = whole_number(name, env)
     if rank >= world:
-        raise ConfigError(f"{name}={rank}: must be less than {size}={world}, because ranks count from 0; {WAY_OUT}")
+        raise ConfigError(f"{name}={rank}: must be less than {size}={world}, because ranks start at 0; {WAY_OUT}")
     return rank, world
 
 

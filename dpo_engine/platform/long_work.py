@@ -95,6 +95,7 @@ class Meter:
 
         done, total  bytes done and all bytes, on all ranks together
         working      number of ranks that have not finished
+        ranks        number of all ranks
         """
         if not self.quiet and self._line.due:
             seconds = time.monotonic() - self._line.began

@@ -37,7 +37,7 @@ class ParallelGroups:
     dp_cp  dp and cp combined: the ranks over which gradients are summed
     ep       ranks that hold different experts of the same layers, and exchange tokens
     expt_tp  ranks that each hold a part of every matrix of the same experts
-    expt_dp  ranks that hold the same parts of the same experts, over which the gradients of experts are summed
+    expt_dp  ranks that hold the same parts of the same experts; the gradients of experts are summed over these ranks
     """
 
     dims: ParallelDims
@@ -67,10 +67,10 @@ class ParallelGroups:
 
     @property
     def waits_for_others(self) -> bool:
-        """Whether other ranks can wait for this rank inside a step without knowing of an error in the loss.
+        """Whether ranks can wait inside a step for a rank that has failed with an error that they do not have.
 
-        This applies to other pipeline stages, because only the last stage computes the loss, and to ranks that share
-        experts.
+        This applies to pipeline stages, because only the last stage computes the loss, and to ranks with different
+        pairs that share experts.
         """
         return self.pp.size() > 1 or self.share_experts
 
@@ -128,13 +128,14 @@ def open_groups(
 
     seed        seeds torch and Megatron's tensor-parallel RNG tracker
     compare     function that is called before any group exists, with the shared store and a function that restarts the
-                timeout; it must raise if the ranks cannot run together
+                timeout; it must raise if the ranks cannot run together. If a default group exists, it is not called
     timeout_s   timeout of every collective operation, and of the initial wait for all ranks, in seconds
     instances   number of instances of the distributed optimizer: groups of ranks, each of which holds the complete
                 optimizer state; must divide dp x cp and expert_dp
 
     *Collectives*: the ranks connect at ``MASTER_ADDR``/``MASTER_PORT``, two environment variables, unless a default
-    group already exists. A single process needs neither variable.
+    group already exists. With several ranks and ``MASTER_ADDR``, then one broadcast of an object from rank 0 to open
+    the lifeline. Finally, the creation of all groups. A single process does not need the two variables.
     """
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -4,8 +4,8 @@ Use ``python -m dpo_engine.platform.torchrun`` like ``torchrun``, with the same 
 
 The problem: when torchrun receives a signal, it passes the signal on and kills the ranks 30 s later, however much time
 the scheduler allows. A second signal raises an exception while torchrun waits for the ranks, and a third one ends
-torchrun before the ranks have exited. SIGUSR1, by which Slurm can announce the end of a job (``sbatch --signal``), is
-not handled at all.
+torchrun before the ranks have exited. SIGUSR1, which Slurm can send before it ends a job (``sbatch --signal``), is not
+handled at all.
 
 The solution: this module starts torchrun with SIGUSR1 among the signals that it passes on, and with a limit that
 matters only if a rank hangs (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_S` if it is not set). Signals after the
@@ -44,7 +44,7 @@ def describe_limit() -> list[str]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or LIMIT in os.environ:
         return []
     return [
-        "torchrun kills the ranks 30 s after a signal, unless it has --shutdown-timeout; if a step and a save take "
+        "torchrun kills the ranks 30 s after a signal, unless --shutdown-timeout is set; if a step and a save take "
         "longer, start the ranks with `python -m dpo_engine.platform.torchrun` instead of torchrun"
     ]
 

@@ -320,7 +320,8 @@ def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     Megatron's DDP accumulates gradients in its own buffer, ``main_grad``. If DDP reduces this buffer while backward is
     still running (``weight.counted``), it waits until autograd has returned a gradient for every weight. DDP then adds
     the returned gradient to the buffer, unless ``grad_added_to_main_grad`` is set. For a weight that may be tied to the
-    embedding (``zero_out_wgrad``), DDP always adds the returned gradient, so this function then returns zeros.
+    embedding (``zero_out_wgrad``), DDP always adds the returned gradient, so this function then returns zeros. For a
+    weight without ``main_grad``, this function returns the same new tensor twice.
     """
     buffer = getattr(weight, "main_grad", None)
     if buffer is None:

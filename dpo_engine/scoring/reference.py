@@ -122,10 +122,11 @@ def set_exact(parameter: Tensor, value: Tensor) -> None:
 
 
 class SharedReference:
-    """The policy's own model, without adapters or with the adapter that the run started from.
+    """The policy's own model, without adapters or with an earlier state of its adapter.
 
     chunks   the policy's chunks
-    start    values of the adapter that the run started from, one item for each chunk; None: turn adapters off
+    start    values of the reference's adapter, one item for each chunk: those that the run started from or, after an
+             update, those of :meth:`follow`; None: turn adapters off
     """
 
     passes = 1
@@ -300,7 +301,7 @@ class StoredReference:
         digests = batch.digest.numpy()
         found, present = self.rows.find(keys(digests)), digests.any(axis=1)
         if (found[present] < 0).any():
-            raise KeyError(f"{int((found[present] < 0).sum())} pairs of a batch have no stored log-probabilities")
+            raise KeyError(f"pairs of a batch without stored log-probabilities: {int((found[present] < 0).sum())}")
         values = np.zeros((len(found), len(VALUES)), dtype=np.float32)
         values[present] = self.rows.values[found[present]]
         (there,) = to_device([torch.from_numpy(values)], batch.weights.device)

@@ -53,8 +53,9 @@ class Callback:
     """Base class of callbacks. The training loop calls its methods on every rank; a subclass overrides some of them.
 
     ``on_step``, ``on_eval`` and ``on_save`` can return a reason to end the run, such as ``"no gain in 3 evaluations"``.
-    Even if only one rank returns a reason, the run then ends after the current step or, if ``on_save`` returned the
-    reason, after the next step. It ends with a last evaluation, a checkpoint, and an export.
+    Even if only one rank returns a reason, the run then ends after the current step. If ``on_save``, or ``on_eval``
+    before the first step, returned the reason, the run ends after the next step. Like a complete run, it ends with a
+    last evaluation, a checkpoint, and an export.
     """
 
     def on_start(self, run: Run) -> None:

@@ -26,9 +26,9 @@ class EvaluatingRun(Run, Protocol):
 
 
 def page_lines(config: Config) -> list[str]:
-    """Return the log line that gives the path of the run's page, or says that plotly is missing, in a list.
+    """Return a list with one log line, which gives the path of the run's page or says that plotly is missing.
 
-    The list is empty if the page is turned off.
+    If the page is turned off, the list is empty.
     """
     if not config.logging.page:
         return []

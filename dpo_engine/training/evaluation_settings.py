@@ -30,7 +30,7 @@ def interval_problems(config: Config, steps_per_epoch: int) -> list[str]:
 def intervals_in_steps(config: Config, steps_per_epoch: int) -> list[str]:
     """Return a line for each interval that is given in epochs, with its length in steps."""
     return [
-        f"{key}: {value_at(config, key)} is {float(interval * steps_per_epoch):.4g} steps"
+        f"{key}={value_at(config, key)}: length in steps: {float(interval * steps_per_epoch):.4g}"
         for key in INTERVALS
         if isinstance(interval := interval_of(value_at(config, key)), Fraction)
     ]

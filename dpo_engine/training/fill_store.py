@@ -22,7 +22,7 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 
 PAIRS_PER_SEGMENT = 1024
-"""Maximum number of pairs scored between two writes to the store. A killed job loses at most the results of these."""
+"""Maximum number of pairs scored between two writes to the store. A killed job loses at most this many results."""
 
 Say = Callable[[str], None]
 
@@ -55,8 +55,8 @@ def fill(
 
     *Collectives*: those of scoring, and for each segment, broadcasts and all-gathers of objects over all ranks. Reading
     and writing the store have no time limit.
-    Raises on every rank :class:`~dpo_engine.errors.DataError` if values that were just written cannot be read, and
-    :class:`~dpo_engine.errors.NumbersError` if a log-probability is not finite.
+    Raises on every rank :class:`~dpo_engine.errors.DataError` if the store cannot be read or written, or lacks values
+    that were just written, and :class:`~dpo_engine.errors.NumbersError` if a log-probability is not finite.
     """
     wanted = wanted_keys(pairs)
     parts = [(part, *np.unique(keys(part.digests), return_index=True)) for part in pairs]

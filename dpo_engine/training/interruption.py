@@ -49,9 +49,9 @@ if TYPE_CHECKING:  # the handlers must be in place before torch is imported, whi
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FINISH = 1
-"""The number that means "end of the run" in :meth:`Interruption.agreed`. It is smaller than every signal number."""
+"""The number that means "end of the run" in :meth:`Interruption.agreed`. It is smaller than all of :data:`SIGNALS`."""
 TIME = 128
-"""The number that means "time limit" in :meth:`Interruption.agreed`. It is larger than every signal number."""
+"""The number that means "time limit" in :meth:`Interruption.agreed`. It is larger than all of :data:`SIGNALS`."""
 MEETING_S = 15.0
 """Number of seconds for which a rank that received a signal during startup waits for the other ranks."""
 RECENT = 16
@@ -66,7 +66,8 @@ class Interruption:
 
     received  number of the first signal received; 0 if there was none
     save_s    expected duration of a save in seconds, as set by the trainer
-    finish    whether the run must end cleanly after this step; if one rank sets it, :meth:`agreed` sets it on all ranks
+    finish    whether the run must end cleanly after this step. If one rank sets it, :meth:`agreed` sets it on all
+              ranks, unless a signal or the time limit stops the run
     """
 
     def __init__(self) -> None:

@@ -37,8 +37,8 @@ METRICS = {
     "`sigmoid`), and any other value stops the run",
     "loss/NAME": "a term of `loss`, multiplied by its weight; the terms add up to `loss`; reported for losses that are "
     "sums of terms: for `mix`, NAME is the name of a loss, and for `cpo` and `orpo`, `preference` or `likelihood`",
-    "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, summed over "
-    "tokens, for every loss, as in TRL (`ld_alpha` applies)",
+    "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference (without a "
+    "reference, beta times the log-probability), summed over tokens, for every loss, as in TRL (`ld_alpha` applies)",
     "rewards/rejected": "reward of the rejected responses",
     "rewards/margins": "chosen reward minus rejected reward",
     "rewards/accuracies": "share of pairs whose chosen reward is larger than the rejected reward; a tie counts as half",
@@ -57,7 +57,8 @@ METRICS = {
     "likelihood/accuracies_per_token": "like `likelihood/accuracies`, for log-probabilities divided by the numbers of "
     "tokens",
     "displacement/chosen": "log-probability of the chosen responses under the policy minus their log-probability under "
-    "the reference, in nats; negative values mean that chosen responses are becoming less likely",
+    "the reference, in nats; negative values mean that chosen responses are less likely than under the reference; "
+    "reported if there is a reference",
     "displacement/rejected": "like `displacement/chosen`, for the rejected responses",
     "displacement/chosen_fell": "share of pairs whose chosen response is less likely under the policy than under the "
     "reference; a tie counts as half",
@@ -70,9 +71,10 @@ METRICS = {
     "tokens of the chosen responses; reported if `logging.entropy` is set",
     "entropy/rejected": "like `entropy/chosen`, for the rejected responses",
     "router/balance": "for models with experts: how unevenly the routers use the experts at the tokens that predict "
-    "responses. It is the number of experts times the sum over experts of the share of tokens that use the expert and "
-    "the expert's mean score, as a mean over responses, pairs and layers; 1 if all experts are used equally. "
-    "`loss.balance` times this number is part of the training objective, but not of `loss`",
+    "responses. For a response and a layer, it is the number of experts times the sum, over experts, of the product of "
+    "the expert's share of all uses and its mean normalized score. The metric is the mean over responses, pairs and "
+    "layers; 1 if all experts are used equally. `loss.balance` times this number is part of the training objective, "
+    "but not of `loss`",
     "router/z": "for models with experts: squared logarithm of the sum of exponentials of the routers' logits, "
     "averaged like `router/balance`; its coefficient is `loss.router_z`",
     "router/load": "for models with experts: number of uses of an expert at the tokens that predict responses, divided "

@@ -76,7 +76,7 @@ def card_writer(
 def last_metrics(lines: Sequence[Mapping[str, Any]], step: int) -> tuple[dict[str, Any], int, dict[str, Any], int]:
     """Return the last training metrics and their step, then the last evaluation and its step, both up to ``step``.
 
-    If there are no training metrics, or there is no evaluation, the metrics in question are empty and their step is 0.
+    Without training metrics, or without an evaluation, the corresponding metrics are empty and their step is 0.
 
     lines  the lines of a run's metrics.jsonl
     """
@@ -207,7 +207,7 @@ def _settings(run: RunFacts) -> list[tuple[str, str]]:
         *([("adapter", _adapter(identity["adapter"]))] if identity.get("adapter") else []),
         ("loss", code(name) + (f" with {code(options)}" if options else "")),
         ("reference", code(reference["mode"]) + (f", {code(shown(reference['path']))}" if reference["path"] else "")),
-        ("steps", f"{run.step:,}, each on {identity['global_batch_size']:,} pairs"),
+        ("steps", f"{run.step:,}, with a global batch size of {identity['global_batch_size']:,}"),
         *([("step chosen by", code(run.chosen))] if run.chosen else []),
         ("learning rate", f"{optim['lr']:g}, {optim['schedule']}"),
         ("dtype", code(identity["dtype"]) + (f", exported as {code(run.dtype)}" if run.dtype else "")),

@@ -150,8 +150,8 @@ class Objective:
         losses = apply_loss(self.loss, self.counted(policy), against, data, self.options)
         if losses.shape != data.weights.shape:
             raise ConfigError(
-                f"loss.name: the loss returned shape {list(losses.shape)} for {len(data.weights)} pairs; it must "
-                "return one value per pair, without summing or averaging"
+                f"loss.name: the loss returned shape {list(losses.shape)}, but the number of pairs is "
+                f"{len(data.weights)}; it must return one value per pair, without summing or averaging"
             )
         if self.use_weighting:
             losses = losses * self.likelihoods(policy)

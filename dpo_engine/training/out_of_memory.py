@@ -15,7 +15,7 @@ from dpo_engine.model.savings import savings
 from dpo_engine.training.engine import Engine
 
 SHOWN = 6
-"""Maximum number of changes that the error names."""
+"""Maximum number of changes that the error of a training run names."""
 
 
 SCORING = ("reference.", "train.micro_batch_size", "batch.", "parallel.")
@@ -72,5 +72,5 @@ def explanation(engine: Engine, error: torch.OutOfMemoryError, scoring: bool) ->
         names = ", ".join(f"{change.name} ({gib(cost.peak)})" for change, cost in found[:SHOWN])
         order = "; in order of increasing cost in speed, each with the memory planned for the rank that needs most"
     if not names:
-        return [allocated, plan, "no key lowers this; use more ranks, or lower data.max_length"]
+        return [allocated, plan, "no other change lowers this memory; use more ranks, or lower data.max_length"]
     return [allocated, plan, f"next: one of {names}{order}"]

@@ -92,7 +92,8 @@ def sole_exporter(directory: str | Path, world: dist.ProcessGroup, say: Callable
     say        called on rank 0 with a line if it takes time to find out whether another export still runs
 
     *Collectives*: those of :func:`~dpo_engine.platform.long_work.without_time_limit`.
-    Raises :class:`~dpo_engine.errors.CheckpointError` on all ranks if another process is exporting to the directory.
+    Raises :class:`~dpo_engine.errors.CheckpointError` on all ranks if another process is exporting to the directory, or
+    if the lease cannot be written.
     """
     target = Path(directory).resolve()
     place = target.with_name(f".{target.name}.exporting")

@@ -7,7 +7,8 @@ The solution: compare the facts of the ranks with two functions. Facts are named
 that must be equal on all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with
 different layouts would hang while creating the groups. Each rank puts its facts into the rendezvous store; rank 0 reads
 them and answers all ranks. `RankGuard.check` runs before the first step. It runs again every `train.guard_interval`
-steps, before scheduled saves, and after the last step; if the interval is 0, none of these later checks run.
+steps, before scheduled saves, before evaluations that can lead to a save (`checkpoint.keep_best`), and after the last
+step; if the interval is 0, none of these later checks run.
 `RankGuard.check` also compares facts about the data, and all weights of which several ranks have copies: data-parallel
 and context-parallel replicas, parameters that tensor parallelism does not split, experts, and tied embeddings.
 
@@ -201,7 +202,7 @@ def _differences(facts: Mapping[int, Facts]) -> tuple[type[EngineError], list[st
                 hint = f"{_reason(name)}; {way_out}" if kind == "environment" else way_out
                 lines.append(f"{name}: {by_value(values)}; {hint}")
     if len(lines) > MOST_LINES:
-        lines = [*lines[:MOST_LINES], f"{len(lines) - MOST_LINES} more settings differ between ranks"]
+        lines = [*lines[:MOST_LINES], f"further differences between ranks: {len(lines) - MOST_LINES}"]
     return error, lines
 
 
@@ -220,7 +221,7 @@ def by_value(values: Mapping[int, Any]) -> str:
         short = {value: str(value) for value in holders}
     parts = [f"{short[value]} on {ranks_text(ranks)}" for value, ranks in ordered]
     more = len(parts) - MOST_VALUES
-    return ", ".join(parts[:MOST_VALUES]) + (f", and {more} more values" if more > 0 else "")
+    return ", ".join(parts[:MOST_VALUES]) + (f", and {more} more" if more > 0 else "")
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
@@ -249,7 +250,7 @@ class RankGuard:
         self.device = device
 
     def check(self, models: Mapping[str, Sequence[torch.nn.Module]] | None = None, *, step: int = 0) -> None:
-        """Compare all ranks, and raise an error if they differ.
+        """Compare all ranks, and raise an error if they differ. With one rank, do nothing.
 
         models  this rank's chunks of each model, by the model's name
         step    number of optimizer steps done, for the error message

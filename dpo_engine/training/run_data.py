@@ -184,7 +184,7 @@ def build_all(
         )
         if data.validation_fraction:
             train, held_out = split_validation(train, data.validation_fraction)
-            report = f"{report}\n  held out: {len(held_out):,} pairs; left for training: {len(train):,}"
+            report = f"{report}\n  pairs held out: {len(held_out):,}; left for training: {len(train):,}"
         lines.append(f"training pairs: {report}")
     if data.validation:
         held_out, report = build_dataset(data.validation, tokenizer, data, config.cache_dir, progress=progress)

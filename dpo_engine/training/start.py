@@ -72,7 +72,7 @@ def saved(
     say      called on every rank with a line for each skipped checkpoint
     way_out  advice in the error message if there is no checkpoint
 
-    *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`.
+    *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint` and of ``Engine.adapter_identity``.
     Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint, or if its model,
     optimizer or frozen weights differ from this run's.
     """
@@ -92,8 +92,9 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
 
     say   called on every rank with a line for each skipped checkpoint
 
-    *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and all-gathers of objects, so that all
-    ranks continue or all raise the same error. Reading files has no time limit.
+    *Collectives*: those of :func:`~dpo_engine.training.references.reference_identity`, of ``Engine.adapter_identity``
+    and of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and all-gathers of objects, so that all ranks continue
+    or all raise the same error. Reading files has no time limit.
     Raises :class:`~dpo_engine.errors.CheckpointError` if the directory contains a checkpoint from which this run must
     not resume.
     """

@@ -70,10 +70,12 @@ def train_step(
     Returns  the metrics of the step, equal on every rank: the metrics of the pairs before the update, ``grad_norm``
              before clipping, and the ``learning_rate`` used; for a model with experts, also the routers' metrics
 
-    *Collectives*: those of the pipeline schedules; gradients over dp_cp (tied weights also over embd, replicated
-    weights over tp); the gradient norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast
-    over pp; for a model with experts, one SUM of the routers' numbers over all ranks; those of ``refuses``; with
-    ``count_zeros``, one SUM of a number; for coupled losses, an all-gather of the log-probabilities over dp.
+    *Collectives*: those of the reference; for coupled losses, those of scoring and an all-gather of the
+    log-probabilities over dp; those of the pipeline schedules and of the loss; gradients over dp_cp (experts' gradients
+    over expt_dp; tied weights also over embd, replicated weights over tp); one SUM of the metrics over dp and a
+    broadcast over pp; for a model with experts, one SUM of the routers' numbers over all ranks; those of
+    :func:`~dpo_engine.optim.optimizer.update` and of ``refuses``; with ``count_zeros``, those of
+    :func:`~dpo_engine.optim.zeros.num_zeros`.
     """
     reach("reference")
     with part("reference"):

@@ -170,7 +170,7 @@ def test_error_on_one_stage_is_reported_and_ends_the_others(run_yaml, tmp_path, 
     assert done.codes == [6, 2] and max(done.seconds) - min(done.seconds) < WITHIN_S
     assert said(done, 0)[0].startswith("rank 1 died or lost its connection")
     (line,) = said(done, 1)
-    assert "rank 1] loss.name: the loss returned shape [] for 2 pairs; it must return one value per pair" in line
+    assert "rank 1] loss.name: the loss returned shape [], but the number of pairs is 2; it must return one val" in line
 
 
 def test_error_on_all_ranks_is_reported_once(run_yaml, tmp_path, monkeypatch):
@@ -180,7 +180,7 @@ def test_error_on_all_ranks_is_reported_once(run_yaml, tmp_path, monkeypatch):
     done = run_job(["train", str(run_yaml(**sections))], 2, tmp_path / "log")
     assert (
         done.codes == [2, 2]
-        and done.said.startswith("loss.name: the loss returned shape [] for 2 pairs")
+        and done.said.startswith("loss.name: the loss returned shape [], but the number of pairs is 2;")
         and done.said.count("\n") == 1
     )
 

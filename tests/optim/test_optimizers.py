@@ -151,7 +151,7 @@ def test_state_must_be_declared(monkeypatch):
 
     monkeypatch.setitem(OPTIMIZERS, "bare", lambda groups, lr: torch.optim.SGD(groups, lr=lr))
     assert optimizer_problems(config(optimizer="bare")) == [
-        "optim.optimizer=bare: is registered without its state, so it could not be resumed; register it with "
+        "optim.optimizer=bare: is registered without its state, so a run could not resume; register it with "
         "state=(...), the names of the tensors that it keeps for each parameter"
     ]
     weight = torch.nn.Parameter(torch.ones(3))

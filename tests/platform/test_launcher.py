@@ -47,7 +47,7 @@ def test_rank_and_number_of_ranks(env, expected):
     assert (*world_from_environment(env), local_rank(env)) == expected
 
 
-COUNT = "because ranks count from 0"
+COUNT = "because ranks start at 0"
 SET = "start with torchrun or launch/train.sbatch, which set it"
 
 

@@ -34,7 +34,7 @@ class TestStored:
 
     def test_missing_pair_is_an_error(self):
         reference = StoredReference(Rows.empty().with_more(keys(DIGESTS[:2]), self.values[:2]), groups=LAST)
-        with pytest.raises(KeyError, match="2 pairs of a batch have no stored log-probabilities"):
+        with pytest.raises(KeyError, match="pairs of a batch without stored log-probabilities: 2"):
             reference.logps([batch_of(0, 2, -1, 3)])
 
 

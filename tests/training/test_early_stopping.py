@@ -142,8 +142,8 @@ def test_interval_below_one_step(tmp_path):
         "or 1 for every step"
     ]
     assert intervals_in_steps(config, 10) == [
-        "train.eval_interval: 0.3epoch is 3 steps",
-        "checkpoint.save_interval: 1epoch is 10 steps",
+        "train.eval_interval=0.3epoch: length in steps: 3",
+        "checkpoint.save_interval=1epoch: length in steps: 10",
     ]
     assert intervals_in_steps(small(tmp_path, train={"eval_interval": 5}), 10) == []
     for value in ("0epoch", "5", "1/3epoch", -1, True, 0.5):
@@ -202,7 +202,7 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
     assert (output / "checkpoints/best").read_text() == "step_00000002\n"
     assert (output / "checkpoints/latest").read_text() == "step_00000006\n"
     card = (output / "hf/README.md").read_text()
-    assert "| steps | 2, each on 4 pairs |" in card and "| step chosen by | `highest eval/loss` |" in card
+    assert "| steps | 2, with a global batch size of 4 |" in card and "| step chosen by | `highest eval/loss` |" in card
     assert "held-out, step 2" in card
 
     again = run_job(["export", str(whole), "--best", "--to", str(tmp_path / "again")], 1, tmp_path / "log2")
@@ -267,7 +267,7 @@ def test_best_is_chosen_again_after_the_last_evaluation(run_yaml, tmp_path):
     assert min(losses, key=losses.get) == 8
     assert (output / "checkpoints/best").read_text() == "step_00000008\n"
     assert checkpoints(output) == ["step_00000006", "step_00000008"]
-    assert "| steps | 8, each on 4 pairs |" in (output / "hf/README.md").read_text()
+    assert "| steps | 8, with a global batch size of 4 |" in (output / "hf/README.md").read_text()
     # Without keep_best, the pointer `best` is removed.
     shutil.rmtree(output / "hf")
     change = ["checkpoint.keep_best=null", "checkpoint.export=false", "train.max_steps=10"]

@@ -95,7 +95,7 @@ def scored(verb, path):
     [
         ("eval", 2, "next: one of reference.mode=stored, train.micro_batch_size=1"),
         ("reference", 2, "next: one of train.micro_batch_size=1"),
-        ("reference", 1, "no key lowers this; use more ranks, or lower data.max_length"),
+        ("reference", 1, "no other change lowers this memory; use more ranks, or lower data.max_length"),
     ],
 )
 def test_scoring_ends_with_what_to_change(verb, size, next_line, files, tiny_hf, tmp_path):

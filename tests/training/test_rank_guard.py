@@ -39,7 +39,7 @@ class TestWords:
         long = {0: "a" * 70, 1: "a" * 70 + "b"}
         assert by_value(long) == f"{long[0]} on rank 0, {long[1]} on rank 1", "the difference must be visible"
         assert by_value({0: "a" * 70}) == "a" * 57 + "... on rank 0"
-        assert by_value(dict(enumerate("abcdef"))) == "a on rank 0, b on rank 1, c on rank 2, and 3 more values"
+        assert by_value(dict(enumerate("abcdef"))) == "a on rank 0, b on rank 1, c on rank 2, and 3 more"
 
 
 class TestEnvironment:
@@ -96,7 +96,7 @@ class TestRendezvous:
     def test_long_lists_of_differences_are_shortened(self):
         other = {**FACTS, "config": {f"key{i}": "1" for i in range(30)}}
         (_, lines), _ = at_rendezvous([FACTS, other], [2, 2])
-        assert len(lines) == 11 and lines[-1] == "22 more settings differ between ranks"
+        assert len(lines) == 11 and lines[-1] == "further differences between ranks: 22"
 
     @pytest.mark.parametrize("worlds", [[2, 4], [4, 2], [2, 2, 4], [4, 4, 2]], ids=str)
     def test_wrong_number_of_ranks_does_not_wait_for_missing_ones(self, worlds, monkeypatch):

@@ -26,7 +26,7 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: boo
 
     Targets that match weights that cannot be adapted, such as matrices of experts, are also problems.
 
-    unused  whether targets and patterns that match nothing are allowed, as in PEFT
+    unused  whether single targets of a list, and patterns, may match nothing or only experts, as in PEFT
     """
     names = projection_names(arch)
     problems = _pattern_problems(asked)

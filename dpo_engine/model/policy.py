@@ -74,8 +74,9 @@ class Policy(GPTModel):
                  gradient, and the parts are summed.
                  Other stages: [s/cp (/t), r, h]
 
-        *Collectives*: those of Megatron's linear layers over tp, and those of the core attention over cp. On the last
-        stage also a sum of the gradient over tp or, with sequence parallelism, an all-gather and a reduce-scatter.
+        *Collectives*: those of the layers (see :meth:`~dpo_engine.model.layer.Layer.forward`). On the first stage, also
+        those of Megatron's embedding over tp. On the last stage, also a sum of the gradient over tp or, with sequence
+        parallelism, an all-gather and a reduce-scatter.
         """
         places = positions.expand(tokens.shape) if self.pre_process and self.learned_positions else None
         hidden = self.embedding(input_ids=tokens, position_ids=places) if self.pre_process else None

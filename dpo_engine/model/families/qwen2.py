@@ -7,7 +7,7 @@ from dpo_engine.model.families.blocks import DENSE, dense, sliding
 
 
 def qwen_window(config: HFConfig) -> dict[str, Any]:
-    """Read the window of the layers from ``max_window_layers`` on. Without a window, return no fields."""
+    """Read the window, and its layers: by ``layer_types``, or from ``max_window_layers`` on. No window: no fields."""
     if not config.flag("use_sliding_window", False) or config.values.get("sliding_window", 0) is None:
         return {}
     first = config.get("max_window_layers", 28)

@@ -252,6 +252,8 @@ def assemble(
     """Assemble checkpoint tensors from all shards of one parameter; this reverses ``fill_parameter`` in ``load.py``.
 
     change   function that changes each complete tensor, given its name, before it is rounded to its dtype
+
+    Raises :class:`~dpo_engine.errors.NumbersError` if a value is not finite in its dtype.
     """
     rule, named = placed.rule, placed.tensors(arch)
     whole = [torch.empty(tensor.shape, dtype=parts[0].dtype if change else dtypes[tensor.name]) for tensor in named]

@@ -118,9 +118,7 @@ def test_te_is_refused_if_it_has_no_fused_kernel(unfused, installed):
     installed.DotProductAttention = Unable
     with pytest.raises(ConfigError) as refused:
         choose_kernels(TE, ARCH, GPU, torch.bfloat16, spec="te")
-    reason = (
-        "there is no fused kernel for it" if unfused else "No dot product attention backend is available"
-    )
+    reason = "there is no fused kernel for it" if unfused else "No dot product attention backend is available"
     assert str(refused.value) == (
         f"model.attention=te: Transformer Engine cannot compute this model's attention: {reason}; set another value"
     )

@@ -131,7 +131,8 @@ def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
 
     Call this before anything other than a forward pass reads or replaces the weights.
 
-    *Collectives*: the unfinished part of the all-gather of parameters over dp_cp, if it overlaps with the forward pass.
+    *Collectives*: the unfinished part of the all-gather of parameters over dp_cp (experts': over expt_dp), if it
+    overlaps with the forward pass.
     """
     for chunk in chunks:
         if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):

@@ -194,8 +194,9 @@ def _collect(
 
     joined  tensors with all experts of a layer that are incomplete, because only some experts have been gathered
 
-    *Collectives*: one gather per sharded parameter. After an error, the remaining gathers still run, because the other
-    ranks take part in them. Returns the error, or None.
+    *Collectives*: for each parameter, those of :func:`gather_shards` or, for experts that are exported together, of
+    :func:`gather_experts`. After an error, the remaining gathers still run, because the other ranks take part in them.
+    Returns the error, or None.
     """
     failure = None
     for placed in every:

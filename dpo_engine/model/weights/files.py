@@ -288,7 +288,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
 
 
 def layer_of(name: str) -> int | None:
-    """Return the N of a tensor's name if the name starts with ``model.layers.N.``; None otherwise."""
+    """Return the layer number N of a tensor name that starts with ``model.layers.N.``; None for other names."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
     return int(found[1]) if found else None
 

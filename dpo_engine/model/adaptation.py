@@ -229,8 +229,8 @@ def adapter_lines(asked: AdapterConfig | None, adaptation: Adaptation | None, ar
     projections = dict.fromkeys(name.rpartition(".")[2] for name in shapes)
     frozen = sum(math.prod(tensor.shape) for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch))
     return [
-        f"adapter: {adaptation.kind} of rank {join(ranks, 'and')} on {len(shapes)} projections "
-        f"({', '.join(projections)}), {'newly initialized' if asked.path is None else asked.path}; "
+        f"adapter: {adaptation.kind} of rank {join(ranks, 'and')}; adapted projections: {len(shapes)} "
+        f"({', '.join(projections)}); {'newly initialized' if asked.path is None else asked.path}; "
         f"{adapter_parameters(adaptation, arch):,} parameters are trained, and {frozen:,} are frozen"
     ]
 

@@ -26,7 +26,8 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: boo
 
     Targets that match weights that cannot be adapted, such as matrices of experts, are also problems.
 
-    unused  whether targets and patterns that match nothing are allowed, as in PEFT
+    unused  allow listed targets and patterns that match nothing, as PEFT does. A target is still a problem if the last
+            part of its name is that of a module that has weights but cannot be adapted
     """
     names = projection_names(arch)
     problems = _pattern_problems(asked)

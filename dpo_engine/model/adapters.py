@@ -160,7 +160,8 @@ class Adapter(nn.Module):
     def up(self) -> Tensor:
         """Return all scaled matrices ``B`` as one block matrix [rows of this rank, R].
 
-        *Collectives* if ranks gather ``B``: an all-gather over tp, and a reduce-scatter of the gradient of ``B``.
+        *Collectives* if ranks gather ``B``: for each projection's ``B``, an all-gather over tp, and a reduce-scatter of
+        the gradient.
         """
         total, start = sum(shape.rank for _, shape in self.adapted), 0
         like = self.share(self.adapted[0][0], "A")
@@ -179,9 +180,8 @@ class Adapter(nn.Module):
         out     [s (/t), b, rows of this rank]  the linear's output
         bias    the bias that ``out`` includes, or None
 
-        *Collectives*: those in the table at the top of this file, and those of :meth:`up`. With DoRA, also an
-        all-gather of the magnitude if ranks gather ``B``, and a SUM over tp of one number per row if columns are
-        sharded.
+        *Collectives*: those in the table at the top of this file, and those of :meth:`up`. With DoRA, those of
+        :meth:`up` also for the magnitudes, and a SUM over tp of one number per row if columns are sharded.
         """
         down, up = self.down(), self.up()
         z = self._exchanged(F.linear(x, down.to(x.dtype)))

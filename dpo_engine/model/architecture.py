@@ -29,8 +29,8 @@ class Architecture:
     rope_theta       base of the rotary frequencies
     rope_scaling     None, or a dict with ``rope_type`` and the parameters of that type
     max_positions    maximum sequence length according to ``config.json``, in tokens
-    sliding_window   number of tokens that a token attends to in layers with a window, including itself; None: no layer
-                     has a window
+    sliding_window   maximum number of tokens that a token attends to in layers with a window, including itself; None:
+                     no layer has a window
 
     The defaults of the following fields describe Llama. A field that has its default is not part of the digest, so
     adding a field does not change the digests of known models.
@@ -42,7 +42,7 @@ class Architecture:
                         layers
     sliding_rope_theta, sliding_rope_scaling  ``rope_theta`` and ``rope_scaling`` of the layers with a sliding window,
                                               if these layers have their own base
-    norm                ``rms``, or ``layer``, which also subtracts the mean
+    norm                ``rms``; ``layer``, which also subtracts the mean; or the name of a norm that a plugin registers
     norm_bias           whether norms have biases
     norm_offset         number that is added to the weights of norms
     norm_place          where the norms of hidden states are: ``before`` attention and MLP, ``after`` them, or ``both``
@@ -52,7 +52,8 @@ class Architecture:
     norm_after_rope     whether queries and keys are normalized after they are rotated
     out_bias            whether the output projection of attention has a bias
     mlp_bias            whether the linear layers of the MLP have biases
-    activation          ``silu``, ``gelu``, ``gelu_tanh`` (the approximation of GELU) or ``relu2`` (squared ReLU)
+    activation          ``silu``, ``gelu``, ``gelu_tanh`` (the approximation of GELU), ``relu2`` (squared ReLU), or the
+                        name of an activation that a plugin registers
     gated               whether the MLP has a gate
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
     attention_softcap, logit_softcap  soft caps of attention scores and of logits; a cap c changes x to ``c * tanh(x /
@@ -176,8 +177,8 @@ class Architecture:
         """Whether Transformer Engine's modules support this architecture.
 
         They support RMS norms without an offset before attention and before the MLP, and norms of queries and keys per
-        head, but no other norms. Latent attention, and experts with biases or a clamp, exist only as native modules of
-        the engine.
+        head, but no other norms. They do not support attention and MLP that have the same input. Latent attention, and
+        experts with biases or a clamp, exist only as native modules of the engine.
         """
         return (
             self.norm == "rms"
@@ -208,7 +209,7 @@ class Architecture:
 
     @property
     def qkv_size(self) -> int:
-        """Total width of the query, key and value heads."""
+        """Total width of the query, key and value heads, without latent attention."""
         return self.query_size + 2 * self.kv_size
 
     @property
@@ -304,8 +305,8 @@ def _check_heads(arch: Architecture, config: HFConfig) -> None:
     width = (arch.rotary_dim or arch.head_dim) // 2
     if scaling.get("rope_type") == "longrope" and len(scaling["short_factor"]) != width:
         config.problem(
-            f"short_factor: has {len(scaling['short_factor'])} numbers, but heads have {width} frequencies; correct "
-            "config.json"
+            f"short_factor: its length is {len(scaling['short_factor'])}, but must be the number of frequencies of a "
+            f"head, {width}; correct config.json"
         )
     if arch.out_bias and not arch.qkv_bias:
         config.problem(

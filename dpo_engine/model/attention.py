@@ -16,8 +16,9 @@ keys, so no mask is built. A row of trees needs one ``tree_attention`` call, in 
 columns as queries. The backward pass reduce-scatters the gradients of keys and values.
 
 Sliding windows, soft caps and sinks. If a layer has a soft cap or sinks, or a window that is shorter than the row,
-causal rows are computed as trees, each of a single segment. If the window is shorter than the row, ranks exchange only
-the keys and values that the receiver's queries see (:mod:`dpo_engine.model.gather`).
+causal rows are computed as trees, each of a single segment. If the window is shorter than the row (or than the longest
+path of the trees), ranks exchange only the keys and values that the receiver's queries see
+(:mod:`dpo_engine.model.gather`).
 
 Why not ring attention. If every rank has all keys, any attention pattern is possible, and the softmax of a query needs
 no partial results from other ranks. Results in different layouts therefore differ by rounding only. The communication
@@ -169,7 +170,8 @@ class CoreAttention(nn.Module):
 
     *Collectives* over the context-parallel group, if it has more than one rank: in the forward pass an all-gather of
     keys and values ``[s/cp, b, n_kv/t, 2 d]``, in the backward pass a reduce-scatter of their gradients. With a window
-    that is shorter than the row, each pass has an all-to-all of some columns instead.
+    that is shorter than the row, or than the longest path of its trees, each pass has an all-to-all of some columns
+    instead.
     """
 
     def __init__(

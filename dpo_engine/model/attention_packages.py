@@ -4,13 +4,13 @@
 different lengths (:mod:`dpo_kernels.varlen`), which Transformer Engine calls the format ``thd``. Its module
 DotProductAttention computes them with cuDNN, or with an installed package of flash attention if it prefers that
 package on this GPU. For cuDNN, Transformer Engine rounds the numbers of rows and tokens up, so the micro-batches of a
-run need few plans.
+run need few execution plans.
 
 **FlashAttention 3 and 4** replace FlashAttention 2 inside torch: in stacked rows, and in rows of trees with the backend
 ``varlen``.
 
-Which heads, dtypes and GPUs these packages support depends on their versions. Each is therefore tried once, with a
-small tree and the heads of one tensor-parallel rank, before the run loads weights.
+Which heads, dtypes and GPUs these packages support depends on their versions. A requested package is therefore tried
+once, with a small tree and the heads of one tensor-parallel rank, before the run loads weights.
 """
 
 from collections.abc import Callable
@@ -36,12 +36,13 @@ def offer_te(spec: str, arch: Architecture, platform: Platform, dtype: torch.dty
     spec   layer implementation: ``native`` or ``te``
     tp     number of ranks of tensor parallelism
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if the layers are not Transformer Engine's, or if it has no fused
-    attention for the dtype, the heads and the GPU.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the layers are not Transformer Engine's, or if Transformer Engine
+    has no fused attention for the dtype, the heads and the GPU.
     """
     if spec != "te":
         raise ConfigError(
-            f"model.attention={TE}: requires Transformer Engine's layers, but model.spec is {spec}; set it to auto"
+            f"model.attention={TE}: requires Transformer Engine's layers, but this run uses {spec} layers; set "
+            "model.spec=te, or model.attention=auto"
         )
     _try(f"model.attention={TE}: Transformer Engine", tree_attention, arch, platform, dtype, tp)
     if TE not in BACKENDS:
@@ -51,7 +52,7 @@ def offer_te(spec: str, arch: Architecture, platform: Platform, dtype: torch.dty
 def activate_flash_attention(
     version: int, arch: Architecture, platform: Platform, dtype: torch.dtype, *, tp: int, trees: bool
 ) -> None:
-    """Make torch use FlashAttention 3 or 4 in this process, after it has computed small rows.
+    """Make torch use FlashAttention 3 or 4 in this process, and check that it can compute small rows.
 
     tp     number of ranks of tensor parallelism
     trees  whether the backend ``varlen`` computes rows of trees
@@ -67,18 +68,20 @@ def activate_flash_attention(
     from torch.nn import attention
 
     if f"FA{version}" not in getattr(attention, "list_flash_attention_impls", list)():
-        raise ConfigError(f"{line}torch {torch.__version__} cannot use it; set it to 2")
+        raise ConfigError(
+            f"{line}torch {torch.__version__} does not support this version of FlashAttention; set it to 2"
+        )
     try:
         attention.activate_flash_attention_impl(f"FA{version}")
     except (ImportError, RuntimeError) as error:
-        raise ConfigError(f"{line}cannot be loaded: {error}; install it, or set it to 2") from error
+        raise ConfigError(f"{line}the package cannot be loaded: {error}; install it, or set the key to 2") from error
     _try(f"{line}FlashAttention {version}", _causal_row, arch, platform, dtype, tp)
     if trees:
         _try(f"{line}FlashAttention {version}", varlen.tree_attention, arch, platform, dtype, tp)
 
 
 def _causal_row(query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None) -> Tensor:
-    """Compute the tree's tokens as one causal row."""
+    """Compute attention over the tree's tokens as if they were one causal row, without a window."""
     return causal(*(tensor[:, None] for tensor in (query, key, value)), scale=None)[:, 0]
 
 
@@ -109,7 +112,7 @@ def tree_attention(
     *,
     window: int | None = None,
 ) -> Tensor:
-    """Like :func:`dpo_kernels.eager.tree_attention`, by Transformer Engine. There are no soft caps and no sinks."""
+    """Like :func:`dpo_kernels.eager.tree_attention`, but with Transformer Engine, and without soft caps and sinks."""
     return attention_in_runs(_te_causal_rows, query, key, value, tree, scale, window)
 
 
@@ -155,4 +158,4 @@ def _te_module(heads: int, kv_heads: int, head_dim: int, scale: float, window: i
 
 class _Refused(nn.Module):
     def forward(self, *args: Any, **options: Any) -> Tensor:
-        raise RuntimeError("Transformer Engine has no fused kernel for it")
+        raise RuntimeError("there is no fused kernel for it")

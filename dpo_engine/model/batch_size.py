@@ -24,7 +24,7 @@ from dpo_engine.model.memory import GIB, memory
 from dpo_engine.platform.dims import ParallelDims
 
 ENOUGH = {"gpu": 8192, "cpu": 2048}
-"""Tokens per micro-batch and context-parallel rank above which more tokens save hardly any time."""
+"""Tokens per micro-batch and context-parallel rank above which more tokens save little time."""
 
 OVERHEAD = {"gpu": 224, "cpu": 96}
 """Overhead of each micro-batch on a context-parallel rank, as the number of tokens whose computation takes as long.
@@ -103,7 +103,7 @@ def choose_tokens(
     """
     device = "cpu" if device_memory is None else "gpu"
     enough = ENOUGH[device] * dims.cp
-    tokens, reason = enough, "more would save hardly any time"
+    tokens, reason = enough, "more would save little time"
     if dims.pp > 1:
         # With m micro-batches, the bubble takes (pp - 1) / (m * chunks) of the step's work, and the micro-batches
         # add m times the overhead of one. The sum of the two is smallest where they are equal.
@@ -117,11 +117,12 @@ def choose_tokens(
     room = _room(config, arch, dims, dtype, device_memory, tokens)
     available = f"{device_memory / GIB:.1f} GiB of device memory"
     if room >= tokens:
-        return tokens, f"{reason}, and the estimate is below {USABLE:.0%} of {available}"
+        return tokens, f"{reason}, and the memory estimate is below {USABLE:.0%} of {available}"
     if room >= longest:
-        return room, f"as many as fit into {USABLE:.0%} of {available}, by the estimate"
+        return room, f"as many as fit into {USABLE:.0%} of {available}, according to the memory estimate"
     return longest, (
-        f"the length of the longest pair, but by the estimate, {USABLE:.0%} of {available} has room for {room:,} tokens"
+        f"the length of the longest pair, although {USABLE:.0%} of {available} has room for {room:,} tokens, according "
+        "to the memory estimate"
     )
 
 
@@ -145,7 +146,8 @@ def largest_micro_batch(
 
     This assumes pairs of two responses of ``data.max_length`` tokens each, including the prompt.
 
-    dtype, device_memory  as for :func:`settle_batches`. For a device with just enough memory for one pair, pass 0 bytes
+    dtype, device_memory  as for :func:`settle_batches`. Pass 0 bytes to assume a device that has just enough memory for
+                          one pair
     """
     pair = 2 * config.data.max_length
     if config.train.micro_batch_size is not None:

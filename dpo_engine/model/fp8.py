@@ -9,8 +9,8 @@ What runs in FP8. The linear layers of attention, the MLP and the experts: their
 are rounded to FP8 just before each product. Megatron's transformer block turns FP8 on around every layer. Embedding,
 norms, attention itself, router, adapters and output layer remain in bf16, and so do weights, and activations between
 linear layers. Weights are loaded, saved and exported as without FP8. Transformer Engine keeps FP8 copies of the weights
-for all micro-batches of a pass. Megatron's schedules renew the copies at the first micro-batch of every pass, because
-the weights can have changed since the previous pass.
+for all micro-batches of one call of a schedule. Megatron's schedules renew the copies at the first micro-batch of every
+call, because the weights can have changed since the previous call.
 
 Recipes. ``tensorwise`` has one scale for each tensor, from the largest value of all tokens of a micro-batch, so a
 token's numbers depend on the other tokens. ``blockwise`` has a scale for every 128 numbers of a token, and ``mxfp8``
@@ -47,7 +47,7 @@ FIELDS = (
     "num_layers_at_start_in_bf16",
     "num_layers_at_end_in_bf16",
 )
-"""Fields of Megatron's ``TransformerConfig`` that can be set. Without ``fp8``, the other fields have no effect."""
+"""Fields for FP8 in Megatron's ``TransformerConfig`` that can be set. Without ``fp8``, the others have no effect."""
 
 RECIPES = join(list(TOKEN_MULTIPLES), "or")
 PER_TOKEN = ("blockwise", "mxfp8")
@@ -195,6 +195,5 @@ def device_problem(config: Config) -> str | None:
     if (generation, minor) < (8, 9):
         others = "a newer GPU"
     return (
-        f"megatron.transformer.fp8_recipe={recipe}: cannot be used on this GPU: {why.rstrip('.')}; use {others}, or "
-        "remove fp8"
+        f"megatron.transformer.fp8_recipe={recipe}: cannot be used here: {why.rstrip('.')}; use {others}, or remove fp8"
     )

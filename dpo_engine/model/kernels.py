@@ -45,7 +45,8 @@ def choose_kernels(
     ``triton`` if the package triton can run there and the dtype is not fp64. In all other cases, it is ``eager``.
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown, cannot be used on this machine, or
-    does not support the dtype, the head size or the options that the model needs.
+    does not support the dtype, the head size or the options that the model needs; and for a version of flash attention
+    that cannot be used or has no effect.
     """
     supported = platform.gpu and dtype is torch.bfloat16 and arch.head_dim <= WIDEST_HEAD
     fused = platform.gpu and dtype is not torch.float64 and triton_can_run()
@@ -91,5 +92,5 @@ def choose_kernels(
 
 
 def trees_are_slow(platform: Platform) -> bool:
-    """Whether attention in rows of trees needs hundreds of small calls per layer, which a GPU executes slowly."""
+    """Whether a GPU computes attention in rows of trees slowly: by hundreds of small calls, or with all scores."""
     return platform.gpu and backend_name("attention") in ("sdpa", "eager")

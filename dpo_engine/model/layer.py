@@ -147,9 +147,12 @@ class Layer(TransformerLayer):
 
         Returns  [s/cp (/t), r, h], or [q (/t), r, h]; and ``context``
 
-        *Collectives*: those of the linear layers over tp, and of core attention over cp. If columns are selected with
-        sequence parallelism, also an all-gather of ``hidden_states`` over tp. With experts, all-to-alls of tokens over
-        ep and, if experts are sharded, gathers and reduce-scatters over expt_tp.
+        *Collectives*: those of the linear layers, their adapters, and norms of all heads together, over tp, and of core
+        attention over cp. If tp ranks share key heads, also an all-gather of the projected queries, keys and values
+        over tp, and a reduce-scatter of their gradients. With latent attention, also the exchange of the keys' rotary
+        part over tp. If columns are selected with sequence parallelism, also all-gathers over tp, of ``hidden_states``
+        and of the gradient of the selected columns. With experts, all-to-alls of tokens over ep, gathers and
+        reduce-scatters over expt_tp if experts are sharded, and those of the router.
         """
         arch, columns = self.arch, context if self.last else None
         normed = self.input_layernorm(hidden_states)

@@ -55,7 +55,7 @@ def clamped_gate(both: Tensor, clamp: float, slope: float) -> Tensor:
     """Limit gate and up, and compute ``gate * sigmoid(slope * gate) * (up + 1)``.
 
     both     [..., 2 f]  gate and up, concatenated. ``gate`` is limited to at most ``clamp``, and ``up`` to between
-             ``-clamp`` and ``clamp``; beyond the limits, gradients are zero
+             ``-clamp`` and ``clamp``; the gradient of a value beyond its limits is zero
     Returns  [..., f]
 
     Only the input is saved for the backward pass.

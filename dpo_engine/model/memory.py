@@ -47,6 +47,7 @@ def _sum(parts: dict[str, int]) -> str:
 class Memory:
     """Memory of one rank of a pipeline stage, in bytes.
 
+    stage                                     number of the pipeline stage
     weights, gradients, optimizer, reference  allocated during the whole run
     fp8                                       FP8 copies of the policy's and the reference's weights, also allocated
                                               during the whole run
@@ -54,6 +55,7 @@ class Memory:
     working                                   logits of one chunk and their gradients, or the activations of a layer
                                               that is recomputed, whichever is larger
     update                                    fp32 copies of bf16 gradients, after the activations are freed
+    formula                                   how the memory of the weights and their states is computed, as text
     host                                      bytes of host memory with ``optim.states: host``, by purpose
     """
 

@@ -23,7 +23,7 @@ class Experts:
     shared_size      width of an MLP that every token uses in addition; None: there is none
     shared_gate      whether the output of this MLP is multiplied by the sigmoid of a linear function of its input
 
-    Fields with the following defaults are not part of the architecture's digest.
+    The following fields are not part of the architecture's digest if they have their defaults.
 
     router_bias      whether the router's logits have a bias, which is trained like its weight
     biases           whether the matrices of experts have biases

@@ -10,7 +10,7 @@ from dpo_engine.platform.dims import ParallelDims
 
 
 class Parameters(NamedTuple):
-    """Number of parameters of experts, and number of all other parameters."""
+    """Number of parameters outside of experts (``others``), and number of parameters of experts."""
 
     others: int
     experts: int

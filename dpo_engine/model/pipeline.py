@@ -64,6 +64,9 @@ def run_pipeline(
 
     Returns  on the last stage, the result of ``finish`` for each micro-batch; on other stages, an empty list
 
+    *Collectives*: those of the model chunks and of ``finish``, sends and receives over pp and, with ``backward``, the
+    reduction of the gradients.
+
     Megatron must not rescale the scalar. Therefore ``calculate_per_token_loss`` is set, and the loss function returns a
     3-tuple. With any other return value, at least one supported version of Megatron divides the scalar by the number of
     micro-batches or by the context-parallel size.

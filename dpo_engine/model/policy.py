@@ -74,8 +74,9 @@ class Policy(GPTModel):
                  gradient, and the parts are summed.
                  Other stages: [s/cp (/t), r, h]
 
-        *Collectives*: those of Megatron's linear layers over tp, and those of the core attention over cp. On the last
-        stage also a sum of the gradient over tp or, with sequence parallelism, an all-gather and a reduce-scatter.
+        *Collectives*: those of the layers (see :meth:`~dpo_engine.model.layer.Layer.forward`). On the first stage, also
+        those of Megatron's embedding over tp. On the last stage, also a sum of the gradient over tp or, with sequence
+        parallelism, an all-gather and a reduce-scatter.
         """
         places = positions.expand(tokens.shape) if self.pre_process and self.learned_positions else None
         hidden = self.embedding(input_ids=tokens, position_ids=places) if self.pre_process else None
@@ -130,7 +131,8 @@ def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
 
     Call this before anything other than a forward pass reads or replaces the weights.
 
-    *Collectives*: the unfinished part of the all-gather of parameters over dp_cp, if it overlaps with the forward pass.
+    *Collectives*: the unfinished part of the all-gather of parameters over dp_cp (experts': over expt_dp), if it
+    overlaps with the forward pass.
     """
     for chunk in chunks:
         if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):

@@ -78,6 +78,7 @@ class RouterLosses:
 
     balance, z  coefficients of the losses, divided by the number of layers with experts
     groups      Megatron's process groups
+    count       number of experts
     split       whether sequence parallelism splits the tokens over tp
     layer       number of the layer in the whole model
     sums        [2] fp64, this rank's contribution to both losses, summed over the micro-batches of the step

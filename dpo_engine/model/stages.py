@@ -31,8 +31,8 @@ def with_layers(
 
     length   number of tokens in a row
 
-    If there are fewer layers than chunks, ``auto`` leaves ``dims`` unchanged, and :meth:`ParallelDims.problems` reports
-    the problem.
+    With one stage, or if ``layers`` is None, ``dims`` is returned unchanged. The same holds for ``auto`` if there are
+    fewer layers than chunks; :meth:`ParallelDims.problems` then reports the problem.
     """
     if layers is None or dims.pp == 1:
         return dims
@@ -94,14 +94,14 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
 
 @lru_cache(maxsize=4096)
 def layer_work(arch: Architecture, layer: int, length: int) -> float:
-    """Return the operations per token of a layer's forward pass, in a row of ``length`` tokens."""
+    """Return the floating-point operations per token of a layer's forward pass, in a row of ``length`` tokens."""
     matrices = attention_inputs(arch) + attention_output(arch) + mlp_parameters(arch, layer)
     keys = visible_pairs(length, arch.windows[layer]) / length  # mean number of keys that a query sees
     return 2.0 * matrices + 4.0 * score_size(arch) * keys
 
 
 def stage_work(arch: Architecture, dims: ParallelDims, length: int) -> list[float]:
-    """Return the operations per token of each pipeline stage's forward pass, over all its model chunks."""
+    """Return the floating-point operations per token of each stage's forward pass, over all its model chunks."""
     stages = [dims.layers_of(stage, arch.num_layers) for stage in range(dims.pp)]
     work = [sum(layer_work(arch, layer, length) for layer in layers) for layers in stages]
     work[-1] += 2 * SCORED * arch.hidden_size * arch.vocab_size

@@ -32,10 +32,10 @@ R = TypeVar("R")
 def register_backend(name: str, module: ModuleType | Any) -> None:
     """Register a backend: an object that has the same functions as ``eager`` for one or more whole ``GROUPS``.
 
-    Raises ``ValueError`` if the name is already registered, if a group is incomplete, or if no group is implemented.
+    Raises ``ValueError`` if the name is taken, if a group is incomplete, or if no group is implemented.
     """
     if name in (*BACKENDS, "auto", "triton"):
-        raise ValueError(f"kernel backend {name!r} is already registered; choose another name")
+        raise ValueError(f"kernel backend {name!r}: this name is taken; choose another name")
     for group, operations in GROUPS.items():
         missing = [operation for operation in operations if not callable(getattr(module, operation, None))]
         if missing and len(missing) < len(operations):
@@ -64,7 +64,7 @@ def use_backend(name: str, *groups: str) -> None:
 
 
 def set_default(name: str, group: str) -> None:
-    """Set the backend that ``auto`` means for a group. Initially, ``auto`` means sdpa for attention, else eager.
+    """Set the backend that ``auto`` means for a group. Initially, it means sdpa for attention and eager for the rest.
 
     Raises ``ValueError`` like :func:`use_backend`.
     """
@@ -77,8 +77,8 @@ def backend_name(group: str) -> str:
     """Return the name of the backend that runs a group of operations.
 
     A choice made with :func:`use_backend` takes precedence over the environment variable ``DPO_KERNELS``, which is a
-    comma-separated list of names. The last name in the list whose backend implements the group is used. The variable is
-    read at every call, because plugins can register backends at any time.
+    comma-separated list of names. The last name in the list whose backend implements the group is used. Without such a
+    choice, the variable is read at every call, because plugins can register backends at any time.
 
     Raises ``ValueError`` like :func:`use_backend`.
     """
@@ -125,7 +125,7 @@ def _loaded(name: str, asked_by: str) -> Any:
 
 
 def triton_can_run() -> bool:
-    """Whether this process can run Triton's kernels: on a GPU, or in the interpreter."""
+    """Whether triton is installed and this process can run its kernels: on a GPU, or in Triton's interpreter."""
     able = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
     return able and importlib.util.find_spec("triton") is not None
 

@@ -19,7 +19,7 @@ the all-reduces and the loss come between them. Matrix products of 16-bit operan
 fp64 operands in fp64. ``d_weight`` is accumulated in place, so the fp32 gradient buffer of the training framework can
 be passed directly.
 
-Not covered. Chunks of logits are stored in fp32; ``triton_logits`` avoids this when it computes the statistics. The
+Not covered. Chunks of logits are stored in fp32; only ``linear_stats`` in ``triton_logits`` stores no logits. The
 output layer has no bias, and each row has one target, without label smoothing. :func:`tree_attention` stores all
 scores, visible or not, so use another backend for long rows.
 """
@@ -102,7 +102,7 @@ def linear_stats(
 
     hidden   [n, h]    rows to score
     weight   [v/t, h]  this shard of the output layer, in the dtype of ``hidden``
-    targets  [n]       global token ids; an id outside this shard contributes nothing
+    targets  [n]       global token ids; for an id outside this shard, ``target_logit`` is 0
     start              global id of the shard's first row
     valid              number of rows of ``weight`` that belong to tokens; the other rows are padding and are ignored
     chunk              maximum number of rows whose logits are in memory at once
@@ -201,8 +201,8 @@ def linear_keep(
 ) -> tuple[LinearStats, KeptLogits]:
     """Like :func:`linear_stats` for the rows of one chunk, but keep the logits for :func:`linear_kept_grad`.
 
-    If a chunk contains whole pairs and the reference's log-probabilities are known, the gradient of the loss follows
-    from the chunk's own log-probabilities. The logits then need not be computed again.
+    If a chunk contains whole pairs, the loss does not couple pairs, and the reference's log-probabilities are known,
+    the gradient of the loss follows from the chunk's own log-probabilities. The logits then need not be computed again.
 
     Returns  the statistics, and the argument for :func:`linear_kept_grad`
     """

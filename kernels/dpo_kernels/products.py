@@ -10,7 +10,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right`` in the dtype :func:`wide` of the operands. On a GPU, the operands are not converted."""
+    """Return ``left @ right`` in the dtype that :func:`wide` gives. On a GPU, the operands are not converted."""
     out = wide(left.dtype)
     if left.dtype == out:
         return left @ right

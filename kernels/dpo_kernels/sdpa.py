@@ -17,7 +17,8 @@ from dpo_kernels.transfer import to_device
 from dpo_kernels.tree import Tree
 
 TILE = 128
-"""Maximum number of queries in one masked call. In a full tile, about TILE / 2 scores per query are masked."""
+"""Maximum number of queries in one masked call. A full tile has about TILE / 2 masked scores per query, with a
+window TILE - 1."""
 
 SHORT = 64
 """Maximum number of tokens in a group of neighboring trees that share one call. A call per tree would be slower."""
@@ -29,8 +30,8 @@ class Chain(NamedTuple):
     The tokens of a chain are contiguous in the row. The first segment of a chain is a root or a child that is not a
     first child.
 
-    prefix       where the row contains the tokens of the chain's ancestors: pairs of a part's number, and the number of
-                 these tokens, which are the first tokens of the part
+    prefix       the tokens of the chain's ancestors: pairs of the number of an earlier part, and the number of tokens
+                 that are taken from the start of that part
     start, stop  the range of the chain's tokens
     runs         contiguous runs of queries: (index in ``tree.rows`` of the first query, its token, number of queries)
     """
@@ -114,8 +115,8 @@ def tree_attention(
     torch's ``causal_lower_right`` could compute a whole run in one call, but on a CPU it also computes and stores the
     invisible half. With a window, the keys of a tile start at the first key that the tile's first query sees.
 
-    torch's operator supports neither soft caps nor sinks. If there is a soft cap or a sink, all calls go to
-    :func:`~dpo_kernels.tile_attention.tile_attention` instead.
+    torch's operator supports neither soft caps nor sinks. If there is a soft cap or a sink, every run is split into
+    tiles, and all calls go to :func:`~dpo_kernels.tile_attention.tile_attention` instead.
     """
     if not len(tree.rows):
         # The result is empty, but must be part of the autograd graph.
@@ -209,8 +210,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _corner(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a mask [TILE, n + TILE] that contains the mask of every tile as a slice.
 
-    In the first n columns, all keys are visible; the other columns are causal. This one mask serves all rows of trees.
-    A mask for each row would stay in memory as long as the row's plan.
+    In the first n columns, all keys are visible; the other columns are causal. This one mask serves all rows of at most
+    n tokens. A mask for each row would stay in memory as long as the row's plan.
 
     On a CPU, the mask is additive, because torch would convert a boolean mask at every call, and autograd would keep
     the copy. On CUDA, the mask is boolean. The kernels require an alignment that slices do not have, and torch's

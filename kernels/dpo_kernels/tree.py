@@ -1,4 +1,4 @@
-"""The attention mask of a row of concatenated token trees. The host builds it once per micro-batch for all layers."""
+"""The attention mask of a row of concatenated token trees. The host builds it once for all layers that share it."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Tree:
     def of(cls, lengths: Ints, parents: Ints, rows: Ints | None = None) -> Tree:
         """Build a tree from a table of segments. Without ``rows``, every token is a query.
 
-        Raises ``ValueError`` if the table is not a forest in depth-first order, or ``rows`` is not ascending
-        or not within the row.
+        Raises ``ValueError`` if the table is not a forest of non-empty segments in depth-first order, or if ``rows`` is
+        not strictly ascending or not within the row.
         """
         lengths, parents = np.asarray(lengths, dtype=np.int64), np.asarray(parents, dtype=np.int64)
         if lengths.ndim != 1 or lengths.shape != parents.shape or not lengths.size:
@@ -119,7 +119,7 @@ class Tree:
         return np.arange(self.n) - np.repeat(self.starts - before, self.lengths)
 
     def effective(self, window: int | None) -> int | None:
-        """Return ``window``. If no path is longer than the window, it has no effect; return None."""
+        """Return ``window``, or None if the window has no effect because no path is longer than the window."""
         return None if window is None or window > self.positions.max() else window
 
     @property

@@ -1,9 +1,9 @@
 """Tree attention in Triton: each block of queries visits only the blocks of keys with a visible (query, key) pair.
 
-A block of neighboring tokens can span several segments and trees, so segments need no padding. The backward pass uses
-no atomics. Each block of queries sums its dQ over its blocks of keys, and each block of keys sums its dK and dV over
-the blocks of queries that visit it, in a fixed order. Block sizes come from a table. Autotuning could choose other
-block sizes in another run, and results would then differ by rounding.
+With a window, a few other blocks are visited too. A block of neighboring tokens can span several segments and trees, so
+segments need no padding. The backward pass uses no atomics. Each block of queries sums its dQ over its blocks of keys,
+and each block of keys sums its dK and dV over the blocks of queries that visit it, in a fixed order. Block sizes come
+from a table. Autotuning could choose different block sizes in another run, and results would then differ by rounding.
 """
 
 from typing import Any, NamedTuple
@@ -284,7 +284,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 class _Launch:
-    """All arguments of the three kernels except for their input and output tensors."""
+    """The arguments that the three kernels share, except for their input and output tensors."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, tree: Tree, options: Options):
         d, d_v = query.shape[-1], value.shape[-1]
@@ -318,7 +318,7 @@ class _Launch:
         }
 
     def arguments(self, by_key: bool = False) -> tuple[Any, ...]:
-        """Return the mask, the tile lists (of blocks of keys or of queries), the sizes and the strides."""
+        """Return the mask, the positions, the tile lists (per block of queries or keys), the sizes and the strides."""
         tiles, lists = self.tiles, self.tiles.by_key if by_key else self.tiles.by_query
         places = (tiles.first, tiles.stop) if tiles.queries_at is None else (tiles.queries_at, tiles.keys_at)
         return tiles.first, tiles.stop, *places, *lists, *self.sizes

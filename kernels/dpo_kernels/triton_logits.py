@@ -206,7 +206,10 @@ def linear_stats(
     softcap: float | None = None,
     moments: bool = False,
 ) -> LinearStats:
-    """Like :func:`dpo_kernels.eager.linear_stats`, but never stores logits, so ``chunk`` has no effect."""
+    """Like :func:`dpo_kernels.eager.linear_stats`, but never stores logits, so ``chunk`` has no effect.
+
+    Raises ``ValueError`` for fp64.
+    """
     _refuse_fp64(hidden)
     n = len(hidden)
     if not valid or not n:
@@ -246,6 +249,8 @@ def linear_grad(
     """Like :func:`dpo_kernels.eager.linear_grad`, but stores only the gradient of a chunk's logits, not the logits.
 
     The gradient of the logits is in the weight's dtype. The vendor's library computes the two matrix products.
+
+    Raises ``ValueError`` for fp64.
     """
     _refuse_fp64(hidden)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -276,7 +281,10 @@ def linear_keep(
     softcap: float | None = None,
     moments: bool = False,
 ) -> tuple[LinearStats, KeptLogits]:
-    """Like :func:`dpo_kernels.eager.linear_keep`. One pass over the logits computes all statistics."""
+    """Like :func:`dpo_kernels.eager.linear_keep`. One pass over the logits computes all statistics.
+
+    Raises ``ValueError`` for fp64.
+    """
     _refuse_fp64(hidden)
     logits = linear_logits(hidden, weight, logit_scale, softcap)
     kept = KeptLogits(logits, hidden, weight, targets, start, valid, logit_scale, softcap)
@@ -290,7 +298,7 @@ def linear_keep(
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
-    """Like :func:`dpo_kernels.eager.linear_kept_grad`. One pass over the logits, then two library calls."""
+    """Like :func:`dpo_kernels.eager.linear_kept_grad`. It reads the logits once and then calls a library."""
     d_logits = torch.empty_like(kept.logits, dtype=kept.weight.dtype)
     n, width = d_logits.shape
     if d_logits.numel():

@@ -9,9 +9,10 @@ query sees, and its own key. A run is therefore a causal row, if the keys that i
 each other. All runs of all trees of a micro-batch are computed by one call. The backward pass adds the gradients of a
 key's copies in a fixed order and in fp32, without atomics, so results do not change from call to call.
 
-Why this way. Keys and values are smaller than queries if heads share them, and only prompts are copied more than once:
-twice for a pair. Any subset of a row's tokens can be queries, so context parallelism, and a last layer that computes
-only some tokens, need no special code.
+Why this way. Keys and values are smaller than queries if heads share them. If every token is a query, only tokens on
+several paths are copied more than once; the prompt of a pair is copied twice. Any subset of a row's tokens can be
+queries, so context parallelism, and a last layer that computes only some tokens, need no special code. But each run of
+such a subset needs its own copy of the keys that it sees.
 
 With a window, a run has only the keys that at least one of its queries sees. Sinks are added afterwards: a sink scales
 a query's output by 1 / (1 + exp(sink - lse)). With this output, and a log-sum-exp that includes the sink, flash
@@ -56,7 +57,7 @@ class Copies(NamedTuple):
     """The runs of a tree as tensors on a device.
 
     keys                  [k]         int64, as in :class:`Runs`
-    by_token              [k]         int64, the copies sorted by their token
+    by_token              [k]         int64, indices of the copies, sorted by token
     bounds                [n + 1]     int64, offset of each token's first copy in ``by_token``, and k
     query_ends, key_ends  [runs + 1]  int32, as in :class:`Runs`
     queries, seen                     largest number of queries and of keys in a run
@@ -88,8 +89,8 @@ def runs_of(tree: Tree, window: int | None = None) -> Runs:
         above = np.arange(starts[parent], ends[parent]) if parent >= 0 else np.arange(0)
         paths.append(np.concatenate([paths[parent], above]) if parent >= 0 else above)
     segments = np.searchsorted(ends, rows, side="right")
-    # A query continues the previous query's run if its token is the next one in the row, and belongs to the same
-    # segment or to the first child of that segment.
+    # A query continues the previous query's run if its token directly follows the previous query's token in the row,
+    # and belongs to the same segment or to the first child of that segment.
     goes_on = np.diff(segments) == 0
     goes_on |= tree.parents[segments[1:]] == segments[:-1]
     firsts = np.flatnonzero(np.concatenate([[True], (np.diff(rows) != 1) | ~goes_on]))
@@ -266,7 +267,10 @@ def attention_in_runs(
     window: int | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Compute tree attention with a function for causal rows of different lengths; other arguments as above.
+    """Compute tree attention with a function for causal rows of different lengths.
+
+    Arguments as for :func:`tree_attention`, but ``causal_rows`` must apply the sinks. Here, ``sinks`` only makes them a
+    part of the autograd graph if there are no queries.
 
     causal_rows  called with the queries [n_q, heads, d], the copied keys and values [k, kv_heads, d] of the runs, the
                  :class:`Copies`, the scale and the window. All heads have the same size d. Returns [n_q, heads, d]

@@ -85,9 +85,9 @@ def test_plugin_backend_may_be_registered_after_the_environment_names_it(monkeyp
             SimpleNamespace(),
             "'lab': does not implement a group of operations; the groups are attention, head,",
         ),
-        ("sdpa", eager, "kernel backend 'sdpa' is already registered"),
-        ("triton", eager, "'triton' is already registered"),
-        ("auto", eager, "'auto' is already registered"),
+        ("sdpa", eager, "kernel backend 'sdpa': this name is taken"),
+        ("triton", eager, "'triton': this name is taken"),
+        ("auto", eager, "'auto': this name is taken"),
     ],
 )
 def test_invalid_registrations_are_refused(name, module, message):

@@ -96,7 +96,7 @@ def test_te_is_registered_once_it_has_computed_a_tree(installed):
 @pytest.mark.parametrize(
     "needs, spec, says",
     [
-        ([], "native", "model.attention=te: requires Transformer Engine's layers, but model.spec is native; set it to"),
+        ([], "native", "model.attention=te: requires Transformer Engine's layers, but this run uses native layers; "),
         (["softcap"], "te", "model.attention=te: the backend's tree_attention has no argument softcap, which"),
         (["sinks"], "te", "model.attention=te: the backend's tree_attention has no argument sinks, which"),
     ],
@@ -118,9 +118,7 @@ def test_te_is_refused_if_it_has_no_fused_kernel(unfused, installed):
     installed.DotProductAttention = Unable
     with pytest.raises(ConfigError) as refused:
         choose_kernels(TE, ARCH, GPU, torch.bfloat16, spec="te")
-    reason = (
-        "Transformer Engine has no fused kernel for it" if unfused else "No dot product attention backend is available"
-    )
+    reason = "there is no fused kernel for it" if unfused else "No dot product attention backend is available"
     assert str(refused.value) == (
         f"model.attention=te: Transformer Engine cannot compute this model's attention: {reason}; set another value"
     )
@@ -174,7 +172,7 @@ def test_flash_attention_without_effect_is_refused(loaded):
 
 def test_flash_attention_that_torch_does_not_know(monkeypatch):
     monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3"], raising=False)
-    with pytest.raises(ConfigError, match=r"^model.flash_attention=4: torch .* cannot use it; set it to 2$"):
+    with pytest.raises(ConfigError, match=r"^model.flash_attention=4: torch .* does not support this version of"):
         choose_kernels(AUTO, ARCH, GPU, torch.bfloat16, flash=4)
 
 
@@ -184,8 +182,8 @@ def test_flash_attention_that_is_not_installed(version, module, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ConfigError) as refused:
         choose_kernels(AUTO, ARCH, GPU, torch.bfloat16, flash=version)
-    assert str(refused.value).startswith(f"model.flash_attention={version}: cannot be loaded: ")
-    assert str(refused.value).endswith("; install it, or set it to 2")
+    assert str(refused.value).startswith(f"model.flash_attention={version}: the package cannot be loaded: ")
+    assert str(refused.value).endswith("; install it, or set the key to 2")
 
 
 @pytest.mark.parametrize("function", ["causal", "varlen.tree_attention"])

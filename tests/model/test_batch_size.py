@@ -43,10 +43,10 @@ def choose(tmp_path, dims=None, *, gib=None, longest=100, per_step=1e6, **sectio
 
 class TestChoice:
     def test_there_is_enough_work_for_the_device(self, tmp_path):
-        assert choose(tmp_path) == (ENOUGH["cpu"], "more would save hardly any time")
+        assert choose(tmp_path) == (ENOUGH["cpu"], "more would save little time")
         assert choose(tmp_path, gib=250) == (
             ENOUGH["gpu"],
-            "more would save hardly any time, and the estimate is below 92% of 250.0 GiB of device memory",
+            "more would save little time, and the memory estimate is below 92% of 250.0 GiB of device memory",
         )
 
     def test_each_context_parallel_rank_has_enough(self, tmp_path):
@@ -81,15 +81,17 @@ class TestChoice:
             if tokens == ENOUGH["gpu"]:
                 assert recompute != "none"
                 continue
-            assert reason == f"as many as fit into 92% of {gib:.1f} GiB of device memory, by the estimate"
+            assert reason == (
+                f"as many as fit into 92% of {gib:.1f} GiB of device memory, according to the memory estimate"
+            )
             needed = [memory(asked, LLAMA_8B, dims, dtype="bf16", tokens=t).needed for t in (tokens, tokens + 256)]
             assert needed[0] <= 0.92 * gib * GIB < needed[1]
 
     def test_a_pair_without_room_is_named(self, tmp_path):
         tokens, reason = choose(tmp_path, gib=20, longest=1000)
         assert tokens == 1000 and reason == (
-            "the length of the longest pair, but by the estimate, 92% of 20.0 GiB of device memory has room for 0 "
-            "tokens"
+            "the length of the longest pair, although 92% of 20.0 GiB of device memory has room for 0 tokens, "
+            "according to the memory estimate"
         )
 
 
@@ -105,7 +107,7 @@ class TestSettled:
         layout, tokens, lines = settle(config(tmp_path), *[(60, 20, 20)] * 99)
         assert (layout, tokens) == ("tree", ENOUGH["cpu"])
         assert lines[0].startswith("batch layout: tree; stacked computes 1.60x as many tokens as tree")
-        assert lines[1] == f"micro-batches: at most {tokens:,} tokens; more would save hardly any time"
+        assert lines[1] == f"micro-batches: at most {tokens:,} tokens; more would save little time"
 
     @pytest.mark.parametrize(
         "layout, share, longest", [("stacked", True, 3200), ("tree", True, 2100), ("tree", False, 2700)]

@@ -298,7 +298,7 @@ REFUSED = {
     ),
     "longrope with other factors": (
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [1, 2]}},
-        "short_factor: has 2 numbers, but heads have 4 frequencies; correct config.json",
+        "short_factor: its length is 2, but must be the number of frequencies of a head, 4; correct config.json",
     ),
     "quantized": (
         {"quantization_config": {"quant_method": "fp8"}},

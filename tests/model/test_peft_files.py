@@ -363,7 +363,7 @@ def test_keys_for_which_heads_are_too_few(tiny_hf):
 
     arch = read_architecture(str(tiny_hf("llama", num_key_value_heads=1, head_dim=6)))
     assert adapter_problems(AdapterConfig(), arch, 4) == [
-        "parallel.tp=4: must divide the 6 rows of keys if there are adapters; lower it"
+        "parallel.tp=4: must divide the 6 rows of the key projection if there are adapters; lower it"
     ]
 
 

@@ -418,7 +418,7 @@ def model_config_of_ten_billion_layers(folder):
     edited(folder / "model/config.json", num_hidden_layers=10**10)
 
 
-@case(2, "config.json declares 16000000 layers, but there are only ")
+@case(2, "config.json declares 16000000 layers, but the number of tensors is ")
 def model_config_of_sixteen_million_layers(folder):
     edited(folder / "model/config.json", num_hidden_layers=16_000_000)
 

@@ -239,7 +239,7 @@ def test_choosing_layers(tiny_hf, transformer_engine, monkeypatch):
     )
     assert "a multiple of 16" in refusal(BLOCKWISE, dims=ParallelDims(tp=4, world=4))
 
-    unusable = "megatron.transformer.fp8_recipe={}: cannot be used on this GPU: {}; use {}, or remove fp8"
+    unusable = "megatron.transformer.fp8_recipe={}: cannot be used here: {}; use {}, or remove fp8"
     why = "Device compute capability 10.0 or higher required for MXFP8 execution"
     transformer_engine.is_mxfp8_available = lambda: (False, f"{why}.")
     assert refusal({"fp8": "e4m3", "fp8_recipe": "mxfp8"}) == unusable.format("mxfp8", why, "blockwise or tensorwise")

@@ -49,7 +49,7 @@ def test_chosen_micro_batches_are_logged_and_recorded(files, tiny_hf, tmp_path, 
         )
         for step in (1, 2, 3)
     ]
-    choice = "micro-batches: at most {} tokens; more would save hardly any time"
+    choice = "micro-batches: at most {} tokens; more would save little time"
     (first, saved), (second, _) = (run_ranks(told, 1, config=config)[0] for config in configs[:2])
     assert first == second and first[1:] == [choice.format("2,048")]
     assert saved == {"layout": "tree", "share": True, "tokens_per_micro_batch": 2048}

@@ -97,9 +97,9 @@ def checked(config: HFConfig, experts: Experts) -> Experts | None:
     """
     size = experts.count // experts.groups
     for found, limit, what in (
-        (experts.chosen, experts.count, "experts per token, but there are only {} experts"),
-        (experts.chosen_groups, experts.groups, "groups per token, but there are only {} groups"),
-        (experts.chosen, experts.chosen_groups * size, "experts per token, but a token's groups have only {} experts"),
+        (experts.chosen, experts.count, "experts per token, but the number of experts is {}"),
+        (experts.chosen_groups, experts.groups, "groups per token, but the number of groups is {}"),
+        (experts.chosen, experts.chosen_groups * size, "experts per token, but the size of a token's groups is {}"),
     ):
         if found > limit:
             config.problem(f"experts: {found} {what.format(limit)}; correct config.json")
@@ -126,7 +126,7 @@ def deepseek_experts(
 ) -> Experts:
     """Read the mixture of DeepSeek-V3 and similar models: sigmoid scores, groups, and an MLP that every token uses.
 
-    The keyword arguments are the values of fields that ``config.json`` omits:
+    The keyword arguments are the defaults of fields that ``config.json`` can omit:
 
     count         ``n_routed_experts``
     chosen        ``num_experts_per_tok``; None: the field is required
@@ -139,8 +139,8 @@ def deepseek_experts(
     layers, first = config.count("num_hidden_layers"), config.get("first_k_dense_replace", dense_layers)
     if type(first) is not int or not 0 <= first <= layers:
         config.problem(
-            f"first_k_dense_replace={shorten(repr(first), 60)}: must be a whole number, at most {layers}; correct it "
-            "in config.json"
+            f"first_k_dense_replace={shorten(repr(first), 60)}: must be a whole number from 0 to {layers}; correct "
+            "it in config.json"
         )
         first = 0
     size = config.count("moe_intermediate_size", width)

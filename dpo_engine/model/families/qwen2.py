@@ -7,7 +7,10 @@ from dpo_engine.model.families.blocks import DENSE, dense, sliding
 
 
 def qwen_window(config: HFConfig) -> dict[str, Any]:
-    """Read the window of the layers from ``max_window_layers`` on. Without a window, return no fields."""
+    """Read the sliding window and its layers. Without a window, return no fields.
+
+    Without ``layer_types``, the layers from ``max_window_layers`` on have the window.
+    """
     if not config.flag("use_sliding_window", False) or config.values.get("sliding_window", 0) is None:
         return {}
     first = config.get("max_window_layers", 28)

@@ -56,7 +56,7 @@ def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) 
     sliding  name and default of the field that gives the base for the layers with a window in older files; the name
              is None if older files have no such field
 
-    Returns the fields of ``Architecture``.
+    Returns the rotary fields of ``Architecture``. Those for layers with a window are omitted if they equal the others.
     """
     given = _objects(config, "rope_parameters", config.get("rope_parameters") or {})
     if given and not given.keys() & {*KINDS}:

@@ -86,7 +86,7 @@ class Rule:
         return len(arch.layers(self.layers)) * (arch.experts.chosen if self.expert else 1)
 
     def row_counts(self, arch: Architecture) -> list[int]:
-        """Return the number of rows of each tensor."""
+        """Return the number of rows of each tensor or, if one tensor contains several parts, of each part."""
         return [size(arch, name) for name in self.rows]
 
     def parameters(self, arch: Architecture, tp: int = 1) -> int:

@@ -9,7 +9,7 @@ from dpo_engine.model.families.blocks import DENSE, biases, dense, sliding
 
 @FAMILIES.register("smollm3")
 class SmolLM3:
-    """Llama's layers, some of which have no rotary positions; these may have a sliding window."""
+    """Llama's layers; some have no rotary positions, and some may have a sliding window."""
 
     rules = DENSE
 

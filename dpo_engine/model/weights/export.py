@@ -63,7 +63,7 @@ def companion(directory: Path, name: str, key: str) -> Path | None:
     A symbolic link may point into the directory itself or, if the directory is a snapshot in a Hugging Face cache, into
     the cache's ``blobs``. Other links are refused, because they could bring a private file into the export.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for such links, and if ``name`` is not a regular file.
+    Raises :class:`~dpo_engine.errors.ConfigError` for other links, and if ``name`` is not a regular file.
     """
     home = directory.resolve()
     path = home / name
@@ -122,8 +122,8 @@ def config_text(source: Path, dtype: torch.dtype | None) -> str:
 class Export:
     """An export directory, which is filled under a temporary name in the same parent directory and then renamed.
 
-    A single rank calls :meth:`open` and then :meth:`publish` or :meth:`discard`. In between, any number of ranks write
-    shard files into :attr:`staging`.
+    A single rank calls :meth:`open`, and then :meth:`publish`, :meth:`publish_single` or :meth:`discard`. In between,
+    any number of ranks write shard files into :attr:`staging`.
     """
 
     def __init__(self, directory: str | Path):

@@ -231,7 +231,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     headers = files.headers()
     if arch.num_layers > len(headers):
         raise files.fail(
-            f"config.json declares {arch.num_layers} layers, but there are only {len(headers)} tensors; download the "
+            f"config.json declares {arch.num_layers} layers, but the number of tensors is {len(headers)}; download the "
             "checkpoint again, or correct config.json"
         )
     expected = {tensor.name: (tensor.shape, rule.parameter) for tensor, rule in expected_tensors(rules, arch)}
@@ -288,7 +288,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the layer that a tensor belongs to; None if it belongs to no layer."""
+    """Return the layer number N of a tensor name that starts with ``model.layers.N.``; None for other names."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
     return int(found[1]) if found else None
 

@@ -23,7 +23,7 @@ ROUTERS = ("mlp.router.weight", "mlp.router.bias")
 
 
 def frozen_patterns(config: Config, arch: Architecture) -> tuple[str, ...]:
-    """Return the patterns of ``optim.freeze`` and, with ``train.freeze_router``, patterns for all routers' weights."""
+    """Return the patterns of ``optim.freeze`` and, with ``train.freeze_router``, patterns for all routers."""
     if not config.train.freeze_router:
         return config.optim.freeze
     routers = [rule for rule in FAMILIES[arch.model_type].rules if rule.parameter.endswith(ROUTERS)]

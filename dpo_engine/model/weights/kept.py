@@ -16,7 +16,7 @@ def kept_tensors(files: CheckpointFiles, arch: Architecture) -> list[str]:
 
 
 def copy_kept(files: CheckpointFiles, names: list[str], shards: ShardWriter) -> Share:
-    """Copy tensors to shard files, bit for bit, with one file in memory at a time."""
+    """Copy tensors to shard files, bit for bit, with one file in memory at a time. Return what was written."""
     for name in names:
         (part,) = files.slices([name])
         shards.add(name, part[:].clone())

@@ -249,7 +249,7 @@ class AdapterFiles(CheckpointFiles):
 def adapter_digest(directory: str | Path) -> str:
     """Return a digest of an adapter's settings and tensors, which does not depend on its path.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if the adapter cannot be read.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the tensors cannot be read.
     """
     files = AdapterFiles(directory)
     values = read_object(files.directory / ADAPTER_CONFIG)
@@ -279,7 +279,10 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
             "transposed; remove the section"
         ]
     if arch.kv_size % tp:
-        return [f"parallel.tp={tp}: must divide the {arch.kv_size} rows of keys if there are adapters; lower it"]
+        return [
+            f"parallel.tp={tp}: must divide the {arch.kv_size} rows of the key projection if there are adapters; "
+            "lower it"
+        ]
     if asked.path is None:
         return adaptation_problems(asked, arch)
     defaults = AdapterConfig(path=asked.path)

@@ -16,8 +16,9 @@ from dpo_engine.platform.parallel import ParallelGroups
 def perturb(chunks: Sequence[nn.Module], arch: Architecture, *, groups: ParallelGroups, amount: float) -> None:
     """Multiply each row of each weight by its own random factor between ``1 - amount`` and ``1 + amount``.
 
-    A factor depends only on the name of the tensor in the Hugging Face checkpoint and on the row in this tensor. All
-    layouts therefore get the same model. An element of a vector (norm, bias) is a row.
+    A factor depends only on the tensor's name in the weight table and on the row in this tensor (the column, if the
+    tensor is stored transposed). All layouts therefore get the same model. Each element of a vector (norm, bias) is a
+    row.
 
     chunks   this rank's model chunks, without a DDP wrapper. If an optimizer keeps main weights, call its
              ``reload_model_params`` afterwards

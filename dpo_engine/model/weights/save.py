@@ -55,16 +55,19 @@ def save_hf(
 ) -> None:
     """Write the model as a Hugging Face checkpoint; ``directory`` is published atomically.
 
-    source        directory of the checkpoint that the run started from; its config.json, generation config and
-                  tokenizer are copied
+    source        directory or Hub id of the checkpoint that the run started from. Its generation config, the files of a
+                  multimodal model's processor and, if ``tokenizer`` is None, its tokenizer are copied; its config.json
+                  is copied with the changes of :func:`~dpo_engine.model.weights.export.config_text`
     tokenizer     directory, SentencePiece file or Hub id of the tokenizer; None if the tokenizer is in ``source``
     trained_with  the run's tokenizer, as loaded for training, with its chat template. The exported files are compared
                   with it on the first rank; other ranks ignore it. None: the files are copied without a comparison
     card          function that returns the content of README.md; its argument is the name of the transformers class
                   that reads the exported tokenizer. None: no README.md
-    say           called on the first rank with a line for each property of the tokenizer that the export cannot keep
-    dtype         dtype of all exported tensors. None: each tensor gets the dtype that it has in ``source``, whatever
-                  dtype the run used, so fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
+    say           called on the first rank with lines for the log: for each property of the tokenizer that the export
+                  cannot keep, and about copied layers for multi-token prediction
+    dtype         dtype of all exported tensors, except those of layers for multi-token prediction, which are copied bit
+                  for bit. None: each tensor gets the dtype that it has in ``source``, whatever dtype the run used, so
+                  fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
     change        function that changes each tensor before it is written, to merge adapters; the adapters' own
                   parameters are not written
     adapter       directory of the adapter that the run started from, which must not be replaced
@@ -191,8 +194,9 @@ def _collect(
 
     joined  tensors with all experts of a layer that are incomplete, because only some experts have been gathered
 
-    *Collectives*: one gather per sharded parameter. After an error, the remaining gathers still run, because the other
-    ranks take part in them. Returns the error, or None.
+    *Collectives*: for each parameter, those of :func:`gather_shards` or, for experts that are exported together, of
+    :func:`gather_experts`. After an error, the remaining gathers still run, because the other ranks take part in them.
+    Returns the error, or None.
     """
     failure = None
     for placed in every:
@@ -252,6 +256,8 @@ def assemble(
     """Assemble checkpoint tensors from all shards of one parameter; this reverses ``fill_parameter`` in ``load.py``.
 
     change   function that changes each complete tensor, given its name, before it is rounded to its dtype
+
+    Raises :class:`~dpo_engine.errors.NumbersError` if a value is not finite in its dtype.
     """
     rule, named = placed.rule, placed.tensors(arch)
     whole = [torch.empty(tensor.shape, dtype=parts[0].dtype if change else dtypes[tensor.name]) for tensor in named]

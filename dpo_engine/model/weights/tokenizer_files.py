@@ -4,7 +4,7 @@ The problem: transformers picks a tokenizer class from the `config.json` next to
 its tokenizer from a directory without that file, or from a bare sentencepiece model, the exported tokenizer can
 therefore produce different ids. To detect this, the exported files are loaded next to the export's `config.json`, and
 the result is compared with the run's tokenizer: the ids of a few texts, the special tokens, and the chat template. If
-these differ, two other forms of the tokenizer are tried: files saved again by transformers, or a converted
+these differ, other forms of the tokenizer are tried: files saved again by transformers, or a converted
 `tokenizer.json`. If `AutoTokenizer` cannot reproduce the run's tokenizer from any of these forms, the log describes the
 first difference. If `PreTrainedTokenizerFast` reproduces the tokenizer from one of the forms, the export then uses this
 form.

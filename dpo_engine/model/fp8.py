@@ -106,8 +106,8 @@ def fp8_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -
     for what, size in linear_sizes(arch, dims).items():
         if size % multiple:
             problems.append(
-                f"{line}: each rank's {what}, {size}, must be a multiple of {multiple}; lower parallel.tp or "
-                "parallel.etp, or remove it"
+                f"{line}: each rank's {what}, {size}, must be a multiple of {multiple}; "
+                + ("remove it" if what == "hidden size" else "lower parallel.tp or parallel.etp, or remove it")
             )
     if asked.get("first_last_layers_bf16"):
         most = arch.num_layers // dims.pp  # Megatron's limit
@@ -191,9 +191,10 @@ def device_problem(config: Config) -> str | None:
         usable, why = False, "Transformer Engine would convert its scales to those of mxfp8 in every product"
     if usable:
         return None
-    others = {9: "blockwise or tensorwise", 10: "mxfp8 or tensorwise"}.get(generation, "tensorwise")
-    if (generation, minor) < (8, 9):
-        others = "a newer GPU"
+    others = [
+        name for name in ({9: "blockwise", 10: "mxfp8"}.get(generation), "tensorwise") if name not in (None, recipe)
+    ]
+    others = join(others) if others and (generation, minor) >= (8, 9) else "a newer GPU"
     return (
         f"megatron.transformer.fp8_recipe={recipe}: cannot be used here: {why.rstrip('.')}; use {others}, or remove fp8"
     )

@@ -135,7 +135,7 @@ def describe_stack(platform: Platform) -> list[str]:
     lines = [
         f"platform: {platform.device.type} over {platform.backend}; torch {torch.__version__}, "
         f"megatron-core {importlib.metadata.version('megatron-core')}{products}",
-        f"Transformer Engine: {'present' if te else 'absent'}; Apex: {apex}; "
+        f"Transformer Engine: {'present' if te else 'unused' if has_transformer_engine() else 'absent'}; Apex: {apex}; "
         f"Adam: {adam}; weight-gradient accumulation fusion: {fusion}",
     ]
     if apex.startswith("foreign"):

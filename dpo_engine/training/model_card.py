@@ -238,7 +238,7 @@ def _sources(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _results(run: RunFacts) -> list[str]:
     held_out = f"held-out, step {run.judged}"
     columns = [(f"training, step {run.logged}", run.train), *([(held_out, run.held_out)] if run.held_out else [])]
-    names = [name for name in {**run.train, **run.held_out} if not name.endswith(UNSHOWN)]
+    names = [name for name in {**run.train, **run.held_out} if name != "time" and not name.endswith(UNSHOWN)]
     rows = [(code(name), *(_number(values.get(name)) for _, values in columns)) for name in names]
     return table(("metric", *(title for title, _ in columns)), rows)
 

@@ -127,8 +127,8 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
         changes = compare(saved, current, accepted, where=found.directory)
         lines = [f"resumed after step {step}", *accepted_lines(changes, accepted, step)]
         lines += [
-            f"{name} was {run['code'].get(name)} when the checkpoint was saved and is now {version}: results may "
-            "differ by rounding"
+            f"{name} was {run['code'].get(name, 'not used')} when the checkpoint was saved and is now {version}: "
+            "results may differ by rounding"
             for name, version in code.items()
             if run["code"].get(name) != version
         ]

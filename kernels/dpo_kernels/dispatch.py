@@ -68,7 +68,7 @@ def set_default(name: str, group: str) -> None:
 
     Raises ``ValueError`` like :func:`use_backend`.
     """
-    if group not in _implemented(name, "kernels"):
+    if name == "auto" or group not in _implemented(name, "kernels"):
         raise ValueError(f"kernel backend {name!r}: does not implement {group}")
     _defaults[group] = name
 

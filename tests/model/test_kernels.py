@@ -138,3 +138,5 @@ def test_soft_caps_do_not_run_on_flash_attention(able, attention, monkeypatch):
 def test_default_must_implement_the_group():
     with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head"):
         dispatch.set_default("sdpa", "head")
+    with pytest.raises(ValueError, match="kernel backend 'auto': does not implement head"):
+        dispatch.set_default("auto", "head")

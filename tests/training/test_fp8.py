@@ -249,6 +249,9 @@ def test_choosing_layers(tiny_hf, transformer_engine, monkeypatch):
         "Transformer Engine would convert its scales to those of mxfp8 in every product",
         "mxfp8 or tensorwise",
     )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    transformer_engine.is_fp8_block_scaling_available = lambda: (False, "CUDA >= 12.9 is required")
+    assert refusal(BLOCKWISE) == unusable.format("blockwise", "CUDA >= 12.9 is required", "tensorwise")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     del transformer_engine.is_fp8_block_scaling_available
     assert refusal(BLOCKWISE) == unusable.format(

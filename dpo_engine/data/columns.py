@@ -192,7 +192,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def from_json(name: str, value: Any) -> Any:
-    """Parse a value that is JSON text; return None for blank text, and other values unchanged.
+    """Parse a text as JSON, and return None for blank text. Return a value that is not text unchanged.
 
     Raises :class:`BadRecord` if a text is not JSON.
     """

@@ -92,7 +92,7 @@ class Encoded:
 
     cut     whether the prompt was truncated on the left
     merged  whether the tokens of the prompt alone and of the prompt with a response differ before the end of the prompt
-    ends    names of the tokens that end the responses
+    ends    names of the end tokens with which the responses end; empty if they end without an end token
     faults  the ways in which the chat template changes the record's text, if such faults are allowed
     masked  whether a response has tokens that are not scored
     repeated  whether both responses of a text pair begin with the whole prompt

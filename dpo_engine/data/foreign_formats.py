@@ -127,11 +127,12 @@ def swift(row: dict[str, Any]) -> Pair:
 def nemo_rl(row: dict[str, Any]) -> Pair | None:
     """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}; the one of lower rank is chosen.
 
-    A record with equal ranks is left out here; in NeMo-RL, it ends the run.
+    `context` may also be the text of a user turn. A record with equal ranks is left out here; in NeMo-RL, it ends the
+    run.
     """
     context, completions = required(row, ("context",), (str, list))[0], required(row, ("completions",), list)[0]
     if len(completions) != 2:
-        raise BadRecord(f"completions has {len(completions)} items, not 2; for more, use the format ranked")
+        raise BadRecord(f"completions must have 2 items, not {len(completions)}; for more, use the format ranked")
     ranks, responses = [], []
     for place, item in enumerate(completions):
         here = f"completions[{place}]"
@@ -149,6 +150,7 @@ def nemo_rl(row: dict[str, Any]) -> Pair | None:
 def helpsteer3(row: dict[str, Any]) -> Pair | None:
     """HelpSteer3's preferences: `context`, `response1`, `response2`, and `overall_preference` from -3 to 3.
 
+    `context` is a list of messages, or the text of a user turn.
     If the preference is negative, `response1` is chosen; if it is positive, `response2` is chosen. The absolute value
     of the preference is the margin. A record with preference 0 is left out here; NeMo-RL turns it into a pair of two
     equal responses.

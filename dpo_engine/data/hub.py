@@ -150,7 +150,7 @@ def snapshot(repo: Repo, *, again: bool = False) -> Path:
                 local_files_only=constants.HF_HUB_OFFLINE,
             )
     except errors.GatedRepoError:
-        why = f"the {what} is gated; ask for access on its page, and set HF_TOKEN"
+        why = f"the {what} is gated; request access on its page, and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
         why = f"the Hub has no such {what}, or it is private; correct the name, or set HF_TOKEN"
     except errors.RevisionNotFoundError:

@@ -351,7 +351,7 @@ class TestNemoRl:
         assert made("nemo_rl", self.record(1, 1)) is None
 
     def test_other_records_are_refused(self):
-        with pytest.raises(BadRecord, match="completions has 0 items, not 2; for more, use the format ranked"):
+        with pytest.raises(BadRecord, match="completions must have 2 items, not 0; for more, use the format ranked"):
             FORMATS["nemo_rl"](self.record(0, 1, completions=[]))
         with pytest.raises(BadRecord, match=r"completions\[1\] must be an object with rank and completion"):
             FORMATS["nemo_rl"](self.record(0, 1, completions=[self.record(0, 1)["completions"][0], {"rank": 1}]))

@@ -103,7 +103,7 @@ def evaluate(
         without_time_limit(world, lambda: write_evaluation(path, evaluation) if writer else None, meter)
         if wrong := evaluation.not_finite():
             raise NumbersError(
-                f"step {step}: {wrong} of {len(evaluation)} pairs have values that are not finite; inspect {path}"
+                f"step {step}: values are not finite in {wrong} of {len(evaluation)} pairs; inspect {path}"
             )
 
         files = [str(path), str(path.with_suffix(".json"))]

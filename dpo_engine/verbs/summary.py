@@ -87,7 +87,7 @@ def _layout(config: Config, dims: ParallelDims, world_size: int | None, *, exper
     if dims.layers:
         parts.append(f"layers {dims.division}")
     if experts:
-        parts.append(f"experts: ep {dims.ep} x etp {dims.etp} x {dims.expert_dp} copies in each stage")
+        parts.append(f"experts: ep {dims.ep} x etp {dims.etp} x dp {dims.expert_dp} in each stage")
     instances = instances_of(config)
     if config.parallel.distributed_optimizer and dims.dp * dims.cp > instances:
         parts.append(f"optimizer state sharded over {dims.dp * dims.cp // instances} ranks")

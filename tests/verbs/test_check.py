@@ -410,9 +410,9 @@ def test_records_that_are_dropped_or_repeat_their_prompts_are_shown(raw, tmp_pat
     for length, says in (
         (
             3,
-            "the first 8 records are dropped; 8 dropped: a response too long for data.max_length; raise this",
+            "the first 8 records would be dropped; 8 dropped: a response too long for data.max_length; raise this",
         ),
-        (9, "the first 8 records are pairs whose responses begin with the whole prompt, which is therefore trained on"),
+        (9, "the first 8 records would give pairs whose responses begin with the whole prompt, which is therefore"),
     ):
         config = changed(raw, data__train=str(path), data__max_length=length)
         assert check(config) == []

@@ -48,6 +48,8 @@ class TokenPair(NamedTuple):
     prompt_text    hash of the prompt's text before tokenizing; 0 if unknown
     chosen_mask    [c]  bool, whether each token is scored; at least one token is. None means that all tokens are scored
     rejected_mask  [r]  bool, as `chosen_mask`, but for the rejected response
+
+    With `data.score: all`, `prompt` is only the first token, and both responses begin with the rest of the prompt.
     """
 
     prompt: np.ndarray

@@ -150,10 +150,9 @@ def nemo_rl(row: dict[str, Any]) -> Pair | None:
 def helpsteer3(row: dict[str, Any]) -> Pair | None:
     """HelpSteer3's preferences: `context`, `response1`, `response2`, and `overall_preference` from -3 to 3.
 
-    `context` is a list of messages, or the text of a user turn.
-    If the preference is negative, `response1` is chosen; if it is positive, `response2` is chosen. The absolute value
-    of the preference is the margin. A record with preference 0 is left out here; NeMo-RL turns it into a pair of two
-    equal responses.
+    `context` is a list of messages, or the text of a user turn. If the preference is negative, `response1` is chosen;
+    if it is positive, `response2` is chosen. The absolute value of the preference is the margin. A record with
+    preference 0 is left out here; NeMo-RL turns it into a pair of two equal responses.
     """
     first, second = required(row, ("response1", "response2"), str)
     context, given = required(row, ("context", "overall_preference"), object)

@@ -225,6 +225,7 @@ def _words(name: str) -> list[str]:
 
 
 def _is_sentence(text: str) -> bool:
-    """Return whether the start of a text has `WORDS` words, or `LETTERS` letters of a script that has no spaces."""
+    """Return whether the first 400 characters of a text have at least `WORDS` words, or at least `LETTERS` letters of
+    a script that has no spaces."""
     beginning = text[:400]
     return len(beginning.split()) >= WORDS or sum(letter > "\u2e7f" for letter in beginning) >= LETTERS

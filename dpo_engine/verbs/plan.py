@@ -139,7 +139,7 @@ def plan(
     tight = [one for one in layouts if one.memory.needed > size and one.recompute == "full"]
     if tight:
         least = min(tight, key=lambda one: one.memory.needed)
-        out.insert(0, f"{len(tight)} layouts: too large even with model.recompute=full; the smallest: {_title(least)}")
+        out.insert(0, f"{len(tight)} layout(s): too large even with model.recompute=full; smallest: {_title(least)}")
     return lines + [f"not possible: {reason}" for reason in out]
 
 

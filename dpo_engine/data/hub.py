@@ -107,7 +107,7 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     run it.
 
     Raises :class:`DataError` if the snapshot is neither in the cache nor can be downloaded, if it has no such config or
-    split, or if `datasets` cannot read it.
+    split, if it has several and ``base`` names none, or if `datasets` cannot read it.
     """
     read = data_repo(base)
     if read is None:

@@ -153,9 +153,7 @@ def _layouts(
         dims = with_layers(sizes, "auto" if uneven else None, arch, config.data.max_length)
         problems = dims.problems(arch)
         if dims.tp > per_node:
-            problems.append(
-                f"tp {dims.tp}: tensor parallelism is too slow between nodes, and a node has {per_node} GPUs"
-            )
+            problems.append(f"tp {dims.tp}: tensor parallelism is too slow between nodes of {per_node} GPU(s)")
         if dims.dp > config.train.global_batch_size:
             problems.append(f"dp {dims.dp}: is larger than train.global_batch_size ({config.train.global_batch_size})")
         if problems:

@@ -92,7 +92,7 @@ def test_what_would_fit_is_said(run):
 def test_reasons_against_layouts(run):
     lines = plan(run(train={"global_batch_size": 8}), 16)
     assert "not possible: dp 16: is larger than train.global_batch_size (8)" in lines
-    assert "not possible: tp 16: tensor parallelism is too slow between nodes, and a node has 8 GPUs" in lines
+    assert "not possible: tp 16: tensor parallelism is too slow between nodes of 8 GPU(s)" in lines
 
 
 def test_windows_reduce_the_operations(run, tmp_path):

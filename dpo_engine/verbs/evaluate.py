@@ -155,7 +155,8 @@ def load_step(
     pairs  the pairs to evaluate
     say    called with each line for the log
 
-    *Collectives*: those of loading the weights and of opening the reference.
+    *Collectives*: those of loading the weights, of opening the reference and, for a checkpoint, of
+    :func:`~dpo_engine.training.references.reference_identity`.
     """
     trained = engine.load_policy(total_steps=1) if found else None
     chunks = trained.chunks if trained else engine.load_start()

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _users(error: Exception) -> EngineError | None:
-    """Convert a failed file operation, or a failed communication between ranks, to an error that a user can act on.
+    """Convert a failed operation on a named file, or a failed communication between ranks, to an error that a user can
+    act on.
 
     Return ``None`` for any other exception.
     """

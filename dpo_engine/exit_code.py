@@ -9,7 +9,7 @@ _progress = False
 
 
 def note_progress() -> None:
-    """Remember that this start has saved a checkpoint, or values in a store, so the next one need not repeat it."""
+    """Remember that this start has saved a checkpoint, or values in a store, which the next start can reuse."""
     global _progress
     _progress = True
 

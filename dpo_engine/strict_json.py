@@ -87,7 +87,8 @@ def _check_size(text: str) -> None:
 
 
 def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
-    """Describe a decoding error in our own words, because the decoder's messages differ between Python versions."""
+    """Describe a decoding error. Common errors get our own words, because the decoder's messages differ between Python
+    versions."""
     rest = text[error.pos :].lstrip()
     if error.msg.startswith("Extra data"):
         what = "there is more text after the end of the value; write one record per line"

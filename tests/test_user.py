@@ -127,7 +127,7 @@ def test_example_needs_the_memory_that_it_says(run, tmp_path):
     assert needed == f"{memory(config, arch, dims, dtype=dtype, tokens=tokens).needed / GIB:.1f}"
     assert float(needed) <= float(has)
     if world <= 8:  # for more GPUs, there are hundreds of layouts
-        fitting = re.match(rf"{arch.model_type} on {world} x H100 .*: (\d+) layouts fit", plan(config, world)[0])
+        fitting = re.match(rf"{arch.model_type} on {world} x H100 .*: layouts that fit: (\d+);", plan(config, world)[0])
         assert int(fitting[1]) >= 1
 
 

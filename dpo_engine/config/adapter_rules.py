@@ -16,7 +16,7 @@ def adapter_rules(config: Config) -> Iterator[Rule]:
         if reference.mode == "shared":
             yield (
                 ("reference.mode", "adapter"),
-                "requires an adapter, because the reference is the policy's model without it; set adapter, or "
+                "requires an adapter, because the reference is the policy's model without its adapter; set adapter, or "
                 "reference.mode=resident",
             )
         if reference.adapter != "start":

@@ -54,7 +54,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
     """Return the problem that one pydantic error describes.
 
-    The error's location may end with the name of a union member, which is not a key. This name is dropped.
+    The error's location can contain names that are not keys of a section: the names of union members, and keys inside a
+    mapping such as `rank_pattern`. These names are dropped.
     """
     path, keys = "", []
     section: type[BaseModel] | None = root
@@ -85,7 +86,8 @@ def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str
     """Return the way out for an unknown key.
 
     It suggests the first of these that exists: the key with the same name in another section, our equivalent of another
-    system's key, or the most similar key. If none of these exists, it lists the known keys.
+    system's key, the most similar key of this section, or the most similar key of any section. If none of these exists,
+    it lists the keys of this section.
     """
     above = path[: -len(name)]
     elsewhere: dict[str, str] = {}

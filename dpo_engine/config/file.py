@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dpo_engine.config.paths import expand
+from dpo_engine.config.sections import LossConfig
 from dpo_engine.errors import ConfigError, shorten
 
 MAX_BYTES = 2**18
@@ -21,9 +22,9 @@ UNDERWAY = (0, 0)
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads scalars as YAML 1.2 defines them.
+    """A YAML loader that reads scalars as YAML 1.2 defines them, and also `1_000` as a number and `<<` as a merge key.
 
-    PyYAML itself follows YAML 1.1, which reads `1e-6` as a string, `off` as false, `010` as 8 and `1:30` as 90.
+    PyYAML itself follows YAML 1.1, and reads `1e-6` as a string, `off` as false, `010` as 8 and `1:30` as 90.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
@@ -110,7 +111,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal)
 
 
 def parse(text: str, name: str) -> Any:
-    """Return the value of one YAML document. Error messages start with `name` and the line number.
+    """Return the value of one YAML document. Error messages start with `name` and, if it is known, the line number.
 
     Raises `ConfigError` if the text is not valid YAML or has duplicate keys; each duplicate key gets one line.
     """
@@ -134,11 +135,12 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file. With a key `base`, merge this mapping into the base file's mapping.
+    """Return the mapping in a YAML file. If the file has a key `base`, merge its mapping into the base file's mapping.
 
     below  files that inherit from this file; they are needed to detect a cycle
 
-    Raises `ConfigError` if a file cannot be read or does not contain a mapping, or if the base files form a cycle.
+    Raises `ConfigError` if a file cannot be read or does not contain a YAML mapping, if `base` is not the path of a
+    file, or if the base files form a cycle.
     """
     own = _read_one(path)
     if "base" not in own:
@@ -164,7 +166,8 @@ def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return `own` merged into `base`. Mappings are merged key by key; other values, such as lists, are replaced.
 
     The section `loss` is special, because its options belong to one loss. If `own` names a different loss, its section
-    `loss` replaces the section `loss` of `base`. If `own` sets a key of the section to null, the key gets its default.
+    `loss` replaces the section `loss` of `base`. Otherwise, a key that `own` sets to null is removed from the section,
+    so it gets its default.
     """
     merged = {**base}
     for key, value in own.items():
@@ -173,11 +176,15 @@ def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
             merged[key] = value
         elif key != "loss":
             merged[key] = inherit(under, value)
-        elif value.get("name", under.get("name")) != under.get("name"):
+        elif value.get("name", _loss_of(under)) != _loss_of(under):
             merged[key] = value
         else:
             merged[key] = {name: option for name, option in {**under, **value}.items() if option is not None}
     return merged
+
+
+def _loss_of(section: dict[str, Any]) -> Any:
+    return section.get("name", LossConfig.model_fields["name"].default)
 
 
 def _read_one(path: str | Path) -> dict[str, Any]:

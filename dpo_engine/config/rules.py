@@ -32,7 +32,7 @@ def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list
 
 
 def is_broken(key: str, broken: frozenset[str]) -> bool:
-    """Whether `key`, a key inside it, or a section that contains it is broken."""
+    """Whether `key`, a key inside `key`, or a section that contains `key` is in `broken`."""
     return any(f"{bad}.".startswith(f"{key}.") or f"{key}.".startswith(f"{bad}.") for bad in broken) or any(
         bad.startswith(f"{key}[") for bad in broken
     )

@@ -44,8 +44,8 @@ class ModelConfig(Section):
     """data type of weights and activations (with bf16, the optimizer keeps fp32 main weights); auto: bf16 on a
     GPU, fp32 on a CPU"""
     spec: Literal["auto", "native", "te"] = "auto"
-    """layer implementation: native (Megatron-Core) or te (Transformer Engine); auto: te if it is installed and supports
-    the model, otherwise native"""
+    """layer implementation: native (Megatron-Core) or te (Transformer Engine); auto: te on a GPU if it is installed and
+    supports the model, otherwise native"""
     recompute: Literal["none", "selective", "full"] = "none"
     """what to recompute in the backward pass instead of storing it: nothing (none), the MLP of each layer (selective),
     or whole layers (full)"""
@@ -58,7 +58,7 @@ class ModelConfig(Section):
     separate package"""
     head: Text = "auto"
     """kernels for the log-probabilities of the output layer: eager, triton or the name that a plugin registers; auto:
-    eager"""
+    eager, unless a plugin or the environment variable DPO_KERNELS sets another default"""
 
 
 class BatchConfig(Section):

@@ -192,7 +192,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def from_json(name: str, value: Any) -> Any:
-    """Parse a value that is JSON text; return None for blank text, and other values unchanged.
+    """Parse a text as JSON, and return None for blank text. Return a value that is not text unchanged.
 
     Raises :class:`BadRecord` if a text is not JSON.
     """
@@ -201,7 +201,8 @@ def from_json(name: str, value: Any) -> Any:
     if not value.strip():
         return None
     try:
-        found = parse_object(b'{"value": ' + value.encode("utf-8", "surrogatepass") + b"}")
+        # The line break keeps the columns of errors those of the text.
+        found = parse_object(b'{"value":\n' + value.encode("utf-8", "surrogatepass") + b"}")
     except BadJson as what:
         raise BadRecord(f"{name} is text, but not JSON: {what}") from what
     if list(found) != ["value"]:

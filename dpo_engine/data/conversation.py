@@ -115,7 +115,9 @@ def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> lis
 def _turns(name: str, value: Any) -> list[Message]:
     """Return the messages with their content as text, and without null fields, empty lists and empty reasoning.
 
-    Raises :class:`BadRecord` for malformed messages and for content other than text.
+    A field that excludes an assistant turn from the loss becomes `weight` 0; all other masks and weights are removed.
+
+    Raises :class:`BadRecord` for malformed messages, for content other than text, and for masks that cannot be used.
     """
     if not isinstance(value, (list, tuple)):
         raise BadRecord(f"{name} must be a list of messages, not {kind(value)}")

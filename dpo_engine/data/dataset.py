@@ -43,10 +43,13 @@ class TokenPair(NamedTuple):
     ref_chosen_logps, ref_rejected_logps  log-probability of each response under a reference model, in nats, as given
                    in the data; nan if not given
     line           place of the pair's record in the source, from :func:`~dpo_engine.data.records.read_rows`; 0 if
-                   unknown. If the source is a single file, this is the number of the line or table row, from 1.
+                   unknown. If the source is a single file, this is the number of the line, array item or table row,
+                   from 1
     prompt_text    hash of the prompt's text before tokenizing; 0 if unknown
     chosen_mask    [c]  bool, whether each token is scored; at least one token is. None means that all tokens are scored
     rejected_mask  [r]  bool, as `chosen_mask`, but for the rejected response
+
+    With `data.score: all`, `prompt` is only the first token, and both responses begin with the rest of the prompt.
     """
 
     prompt: np.ndarray
@@ -154,7 +157,8 @@ class PairDataset:
     prompt_keys [n]     int64, hash of the prompt's ids; equal for equal prompts
     prompt_texts [n]    int64, hash of the prompt's text before tokenizing
     sources             names of the sources that the pairs come from
-    digest              hash of all pairs in order, including their weights, sources and other numbers
+    digest              hash of all pairs in order, including their weights, sources and other numbers; for a subset,
+                        hash of the whole data set's digest and of the indices
     facts               the facts that were passed to :meth:`~dpo_engine.data.pair_writer.PairWriter.finish`
     """
 

@@ -92,7 +92,7 @@ class Encoded:
 
     cut     whether the prompt was truncated on the left
     merged  whether the tokens of the prompt alone and of the prompt with a response differ before the end of the prompt
-    ends    names of the tokens that end the responses
+    ends    names of the end tokens with which the responses end; empty if they end without an end token
     faults  the ways in which the chat template changes the record's text, if such faults are allowed
     masked  whether a response has tokens that are not scored
     repeated  whether both responses of a text pair begin with the whole prompt
@@ -114,7 +114,9 @@ def dropped_text(dropped: Mapping[str, int]) -> str:
     Returns "" if no pairs were dropped.
     """
     counts = "".join(f"; {count} dropped: {reason}" for reason, count in dropped.items())
-    return counts and f"{counts}; raise this limit, or shorten the records"
+    limited = any("data." in reason for reason in dropped)
+    way_out = "raise the limit, or shorten the records" if limited else "change the records, or the data format"
+    return counts and f"{counts}; {way_out}"
 
 
 def encode_pairs(

@@ -24,7 +24,10 @@ JSON_TURNS = re.compile(r"\s*\[\s*\{\s*(['\"])(?:role|from|content|value)\1\s*:"
 
 
 def required(row: Mapping[str, Any], names: Sequence[str], types: Any) -> list[Any]:
-    """Return the values of the named fields. Raises :class:`BadRecord` if one is missing or of the wrong type."""
+    """Return the values of the named fields.
+
+    Raises :class:`BadRecord` if a value is missing, has the wrong type, or is a list of messages written as text.
+    """
     for name in names:
         if name not in row:
             raise BadRecord(_missing(name, row))

@@ -103,8 +103,9 @@ def swift(row: dict[str, Any]) -> Pair:
     `tool_response` turns are tool results.
     """
     name, messages = _swift_messages(row)
-    if not is_empty(row.get("rejected_objects")) or not is_empty(row.get("objects")):
-        raise BadRecord("objects: only text is supported; set data.columns={objects: null} to leave it out")
+    for objects in ("objects", "rejected_objects"):
+        if not is_empty(row.get(objects)):
+            raise BadRecord(f"{objects}: only text is supported; set data.columns={{{objects}: null}} to leave it out")
     other_tools = row.get("rejected_tools")
     row = {name: value for name, value in row.items() if name != "rejected_tools"}
     if not is_empty(other_tools) and _facts({**row, "tools": other_tools}) != _facts(row):
@@ -127,7 +128,8 @@ def swift(row: dict[str, Any]) -> Pair:
 def nemo_rl(row: dict[str, Any]) -> Pair | None:
     """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}; the one of lower rank is chosen.
 
-    A record with equal ranks is left out here; in NeMo-RL, it ends the run.
+    `context` may also be the text of a user turn. A record with equal ranks is left out here; in NeMo-RL, it ends the
+    run.
     """
     context, completions = required(row, ("context",), (str, list))[0], required(row, ("completions",), list)[0]
     if len(completions) != 2:
@@ -149,9 +151,9 @@ def nemo_rl(row: dict[str, Any]) -> Pair | None:
 def helpsteer3(row: dict[str, Any]) -> Pair | None:
     """HelpSteer3's preferences: `context`, `response1`, `response2`, and `overall_preference` from -3 to 3.
 
-    If the preference is negative, `response1` is chosen; if it is positive, `response2` is chosen. The absolute value
-    of the preference is the margin. A record with preference 0 is left out here; NeMo-RL turns it into a pair of two
-    equal responses.
+    `context` is a list of messages, or the text of a user turn. If the preference is negative, `response1` is chosen;
+    if it is positive, `response2` is chosen. The absolute value of the preference is the margin. A record with
+    preference 0 is left out here; NeMo-RL turns it into a pair of two equal responses.
     """
     first, second = required(row, ("response1", "response2"), str)
     context, given = required(row, ("context", "overall_preference"), object)

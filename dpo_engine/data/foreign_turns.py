@@ -36,7 +36,8 @@ def turns_of(name: str, value: Any, first: int = 0) -> Turns:
 
     first  index of the first message, for error messages
 
-    Raises :class:`BadRecord` for an item that is not a message.
+    Raises :class:`BadRecord` for an item that is not a message, and for a turn of tool calls that cannot be read or
+    merged.
     """
     turns: Turns = []
     for place, item in enumerate([value] if isinstance(value, dict) else value, first):

@@ -89,8 +89,8 @@ def detect(row: dict[str, Any]) -> Format:
     prompt, chosen and rejected is a list or an object; "text" if there is a prompt; "hh" if chosen and rejected contain
     Human or Assistant turns; otherwise "implicit".
 
-    Raises :class:`BadRecord` if `chosen` or `rejected` is missing, or if the format would ignore a field that may be
-    the prompt.
+    Raises :class:`BadRecord` if `chosen` or `rejected` is missing, if they only name the fields that contain the
+    responses, if they repeat a prompt that is a dialogue, or if the format would ignore a field that may be the prompt.
     """
     read = _detected(row)
     refuse_second_prompt(row, [*read.fields, *EARLIER])

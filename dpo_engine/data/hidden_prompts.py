@@ -1,7 +1,7 @@
-"""Find a field of another name that may be the prompt, or a part of the prompt in addition to the field `prompt`.
+"""Refuse records in which a field that is not read may be the prompt, a part of the prompt, or a response.
 
-Without this check, a record without a field `prompt` would be read as two responses whose common prefix is the prompt.
-The first words that both responses share would become the prompt, and the question would be left out.
+Without these checks, a record without a field `prompt` would be read as two responses whose common prefix is the
+prompt. The first words that both responses share would become the prompt, and the question would be left out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     if (name := hidden_prompt(row)) is None:
         return
     several = prompt_fields(row)
-    several = [field for field in several if _is_whole(field)] or several  # keeps input, but not labelling_prompt
+    several = [field for field in several if _is_whole(field)] or several  # keeps input, but not labeling_prompt
     if len(several) == 1:
         name = several[0]
     elif several:
@@ -122,7 +122,7 @@ def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
         if any(_plain(text) not in found for text in left):
             known = next(field for field in read if field in row)
             way = f"make them one field, or set data.columns={{{name}: null}}"
-            raise BadRecord(f"{name!r} is not read beside {known}; {way}")
+            raise BadRecord(f"{name!r} is not read besides {known}; {way}")
 
 
 @lru_cache(maxsize=256)
@@ -225,6 +225,7 @@ def _words(name: str) -> list[str]:
 
 
 def _is_sentence(text: str) -> bool:
-    """Return whether a text has at least `WORDS` words, or `LETTERS` letters of a script that has no spaces."""
+    """Return whether the first 400 characters of a text have at least `WORDS` words, or at least `LETTERS` letters of
+    a script that has no spaces."""
     beginning = text[:400]
     return len(beginning.split()) >= WORDS or sum(letter > "\u2e7f" for letter in beginning) >= LETTERS

@@ -107,7 +107,7 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     run it.
 
     Raises :class:`DataError` if the snapshot is neither in the cache nor can be downloaded, if it has no such config or
-    split, or if `datasets` cannot read it.
+    split, if it has several and ``base`` names none, or if `datasets` cannot read it.
     """
     read = data_repo(base)
     if read is None:
@@ -150,7 +150,7 @@ def snapshot(repo: Repo, *, again: bool = False) -> Path:
                 local_files_only=constants.HF_HUB_OFFLINE,
             )
     except errors.GatedRepoError:
-        why = f"the {what} is gated; ask for access on its page, and set HF_TOKEN"
+        why = f"the {what} is gated; request access on its page, and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
         why = f"the Hub has no such {what}, or it is private; correct the name, or set HF_TOKEN"
     except errors.RevisionNotFoundError:

@@ -35,11 +35,12 @@ reason replaces its bytes."""
 
 @contextmanager
 def open_records(path: Path) -> Iterator[tuple[Records, Callable[[], int]]]:
-    """Open a file, and return its raw records and a function that returns the number of bytes read so far.
+    """Open a file. Yield its raw records, and a function that returns the number of the file's bytes read so far.
 
     Lines with only whitespace are skipped. An array is mapped into memory, so it is never copied as a whole.
 
-    Raises :class:`DataError` while the records are read, if the file is damaged or has another structure.
+    Raises :class:`DataError` if an array follows a byte-order mark and, while the records are read, if the file is
+    damaged or is neither an array nor JSON lines.
     """
     if path.name.endswith(ARRAYS) and (start := _start_of_array(path)) is not None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

@@ -27,7 +27,7 @@ class Pair:
     """A prompt with a preferred and a dispreferred response.
 
     prompt    text, which each response continues without a separator; or the turns of a conversation, which the chat
-              template renders
+              template renders. A format may return None if both responses are whole conversations
     chosen    text of the preferred response. Here and in `rejected`, a format may also return a list of messages: the
               response alone or the whole conversation. :func:`checked` splits such lists into the prompt and the turns
               of each response. A response that is a single assistant turn with only text is replaced by this text
@@ -76,8 +76,8 @@ def checked(pair: Pair) -> Pair:
 
     Raises :class:`BadRecord` for a text that :func:`check_text` rejects; for conversations that
     :func:`split_conversations` rejects; for responses that are equal up to surrounding whitespace; for tools or
-    template options with plain text, because no chat template renders plain text; for an invalid weight or other
-    number.
+    template options with plain text, because no chat template renders plain text; for a weight that is not positive,
+    for a positive log-probability, and for a number that is not finite.
     """
     prompt, chosen, rejected = parts = (pair.prompt, pair.chosen, pair.rejected)
     if all(isinstance(part, str) for part in parts):

@@ -1,8 +1,8 @@
 """Convert a bare sentencepiece model to a tokenizer of the tokenizers library, which can be saved as `tokenizer.json`.
 
 If a directory has only a `*.model` file, transformers reads this file with the settings of the model family's tokenizer
-class. The token ids therefore often differ from those of sentencepiece. In contrast, a `tokenizer.json` contains its
-settings.
+class. The token ids therefore often differ from those of sentencepiece. In contrast, a `tokenizer.json` contains all
+settings of the tokenizer.
 
 Limitation: a `tokenizer.json` cannot express everything that sentencepiece does. The caller must compare the ids of a
 few texts with those of sentencepiece.
@@ -81,7 +81,7 @@ def _cleaning(proto: Any) -> list[Normalizer]:
 def _model(proto: Any, *, keeps_whole: bool) -> models.Model:
     """Convert the sentencepiece model `proto` to a model of the tokenizers library, with the same pieces.
 
-    With ``keeps_whole``, a text that is equal to a piece becomes one token.
+    With ``keeps_whole``, a BPE model turns a text that is equal to a piece into one token.
     """
     pieces, trainer = proto.pieces, proto.trainer_spec
     if trainer.model_type == UNIGRAM:

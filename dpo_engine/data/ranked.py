@@ -105,7 +105,7 @@ def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
             raise BadRecord(f"{name} must be a list, not {kind(row[name])}")
     prompt, *responses = with_system(row, row.get("prompt"), *row["responses"])
     if len(responses) != len(row["scores"]):
-        counts = f"responses has {len(responses)} items but scores has {len(row['scores'])}"
+        counts = f"responses and scores differ in length: {len(responses)} and {len(row['scores'])}"
         raise BadRecord(f"{counts}; give one score per response")
     if len(responses) > MAX_RESPONSES:
         raise BadRecord(f"responses has {len(responses)} items; at most {MAX_RESPONSES} are allowed")

@@ -90,7 +90,7 @@ class Block:
     first     place of the first record; see :func:`read_rows`
     lines     JSON records that are not parsed yet, or parsed rows, with their places; an unusable record is replaced by
               a :class:`BadRecord`
-    rows      rows of a table; None for JSON
+    rows      rows of a table that are not converted yet; None if there are none
     passed    number of bytes of the source that have been read, including this block; for a table, an estimate from the
               number of rows
     validate  whether the rows come from a damaged Arrow file. Offsets in such rows may point beyond the file, so each
@@ -147,7 +147,7 @@ def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple
     source  a file, directory, glob, saved data set or Hub id, with or without a slice; see :func:`find_shards`. In file
             number n of a source, counted from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and
             line.
-    bad     collects lines that are not records; by default, the first one raises :class:`DataError`
+    bad     collects unusable records; by default, the first one raises :class:`DataError`
 
     For memory use and other errors, see :func:`read_blocks`.
     """
@@ -163,8 +163,9 @@ def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
     rows takes at most the memory of one batch of the table. Lines with only whitespace are skipped, and a carriage
     return before the line feed is ignored.
 
-    Raises :class:`DataError` if a file is missing, has an unsupported type, or is damaged, or if a slice is empty. For
-    a damaged file, the error is raised after the last readable block is yielded.
+    Raises :class:`DataError` if a file is missing, has an unsupported type, or is damaged, if a table has two columns
+    with the same name, or if a slice is empty. For a damaged file, the error is raised after the last readable block is
+    yielded.
     """
     shards = find_shards(source)
     start, stop = 0, float("inf")
@@ -172,7 +173,7 @@ def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
         total = count_records(shards) if shards.part.needs_total else None
         start, stop = shards.part.bounds(total)
         if start >= stop:
-            counted = "no records" if total is None else f"none of the {total:,} records"
+            counted = "no records" if total is None else f"0 of {total:,} records"
             raise DataError(f"{source}: the slice selects {counted}; change its bounds")
     read = partial(_json_blocks, most=most) if shards.suffix.startswith(".json") else _row_blocks
     seen = passed = 0
@@ -198,7 +199,7 @@ def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
         if seen >= stop:
             break
     if shards.part is not None and seen <= start:
-        raise DataError(f"{source}: the slice selects none of the {seen:,} records; change its bounds")
+        raise DataError(f"{source}: the slice selects 0 of {seen:,} records; change its bounds")
 
 
 Blocks = Generator[Block, None, int]

@@ -21,7 +21,7 @@ DROPS_RESPONSE = "drops text of a response"
 DROPS_PROMPT = "drops text of the prompt"
 DROPS_EARLIER = "drops text of an earlier assistant turn"
 DROPS_TOOLS = "drops tools"
-NO_HEADER = "has no generation prompt, so each response begins with the role header"
+NO_HEADER = "has no generation prompt with the role header, so each response begins with the header"
 NEXT_HEADER = "writes the header of another turn after each response"
 HARMLESS = (DROPS_EARLIER,)
 """Faults that are only counted. Templates of reasoning models cause them on purpose, in inference as well."""
@@ -73,7 +73,7 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
         if lost := _lost(turns, whole[name]):
             faults.setdefault(DROPS_RESPONSE, f"drops text of {name}: {lost}")
         elif header and (role := _header(prompt, turns[0], whole[name], tokenizer.has_generation_prompt)):
-            faults[NO_HEADER] = f"has no generation prompt, so {role!r} would be scored as part of each response"
+            faults[NO_HEADER] = f"has no generation prompt with {role!r}, which would be scored in each response"
         elif role := _next_header(prompt, turns[-1], whole[name]):
             faults[NEXT_HEADER] = f"writes {role!r} after each response, where it would be scored too"
     # Some templates render the prompt differently if a response follows. Only the common prefix becomes the prompt.

@@ -18,8 +18,8 @@ class Report:
     kept      number of pairs in the data set
     dropped   number of dropped pairs by reason; records that the data format leaves out are counted here too
     cut       number of pairs whose prompt was truncated on the left
-    merged    number of pairs whose prompt lacks the last tokens of the rendered prompt, because these tokens change
-              when a response follows (:func:`encode_pairs`)
+    merged    number of pairs whose prompt lacks the last tokens of the prompt when tokenized alone, because these
+              tokens change when a response follows (:func:`encode_pairs`)
     ends      number of pairs by the end-of-turn tokens with which their responses end
     faults    number of pairs whose text the chat template changes, by the kind of change
     masked    number of pairs with tokens in a response that are not scored
@@ -80,7 +80,7 @@ class Report:
         if self.cut:
             lines.append(f"  {counted(self.cut, 'prompt')} truncated on the left")
         if self.merged:
-            lines.append(f"  {counted(self.merged, 'prompt')} shortened to the tokens that both sequences start with")
+            lines.append(f"  {counted(self.merged, 'prompt')} shortened by tokens that change when a response follows")
         if self.ends:
             lines.append(
                 f"  responses end with {', '.join(f'{name} ({count:,})' for name, count in self.ends.items())}"

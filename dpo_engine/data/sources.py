@@ -46,7 +46,8 @@ class Slice:
 
         total  number of records; may be None if `needs_total` is false
 
-        Percentages are rounded to the closest record, and bounds beyond the end are moved to the end.
+        If the number of records is not needed, the bounds are returned as given. Otherwise, percentages are rounded to
+        the closest record, and bounds outside the source are moved to its start or end.
         Source: `datasets.ReadInstruction`, rounding "closest". One difference: a negative percentage that is rounded
         to 0 records means the end here, but the start in `datasets`.
         """

@@ -59,9 +59,10 @@ def build_dataset(
     *Collectives*: none. If ranks share a disk, one of them should call this function before the others.
 
     Raises :class:`DataError` with file and line for a bad record, unless bad records are skipped; with the names of all
-    sources if they contain no usable pair; or with the name of a source that changes while it is read. Raises
-    :class:`ConfigError` if the tokenizer lacks an EOS or a chat template that is needed, or if the cache directory is
-    not writable.
+    sources if they contain no usable pair; or with the name of a source that is missing, is damaged, or changes while
+    it is read. Raises :class:`ConfigError` if the tokenizer lacks an EOS or a chat template that is needed, if the
+    template exceeds its limits, if the cache directory is not writable, if a worker process dies, or if the run file
+    sets `data.workers` and workers cannot be used.
     """
     if config.add_eos and tokenizer.eos_id is None:
         raise ConfigError(

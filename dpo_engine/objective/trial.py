@@ -29,12 +29,12 @@ REFERENCE = ([-21.25, -29.5], [-24.0, -27.0])
 def trial_problems(name: str, options: Mapping[str, Any]) -> list[str]:
     """Call a registered loss with complete ``options`` on two example pairs. Return a line for each problem.
 
-    The loss must return one finite value per pair, with a gradient for the policy's log-probabilities. If it declares a
-    value ``at_init``, it must return this value when policy and reference are equal. Unless the loss declares
-    ``couples_pairs``, its value for a pair must not depend on the other pair, because the layout decides which pairs
-    share a micro-batch. Except for ``weights``, columns of
+    The loss must return one finite value per pair, with a finite gradient for the policy's log-probabilities. If it
+    needs a reference and declares a value ``at_init``, it must return this value when policy and reference are equal.
+    Unless the loss declares ``couples_pairs``, its value for a pair must not depend on the other pair, because the
+    layout decides which pairs share a micro-batch. Except for ``weights``, columns of
     :class:`~dpo_engine.objective.contract.PairData` that ``needs_data`` does not list are nan, as in a data set without
-    these columns.
+    these columns. The registration must state no facts other than `FACTS`.
     """
     key = f"loss.name={name}"
     if unknown := _unknown_facts(name):

@@ -132,6 +132,6 @@ def read_evaluation(path: str | Path) -> Evaluation:
     found = Evaluation(facts, {name: table[name].to_numpy() for name in table.column_names})
     if wrong := found.not_finite():
         raise DataError(
-            f"{path}: {wrong} of {len(found)} pairs have non-finite values, so the evaluation cannot be compared"
+            f"{path}: values are not finite in {wrong} of {len(found)} pairs, so the evaluation cannot be compared"
         )
     return found

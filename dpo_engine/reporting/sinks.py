@@ -1,4 +1,4 @@
-"""Write metrics and messages to sinks: the console, `metrics.jsonl`, and the enabled experiment trackers."""
+"""Write metrics and messages to sinks: the console, `log.txt`, `metrics.jsonl`, and the enabled trackers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Checks of a model family in the engine or in a plugin: tiny models are compared with transformers.
 
 Each check takes the models and the name of a case, and raises ``AssertionError`` if the family is wrong. It runs on
-CPUs, on ranks that are forked from this process. A layout is a mapping of ``tp``, ``pp``, ``vpp``, ``cp``, ``ep`` and
-``etp``.
+CPUs, on ranks that are forked from this process. A layout maps ``tp``, ``pp``, ``vpp``, ``cp``, ``ep`` and ``etp`` to
+sizes; sizes may be omitted.
 """
 
 import copy

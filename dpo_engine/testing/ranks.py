@@ -24,8 +24,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240
     Forking a rank takes 0.1 s, because this process has already imported Megatron; spawning one would take 15 s. The
     ranks find each other through a file.
 
-    If a rank fails, raises ``AssertionError`` with the traceback of the first failing rank. If a rank does not return
-    within ``timeout_s`` seconds, the ``AssertionError`` names that rank.
+    If a rank fails, raises ``AssertionError`` with the traceback of the first failing rank. If a rank is killed or does
+    not return within ``timeout_s`` seconds, the ``AssertionError`` names that rank.
     Raises ``RuntimeError`` if this process can use a CUDA device, which does not survive a fork.
     """
     import dpo_engine.verbs.evaluate
@@ -44,7 +44,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240
         for rank in [failed] if failed is not None else range(world_size):
             path = f"{folder}/{rank}.result"
             if not os.path.exists(path):
-                raise AssertionError(f"rank {rank} left no result within {timeout_s} s")
+                raise AssertionError(f"rank {rank} left no result: it was killed, or ran for more than {timeout_s} s")
             with open(path, "rb") as file:
                 ok, value = pickle.load(file)
             assert ok, f"rank {rank} of {world_size} failed:\n{value}"

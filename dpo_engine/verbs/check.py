@@ -49,7 +49,7 @@ REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("optim.schedule", "optim.schedule_options"): schedule_problems,
     ("optim.optimizer", "optim.optimizer_options", "parallel.distributed_optimizer"): optimizer_problems,
 }
-"""The functions that check registered names and their options, by the keys that each function reads."""
+"""The functions that check registered names and options of Megatron-Core, by the keys that each function reads."""
 
 
 @dataclass

@@ -103,7 +103,7 @@ def evaluate(
         without_time_limit(world, lambda: write_evaluation(path, evaluation) if writer else None, meter)
         if wrong := evaluation.not_finite():
             raise NumbersError(
-                f"step {step}: {wrong} of {len(evaluation)} pairs have values that are not finite; inspect {path}"
+                f"step {step}: values are not finite in {wrong} of {len(evaluation)} pairs; inspect {path}"
             )
 
         files = [str(path), str(path.with_suffix(".json"))]
@@ -155,7 +155,8 @@ def load_step(
     pairs  the pairs to evaluate
     say    called with each line for the log
 
-    *Collectives*: those of loading the weights and of opening the reference.
+    *Collectives*: those of loading the weights, of opening the reference and, for a checkpoint, of
+    :func:`~dpo_engine.training.references.reference_identity`.
     """
     trained = engine.load_policy(total_steps=1) if found else None
     chunks = trained.chunks if trained else engine.load_start()

@@ -48,9 +48,9 @@ def record_warnings(config: Config, tokenizer: Tokenizer) -> list[str]:
             records = f"data.{key}: {source.path}: "
             records += f"the first {len(made):,} records" if len(made) > 1 else "the first record"
             if pairs and not any(one.pair for one in pairs):
-                found.append(f"{records} are dropped{dropped_text(Counter(one.dropped for one in pairs))}")
+                found.append(f"{records} would be dropped{dropped_text(Counter(one.dropped for one in pairs))}")
             elif pairs and all(one.repeated for one in pairs):
-                found.append(f"{records} are pairs {REPEATED}")
+                found.append(f"{records} would give pairs {REPEATED}")
     return found
 
 

@@ -103,7 +103,8 @@ def plan(
     nodes       number of nodes; None: the smallest number with at most eight GPUs per node
 
     Raises :class:`~dpo_engine.errors.ConfigError` for numbers that are not positive, for a number of GPUs that is not a
-    multiple of the number of nodes, and for adapters that do not fit the model.
+    multiple of the number of nodes, for a model whose configuration cannot be read, and for adapters that do not fit
+    the model.
     """
     given = [("gpus", gpus, "GPUs"), ("nodes", nodes, "nodes")]
     problems = [
@@ -130,7 +131,7 @@ def plan(
     best = _cheapest_recompute(fitting)
     rows = f"rows of {config.data.max_length:,} tokens, {config.train.global_batch_size} pairs per step"
     where = f"{gpus} x {gpu} with {gpu_memory:g} GiB" + (f" on {nodes} nodes" if nodes > 1 else "")
-    lines = [f"{arch.model_type} on {where}: {len(best)} layouts fit; {rows}"]
+    lines = [f"{arch.model_type} on {where}: layouts that fit: {len(best)}; {rows}"]
     for place, layout in enumerate(best[:SHOWN], 1):
         lines += [f"{place}. {_title(layout)}", *("   " + line for line in _details(layout))]
     if best:
@@ -140,7 +141,7 @@ def plan(
     tight = [one for one in layouts if one.memory.needed > size and one.recompute == "full"]
     if tight:
         least = min(tight, key=lambda one: one.memory.needed)
-        out.insert(0, f"{len(tight)} layouts: too large even with model.recompute=full; the smallest: {_title(least)}")
+        out.insert(0, f"{len(tight)} layout(s): too large even with model.recompute=full; smallest: {_title(least)}")
     return lines + [f"not possible: {reason}" for reason in out]
 
 
@@ -154,11 +155,9 @@ def _layouts(
         dims = with_layers(sizes, "auto" if uneven else None, arch, config.data.max_length)
         problems = dims.problems(arch)
         if dims.tp > per_node:
-            problems.append(
-                f"tp {dims.tp}: tensor parallelism is too slow between nodes, and a node has {per_node} GPUs"
-            )
+            problems.append(f"tp {dims.tp}: tensor parallelism is too slow between nodes of {per_node} GPU(s)")
         if dims.dp > config.train.global_batch_size:
-            problems.append(f"dp {dims.dp}: there are only {config.train.global_batch_size} pairs per step")
+            problems.append(f"dp {dims.dp}: is larger than train.global_batch_size ({config.train.global_batch_size})")
         if problems:
             reasons.update(problem.partition(";")[0] for problem in problems)
             continue

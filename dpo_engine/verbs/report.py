@@ -17,7 +17,8 @@ def report(directories: Sequence[str | Path], *, to: str | Path | None = None) -
 
     Returns  the path of the page
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if a directory does not contain a run, or if plotly is missing.
+    Raises :class:`~dpo_engine.errors.ConfigError` if a directory does not contain a run, if plotly is missing, or if
+    the file has no suffix .html or .htm, or cannot be written.
     """
     path = Path(to) if to is not None else Path(directories[0], PAGE) if len(directories) == 1 else Path(PAGE)
     if path.suffix not in (".html", ".htm"):

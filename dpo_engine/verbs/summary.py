@@ -87,7 +87,7 @@ def _layout(config: Config, dims: ParallelDims, world_size: int | None, *, exper
     if dims.layers:
         parts.append(f"layers {dims.division}")
     if experts:
-        parts.append(f"experts: ep {dims.ep} x etp {dims.etp} x {dims.expert_dp} copies in each stage")
+        parts.append(f"experts: ep {dims.ep} x etp {dims.etp} x dp {dims.expert_dp} in each stage")
     instances = instances_of(config)
     if config.parallel.distributed_optimizer and dims.dp * dims.cp > instances:
         parts.append(f"optimizer state sharded over {dims.dp * dims.cp // instances} ranks")
@@ -261,7 +261,7 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
     if config.model.dtype == "auto":
         lines.append(f"model.dtype: bf16 on a GPU, fp32 on a CPU; {here}")
     if config.batch.layout == "auto":
-        lines.append("batch.layout: tree if it saves tokens, otherwise stacked")
+        lines.append("batch.layout: tree if it saves enough tokens and is fast on the device, otherwise stacked")
     if config.batch.tokens_per_micro_batch == "auto" and config.train.micro_batch_size is None:
         lines.append(
             f"batch.tokens_per_micro_batch: {ENOUGH['gpu'] * dims.cp:,} on a GPU with enough memory, "
@@ -272,7 +272,7 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
         lines.append(f"checkpoint.keep_best.mode: {by.direction} for {by.metric}")
     if config.model.spec == "auto":
         engine = "installed" if has_transformer_engine() else "not installed"
-        lines.append(f"model.spec: te on a GPU with Transformer Engine ({engine}), otherwise native; {here}")
+        lines.append(f"model.spec: te on a GPU if Transformer Engine ({engine}) suits the model, else native; {here}")
     return lines
 
 

@@ -96,7 +96,8 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
 def prepare_output(config: Config, start: Start, confirm: Callable[[], None]) -> None:
     """Prepare a run's output directory.
 
-    Remove unfinished files, write the configuration, and replace metrics.jsonl with the checkpoint's copy.
+    Remove unfinished files, and write the configuration. If the run resumes, replace metrics.jsonl with the copy in the
+    checkpoint.
 
     confirm  raises an error if another run has taken over the directory
     """

@@ -47,6 +47,13 @@ def test_another_loss_replaces_the_whole_section(write):
     assert config.loss.name == "simpo" and config.loss.options == {} and config.loss.ld_alpha is None
 
 
+@pytest.mark.parametrize("base, own", [({"beta": 0.2}, {"name": "sigmoid"}), ({"name": "sigmoid", "beta": 0.2}, {})])
+def test_the_default_loss_may_be_named_or_not(base, own, write):
+    write("base.yaml", **BASE | {"loss": base})
+    config = Config.load(write("run.yaml", base="base.yaml", loss={**own, "gamma": 1.5}))
+    assert config.loss.options == {"beta": 0.2, "gamma": 1.5}
+
+
 def test_null_returns_a_loss_option_to_its_default(write):
     write("base.yaml", **BASE)
     config = Config.load(write("run.yaml", base="base.yaml", loss={"gamma": None, "ld_alpha": None}))

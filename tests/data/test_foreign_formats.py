@@ -328,6 +328,7 @@ class TestSwift:
             ({"rejected_response": None}, "rejected_response must be text or a list of messages, not null"),
             ({"rejected_tools": [TOOL]}, "rejected_tools differ from tools; both responses must have the same tools"),
             ({"objects": {"ref": ["a"]}}, "objects: only text is supported"),
+            ({"rejected_objects": {"ref": ["a"]}}, "set data.columns={rejected_objects: null.* to leave it out"),
             ({"rejected_images": ["a.png"]}, "rejected_images: only text is supported"),
         ],
     )

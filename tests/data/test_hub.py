@@ -198,7 +198,7 @@ class TestDownload:
         [
             ("org/none", "the Hub has no such model, or it is private; correct the name, or set HF_TOKEN"),
             ("org/m@v9", "the model has no revision v9; correct it"),
-            ("org/gated", "the model is gated; ask for access on its page, and set HF_TOKEN"),
+            ("org/gated", "the model is gated; request access on its page, and set HF_TOKEN"),
         ],
     )
     def test_refusals_of_the_hub(self, path, says, server, tmp_path):

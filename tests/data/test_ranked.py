@@ -80,7 +80,7 @@ def test_every_shape_of_conversation_gives_the_same_pair(prompt, responses, tmp_
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"scores": [1, 2]}, "responses has 4 items but scores has 2; give one score per response"),
+        ({"scores": [1, 2]}, "responses and scores differ in length: 4 and 2; give one score per response"),
         ({"responses": [" 4"], "scores": [1]}, "responses has 1 item; a pair needs at least 2"),
         ({"responses": " 4"}, "responses must be a list, not text"),
         ({"scores": None}, "scores must be a list, not null"),

@@ -255,8 +255,8 @@ class TestTemplateFaults:
             (
                 CHATML.partition("{% if add_gen")[0],
                 {},
-                "has no generation prompt, so '<|im_start|>assistant' would be scored as part of each response",
-                "has no generation prompt, so each response begins with the role header",
+                "has no generation prompt with '<|im_start|>assistant', which would be scored in each response",
+                "has no generation prompt with the role header, so each response begins with the header",
             ),
         ],
     )
@@ -359,7 +359,7 @@ class TestPublicTemplates:
 
     def test_generation_prompt_of_another_role(self, build, tmp_path):
         template = CHATML.replace("<|im_start|>assistant", "<|im_start|>model")
-        with pytest.raises(DataError, match="so 'assistant' would be scored as part of each response"):
+        with pytest.raises(DataError, match="generation prompt with 'assistant', which would be scored in each"):
             build([self.ROW], tokenizer=own_template(build, tmp_path, template))
 
     def test_header_of_another_turn_after_each_response(self, build, tmp_path):

@@ -229,13 +229,13 @@ class TestSlices:
             if expected:
                 assert [row["n"] for row in rows_of(source)] == expected, source
             else:
-                wanted = rf"the slice selects (no|none of the {total}) records; change its bounds"
+                wanted = rf"the slice selects (no|0 of {total}) records; change its bounds"
                 assert re.search(wanted, refusal(source))
 
     def test_a_rounded_end_is_the_end(self, tmp_path):
         path = write(tmp_path / "a.jsonl", ROWS)
         assert rows_of(f"{path}[:-1%]") == ROWS
-        assert "[-1%:]: the slice selects none of the 7 records; change its bounds" in refusal(f"{path}[-1%:]")
+        assert "[-1%:]: the slice selects 0 of 7 records; change its bounds" in refusal(f"{path}[-1%:]")
 
     @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow"])
     def test_training_and_validation_slices_are_disjoint_over_shards(self, suffix, tmp_path, monkeypatch):
@@ -253,7 +253,7 @@ class TestSlices:
     def test_slice_of_an_empty_file(self, tmp_path):
         path = tmp_path / "a.jsonl"
         path.write_bytes(b"")
-        assert refusal(f"{path}[:5]") == f"{path}[:5]: the slice selects none of the 0 records; change its bounds"
+        assert refusal(f"{path}[:5]") == f"{path}[:5]: the slice selects 0 of 0 records; change its bounds"
 
     def test_bad_lines_count_as_records_and_matter_only_inside(self, tmp_path):
         path = tmp_path / "a.jsonl"
@@ -269,7 +269,7 @@ class TestSlices:
             ("[10:20%]", "the slice has one bound in records and one in percent; use one unit for both"),
             ("[:101%]", "the slice has a bound beyond 100%; use percentages from -100% to 100%"),
             ("[5:5]", "the slice selects no records; change its bounds"),
-            ("[9:]", "the slice selects none of the 7 records; change its bounds"),
+            ("[9:]", "the slice selects 0 of 7 records; change its bounds"),
         ],
     )
     def test_invalid_slices_are_refused(self, part, says, tmp_path):

@@ -59,7 +59,7 @@ class TestFile:
     def test_non_finite_values_are_written_but_not_compared(self, tmp_path):
         write_evaluation(tmp_path / "a.parquet", evaluation([1.0, math.nan, math.inf]))
         with pytest.raises(
-            DataError, match="2 of 3 pairs have non-finite values, so the evaluation cannot be compared"
+            DataError, match="values are not finite in 2 of 3 pairs, so the evaluation cannot be compared"
         ):
             read_evaluation(tmp_path / "a.parquet")
 

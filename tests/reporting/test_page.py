@@ -247,7 +247,7 @@ def test_runs_with_different_held_out_pairs(folder, tmp_path):
     ids = [f"{i:032x}" for i in range(30, 90)]
     half = write_directory(tmp_path / "half", found=pairs(60, id=ids), shown=2)
     html = page(read_runs([folder, half]))
-    assert "The runs were evaluated on different held-out pairs: 30 pairs are compared; 30 are only in half, 30" in html
+    assert "The runs were evaluated on different held-out pairs: 30 in common (compared), 30 only in half, 30" in html
     none = write_directory(tmp_path / "none", found=evaluation([1.0], ids=["f" * 32]), shown=1)
     html = page(read_runs([folder, none]))
     assert "The runs were evaluated on different held-out pairs, so no pair can be compared." in html

@@ -250,7 +250,7 @@ def test_overfitting():
 def test_a_loss_above_its_start():
     found = evaluation([1.0] * 20)
     bad = verdict(found, eval__loss=series(0.8, 0.9), loss=series(0.6931, 0.1))
-    assert "0.6931 before the first update, 0.9000 after step 2" in one(bad, "The held-out loss is higher").evidence
+    assert "0.6931 at the start, 0.9000 after step 2" in one(bad, "The held-out loss is higher").evidence
     fine = verdict(found, eval__loss=series(0.6931, 0.5, start=0), loss=series(0.5, 0.1))
     assert not any(title.startswith("The held-out loss is higher") for title in fine)
 

@@ -386,13 +386,13 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     assert problems(raw, data__train=empty) == [f"{empty}: contains no usable pair"]
     long = written("long.jsonl", '{"prompt": "w1 w2", "chosen": " w2 w4", "rejected": " w3"}')
     assert problems(raw, data__train=long, data__max_length=3) == [
-        f"{long}: contains no usable pair; 1 dropped: a response too long for data.max_length; raise this limit, "
+        f"{long}: contains no usable pair; 1 dropped: a response too long for data.max_length; raise the limit, "
         "or shorten the records"
     ]
     assert problems(raw, data__train=long, data__max_length=8) == []
     many = written("many.jsonl", *['{"prompt": "w1 w2", "chosen": " w2 w4", "rejected": " w3"}'] * 20)
     assert problems(raw, data__train=many, data__max_length=3)[0].startswith(
-        f"{many}: contains no usable pair; 20 dropped: a response too long for data.max_length; raise this limit"
+        f"{many}: contains no usable pair; 20 dropped: a response too long for data.max_length; raise the limit"
     )
     late = written("late.jsonl", *[json.dumps({"prompt": "w1", "chosen": " w2 w4", "rejected": " w3"})] * 20, good)
     assert problems(raw, data__train=late, data__max_length=3) == []
@@ -410,9 +410,9 @@ def test_records_that_are_dropped_or_repeat_their_prompts_are_shown(raw, tmp_pat
     for length, says in (
         (
             3,
-            "the first 8 records are dropped; 8 dropped: a response too long for data.max_length; raise this",
+            "the first 8 records would be dropped; 8 dropped: a response too long for data.max_length; raise this",
         ),
-        (9, "the first 8 records are pairs whose responses begin with the whole prompt, which is therefore trained on"),
+        (9, "the first 8 records would give pairs whose responses begin with the whole prompt, which is therefore"),
     ):
         config = changed(raw, data__train=str(path), data__max_length=length)
         assert check(config) == []

@@ -177,7 +177,7 @@ def test_summary_shows_experts(run_files, tiny_hf, tmp_path):
     lines = summarize(config_of(run_files, directory, tmp_path, parallel={"tp": 2, "ep": 2}), 4)
     arch = read_architecture(directory)
     assert f", of which a token uses {active_parameters(arch) / 1e3:.3g} K ({active_parameters(arch):,})" in lines[0]
-    assert any("experts: ep 2 x etp 1 x 2 copies in each stage" in line for line in lines)
+    assert any("experts: ep 2 x etp 1 x dp 2 in each stage" in line for line in lines)
     assert any("optimizer state sharded over 2 ranks, and the experts' state over 2" in line for line in lines)
 
 

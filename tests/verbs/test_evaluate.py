@@ -289,7 +289,7 @@ def judge_broken(config):
 def test_non_finite_values_are_written_and_refused(files, tiny_hf, tmp_path):  # noqa: F811
     outcome = run_ranks(judge_broken, 1, config=config_of(files, tiny_hf("llama"), tmp_path))[0]
     path = tmp_path / "eval/step_00000000.parquet"
-    says = f"step 0: 7 of 7 pairs have values that are not finite; inspect {path}"
+    says = f"step 0: values are not finite in 7 of 7 pairs; inspect {path}"
     assert outcome == ("NumbersError", says)
     assert len(rows_of(path)) == 7 and not path.with_suffix(".json").exists()
 

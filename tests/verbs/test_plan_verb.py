@@ -48,7 +48,7 @@ def ranked(lines):
 def test_layouts_are_ranked_and_fit(run):
     lines = plan(run(), 8)
     found = ranked(lines)
-    assert len(found) == 5 and re.match(r"llama on 8 x H100 with 80 GiB: \d+ layouts fit; rows of 4,096", lines[0])
+    assert len(found) == 5 and re.match(r"llama on 8 x H100 with 80 GiB: layouts that fit: \d+; rows of 4,", lines[0])
     assert all(tp * pp * cp * dp == 8 and size <= 80 for tp, pp, cp, dp, size, _ in found)
     assert [seconds for *_, seconds in found] == sorted(seconds for *_, seconds in found)
     # Training takes 6 x 7.5e9 operations per token, and the reference 2 x 7.5e9, at half of the peak of 8 GPUs.
@@ -78,7 +78,7 @@ def test_recomputation_is_proposed_only_where_it_is_needed(run):
 
 def test_what_would_fit_is_said(run):
     lines = plan(run(), 1)
-    assert "0 layouts fit" in lines[0] and lines[1].startswith("does not fit; the smallest is tp 1, pp 1, cp 1, dp 1, ")
+    assert "layouts that fit: 0" in lines[0] and lines[1].startswith("does not fit; the smallest is tp 1, pp 1, cp 1")
     assert lines[2] == "what would fit: optim.states=host or 4 GPUs"
     moved = plan(run(optim={"states": "host"}), 1)
     assert ranked(moved) and "; host memory: 179.74 GiB = optimizer states 89.75 GiB + buffers 0.25 GiB" in moved[2]
@@ -91,8 +91,8 @@ def test_what_would_fit_is_said(run):
 
 def test_reasons_against_layouts(run):
     lines = plan(run(train={"global_batch_size": 8}), 16)
-    assert "not possible: dp 16: there are only 8 pairs per step" in lines
-    assert "not possible: tp 16: tensor parallelism is too slow between nodes, and a node has 8 GPUs" in lines
+    assert "not possible: dp 16: is larger than train.global_batch_size (8)" in lines
+    assert "not possible: tp 16: tensor parallelism is too slow between nodes of 8 GPU(s)" in lines
 
 
 def test_windows_reduce_the_operations(run, tmp_path):

@@ -183,7 +183,7 @@ def training_time(run: RunFiles) -> float | None:
 def events(run: RunFiles, place: int | None = None) -> list[Chart]:
     """Return the marks to draw in curves: restarts, saves, skipped steps, and the best evaluated step.
 
-    place   position of the run among several runs; None if there is only one run
+    place   position of the run among several runs, for which saves are omitted; None if there is only one run
     """
     found = [{"at": step, "kind": "restart", "text": f"restarted after step {step}"} for step in run.starts[1:] if step]
     found += [{"at": step, "kind": "save", "text": f"saved step {step}"} for step in run.saved[-200:]]

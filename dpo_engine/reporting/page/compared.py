@@ -49,7 +49,7 @@ def comparison(first: Judged, second: Judged) -> dict[str, Any]:
     told: dict[str, Any] = {"names": names, "found": None, "problem": None, "summary": "", "rows": []}
     told |= {"differently": [], "number": 0}
     if first.measures is None or second.measures is None:
-        return told | {"problem": "one of the runs has no evaluation, so they cannot be compared pair by pair"}
+        return told | {"problem": "one of the runs has no evaluation, so the runs cannot be compared pair by pair"}
     later, before = second.measures.evaluation, first.measures.evaluation
     try:
         found = compare(later, before, names=names)
@@ -57,8 +57,8 @@ def comparison(first: Judged, second: Judged) -> dict[str, Any]:
         return told | {"problem": "the runs were evaluated on different held-out pairs, so no pair can be compared"}
     if sum(found["only"]):
         told["problem"] = (
-            f"the runs were evaluated on different held-out pairs: {found['common']:,} pairs are compared; "
-            f"{found['only'][0]:,} are only in {names[0]}, {found['only'][1]:,} only in {names[1]}"
+            f"the runs were evaluated on different held-out pairs: {found['common']:,} in common (compared), "
+            f"{found['only'][0]:,} only in {names[0]}, {found['only'][1]:,} only in {names[1]}"
         )
     rows = [
         Row(NAMES[name], part["first"], part["second"], Estimate(*(part[key] for key in Estimate._fields)))

@@ -32,15 +32,18 @@ def bad_numbers(run: RunFiles, m: Measures | None) -> Iterator[Finding]:
 
 
 def start(run: RunFiles) -> Iterator[Finding]:
-    """Report a held-out loss that exceeds the loss before training by more than the fraction `RISE`."""
+    """Report a held-out loss that exceeds the loss at the start by more than the fraction `RISE`.
+
+    The loss at the start is the held-out loss before training or, if that is unknown, the first logged training loss.
+    """
     held, train = run.series.get("eval/loss"), run.series.get("loss")
     first = held.values[0] if held is not None and held.steps[0] == 0 else train.values[0] if train else None
     if held is None or first is None or held.steps[-1] == 0 or not held.last > first * (1 + RISE):
         return
     yield Finding(
         "bad",
-        "The held-out loss is higher than before training.",
-        f"{first:.4f} before the first update, {held.last:.4f} after step {held.steps[-1]:,}. Some pairs have large "
+        "The held-out loss is higher than the loss at the start of training.",
+        f"{first:.4f} at the start, {held.last:.4f} after step {held.steps[-1]:,}. Some pairs have large "
         "margins in the wrong direction.",
         "Lower optim.lr, raise loss.beta, or stop earlier.",
         "loss",

@@ -46,7 +46,7 @@
     document.head.append(script);
   } catch (error) {
     const trouble = document.getElementById("trouble");
-    trouble.textContent = `The charts cannot be shown (${error.message}). This page needs a browser of 2023 or later.`;
+    trouble.textContent = `The charts cannot be shown (${error.message}). This page needs a browser from 2023 or later.`;
     trouble.hidden = false;
     throw error;
   }
@@ -293,7 +293,7 @@
         token.addEventListener("click", pick);
         tokens.append(token);
       });
-      if (side.more) tokens.append(make("span", ` … ${side.more} more tokens`, "token unscored"));
+      if (side.more) tokens.append(make("span", ` … (${side.more} more)`, "token unscored"));
       return box;
     }
     for (const input of [search, kinds, runs]) if (input) input.addEventListener("input", () => { shown = first; fill(); });

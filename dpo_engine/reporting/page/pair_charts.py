@@ -100,7 +100,7 @@ def _calibration(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) ->
         confidence, accuracy, counts = (list(column) for column in zip(*m.reliability, strict=True))
         label = run.name if many else "pairs"
         briers.append(f"{f'{run.name}: ' if many else ''}Brier {m.brier:.3f}, ECE {m.calibration_error:.3f}")
-        text = [f"{count:,} pairs" for count in counts]
+        text = [f"{count:,} pair(s)" for count in counts]
         part = {"X": numbers(confidence), "Y": numbers(accuracy), "text": text, "dots": True}
         traces.append({"type": "line", "name": label, "color": f"run{place}", **part})
     return {

@@ -66,7 +66,7 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def _kinds(shown: str, reference: float, policy: float) -> list[str]:
-    """Return the kind for which a pair was chosen and, if the pair became right or wrong, also this kind."""
+    """Return the kind for which a pair was chosen, and "became right" or "became wrong" if this also applies."""
     kinds = [visible(OLD_KINDS.get(shown, shown), 40)]
     flipped = TO_RIGHT if reference < 0 < policy else TO_WRONG if policy < 0 < reference else None
     return kinds if flipped is None or flipped in kinds else [*kinds, flipped]
@@ -89,13 +89,15 @@ def _triples(texts: Sequence[TokenText]) -> list[dict[str, TokenText]]:
 def tokens(text: TokenText, most: int) -> dict[str, Any]:
     """Return a response's tokens for the page.
 
-    most   maximum number of tokens; further tokens are counted, but not returned
+    most   maximum number of texts; further tokens are counted, but not returned
 
-    Tokens that end within a character are joined with the token that completes the character.
+    Each token has its own text, but tokens that end within a character are joined with the token that completes the
+    character.
 
-    Returns  a dictionary: ``t`` (texts); ``v`` and ``r`` (log-probabilities under the policy and under the reference,
-             None for tokens that are not scored; ``r`` is None if they are unknown); ``more`` (number of tokens that
-             are not returned); ``sum`` and ``refsum`` (sums of the log-probabilities over all scored tokens)
+    Returns  a dictionary: ``t`` (texts); ``v`` and ``r`` (log-probabilities of the texts under the policy and under the
+             reference, None for a text that is not scored; ``r`` is None if the reference's log-probabilities are
+             unknown); ``more`` (number of tokens that are not returned); ``sum`` and ``refsum`` (sums of the
+             log-probabilities over all scored tokens; ``refsum`` is None if ``r`` is None)
     """
     logps, others = np.array(text.logps, dtype=float), text.ref_logps
     reference = None if others is None else np.array(others, dtype=float)
@@ -130,7 +132,10 @@ def _groups(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def _number(value: Any, *, small: bool = False) -> float | int | None:
-    """Round a number to three decimals or, with ``small``, numbers below 0.1 to three digits; None if not finite."""
+    """Round a number to three decimals; with ``small``, round one below 0.1 to three significant digits.
+
+    Return None for a number that is not finite.
+    """
     value = float(value)
     if not np.isfinite(value):
         return None

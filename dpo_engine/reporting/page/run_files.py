@@ -59,7 +59,7 @@ class RunFiles:
     evaluation   the newest evaluation of single pairs, or None
     tokens       the tokens of the evaluation's pairs that were selected for display
     no_tokens    why there are no tokens, and how to write them; empty if there are tokens or there is no evaluation
-    problems     error lines about other files that cannot be read
+    problems     error lines about files that cannot be read, except the file of tokens
     """
 
     directory: Path

@@ -39,10 +39,21 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return parse_object(content)
 
 
-def parse_object(content: bytes) -> dict[str, Any]:
-    """Parse a JSON object.
+MORE_TEXT = "there is more text after the end of the value; write one record per line"
 
-    Raises :class:`BadJson` for text that is not a single JSON object in UTF-8, and for duplicate keys, NaN, Infinity,
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """Parse a JSON object. Raises :class:`BadJson` for any other value, and like :func:`parse_value`."""
+    value = parse_value(content)
+    if not isinstance(value, dict):
+        raise BadJson(f"is {kind(value)}, not an object")
+    return value
+
+
+def parse_value(content: bytes) -> Any:
+    """Parse a JSON value.
+
+    Raises :class:`BadJson` for text that is not a single JSON value in UTF-8, and for duplicate keys, NaN, Infinity,
     numbers that are out of range, too many values, or too many levels.
     """
     if content.startswith(codecs.BOM_UTF8):
@@ -58,16 +69,13 @@ def parse_object(content: bytes) -> dict[str, Any]:
     if len(text) > MAX_VALUES or text.count("[") + text.count("{") > MAX_DEPTH:
         _check_size(text)
     try:
-        value = _DECODER.decode(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise BadJson(_what_is_wrong(text, error)) from error
     except BadJson:
         raise
     except ValueError as error:
         raise BadJson("contains a number with too many digits") from error
-    if not isinstance(value, dict):
-        raise BadJson(f"is {kind(value)}, not an object")
-    return value
 
 
 def _check_size(text: str) -> None:
@@ -91,7 +99,7 @@ def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
     versions."""
     rest = text[error.pos :].lstrip()
     if error.msg.startswith("Extra data"):
-        what = "there is more text after the end of the value; write one record per line"
+        what = MORE_TEXT
     elif error.msg.startswith("Unterminated string") or not rest:
         what = "it ends inside a value; is the line truncated?"
     elif rest[0] == "'":

@@ -17,7 +17,7 @@ from dpo_engine.data.conversation import MEDIA, check_text
 from dpo_engine.data.pair import FEW, FORMATS, NUMBERS
 from dpo_engine.data.records import BadRecord
 from dpo_engine.data.turn_masks import plain_name
-from dpo_engine.strict_json import BadJson, kind, parse_object
+from dpo_engine.strict_json import MORE_TEXT, BadJson, kind, parse_value
 from dpo_engine.wording import nearest
 
 SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
@@ -201,13 +201,10 @@ def from_json(name: str, value: Any) -> Any:
     if not value.strip():
         return None
     try:
-        # The line break keeps the columns of errors those of the text.
-        found = parse_object(b'{"value":\n' + value.encode("utf-8", "surrogatepass") + b"}")
-    except BadJson as what:
-        raise BadRecord(f"{name} is text, but not JSON: {what}") from what
-    if list(found) != ["value"]:
-        raise BadRecord(f"{name} is text, but not JSON: there is more than one value")
-    return found["value"]
+        return parse_value(value.encode("utf-8", "surrogatepass"))
+    except BadJson as error:
+        what = "there is more than one value" if MORE_TEXT in str(error) else error
+        raise BadRecord(f"{name} is text, but not JSON: {what}") from error
 
 
 @lru_cache(maxsize=256)

@@ -288,7 +288,7 @@ class TestFieldsWithAMeaning:
         ("changes", "says"),
         [
             ({"tools": "tide()"}, "tools is text, but not JSON: "),
-            ({"tools": "[1 2]"}, "column 4"),
+            ({"tools": "[1 2]"}, "tools is text, but not JSON: invalid JSON at column 4: "),
             ({"tools": '[], "a": 1'}, "tools is text, but not JSON: there is more than one value"),
             ({"tools": [1]}, "tools must be a list of JSON schemas, not a list with a number"),
             ({"tools": {"name": "a"}}, "tools must be a list of JSON schemas, not an object"),

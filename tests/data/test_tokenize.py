@@ -172,7 +172,7 @@ class TestLimits:
         assert dataset.lengths.sum(1).max() < 20
 
     def test_file_without_usable_pairs_is_refused(self, build):
-        with pytest.raises(DataError, match=f"no usable pair in 1 record; 1 dropped: {LONG_RESPONSE}; raise this"):
+        with pytest.raises(DataError, match=f"no usable pair in 1 record; 1 dropped: {LONG_RESPONSE}; raise the"):
             build([self.ROW], max_length=4)
 
 

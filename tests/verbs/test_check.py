@@ -410,7 +410,7 @@ def test_records_that_are_dropped_or_repeat_their_prompts_are_shown(raw, tmp_pat
     for length, says in (
         (
             3,
-            "the first 8 records would be dropped; 8 dropped: a response too long for data.max_length; raise this",
+            "the first 8 records would be dropped; 8 dropped: a response too long for data.max_length; raise the",
         ),
         (9, "the first 8 records would give pairs whose responses begin with the whole prompt, which is therefore"),
     ):

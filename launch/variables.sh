@@ -4,7 +4,7 @@
 
 # Everything that affects training: the job, devices and networks, libraries that compute or communicate (among them all
 # variables that the engine compares between ranks), caches, experiment trackers, and access to the internet.
-passed_variables='^(SLURM|MASTER|DPO|CUDA|CUDNN|CUBLAS|CUBLASLT|NVIDIA|NVTE|NCCL|GLOO|UCX|UCC|FI|EFA|RDMAV|IBV|SHARP|'
+passed_variables='^(SLURM|MASTER|DPO|CUDA|CUDNN|CUBLAS|CUBLASLT|NVIDIA|NVTE|NCCL|UB|GLOO|UCX|UCC|FI|EFA|RDMAV|IBV|SHARP|'
 passed_variables+='PYTORCH|TORCH[A-Z]*|TRITON|ATEN|MKL|DNNL|ONEDNN|OPENBLAS|OMP|KMP|GOMP|NVSHMEM|RAYON|'
 passed_variables+='HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS|TOKENIZERS|DATASETS|WANDB|MLFLOW)_|'
 passed_variables+='^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|XDG_CACHE_HOME|TZ)$|'

@@ -65,3 +65,8 @@ class MegatronConfig(Section):
     def token_multiple(self) -> int:
         """The number of tokens that a rank has of a row must be a multiple of this, which is 1 without FP8."""
         return TOKEN_MULTIPLES.get(self.fp8_recipe, 1)
+
+    @property
+    def tp_comm_overlap(self) -> bool:
+        """Whether linear layers overlap their tensor-parallel communication with their products."""
+        return self.transformer.get("tp_comm_overlap") is True

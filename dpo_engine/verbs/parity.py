@@ -22,6 +22,7 @@ from dpo_engine.config.sections import BatchConfig, MegatronConfig, ParallelConf
 from dpo_engine.errors import EngineError
 from dpo_engine.model.fp8 import without_fp8
 from dpo_engine.model.megatron_options import WITH_SHARDS
+from dpo_engine.model.tp_overlap import without_overlap
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.training.short_run import measure
@@ -140,7 +141,7 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     srun, it uses the ranks that were started.
 
     FP8 is left out: with it, the numbers of equal runs differ by more than the tolerances, and by how much was never
-    measured on a GPU.
+    measured on a GPU. With ``fp64``, ``tp_comm_overlap`` is left out, because it needs Transformer Engine.
 
     Returns  whether every difference is within its tolerance (always True on ranks other than rank 0)
     """
@@ -155,6 +156,10 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
         if rank == 0:
             say("megatron.transformer.fp8: left out, because FP8 rounds differently in each layout")
         config = without_fp8(config)
+    if fp64 and config.megatron.tp_comm_overlap:
+        if rank == 0:
+            say("megatron.transformer.tp_comm_overlap: left out, because Transformer Engine does not support fp64")
+        config = without_overlap(config)
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
     on_device = config.optim.model_copy(update={"states": "device"})
     if fp64:

@@ -153,6 +153,18 @@ EXPORT cudaError_t cudaGetSymbolAddress(void **pointer, const void *symbol) {
   return cudaSuccess;
 }
 
+// Memory of other processes. A lone rank gets its own handle in the place of every other rank's, so what it writes to
+// another rank arrives in its own memory.
+EXPORT cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *pointer) {
+  memset(handle, 0, sizeof *handle);
+  memcpy(handle, &pointer, sizeof pointer);
+  return cudaSuccess;
+}
+EXPORT cudaError_t cudaIpcOpenMemHandle(void **pointer, cudaIpcMemHandle_t handle, unsigned flags) {
+  memcpy(pointer, &handle, sizeof *pointer);
+  return cudaSuccess;
+}
+
 // Expandable segments: torch's allocator reserves addresses once, and creates and maps memory piece by piece. Here, the
 // reserved region is usable at once, so mapping does nothing. Only created memory counts as used.
 static int reserve_addresses(unsigned long long *pointer, size_t size, size_t alignment, unsigned long long wanted,

@@ -113,6 +113,7 @@ EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found,
   found->type = kind == DEVICE_MEMORY ? cudaMemoryTypeDevice
                 : kind == HOST_MEMORY ? cudaMemoryTypeHost
                                       : cudaMemoryTypeUnregistered;
+  cudaGetDevice(&found->device);  // a process uses only one
   found->devicePointer = kind ? (void *)pointer : NULL;
   found->hostPointer = kind == HOST_MEMORY ? (void *)pointer : NULL;
   return cudaSuccess;

@@ -44,6 +44,10 @@ TOKEN_MULTIPLES = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 The gradient of a weight is a sum over tokens. FP8 products need sums of a multiple of 16 numbers, and mxfp8 has one
 scale for 32 of them. Megatron and Transformer Engine pad the tokens of experts to the same multiples."""
 
+MXFP8_BLOCK = 128
+"""With ``tp_comm_overlap``, the number that must divide the tokens of an mxfp8 product on each rank. Transformer Engine
+exchanges the scales of whole blocks of 128 tokens."""
+
 
 class MegatronConfig(Section):
     """Fields of Megatron-Core's own configuration for which the engine has no keys."""
@@ -64,6 +68,8 @@ class MegatronConfig(Section):
     @property
     def token_multiple(self) -> int:
         """The number of tokens that a rank has of a row must be a multiple of this, which is 1 without FP8."""
+        if self.tp_comm_overlap and self.fp8_recipe == "mxfp8":
+            return MXFP8_BLOCK
         return TOKEN_MULTIPLES.get(self.fp8_recipe, 1)
 
     @property

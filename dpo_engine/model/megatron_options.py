@@ -106,7 +106,7 @@ def layout_problems(config: Config, arch: Architecture, dims: ParallelDims, *, r
 
     ranks   whether the number of ranks is that of the run
     """
-    problems = fp8_model_problems(config, arch, dims) + overlap_model_problems(config, arch)
+    problems = fp8_model_problems(config, arch, dims) + overlap_model_problems(config, arch, dims)
     return problems + (instance_problems(config, dims) if ranks else [])
 
 

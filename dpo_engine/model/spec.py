@@ -54,7 +54,7 @@ def choose_layers(
         raise ConfigError(f"{line}: requires Transformer Engine's layers, but {why}; remove it")
     if dtype is not torch.bfloat16:
         raise ConfigError(f"{line}: requires weights in bf16, but they are in {dtype}; remove it")
-    problems = fp8_model_problems(config, arch, dims) + overlap_model_problems(config, arch)
+    problems = fp8_model_problems(config, arch, dims) + overlap_model_problems(config, arch, dims)
     if problems := problems or [*filter(None, [device_problem(config), multicast_problem(config)])]:
         raise ConfigError(problems)
     return spec

@@ -21,7 +21,11 @@ Policy and reference. Transformer Engine gathers the inputs of fused layers in p
 gradients. Products of pieces can be rounded differently from the whole product, so policy and reference can differ by
 rounding in bf16 (:mod:`dpo_engine.training.first_step`).
 
-Not covered. FP8. Groups of ranks on several nodes. Numbers: no test has run these kernels on a GPU.
+FP8. The ranks exchange inputs and output gradients in FP8, so those buffers have one byte per number. A layer that
+remains in bf16 needs a second set of buffers. Transformer Engine has no such exchange for ``blockwise``. With
+``mxfp8``, all pieces must contain whole blocks of 128 x 128 numbers.
+
+Not covered. Groups of ranks on several nodes. Numbers: no test has run these kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +33,15 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from dpo_engine.config.parallel_section import MXFP8_BLOCK
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.fp8 import fp8_layers, linear_sizes
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.wording import join
 
@@ -44,11 +51,13 @@ FIELD = "tp_comm_overlap"
 LINE = f"transformer.{FIELD}=true"
 SIZES = (2, 4, 8)
 """Tensor-parallel sizes for which Transformer Engine has kernels. With others, it silently sums nothing."""
-WIDTH = 32
-"""Divisor of the hidden size: Transformer Engine cuts it into 4 parts, and its kernels read 8 numbers at a time."""
-BUFFERS = 12
-"""Number of buffers: one for the forward product, and two for those of the backward pass, of each of the layers
-``qkv``, ``proj``, ``fc1`` and ``fc2``."""
+WIDTH = 8
+"""Number of values that Transformer Engine's kernels read at a time."""
+SPLITS = 4
+"""Number of parts into which Transformer Engine cuts the outputs of a product that are summed over ranks."""
+GATHERS, SUMS = 8, 4
+"""Numbers of buffers for gathers and for sums. Each of the layers ``qkv``, ``proj``, ``fc1`` and ``fc2`` has three: for
+the forward product, and for those of the gradients of input and weight."""
 WORKSPACES = 3 << 25
 """Bytes of cuBLAS's workspaces for three products at the same time."""
 
@@ -74,12 +83,15 @@ def overlap_problems(config: Config) -> Iterator[str]:
             f"{LINE}: Transformer Engine would not sum the gradient of a layer's input over ranks if the weight is "
             "frozen; remove it, or optim.freeze"
         )
-    if config.megatron.transformer.get("fp8"):
-        yield f"{LINE}: was never tested with fp8; remove it, or fp8"
+    if config.megatron.fp8_recipe == "blockwise":
+        yield (
+            f"{LINE}: Transformer Engine cannot exchange numbers in the format of fp8_recipe=blockwise; use another "
+            "recipe, or remove it"
+        )
 
 
-def overlap_model_problems(config: Config, arch: Architecture) -> list[str]:
-    """List the reasons why the layers of a model cannot use the overlap."""
+def overlap_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -> list[str]:
+    """List the reasons why the layers of a model, divided in this way, cannot use the overlap."""
     if not config.megatron.tp_comm_overlap:
         return []
     problems, line = [], f"megatron.{LINE}"
@@ -87,8 +99,17 @@ def overlap_model_problems(config: Config, arch: Architecture) -> list[str]:
         problems.append(
             f"{line}: requires Transformer Engine's layers, which do not support {arch.model_type} models; remove it"
         )
-    if arch.hidden_size % WIDTH:
-        problems.append(f"{line}: the hidden size, {arch.hidden_size}, must be a multiple of {WIDTH}; remove it")
+    blocks = config.megatron.fp8_recipe == "mxfp8"
+    widths = {"the hidden size": (arch.hidden_size, SPLITS * (MXFP8_BLOCK if blocks else WIDTH))}
+    if blocks:
+        summed = ("width of attention's output", "width of the MLP", "width of the shared expert")
+        sizes = linear_sizes(arch, dims)
+        widths |= {f"each rank's {what}": (sizes[what], MXFP8_BLOCK) for what in summed if what in sizes}
+    problems += [
+        f"{line}: {what}, {size}, must be a multiple of {divisor}; remove it"
+        for what, (size, divisor) in widths.items()
+        if size % divisor
+    ]
     if arch.num_layers == 1:
         problems.append(f"{line}: has no effect, because the model's only layer computes selected columns; remove it")
     return problems
@@ -105,11 +126,40 @@ def without_overlap(config: Config) -> Config:
     return config.model_copy(update={"megatron": config.megatron.model_copy(update={"transformer": kept})})
 
 
+@dataclass(frozen=True)
+class Buffers:
+    """The buffers of a rank.
+
+    tokens  number of tokens of all tp ranks together
+    width   hidden size
+    tp      number of ranks that share the buffers
+    fp8     whether there is a set of buffers for layers in FP8
+    bf16    whether there is a set of buffers for layers in bf16
+    """
+
+    tokens: int
+    width: int
+    tp: int
+    fp8: bool
+    bf16: bool
+
+    @classmethod
+    def of(cls, config: Config, arch: Architecture, dims: ParallelDims, row_tokens: int) -> Buffers:
+        """Return the buffers for rows of ``row_tokens`` tokens."""
+        in_fp8, overlapped = set(fp8_layers(config, arch)), set(range(arch.num_layers - 1))
+        tokens = -(-row_tokens // dims.cp)
+        return cls(tokens, arch.hidden_size, dims.tp, bool(overlapped & in_fp8), bool(overlapped - in_fp8))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the buffers, and of the workspaces of products."""
+        each = (GATHERS + 2 * SUMS) * self.fp8 + 2 * (GATHERS + SUMS) * self.bf16
+        return self.tokens * self.width * each + WORKSPACES
+
+
 def buffer_bytes(config: Config, arch: Architecture, dims: ParallelDims, tokens: int) -> int:
-    """Return the bytes of a rank's buffers for rows of ``tokens`` tokens, and of the workspaces of products."""
-    if not config.megatron.tp_comm_overlap:
-        return 0
-    return BUFFERS * -(-tokens // dims.cp) * arch.hidden_size * 2 + WORKSPACES
+    """Return the bytes of a rank's buffers for rows of ``tokens`` tokens; 0 without the overlap."""
+    return Buffers.of(config, arch, dims, tokens).bytes if config.megatron.tp_comm_overlap else 0
 
 
 def multicast_problem(config: Config) -> str | None:
@@ -135,29 +185,29 @@ def layer_options(
     *Collectives*, if buffers are created: one all-gather of objects over world, and those of Transformer Engine, which
     creates two groups.
     Raises :class:`~dpo_engine.errors.ConfigError` on all ranks if the ranks of a tensor-parallel group are on several
-    nodes.
+    nodes, or if this version of Transformer Engine cannot create the buffers.
     """
     options = dict(config.megatron.transformer)
     if config.megatron.tp_comm_overlap and row_tokens is None:
         del options[FIELD]
     elif config.megatron.tp_comm_overlap:
-        _open_buffers((row_tokens // dims.cp, arch.hidden_size), dims.tp, world)
+        _open(Buffers.of(config, arch, dims, row_tokens), world)
     return options
 
 
-_opened: tuple[int, int] | None = None
+_opened: Buffers | None = None
 
 
-def _open_buffers(shape: tuple[int, int], tp: int, world: Any) -> None:
-    """Create Transformer Engine's buffers for tensors of this shape, which contain the tokens of all tp ranks."""
+def _open(buffers: Buffers, world: Any) -> None:
+    """Create Transformer Engine's buffers, unless the same buffers exist."""
     global _opened
-    if _opened == shape:
+    if _opened == buffers:
         return
     close_buffers()
     import torch
     import torch.distributed as dist
 
-    hosts: list[str] = [""] * world.size()
+    tp, hosts = buffers.tp, [""] * world.size()
     dist.all_gather_object(hosts, socket.gethostname(), group=world)
     for first in range(0, len(hosts), tp):
         if len(nodes := sorted(set(hosts[first : first + tp]))) > 1:
@@ -166,10 +216,20 @@ def _open_buffers(shape: tuple[int, int], tp: int, world: Any) -> None:
                 f"{first + tp - 1} are on {join(nodes, 'and')}; lower parallel.tp, or remove it"
             )
     base = import_module("transformer_engine.pytorch.module.base")
-    kinds = getattr(base, "UserBufferQuantizationMode", None)  # newer versions can have several sets of buffers
-    precision = {"quantization_modes": [kinds.NONE]} if kinds else {"use_fp8": False}
-    base.initialize_ub(list(shape), tp, dtype=torch.bfloat16, bootstrap_backend="nccl", **precision)
-    _opened = shape
+    kinds = getattr(base, "UserBufferQuantizationMode", None)
+    if kinds:
+        sets = [kind for kind, needed in ((kinds.FP8, buffers.fp8), (kinds.NONE, buffers.bf16)) if needed]
+        precision: dict[str, Any] = {"quantization_modes": sets}
+    elif buffers.fp8 and buffers.bf16:
+        raise ConfigError(
+            f"megatron.{LINE}: this version of Transformer Engine has one set of buffers, but some layers are in fp8 "
+            "and some in bf16; remove it, or megatron.transformer.first_last_layers_bf16"
+        )
+    else:
+        precision = {"use_fp8": buffers.fp8}
+    shape = [buffers.tokens, buffers.width]
+    base.initialize_ub(shape, tp, dtype=torch.bfloat16, bootstrap_backend="nccl", **precision)
+    _opened = buffers
 
 
 def close_buffers() -> None:

@@ -133,7 +133,7 @@ class Engine:
         gc.unfreeze()
         if isinstance(sys.exc_info()[1], Interrupted | None):
             say_unmet()
-        close_buffers()
+            close_buffers()  # after an error, this could wait for kernels that wait for other ranks
         close_groups()
 
     @property

@@ -18,6 +18,9 @@ LAYERS = 3
 SHAPE = ("--model", "llama3_8b", "--layers", str(LAYERS), "--lengths", "250,120,101", "model.spec=te")
 VARIED = ("--pairs", "4", "--vary", "--steps", "3", "batch.layout=tree", "train.micro_batch_size=2")
 ON = "megatron.transformer.tp_comm_overlap=true"
+TENSORWISE = ("megatron.transformer.fp8=hybrid", "megatron.transformer.fp8_recipe=tensorwise")
+MXFP8 = ("megatron.transformer.fp8=e4m3", "megatron.transformer.fp8_recipe=mxfp8")
+SOME_IN_BF16 = "megatron.transformer.first_last_layers_bf16=true"
 HIDDEN = 4096
 SPLITS = 4
 """Number of pieces into which Transformer Engine cuts a product whose output is summed over ranks."""
@@ -32,7 +35,7 @@ def layout(**sizes):
 
 def steps(*keys):
     """Return the steps of a run with varied lengths, and the number of tokens of all rows on a rank."""
-    report = run(*SHAPE, *VARIED, *keys)
+    report = run(*SHAPE, *VARIED, *keys, capability=100 if MXFP8[1] in keys else 90)
     (line,) = [line for line in report["chosen"] if line.startswith("rows: all padded to ")]
     return report["steps"], int(line.split(" ")[4].replace(",", ""))
 
@@ -51,15 +54,16 @@ def kernels(step):
     return found
 
 
-def expected(tp, layers, *, reference=1, again=0, fused=True):
+def expected(tp, layers, *, reference=1, again=0, fused=True, blocks=False):
     """Return the launches of a micro-batch.
 
     layers     number of layers with the overlap
     reference  number of forward passes of the reference
     again      how many of attention and MLP are computed again in the backward pass
     fused      whether norms are fused with the linear layers after them
+    blocks     whether output gradients are gathered once more, with other scales, for the gradients of weights
     """
-    sums, gathers = 2 * (reference + 1) + again, 4
+    sums, gathers = 2 * (reference + 1) + again, 4 + 2 * blocks
     if not fused:  # fused layers gather their inputs in pieces only in passes that compute gradients
         gathers += 2 * reference + again
     return {
@@ -83,6 +87,11 @@ CASES = {  # the keys, and the expected launches
     "recompute full": ((*layout(tp=2), "model.recompute=full"), expected(2, 2, again=2)),
     "stored reference": ((*layout(tp=2), "reference.mode=stored"), expected(2, 2, reference=0)),
     "offloaded reference": ((*layout(tp=2), "reference.mode=offloaded", "reference.ahead=1"), expected(2, 2)),
+    "tensorwise": ((*layout(tp=2), *TENSORWISE), expected(2, 2)),
+    "tensorwise tp4 recompute": ((*layout(tp=4), *TENSORWISE, "model.recompute=full"), expected(4, 2, again=2)),
+    "tensorwise first layer in bf16": ((*layout(tp=2), *TENSORWISE, SOME_IN_BF16), expected(2, 2)),
+    "mxfp8": ((*layout(tp=2), *MXFP8), expected(2, 2, blocks=True)),
+    "mxfp8 cp2": ((*layout(tp=2, cp=2), *MXFP8), expected(2, 2, blocks=True)),
     "adapters": ((*layout(tp=2), "adapter.rank=16"), expected(2, 2, fused=False)),
     "dora": ((*layout(tp=2), "adapter.kind=dora", "model.recompute=full"), expected(2, 2, again=2, fused=False)),
 }
@@ -130,14 +139,15 @@ def test_every_row_has_the_size_of_the_buffers():
 def test_memory():
     """Transformer Engine allocates its buffers outside of torch, and workspaces for three products inside."""
     keys = ("--model", "llama3_8b", "--layers", "4", "--lengths", "1024,512,512", "model.spec=te", "batch.layout=tree")
-    plain, overlapped = (run(*keys, *layout(tp=2), *more) for more in ((), (ON,)))
-    buffers = 12 * 2048 * HIDDEN * 2
     flags, workspaces = 16 << 20, 3 << 25
-    more = overlapped["last"]["outside"] - plain["last"]["outside"]
-    assert buffers <= more <= buffers + flags
-    assert overlapped["last"]["peak"] - plain["last"]["peak"] == pytest.approx(workspaces, abs=1 << 20)
-    # The estimate is for rows of two responses, each with its prompt.
-    assert overlapped["expected_peak"] - plain["expected_peak"] == buffers * 3072 // 2048 + workspaces
+    for precision, each in ((), 12 * 2), (TENSORWISE, 8 + 4 * 2), ((*TENSORWISE, SOME_IN_BF16), 12 * 2 + 8 + 4 * 2):
+        plain, overlapped = (run(*keys, *layout(tp=2), *precision, *more) for more in ((), (ON,)))
+        buffers = 2048 * HIDDEN * each
+        more = overlapped["last"]["outside"] - plain["last"]["outside"]
+        assert buffers <= more <= buffers + flags
+        assert overlapped["last"]["peak"] - plain["last"]["peak"] == pytest.approx(workspaces, abs=32 << 20)
+        # The estimate is for rows of two responses, each with its prompt.
+        assert overlapped["expected_peak"] - plain["expected_peak"] == buffers * 3072 // 2048 + workspaces
 
 
 def test_a_model_with_norms_of_heads():

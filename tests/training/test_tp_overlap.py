@@ -38,6 +38,8 @@ from support.small_run import config_of as run_of
 
 ON = {"tp_comm_overlap": True}
 TP2, TREE = {"parallel": {"tp": 2}}, {"batch": {"layout": "tree"}}
+TENSORWISE = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+MXFP8 = {"fp8": "e4m3", "fp8_recipe": "mxfp8"}
 LINE = "megatron.transformer.tp_comm_overlap=true: "
 
 
@@ -87,7 +89,8 @@ REFUSALS = [
     (
         {**ON, "fp8": "e4m3", "fp8_recipe": "blockwise"},
         {},
-        "tp_comm_overlap=true: was never tested with fp8; remove it, or fp8",
+        "tp_comm_overlap=true: Transformer Engine cannot exchange numbers in the format of fp8_recipe=blockwise; use "
+        "another recipe, or remove it",
     ),
     (
         {**ON, "tp_comm_overlap_rs_dgrad": True},
@@ -130,6 +133,12 @@ def test_refusals_for_a_model(tiny_hf):
     ]
     narrow = tiny_hf("llama", hidden_size=48, num_attention_heads=4, num_key_value_heads=2)
     assert problems(read_architecture(narrow)) == [f"{LINE}the hidden size, 48, must be a multiple of 32; remove it"]
+    assert problems(read_architecture(tiny_hf("llama")), {**ON, **TENSORWISE}) == []
+    assert [line for line in problems(read_architecture(tiny_hf("llama")), {**ON, **MXFP8}) if LINE in line] == [
+        f"{LINE}the hidden size, 64, must be a multiple of 512; remove it",
+        f"{LINE}each rank's width of attention's output, 32, must be a multiple of 128; remove it",
+        f"{LINE}each rank's width of the MLP, 48, must be a multiple of 128; remove it",
+    ]
 
 
 def test_check_accepts_the_overlap_without_a_gpu(files, tiny_hf, tmp_path):
@@ -184,6 +193,14 @@ def test_choosing_layers(tiny_hf, transformer_engine, monkeypatch):
     assert choose() == "te"
 
 
+def at_end(count):
+    return {
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": 0,
+        "num_layers_at_end_in_bf16": count,
+    }
+
+
 def test_buffers_are_created_once(tiny_hf, transformer_engine, monkeypatch):
     arch, dims = read_architecture(tiny_hf("llama")), ParallelDims(tp=2, cp=2, world=4)
     monkeypatch.setattr(dist, "all_gather_object", lambda out, value, group: out.__setitem__(slice(None), hosts))
@@ -198,13 +215,29 @@ def test_buffers_are_created_once(tiny_hf, transformer_engine, monkeypatch):
     assert options(64) == options(64) == ON
     ours = {"dtype": torch.bfloat16, "bootstrap_backend": "nccl"}
     assert transformer_engine.calls == [(([32, 64], 2), {**ours, "use_fp8": False})]
-    transformer_engine.base.UserBufferQuantizationMode = SimpleNamespace(NONE="none")  # newer versions have it
+    transformer_engine.base.UserBufferQuantizationMode = SimpleNamespace(NONE="none", FP8="fp8")  # in newer versions
     assert options(128) == ON
     assert transformer_engine.calls[1:] == ["destroyed", (([64, 64], 2), {**ours, "quantization_modes": ["none"]})]
     close_buffers()
     close_buffers()
     assert transformer_engine.calls[3:] == ["destroyed"]
 
+    # The last layer has no overlap. All other layers are in FP8, or all except one.
+    for mixed, modes in (({}, ["fp8"]), (at_end(1), ["fp8"]), (at_end(2), ["fp8", "none"])):
+        options(128, {**ON, **TENSORWISE, **mixed})
+        assert transformer_engine.calls[-1] == (([64, 64], 2), {**ours, "quantization_modes": modes})
+        close_buffers()
+    del transformer_engine.base.UserBufferQuantizationMode
+    options(128, {**ON, **TENSORWISE})
+    assert transformer_engine.calls[-1] == (([64, 64], 2), {**ours, "use_fp8": True})
+    with pytest.raises(ConfigError) as found:
+        options(128, {**ON, **TENSORWISE, **at_end(2)})
+    assert found.value.problems == [
+        f"{LINE}this version of Transformer Engine has one set of buffers, but some layers are in fp8 and some in "
+        "bf16; remove it, or megatron.transformer.first_last_layers_bf16"
+    ]
+
+    count = len(transformer_engine.calls)
     hosts = ["a", "b", "b", "b"]
     with pytest.raises(ConfigError) as found:
         options(64)
@@ -212,7 +245,7 @@ def test_buffers_are_created_once(tiny_hf, transformer_engine, monkeypatch):
         f"{LINE}the 2 ranks of a tensor-parallel group must be on one node, but ranks 0 to 1 are on a and b; lower "
         "parallel.tp, or remove it"
     ]
-    assert len(transformer_engine.calls) == 4
+    assert len(transformer_engine.calls) == count
 
 
 def test_buffers_are_counted(tiny_hf):
@@ -227,6 +260,9 @@ def test_buffers_are_counted(tiny_hf):
     assert plain.buffers == 0 and "buffers" not in plain.parts and overlapped.parts["buffers"] == size
     assert overlapped.buffers == size == overlapped.peak - plain.peak == overlapped.constant - plain.constant
     assert found(ON, adapter={"rank": 4}).buffers == size
+    values, workspaces = 512 * 64, 3 * (32 << 20)
+    assert found({**ON, **TENSORWISE}).buffers == values * (8 + 4 * 2) + workspaces
+    assert found({**ON, **TENSORWISE, **at_end(2)}).buffers == values * (8 + 4 * 2 + 12 * 2) + workspaces
     assert found(ON, dtype="fp32").buffers == 0
 
 
@@ -269,6 +305,9 @@ def test_all_rows_have_the_same_size(tp, cp):
     size = fixed_row(config, dims, tp > 1, train, [held_out])
     assert 121 <= size < 121 + tp * cp * 2 and size % (tp * cp) == 0
     assert 97 <= fixed_row(config, dims, tp > 1, train, [train]) < 121
+    in_blocks = config_of({**ON, **MXFP8}, batch=config.batch.model_dump(), parallel={"tp": tp, "cp": cp})
+    if tp > 1:
+        assert fixed_row(in_blocks, dims, True, train, [held_out]) == 128 * tp * cp
     for pairs, count in ((train, 24), (held_out, 5)):
         made = [
             share_batches(pairs, np.arange(count), config, dims, dp, rank, tp > 1, COST, size)

@@ -5,7 +5,7 @@
 # Variables of everything that affects training: the job, devices, networks, libraries that compute or communicate,
 # caches, experiment trackers, and access to the internet. All variables that the engine compares between ranks are
 # included.
-passed_variables='^(SLURM|MASTER|DPO|CUDA|CUDNN|CUBLAS|CUBLASLT|NVIDIA|NVTE|NCCL|GLOO|UCX|UCC|FI|EFA|RDMAV|IBV|SHARP|'
+passed_variables='^(SLURM|MASTER|DPO|CUDA|CUDNN|CUBLAS|CUBLASLT|NVIDIA|NVTE|NCCL|UB|GLOO|UCX|UCC|FI|EFA|RDMAV|IBV|SHARP|'
 passed_variables+='PYTORCH|TORCH[A-Z]*|TRITON|ATEN|MKL|DNNL|ONEDNN|OPENBLAS|OMP|KMP|GOMP|NVSHMEM|RAYON|'
 passed_variables+='HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS|TOKENIZERS|DATASETS|WANDB|MLFLOW|TRACKIO|SWANLAB)_|'
 passed_variables+='^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|XDG_CACHE_HOME|TZ)$|'

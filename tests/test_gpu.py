@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dpo_engine.platform.device import has_transformer_engine
+from dpo_engine.verbs.parity import parity
 from support.small_run import config_of, log_of
 
 pytestmark = [
@@ -80,6 +81,20 @@ def test_gpu_run_matches_the_cpu(spec, dtype, rel, files, tiny_hf, tmp_path):  #
             assert line[name] == pytest.approx(want[name], rel=rel, abs=rel), (line["step"], name)
         assert line["peak_memory_bytes"] > 0
     assert json.loads((tmp_path / "gpu" / "hf" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="requires two CUDA devices")
+@pytest.mark.skipif(not has_transformer_engine(), reason="requires Transformer Engine")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_overlapped_communication_matches_a_single_process(recompute, files, tiny_hf, tmp_path):  # noqa: F811
+    sections = {
+        "model": {"path": str(tiny_hf("llama")), "tokenizer": files["tokenizer"], "spec": "te", "recompute": recompute},
+        "parallel": {"tp": 2},
+        "batch": {"layout": "tree"},
+        "megatron": {"transformer": {"tp_comm_overlap": True}},
+    }
+    report = []
+    assert parity(config_of(files, tiny_hf("llama"), tmp_path / "run", **sections), report.append), report
 
 
 @pytest.mark.parametrize("tool, files_written", [("torch", 1), ("memory", 1), ("nsys", 0)])

@@ -1,11 +1,15 @@
 """Build a data-parallel rank's micro-batches from a global batch, and choose their layout."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from dpo_engine.batching.batches import DUMMY_LENGTH, Batch, collate
+from dpo_engine.batching.blocks import padded_length
 from dpo_engine.batching.packing import CostModel, deal_trees, make_trees, plan_digest
 from dpo_engine.batching.plan import deal
-from dpo_engine.batching.trees import plant
+from dpo_engine.batching.trees import needed_columns, plant
 from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset, part_digests
 from dpo_engine.platform.dims import ParallelDims
@@ -185,11 +189,17 @@ def tree_batches(
     dp_rank: int,
     sequence_parallel: bool,
     cost: CostModel,
+    row_tokens: int | None = None,
 ) -> list[Batch]:
     """Build a rank's micro-batches in layout ``tree``, with balanced costs and within the token budget.
 
     See :func:`~dpo_engine.batching.packing.deal_trees`. With an interleaved pipeline schedule, all rows of a step are
     padded to the longest row, because the stages then do not exchange tensor shapes.
+
+    row_tokens  number of tokens to which every row is padded, from :func:`fixed_row`, which is then also the token
+                budget; None: rows can differ
+
+    Raises `RuntimeError` if a row is longer than ``row_tokens``.
     """
     share, multiple = config.shares_prompts, dims.share_multiple(sequence_parallel, config.megatron.token_multiple)
     plans = [
@@ -199,14 +209,22 @@ def tree_batches(
             part_digests(dataset, part),
             cost=cost,
             dp_size=dims.dp,
-            tokens_per_micro_batch=token_budget(dataset, config),
+            tokens_per_micro_batch=row_tokens or token_budget(dataset, config),
             share=share,
             multiple=dims.pp if dims.vpp else 1,
         )
         for part in np.array_split(indices, -(-len(indices) // PLANNED_TOGETHER))
     ]
     ranks = [[place for plan in plans for place in plan[rank]] for rank in range(dims.dp)]
-    length = max(_row_tokens(dataset, place, share) for rank in ranks for place in rank) if dims.vpp else None
+    length = row_tokens
+    if dims.vpp or row_tokens:
+        longest = max(_row_tokens(dataset, place, share) for rank in ranks for place in rank)
+        if row_tokens and longest > row_tokens:
+            raise RuntimeError(
+                f"a row of trees has {longest:,} tokens, but rows have a fixed size of {row_tokens:,}; pass all pairs "
+                "that a run scores to Engine.settle_batches"
+            )
+        length = row_tokens or longest
     return [
         plant(
             [dataset[i] if i >= 0 else None for i in place],
@@ -221,10 +239,36 @@ def tree_batches(
     ]
 
 
-def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
+def share_batches(
+    dataset: PairDataset,
+    indices: np.ndarray,
+    config: Config,
+    dims: ParallelDims,
+    dp_rank: int,
+    cp_rank: int,
+    sequence_parallel: bool,
+    cost: CostModel,
+    row_tokens: int | None = None,
+) -> list[Batch]:
+    """Build a rank's micro-batches in layout ``batch.layout``, with the columns of its context-parallel share only.
+
+    cost, row_tokens   as for :func:`tree_batches`; not used in layout ``stacked``
+    """
+    asked = (dataset, indices, config, dims, dp_rank, sequence_parallel)
+    tree = config.batch.layout == "tree"
+    made = tree_batches(*asked, cost, row_tokens) if tree else stacked_batches(*asked)
+    shares = [batch.shard(cp_rank, dims.cp) for batch in made]
+    if tree:
+        multiple = dims.share_multiple(sequence_parallel, config.megatron.token_multiple)
+        shares = [replace(share, columns=needed_columns(share, multiple)) for share in shares]
+    return shares
+
+
+def tree_plan(config: Config, pairs: PairDataset, cost: CostModel, row_tokens: int | None = None) -> str:
     """Return an identifier of the data and settings that determine how trees are assigned to micro-batches.
 
-    The assignment also depends on the numbers of ranks and of pipeline stages, but the identifier does not.
+    The assignment also depends on the numbers of ranks and of pipeline stages, but the identifier does not. There is one
+    exception: the parallel layout can change ``row_tokens``, the fixed size of rows.
     """
     settings = {
         "seed": config.data.seed,
@@ -232,7 +276,7 @@ def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
         "weights": [source.weight for source in config.data.train],
         "group_by_prompt": config.data.group_by_prompt,
         "global_batch_size": config.train.global_batch_size,
-        "tokens_per_micro_batch": token_budget(pairs, config),
+        "tokens_per_micro_batch": row_tokens or token_budget(pairs, config),
         "share": config.shares_prompts,
     }
     return plan_digest(pairs.digest, cost, **settings)
@@ -247,6 +291,21 @@ def token_budget(dataset: PairDataset, config: Config) -> int:
     if config.batch.tokens_per_micro_batch != "auto":
         return config.batch.tokens_per_micro_batch
     return int(np.sort(pair_tokens(dataset, config, "tree"))[-config.train.micro_batch_size :].sum())
+
+
+def fixed_row(
+    config: Config, dims: ParallelDims, sequence_parallel: bool, train: PairDataset, others: Sequence[PairDataset]
+) -> int:
+    """Return the number of tokens of every row of trees, if all rows of a run must have the same size.
+
+    This is the token budget or, if it is longer, the longest pair, rounded up as the parallel layout and FP8 require.
+
+    train   the pairs that determine the token budget
+    others  further pairs that the run scores
+    """
+    longest = [int(pair_tokens(pairs, config, "tree").max()) for pairs in (train, *others) if len(pairs)]
+    multiple = dims.share_multiple(sequence_parallel, config.megatron.token_multiple)
+    return padded_length(max(token_budget(train, config), *longest), dims.cp, multiple)
 
 
 def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:

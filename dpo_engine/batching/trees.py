@@ -24,8 +24,8 @@ The attention kernels accept trees of any depth.
 
 Not covered. Common prefixes of different prompts (a system prompt, for example) or of different responses are not
 shared. A prompt is computed again in every micro-batch that has pairs with this prompt. Context parallelism, sequence
-parallelism, FP8, and interleaved schedules may need padding at the end of the row; this padding is a separate tree that
-no other token sees.
+parallelism, FP8, interleaved schedules, and rows of a fixed size may need padding at the end of the row; this padding
+consists of separate trees that no other token sees.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ import torch
 from dpo_engine.batching.batches import DUMMY_LENGTH, Batch, as_scored, pair_columns, scored_offsets
 from dpo_engine.batching.blocks import padded_length
 from dpo_engine.data.dataset import TokenPair
+
+PADDING = 256
+"""Maximum length of a segment of padding. Attention in longer segments would cost more, and positions could exceed
+those that the model has."""
 
 
 def plant(
@@ -177,6 +181,6 @@ class _Row:
         return self._leaves[leaf]
 
     def fill(self, length: int, pad_id: int) -> None:
-        """Pad the row to `length`."""
-        if length > self.length:
-            self._segment(np.full(length - self.length, pad_id), -1, 0)
+        """Pad the row to `length`, with segments of at most `PADDING` tokens."""
+        while length > self.length:
+            self._segment(np.full(min(length - self.length, PADDING), pad_id), -1, 0)

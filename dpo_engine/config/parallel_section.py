@@ -45,6 +45,10 @@ The gradient of a weight is a sum over tokens. In FP8 matrix products, the numbe
 of 16. mxfp8 has one scale for each 32 terms. Megatron and Transformer Engine pad the tokens of experts to the same
 multiples."""
 
+MXFP8_BLOCK = 128
+"""With ``tp_comm_overlap``, the number that must divide the tokens of an mxfp8 product on each rank. Transformer Engine
+exchanges the scales of whole blocks of 128 tokens."""
+
 
 class MegatronConfig(Section):
     """Fields of Megatron-Core's own configuration for which the engine has no keys."""
@@ -65,4 +69,11 @@ class MegatronConfig(Section):
     @property
     def token_multiple(self) -> int:
         """The number that must divide the number of a row's tokens on each rank; 1 without FP8."""
+        if self.tp_comm_overlap and self.fp8_recipe == "mxfp8":
+            return MXFP8_BLOCK
         return TOKEN_MULTIPLES.get(self.fp8_recipe, 1)
+
+    @property
+    def tp_comm_overlap(self) -> bool:
+        """Whether linear layers overlap their tensor-parallel communication with their products."""
+        return self.transformer.get("tp_comm_overlap") is True

@@ -211,10 +211,17 @@ class LastLayer(Layer):
 
     In a prompt, for example, only the output of the last column is used, because it predicts the first token of each
     response. Queries, keys and values are projected for all columns. Core attention, the output projection and the MLP
-    run for the selected columns only.
+    run for the selected columns only. Their number varies, so this layer never uses the communication buffers of
+    ``tp_comm_overlap``, whose size is fixed.
     """
 
     last = True
+
+    def __init__(self, config: Any, *positional: Any, **megatron: Any):
+        if config.tp_comm_overlap:
+            config = copy.copy(config)
+            config.tp_comm_overlap = False
+        super().__init__(config, *positional, **megatron)
 
 
 def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:

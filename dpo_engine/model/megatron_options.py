@@ -25,6 +25,8 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.fp8 import FIELDS, fp8_model_problems, fp8_problems
+from dpo_engine.model.tp_overlap import FIELD as OVERLAP
+from dpo_engine.model.tp_overlap import overlap_model_problems, overlap_problems
 from dpo_engine.platform.dims import ParallelDims, choices, divisors
 from dpo_engine.wording import join, nearest, show
 
@@ -41,6 +43,7 @@ ACCEPTED = {
         "distribute_saved_activations",
         "microbatch_group_size_per_vp_stage",
         *FIELDS,
+        OVERLAP,
     ),
     "ddp": (
         "num_distributed_optimizer_instances",
@@ -103,7 +106,8 @@ def layout_problems(config: Config, arch: Architecture, dims: ParallelDims, *, r
 
     ranks   whether ``dims`` has as many ranks as the run
     """
-    return fp8_model_problems(config, arch, dims) + (instance_problems(config, dims) if ranks else [])
+    problems = fp8_model_problems(config, arch, dims) + overlap_model_problems(config, arch, dims)
+    return problems + (instance_problems(config, dims) if ranks else [])
 
 
 @lru_cache
@@ -180,6 +184,10 @@ def _without_effect(config: Config) -> list[str]:
             "fp8_recipe": fp8,
             "first_last_layers_bf16": fp8,
             **dict.fromkeys(FIELDS[3:], some_in_bf16),
+            OVERLAP: (
+                config.megatron.tp_comm_overlap and parallel.tp > 1 and parallel.sequence_parallel is not False,
+                "its value is true, parallel.tp is above 1, and parallel.sequence_parallel is not false",
+            ),
         },
         "ddp": {
             "num_distributed_optimizer_instances": (
@@ -212,7 +220,7 @@ def _without_effect(config: Config) -> list[str]:
 
 def _wrong_values(config: Config) -> list[str]:
     """Return a message for each value that Megatron's types allow, but that the engine does not support."""
-    asked, problems = config.megatron.transformer, [*fp8_problems(config)]
+    asked, problems = config.megatron.transformer, [*fp8_problems(config), *overlap_problems(config)]
     modules = asked.get("recompute_modules")
     if modules is not None and not (modules and set(modules) <= set(MODULES)):
         problems.append(

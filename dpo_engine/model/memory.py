@@ -3,7 +3,7 @@
 The formulas count the tensors that the native layers keep, in ``model.dtype``. On an emulated GPU that computes nothing
 (``tests/nullgpu``), they match the measured peaks of full micro-batches to within 3 %. There are two exceptions. In
 rows of trees with context parallelism, ``varlen`` needs 6 % more than estimated. With FP8, Transformer Engine keeps the
-inputs of linear layers in one byte per number, so the estimate of activations is too large. The allocator and CUDA need
+inputs of linear layers in one byte per number, so the estimate of activations is too large. The allocator, CUDA and NCCL need
 additional memory.
 """
 
@@ -20,6 +20,7 @@ from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.fp8 import fp8_layers
 from dpo_engine.model.megatron_options import instances_of
 from dpo_engine.model.parameter_counts import layer_parameters, stage_counts
+from dpo_engine.model.tp_overlap import buffer_bytes
 from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.platform.dims import ParallelDims
 
@@ -51,6 +52,8 @@ class Memory:
     weights, gradients, optimizer, reference  allocated during the whole run
     fp8                                       FP8 copies of the policy's and the reference's weights, also allocated
                                               during the whole run
+    buffers                                   buffers of ``tp_comm_overlap``, also allocated during the whole run; torch
+                                              does not count them
     activations                               tensors that forward passes in flight keep for their backward passes
     working                                   logits of one chunk and their gradients, or the activations of a layer
                                               that is recomputed, whichever is larger
@@ -68,6 +71,7 @@ class Memory:
     working: int
     formula: str
     fp8: int = 0
+    buffers: int = 0
     update: int = 0
     host: dict[str, int] = field(default_factory=dict)
 
@@ -78,7 +82,7 @@ class Memory:
         Only the larger one of ``update`` and the sum of ``activations`` and ``working`` is part of the peak.
         """
         last = ("update",) if self.update > self.activations + self.working else ("activations", "working")
-        names = ("weights", "gradients", "optimizer", "reference", "fp8", *last)
+        names = ("weights", "gradients", "optimizer", "reference", "fp8", "buffers", *last)
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property
@@ -94,7 +98,7 @@ class Memory:
     @property
     def constant(self) -> int:
         """Bytes that are allocated during the whole run."""
-        return self.weights + self.gradients + self.optimizer + self.reference + self.fp8
+        return self.weights + self.gradients + self.optimizer + self.reference + self.fp8 + self.buffers
 
     @property
     def peak(self) -> int:
@@ -110,7 +114,7 @@ class Memory:
 def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str, tokens: int) -> Memory:
     """Estimate the memory of one rank of the pipeline stage that needs the most.
 
-    Communication buffers and the allocator's overhead are not included.
+    NCCL's buffers and the allocator's overhead are not included.
 
     dtype   "fp64", "fp32" or "bf16"
     tokens  number of tokens in the rows of the largest micro-batch
@@ -164,6 +168,7 @@ def _stage_memory(
     # Forward and backward passes need different copies of a weight: the copy for the backward pass has other scales, or
     # is stored by columns. The resident reference has no backward pass, so it needs only one copy.
     fp8 = sum(sum(layer_parameters(arch, dims, layer)) for layer in own_layers) * (2 + resident)
+    buffers = buffer_bytes(config, arch, dims, tokens) if dtype == "bf16" else 0
     if config.adapter is not None:
         own = adapters.parameters  # in fp32, like their gradients and their two moments
         state_bytes, owned = (12 if on_host else 8), -(-own // shards)
@@ -177,6 +182,7 @@ def _stage_memory(
             activations=activations,
             working=max(logits, recomputed),
             fp8=fp8,
+            buffers=buffers,
             formula=f"{number:,} frozen parameters x {weight_bytes + reference_bytes} bytes + {own:,} parameters of "
             f"adapters x (4 weight + 4 gradient + {state_bytes} {states}{divided}) bytes",
             host=_host_memory(config, owned) if on_host else {},
@@ -192,6 +198,7 @@ def _stage_memory(
         activations=activations,
         working=max(logits, recomputed),
         fp8=fp8,
+        buffers=buffers,
         formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} {states}"
         + divided
         + (f", for {counts.experts:,} of experts / {copies} (their copies)" if counts.experts and distributed else "")

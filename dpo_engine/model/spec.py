@@ -26,9 +26,11 @@ from dpo_engine.model.latent import LatentAttention
 from dpo_engine.model.layer import Attention, LastLayer, Layer
 from dpo_engine.model.local_experts import LocalExperts
 from dpo_engine.model.norms import norm_of
+from dpo_engine.model.tp_overlap import multicast_problem, overlap_line, overlap_model_problems
 from dpo_engine.model.weights.freeze import freezes_some_experts
 from dpo_engine.platform.device import Platform, has_transformer_engine
 from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.wording import show
 
 NORMS = {"native": "torch", "te": "Transformer Engine"}
 
@@ -36,29 +38,31 @@ NORMS = {"native": "torch", "te": "Transformer Engine"}
 def choose_layers(
     config: Config, arch: Architecture, dims: ParallelDims, platform: Platform, dtype: torch.dtype
 ) -> str:
-    """Resolve ``model.spec``, and check that the layers can compute in FP8 if ``megatron.transformer.fp8`` is set.
+    """Resolve ``model.spec``, and check that the layers can do what ``fp8`` and ``tp_comm_overlap`` request.
 
     Returns  ``native`` or ``te``, like :func:`choose_spec`
 
-    Raises :class:`ConfigError` if the layers or FP8 are requested but cannot be used.
+    Raises :class:`ConfigError` if the layers, FP8 or the overlap are requested but cannot be used.
     """
-    spec = choose_spec(config.model.spec, arch, platform, dtype, config.optim.freeze)
-    if config.megatron.fp8_recipe is None:
+    spec, asked = choose_spec(config.model.spec, arch, platform, dtype, config.optim.freeze), config.megatron
+    names = [*(["fp8"] if asked.fp8_recipe else []), *(["tp_comm_overlap"] if asked.tp_comm_overlap else [])]
+    if not names:
         return spec
-    line = f"megatron.transformer.fp8={config.megatron.transformer['fp8']}"
+    line = f"megatron.transformer.{names[0]}={show(asked.transformer[names[0]])}"
     if spec != "te":
         why = lack_of_transformer_engine(arch, platform, dtype, config.optim.freeze)
         raise ConfigError(f"{line}: requires Transformer Engine's layers, but {why}; remove it")
     if dtype is not torch.bfloat16:
         raise ConfigError(f"{line}: requires weights in bf16, but they are in {dtype}; remove it")
-    if problems := fp8_model_problems(config, arch, dims) or [*filter(None, [device_problem(config)])]:
+    problems = fp8_model_problems(config, arch, dims) + overlap_model_problems(config, arch, dims)
+    if problems := problems or [*filter(None, [device_problem(config), multicast_problem(config)])]:
         raise ConfigError(problems)
     return spec
 
 
 def describe_layers(config: Config, arch: Architecture, spec: str, dtype: str) -> str:
     """Describe the implementation and the precision of the layers for the log."""
-    return f"layer spec {spec} ({NORMS[spec]} norms), {dtype}{fp8_line(config, arch)}"
+    return f"layer spec {spec} ({NORMS[spec]} norms), {dtype}{fp8_line(config, arch)}{overlap_line(config)}"
 
 
 def choose_spec(

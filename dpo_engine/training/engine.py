@@ -4,7 +4,7 @@ import gc
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from dpo_engine.batching.batches import Batch
-from dpo_engine.batching.micro_batches import is_settled, stacked_batches, tree_batches, tree_plan, visible_share
+from dpo_engine.batching.micro_batches import fixed_row, is_settled, share_batches, tree_plan, visible_share
 from dpo_engine.batching.packing import CostModel
-from dpo_engine.batching.trees import needed_columns
 from dpo_engine.config.run import Config, import_plugins
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.hub import commits, model_directory
@@ -31,6 +30,7 @@ from dpo_engine.model.router_losses import set_router_losses
 from dpo_engine.model.sizes import score_size
 from dpo_engine.model.spec import choose_layers, describe_layers
 from dpo_engine.model.stages import parallel_dims
+from dpo_engine.model.tp_overlap import close_buffers, layer_options
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines, frozen_patterns, router_problems
 from dpo_engine.model.weights.load import load_hf, weights_digest
 from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems, other_base
@@ -68,6 +68,7 @@ class Engine:
     adaptation: Adaptation | None  # the adapters that are trained; None: all weights are trained
     start: str | None  # digest of the adapter at adapter.path, equal on all ranks; None: no such adapter
     rank_facts: dict[str, dict[str, str]]  # settings and versions that must be equal on all ranks; see rank_guard
+    row_tokens: int | None = None  # fixed size of all rows of trees, from settle_batches; None: sizes vary
 
     @classmethod
     def open(cls, config: Config, *, fp64: bool = False) -> "Engine":
@@ -133,6 +134,7 @@ class Engine:
         gc.unfreeze()
         if isinstance(sys.exc_info()[1], Interrupted | None):
             say_unmet()
+            close_buffers()  # after an error, this could wait for kernels that wait for other ranks
         close_groups()
 
     @property
@@ -175,6 +177,7 @@ class Engine:
         key        configuration key that error messages name
         recompute  which activations to recompute in the backward pass, as in ``model.recompute``
 
+        *Collectives*: those of :func:`~dpo_engine.model.tp_overlap.layer_options`.
         Raises :class:`~dpo_engine.errors.ConfigError` if the checkpoint's architecture differs from the policy's.
         """
         where: dict[str, Any] = {"groups": self.groups, "platform": self.platform, "spec": self.spec}
@@ -184,7 +187,7 @@ class Engine:
             dtype=self.dtype,
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
-            options=self.config.megatron.transformer,
+            options=layer_options(self.config, self.arch, self.groups.dims, self.groups.world, self.row_tokens),
         )
         chunks = build_chunks(
             self.arch,
@@ -288,27 +291,30 @@ class Engine:
         sizes = {name: getattr(self.arch, name) for name in names}
         return CostModel.of_decoder(**sizes, head_dim=head_dim, windows=windows)
 
-    def settle_batches(self, pairs: PairDataset) -> list[str]:
+    def settle_batches(self, pairs: PairDataset, others: Sequence[PairDataset] = ()) -> list[str]:
         """Choose the batch layout and the size of micro-batches for these pairs. Call this before building a model.
 
         Only this method replaces ``auto`` in the section ``batch`` of ``config``.
+
+        others   further pairs that will be scored; only a fixed size of rows depends on them
 
         Returns  lines for the log
 
         *Collectives*: on a GPU, one MIN over world, so that all ranks choose the same size.
         """
+        dims = self.groups.dims
         self.config, lines = settle_batches(
-            self.config,
-            self.arch,
-            self.groups.dims,
-            pairs,
+            *(self.config, self.arch, dims, pairs),
             dtype={torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype],
             device_memory=device_memory(self.platform, self.groups.world),
             slow_trees=trees_are_slow(self.platform),
         )
+        if self.config.megatron.tp_comm_overlap:
+            self.row_tokens = fixed_row(self.config, dims, self.sequence_parallel, pairs, others)
+            lines.append(f"rows: all padded to {self.row_tokens:,} tokens, the size of tp_comm_overlap's buffers")
         if self.layout == "tree":
-            share = visible_share(self.config, pairs, self.groups.dims.dp)
-            plan = tree_plan(self.config, pairs, self.cost)
+            share = visible_share(self.config, pairs, dims.dp)
+            plan = tree_plan(self.config, pairs, self.cost, self.row_tokens)
             lines[0] += f"; attention density {share:.1%}; plan {plan}"
         return lines
 
@@ -332,14 +338,9 @@ class Engine:
         """
         if not is_settled(self.config):
             raise RuntimeError("Engine.batches: call Engine.settle_batches first, before a model is built")
-        dims = self.groups.dims
-        asked = (dataset, indices, self.config, dims, self.groups.dp.rank(), self.sequence_parallel)
-        made = tree_batches(*asked, self.cost) if self.layout == "tree" else stacked_batches(*asked)
-        shares = [batch.shard(self.groups.cp.rank(), dims.cp) for batch in made]
-        if self.layout == "tree":
-            multiple = dims.share_multiple(self.sequence_parallel, self.config.megatron.token_multiple)
-            shares = [replace(share, columns=needed_columns(share, multiple)) for share in shares]
-        return shares
+        ranks, split = (self.groups.dp.rank(), self.groups.cp.rank()), self.sequence_parallel
+        given = (self.config, self.groups.dims, *ranks, split, self.cost, self.row_tokens)
+        return share_batches(dataset, indices, *given)
 
 
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:

@@ -51,6 +51,7 @@ Facts = Mapping[str, Mapping[str, str]]
 
 SWITCHES = {
     "NVTE_*": "it selects Transformer Engine's kernels",
+    "UB_SKIPMC": "it selects how ranks share the buffers of tp_comm_overlap, and a mismatch makes ranks hang",
     "DPO_KERNELS": "it selects the engine's kernels",
     "TRITON_INTERPRET": "it runs Triton kernels as Python",
     "NCCL_ALGO": "it affects the order of additions, and a mismatch makes ranks hang",

@@ -40,7 +40,7 @@ from dpo_engine.wording import join, nearest, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
 
-OF_MEGATRON = ("model.recompute", "model.spec", "model.dtype", "parallel", "optim.gradients", "reference", "adapter")
+OF_MEGATRON = ("model.recompute", "model.spec", "model.dtype", "parallel", "optim", "reference", "adapter", "batch")
 REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("loss",): loss_problems,
     ("callbacks",): callback_problems,

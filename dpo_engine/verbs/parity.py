@@ -22,6 +22,7 @@ from dpo_engine.config.sections import BatchConfig, MegatronConfig, ParallelConf
 from dpo_engine.errors import EngineError
 from dpo_engine.model.fp8 import without_fp8
 from dpo_engine.model.megatron_options import WITH_SHARDS
+from dpo_engine.model.tp_overlap import without_overlap
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.training.short_run import measure
@@ -141,6 +142,8 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
 
     FP8 is turned off, because it makes the numbers of equal runs differ by more than the tolerances. The size of these
     differences has never been measured on a GPU.
+    With ``fp64``, ``tp_comm_overlap`` is also turned off, because it needs Transformer Engine, which does not support
+    fp64.
 
     Returns  whether every difference is within its tolerance (always True on ranks other than rank 0)
     """
@@ -155,6 +158,10 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
         if rank == 0:
             say("megatron.transformer.fp8: left out, because FP8 rounds differently in each layout")
         config = without_fp8(config)
+    if fp64 and config.megatron.tp_comm_overlap:
+        if rank == 0:
+            say("megatron.transformer.tp_comm_overlap: left out, because Transformer Engine does not support fp64")
+        config = without_overlap(config)
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
     on_device = config.optim.model_copy(update={"states": "device"})
     if fp64:

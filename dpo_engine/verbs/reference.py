@@ -32,7 +32,7 @@ def score_reference(config: Config, say: Say = console.say, interruption: Interr
     try:
         leave_if_asked(engine, interruption)
         data = open_data(config, engine.groups, say, interruption)
-        settled = engine.settle_batches(data.train)
+        settled = engine.settle_batches(data.train, data.all_pairs)
         store = open_store(engine)
         missing, complaints = look(engine, store, wanted_keys(data.all_pairs))
         for line in [*engine.describe(), *settled, *complaints]:

@@ -64,7 +64,7 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     if problems := callback_problems(config) + metric_problems(config):
         raise ConfigError(problems)
     data = open_data(config, engine.groups, notes.append, interruption)
-    notes += engine.settle_batches(data.train)
+    notes += engine.settle_batches(data.train, data.all_pairs)
     leave_before_a_step(engine, interruption)
     guard = RankGuard(engine.rank_facts | data_facts(data), engine.arch, engine.groups, engine.platform.device)
     guard.check()

@@ -53,6 +53,7 @@ os.environ.update(RANK=str(asked.rank), WORLD_SIZE=str(asked.world), LOCAL_RANK=
 os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
 os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
 os.environ.pop("MASTER_ADDR", None)
+os.environ.setdefault("UB_SKIPMC", "1")  # multicast memory would need other ranks
 if not asked.compile:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
 warnings.simplefilter("ignore")
@@ -251,6 +252,7 @@ class OneRank:
             "peak": torch.cuda.max_memory_allocated(),
             "reserved": torch.cuda.max_memory_reserved(),
             "after": torch.cuda.memory_allocated(),
+            "outside": outside_torch(),
             "waits_in_micro_batches": inside,
             "waits_besides": waits(total) - inside - phases["agreement"]["device_waits"],
             "waits_of_the_clock": phases["agreement"]["device_waits"],
@@ -275,6 +277,12 @@ def every_loss(rank: OneRank) -> dict[str, str]:
         except Exception as error:
             results[name] = f"{type(error).__name__}: {error}"[:300]
     return results
+
+
+def outside_torch() -> int:
+    """Return the bytes of device memory that torch's allocator has not reserved, such as the context."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def estimate(rank: OneRank) -> Memory:

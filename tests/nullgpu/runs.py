@@ -1,6 +1,7 @@
 """Start one_rank.py on the null GPU. Tests that need a run with the same arguments share the run."""
 
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,6 +18,9 @@ HERE = Path(__file__).parent
 GIB = 1 << 30
 LARGE_CARD = "400000"
 """Memory of the card in MiB. It is enough for every run, so peaks above the memory of real cards can be measured."""
+
+LONGEST_NAME = 200
+"""Longest name of a report, without a digest. File systems allow 255 characters."""
 
 requires_null_gpu = [
     pytest.mark.nullgpu,
@@ -45,6 +49,8 @@ def run(*arguments: str, capability: int = 90, card: str = LARGE_CARD) -> dict[s
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"NULLGPU_MIB": card, "NULLGPU_SM": str(capability)}
     name = re.sub(r"[^\w.=]+", "_", " ".join([f"sm{capability}", card, *arguments]).replace("--", ""))
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     file = HERE / "build" / "reports" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
     file.unlink(missing_ok=True)

@@ -267,8 +267,8 @@ def share_batches(
 def tree_plan(config: Config, pairs: PairDataset, cost: CostModel, row_tokens: int | None = None) -> str:
     """Return an identifier of the data and settings that determine how trees are assigned to micro-batches.
 
-    The assignment also depends on the numbers of ranks and of pipeline stages, but the identifier does not. There is one
-    exception: the parallel layout can change ``row_tokens``, the fixed size of rows.
+    The assignment also depends on the numbers of ranks and of pipeline stages, but the identifier does not, except that
+    the parallel layout can change ``row_tokens``, the fixed size of rows.
     """
     settings = {
         "seed": config.data.seed,

@@ -3,8 +3,8 @@
 The formulas count the tensors that the native layers keep, in ``model.dtype``. On an emulated GPU that computes nothing
 (``tests/nullgpu``), they match the measured peaks of full micro-batches to within 3 %. There are two exceptions. In
 rows of trees with context parallelism, ``varlen`` needs 6 % more than estimated. With FP8, Transformer Engine keeps the
-inputs of linear layers in one byte per number, so the estimate of activations is too large. The allocator, CUDA and NCCL need
-additional memory.
+inputs of linear layers in one byte per number, so the estimate of activations is too large. The allocator, CUDA and
+NCCL need additional memory.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ CONTRADICTIONS = [
     ),
     (
         {"reference__mode": "shared"},
-        "reference.mode=shared: requires an adapter, because the reference is the policy's model without its adapter; set "
-        "adapter, or reference.mode=resident",
+        "reference.mode=shared: requires an adapter, because the reference is the policy's model without its adapter; "
+        "set adapter, or reference.mode=resident",
     ),
     ({"reference__adapter": "none"}, "reference.adapter=none: applies only with adapter.path; remove it"),
     (

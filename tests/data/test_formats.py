@@ -91,6 +91,7 @@ class TestMalformed:
         assert len(list(read_pairs(path, "auto", lines))) == 1
         assert lines.count == 9 and [text.split(":")[1] for text in lines.first] == ["2", "3", "4", "5", "6"]
 
+    @pytest.mark.slow
     def test_gigabyte_line_is_not_held_in_memory(self, tmp_path):
         path = tmp_path / "pairs.jsonl"
         with path.open("wb") as stream:

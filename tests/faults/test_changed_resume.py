@@ -112,7 +112,7 @@ def record_of(output, step):
 
 
 SAME = [
-    pytest.param("dp2", "stacked", "fp32", id="dp2 stacked fp32"),
+    pytest.param("dp2", "stacked", "fp32", id="dp2 stacked fp32", marks=slow),
     pytest.param("tp2", "tree", "bf16", id="tp2 tree bf16", marks=slow),
     *(
         pytest.param(name, layout, dtype, id=f"{name} {layout} {dtype}", marks=slow)

@@ -19,7 +19,7 @@ def model(tiny_hf):
 @pytest.mark.parametrize(
     "phase, rank, nth",
     [
-        ("forward", 1, 5),
+        pytest.param("forward", 1, 5, marks=pytest.mark.slow),
         pytest.param("reduce", 1, 3, marks=pytest.mark.slow),
         pytest.param("save-shard", 1, 2, marks=pytest.mark.slow),
     ],

@@ -101,10 +101,10 @@ def test_two_starts_at_once(run_yaml, tmp_path):
 
 
 @slow
-def test_fifty_starts_at_once(run_yaml, expected, tmp_path):
+def test_twenty_pairs_of_starts_at_once(run_yaml, expected, tmp_path):
     """Half of the directories contain the lease of a run that was killed."""
     run = run_yaml("run", **SHORT)
-    for turn in range(50):
+    for turn in range(20):
         output = tmp_path / f"out{turn}"
         if turn % 2:
             fault = run_job(

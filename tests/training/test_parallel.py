@@ -67,9 +67,9 @@ def check_layout(one_rank, tiny_hf, tmp_path, name, layout, *, family="llama", m
     assert_same_weights(tmp_path / "hf", expected_dir, model, 1e-5)
 
 
-REPEATED = ("tp2", "pp2", "cp2", "dp2", "cp4", "pp2 vpp2", "tp2 pp2", "pp2 dp2", "dp2 plain optimizer")
+REPEATED = ("tp2", "pp2", "cp2", "dp2", "cp4", "pp2 vpp2", "tp2 pp2", "pp2 dp2", "dp2 plain optimizer", "tp2 dp2 plain optimizer")
 """Layouts whose kinds of parallelism also occur in other layouts."""
-IN_FP64 = ("tp2 cp2", "cp2 dp2")
+IN_FP64 = ("tp2 cp2", "cp2 dp2", "tp2 without sequence parallelism")
 """Layouts that test_fp64_layouts.py tests in fp64 in the default suite."""
 SOME = [
     pytest.param(name, marks=pytest.mark.slow if name in REPEATED + IN_FP64 else ())
@@ -86,14 +86,14 @@ def test_layout_matches_one_rank(name, one_rank, tiny_hf, tmp_path):
 @pytest.mark.parametrize(
     "family, options, name",
     [
-        ("llama", dict(tie_word_embeddings=True), "tp2 pp2"),
+        pytest.param("llama", dict(tie_word_embeddings=True), "tp2 pp2", marks=pytest.mark.slow),
         pytest.param("llama", dict(tie_word_embeddings=True), "pp2 vpp2", marks=pytest.mark.slow),
         pytest.param("llama", dict(tie_word_embeddings=True), "pp2 cp2", marks=pytest.mark.slow),
         pytest.param("llama", dict(tie_word_embeddings=True), "tp2 dp2 overlapped", marks=pytest.mark.slow),
         pytest.param("llama", dict(tie_word_embeddings=True), "pp2 dp2 overlapped", marks=pytest.mark.slow),
         pytest.param("llama", dict(num_key_value_heads=1), "tp2", marks=pytest.mark.slow),
         pytest.param("qwen2", dict(), "tp2 cp2", marks=pytest.mark.slow),
-        ("qwen3", dict(head_dim=16), "tp2 pp2"),
+        pytest.param("qwen3", dict(head_dim=16), "tp2 pp2", marks=pytest.mark.slow),
         pytest.param("qwen3", dict(head_dim=16), "tp2 without sequence parallelism", marks=pytest.mark.slow),
         pytest.param("mistral", dict(), "pp2 cp2", marks=pytest.mark.slow),
         pytest.param("llama", dict(num_hidden_layers=5), "pp2 vpp2 of 5 layers", marks=pytest.mark.slow),

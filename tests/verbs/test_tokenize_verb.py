@@ -29,6 +29,7 @@ def test_train_reads_the_cache(run_yaml, capsys, tmp_path):
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("pairs-*.arrow")} == made
 
 
+@pytest.mark.slow
 def test_megatron_is_not_imported(run_yaml):
     program = (
         "import sys\nfrom dpo_engine.cli import main\ncode = main(sys.argv[1:])\n"

@@ -285,7 +285,9 @@ def odd_step(config, kept, fp64):
     return metrics, [found[index] for index in everyone], work.largest, sites
 
 
-@pytest.mark.parametrize("fp64, rel", [pytest.param(False, 1e-5, id="fp32", marks=pytest.mark.slow), pytest.param(True, 1e-10, id="fp64")])
+@pytest.mark.parametrize(
+    "fp64, rel", [pytest.param(False, 1e-5, id="fp32", marks=pytest.mark.slow), pytest.param(True, 1e-10, id="fp64")]
+)
 def test_odd_lengths_match_padded_rows_without_full_logits(tiny_hf, tmp_path, monkeypatch, fp64, rel):
     """Compare log-probabilities and all gradients with padded rows, and check that no tensor holds all logits."""
     monkeypatch.setattr(batches, "CHUNK_SITES", 64)

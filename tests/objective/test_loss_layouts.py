@@ -27,7 +27,7 @@ TOKEN_WEIGHTED = {
 }
 DEFAULT = {
     **dict.fromkeys(["aot", "ld_alpha and use_weighting"], "tp2 pp2"),
-    **dict.fromkeys(["mix", "rpo_sq"], "cp2 dp2"),
+    "mix": "cp2 dp2",
 }
 """Losses that cover different code paths, with the layout in which the default suite tests each loss."""
 OPTIONS = {"mix": MIXED, "mpo": MIXED, **TOKEN_WEIGHTED}

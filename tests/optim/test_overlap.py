@@ -41,7 +41,7 @@ def start(files, model, output, ranks, *, overlap, max_steps, tp=1, dtype="fp32"
         pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(2, {"guard": 1}, marks=pytest.mark.slow),
         pytest.param(4, {"tp": 2, "batch": {"layout": "tree"}}, marks=pytest.mark.slow),
-        (2, {"reference": {"sync_every": 1, "sync_alpha": 0.5}}),
+        pytest.param(2, {"reference": {"sync_every": 1, "sync_alpha": 0.5}}, marks=pytest.mark.slow),
         pytest.param(2, {"reference": {"mode": "offloaded", "ahead": 1}}, marks=pytest.mark.slow),
         pytest.param(2, {"dtype": "bf16"}, marks=pytest.mark.slow),
         pytest.param(2, {"loss": {"name": "aot"}}, marks=pytest.mark.slow),

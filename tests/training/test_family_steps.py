@@ -22,13 +22,11 @@ EXPERT_LAYOUTS = {
 ALL_LAYOUTS = ("glm4_moe, groups", "deepseek_v3", "gpt_oss")
 DEFAULT = (
     ("olmo2", "tp2"),
-    ("cohere", "tp2"),
     ("mistral", "cp2"),
     ("qwen3_moe, some layers", "dp2 ep2"),
-    ("glm4_moe, groups", "tp2 etp1"),
-    ("qwen2_moe", "tp2 ep2, recomputed"),
     ("deepseek_v3", "tp2"),
 )
+ALSO = (("glm4_moe, groups", "tp2 etp1"), ("qwen2_moe", "tp2 ep2, recomputed"))
 
 
 def layouts_of(case):
@@ -41,7 +39,7 @@ def layouts_of(case):
         return [*LAYOUTS]
     names = [*EXPERT_LAYOUTS]
     some = {names[(MIXTURES.index(case) + shift) % len(names)] for shift in (0, 3)}
-    some |= {layout for one, layout in DEFAULT if one == case}
+    some |= {layout for one, layout in DEFAULT + ALSO if one == case}
     some |= set(EXPERT_LAYOUTS) if case == "gpt_oss" else set()
     return sorted(some | (set(LAYOUTS) if case in ALL_LAYOUTS else set()))
 

@@ -365,7 +365,7 @@ def padded_training(config, multiple, **arguments):
 
 PLAIN = {"distributed_optimizer": False}
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
-DEFAULT = (("one", "stacked"), ("one", "tree"), ("tp2 pp2", "stacked"), ("tp2 cp2", "tree"))
+DEFAULT = (("one", "stacked"), ("one", "tree"), ("tp2 cp2", "tree"))
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ CASES = {
     "dp2 sums in fp32": ({}, {}, {}, {"reduce_scatter_with_fp32_accumulation": True}),
 }
 SUMS = "reduce_scatter_with_fp32_accumulation"
-DEFAULT = ("some layers", "cp2 attention", "pp2 vpp2 larger groups", "dp2 small buckets")
+DEFAULT = ("some layers", "cp2 attention", "pp2 vpp2 larger groups")
 
 
 class Observed(NamedTuple):

@@ -67,7 +67,18 @@ def check_layout(one_rank, tiny_hf, tmp_path, name, layout, *, family="llama", m
     assert_same_weights(tmp_path / "hf", expected_dir, model, 1e-5)
 
 
-REPEATED = ("tp2", "pp2", "cp2", "dp2", "cp4", "pp2 vpp2", "tp2 pp2", "pp2 dp2", "dp2 plain optimizer", "tp2 dp2 plain optimizer")
+REPEATED = (
+    "tp2",
+    "pp2",
+    "cp2",
+    "dp2",
+    "cp4",
+    "pp2 vpp2",
+    "tp2 pp2",
+    "pp2 dp2",
+    "dp2 plain optimizer",
+    "tp2 dp2 plain optimizer",
+)
 """Layouts whose kinds of parallelism also occur in other layouts."""
 IN_FP64 = ("tp2 cp2", "cp2 dp2", "tp2 without sequence parallelism")
 """Layouts that test_fp64_layouts.py tests in fp64 in the default suite."""

@@ -119,7 +119,6 @@ def cases():
             for layout in LAYOUTS:
                 quick = (mode, weights, layout) in {
                     ("offloaded", "other", "tp2 pp2"),
-                    ("stored", "other", "cp2 dp2"),
                     ("dataset", "same", "one"),
                 }
                 yield pytest.param(mode, weights, layout, marks=() if quick else pytest.mark.slow)
@@ -539,7 +538,11 @@ def evaluated(config):
 
 @pytest.mark.parametrize(
     "reference",
-    [{"sync_every": 2}, pytest.param({"mode": "offloaded"}, marks=pytest.mark.slow), {"mode": "stored", "verify": 2}],
+    [
+        {"sync_every": 2},
+        pytest.param({"mode": "offloaded"}, marks=pytest.mark.slow),
+        pytest.param({"mode": "stored", "verify": 2}, marks=pytest.mark.slow),
+    ],
     ids=["following", "offloaded", "stored"],
 )
 def test_eval_uses_the_runs_reference(reference, files, policy, other, tmp_path):

@@ -175,8 +175,8 @@ def test_loss_without_its_columns_names_file_and_field(files, tiny_hf, tmp_path)
     config = config_of(files, tiny_hf("llama"), tmp_path, loss={"name": "rpo_sq"})
     kind, message = run_ranks(run, 1, config=config)[0]
     assert kind == "DataError"
-    expected = f"{files['train']}: loss rpo_sq needs chosen_reward in every record of data.train, but 22 of 22"
-    assert message.startswith(expected)
+    expected = "loss rpo_sq needs chosen_reward in every record of data.train, but it is missing in 22 of 22"
+    assert message.startswith(f"{files['train']}: {expected}")
 
 
 @pytest.fixture(scope="module")

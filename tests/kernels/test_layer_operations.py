@@ -119,7 +119,7 @@ def test_heads_are_normalized_before_they_are_rotated(case, frozen, backend):
         close(backend, mine / 10, other / 10)
 
 
-@pytest.mark.parametrize("width, offset", [(12, 0.5), (70, 0.0)])
+@pytest.mark.parametrize("width, offset", [(12, 0.5), pytest.param(70, 0.0, marks=pytest.mark.slow)])
 def test_root_mean_square_norm(width, offset, backend):
     """There are more rows than Triton's backward pass has programs."""
     states, weight = random(3, 91, width).requires_grad_(), random(width, seed=1).requires_grad_()

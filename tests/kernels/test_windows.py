@@ -80,7 +80,7 @@ TOO_LONG = {("triton", "long", window) for window in WINDOWS if window != 129}  
 
 
 def marks(name: str, shape: str, window: int | None):
-    quick = (shape, window) in DEFAULT and (name, shape) != ("triton", "long")
+    quick = (shape, window) in DEFAULT and (name, shape) not in (("triton", "long"), ("triton", "deep"))
     return () if quick else pytest.mark.slow
 
 

@@ -109,10 +109,7 @@ RESUMED = [
 
 @pytest.mark.parametrize(
     "ranks, layout, more, other, rel",
-    [
-        pytest.param(*case, id=name, marks=pytest.mark.slow if at > 0 else ())
-        for at, (name, *case) in enumerate(RESUMED)
-    ],
+    [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, *case in RESUMED],
 )
 def test_resumed_run_continues_in_any_layout(ranks, layout, more, other, rel, start, files, tmp_path):
     model, adapter = start

@@ -88,7 +88,7 @@ CELLS = [
     (4, {"tp": 4}, "dora fused", 2, "tree", "none", "phi3"),
     (2, {"tp": 2}, "dora neox", 8, "tree", "none", "gpt_neox"),
 ]
-FAST = 3
+FAST = 2
 
 
 @pytest.mark.parametrize(

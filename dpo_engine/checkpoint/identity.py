@@ -32,7 +32,10 @@ NOT_OF_MODEL = ("max_positions", "sliding_window")
 ``max_positions`` limits the length of rows, and the engine rejects longer rows. ``sliding_window`` has no effect on
 rows that are not longer than the window. If longer rows are allowed, the identity contains the window in ``limits``."""
 
-PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
+PACKAGES = (
+    *("megatron-core", "transformer-engine", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"),
+    *("transformers", "tokenizers", "sentencepiece"),
+)
 """Libraries that affect tokens or numbers.
 
 torch is recorded separately, from ``torch.__version__``, because this version also names the build."""

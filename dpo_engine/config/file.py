@@ -169,17 +169,20 @@ def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     `loss` replaces the section `loss` of `base`. Otherwise, a key that `own` sets to null is removed from the section,
     so it gets its default.
     """
+    merged = _merged(base, own)
+    loss, under = own.get("loss"), base.get("loss") or {}
+    if isinstance(loss, dict) and isinstance(under, dict):
+        if loss.get("name", _loss_of(under)) != _loss_of(under):
+            under = {}
+        merged["loss"] = {name: option for name, option in {**under, **loss}.items() if option is not None}
+    return merged
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     merged = {**base}
     for key, value in own.items():
         under = base.get(key)
-        if not isinstance(value, dict) or not isinstance(under, dict):
-            merged[key] = value
-        elif key != "loss":
-            merged[key] = inherit(under, value)
-        elif value.get("name", _loss_of(under)) != _loss_of(under):
-            merged[key] = value
-        else:
-            merged[key] = {name: option for name, option in {**under, **value}.items() if option is not None}
+        merged[key] = _merged(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
     return merged
 
 

@@ -6,8 +6,8 @@ fields that do not change the record's meaning, such as a number of images, and 
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -101,7 +101,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
     found = {name: row[name] for name in ("weight", *NUMBERS) if row.get(name) is not None}
     for score, reward in SCORES.items():
         value = row.get(score)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             if found.setdefault(reward, value) != value:
                 raise BadRecord(f"{score} and {reward} differ; keep one of them")
     for name, meaning in meanings(tuple(row)):

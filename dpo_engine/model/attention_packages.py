@@ -13,7 +13,7 @@ Which heads, dtypes and GPUs these packages support depends on their versions. A
 once, with a small tree and the heads of one tensor-parallel rank, before the run loads weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any
 
@@ -24,16 +24,20 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import causal
 from dpo_engine.platform.device import Platform
-from dpo_kernels import BACKENDS, Tree, register_backend, varlen
-from dpo_kernels.varlen import Copies, attention_in_runs
+from dpo_kernels import BACKENDS, Tree, register_backend
+from dpo_kernels.varlen import WIDEST_HEAD, Copies, attention_in_runs
+from dpo_kernels.varlen import tree_attention as tree_attention_in_varlen
 
 TE = "te"
 
 
-def offer_te(spec: str, arch: Architecture, platform: Platform, dtype: torch.dtype, *, tp: int) -> None:
+def offer_te(
+    spec: str, arch: Architecture, platform: Platform, dtype: torch.dtype, needs: Collection[str], *, tp: int
+) -> None:
     """Register the kernel backend ``te`` after it has computed a small tree.
 
     spec   layer implementation: ``native`` or ``te``
+    needs  options of ``tree_attention`` that the model's layers use
     tp     number of ranks of tensor parallelism
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the layers are not Transformer Engine's, or if Transformer Engine
@@ -44,18 +48,29 @@ def offer_te(spec: str, arch: Architecture, platform: Platform, dtype: torch.dty
             f"model.attention={TE}: requires Transformer Engine's layers, but this run uses {spec} layers; set "
             "model.spec=te, or model.attention=auto"
         )
-    _try(f"model.attention={TE}: Transformer Engine", tree_attention, arch, platform, dtype, tp)
+    who = f"model.attention={TE}: Transformer Engine"
+    _try(who, tree_attention, arch, platform, dtype, [name for name in needs if name == "window"], tp)
     if TE not in BACKENDS:
         register_backend(TE, TransformerEngine)
 
 
 def activate_flash_attention(
-    version: int, arch: Architecture, platform: Platform, dtype: torch.dtype, *, tp: int, trees: bool
+    version: int,
+    arch: Architecture,
+    platform: Platform,
+    dtype: torch.dtype,
+    needs: Collection[str],
+    *,
+    tp: int,
+    varlen: bool,
 ) -> None:
     """Make torch use FlashAttention 3 or 4 in this process, and check that it can compute small rows.
 
-    tp     number of ranks of tensor parallelism
-    trees  whether the backend ``varlen`` computes rows of trees
+    torch prefers cuDNN's attention on some GPUs, unless kernels must be deterministic, so this is turned off.
+
+    needs   options of ``tree_attention`` that the model's layers use
+    tp      number of ranks of tensor parallelism
+    varlen  whether the backend ``varlen`` computes rows of trees
 
     Raises :class:`~dpo_engine.errors.ConfigError` if there is no GPU, if the package is not installed, or if it does
     not support the dtype, the heads, the GPU or this version of torch.
@@ -65,6 +80,11 @@ def activate_flash_attention(
         raise ConfigError(f"{line}requires a GPU, but this machine has none; set it to 2")
     if dtype is not torch.bfloat16:
         raise ConfigError(f"{line}requires weights in bf16, but they are in {dtype}; set it to 2")
+    if arch.head_dim > WIDEST_HEAD:
+        raise ConfigError(
+            f"{line}flash attention supports heads of at most {WIDEST_HEAD} dimensions; here, the head size is "
+            f"{arch.head_dim}; set it to 2"
+        )
     from torch.nn import attention
 
     if f"FA{version}" not in getattr(attention, "list_flash_attention_impls", list)():
@@ -75,29 +95,41 @@ def activate_flash_attention(
         attention.activate_flash_attention_impl(f"FA{version}")
     except (ImportError, RuntimeError) as error:
         raise ConfigError(f"{line}the package cannot be loaded: {error}; install it, or set the key to 2") from error
-    _try(f"{line}FlashAttention {version}", _causal_row, arch, platform, dtype, tp)
-    if trees:
-        _try(f"{line}FlashAttention {version}", varlen.tree_attention, arch, platform, dtype, tp)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    who = f"{line}FlashAttention {version}"
+    _try(who, _causal_row, arch, platform, dtype, (), tp)
+    if varlen:
+        _try(who, tree_attention_in_varlen, arch, platform, dtype, needs, tp)
 
 
-def _causal_row(query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None) -> Tensor:
-    """Compute attention over the tree's tokens as if they were one causal row, without a window."""
+def _causal_row(query: Tensor, key: Tensor, value: Tensor, tree: Tree) -> Tensor:
+    """Compute attention over the tree's tokens as if they were one causal row."""
     return causal(*(tensor[:, None] for tensor in (query, key, value)), scale=None)[:, 0]
 
 
 def _try(
-    who: str, attention: Callable[..., Tensor], arch: Architecture, platform: Platform, dtype: torch.dtype, tp: int
+    who: str,
+    attention: Callable[..., Tensor],
+    arch: Architecture,
+    platform: Platform,
+    dtype: torch.dtype,
+    needs: Collection[str],
+    tp: int,
 ) -> None:
-    """Compute the attention of a small tree and its gradients; raise ``ConfigError`` if that fails."""
+    """Compute the attention of a small tree and its gradients; raise ``ConfigError`` if that fails.
+
+    needs  options of ``attention`` to try: ``window`` and ``sinks``. Layers with and without a window are tried
+    """
     pair = Tree.of([2, 1, 1], [-1, 0, 0])
     heads, kv_heads = arch.num_attention_heads // tp, max(arch.num_kv_heads // tp, 1)
     inputs = [
         torch.zeros(pair.n, count, arch.head_dim, dtype=dtype, device=platform.device, requires_grad=True)
         for count in (heads, kv_heads, kv_heads)
     ]
+    options = {"sinks": inputs[0].new_zeros(heads, requires_grad=True)} if "sinks" in needs else {}
     try:
-        for window in (None, 2) if arch.has_windows else (None,):
-            attention(*inputs, pair, window=window).sum().backward()
+        for window in ({}, {"window": 2}) if "window" in needs else ({},):
+            attention(*inputs, pair, **options, **window).sum().backward()
     except Exception as error:  # packages raise errors of any class
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConfigError(f"{who} cannot compute this model's attention: {reason}; set another value") from error

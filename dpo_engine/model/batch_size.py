@@ -156,4 +156,7 @@ def largest_micro_batch(
         return config.batch.tokens_per_micro_batch
     per_step = pair * config.train.global_batch_size / dims.dp
     facts = {"dtype": dtype, "device_memory": device_memory, "longest": pair, "per_step": per_step}
-    return min(choose_tokens(config, arch, dims, **facts)[0], max(pair, math.ceil(per_step)))
+    tokens = choose_tokens(config, arch, dims, **facts)[0]
+    if config.megatron.tp_comm_overlap:  # every row is padded to the size that was chosen
+        return tokens
+    return min(tokens, max(pair, math.ceil(per_step)))

@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 import torch
 
+from dpo_engine.config.sections import ModelConfig
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention_packages import TE, activate_flash_attention, offer_te
@@ -46,7 +47,7 @@ def choose_kernels(
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown, cannot be used on this machine, or
     does not support the dtype, the head size or the options that the model needs; and for a version of flash attention
-    that cannot be used or has no effect.
+    that cannot be used.
     """
     supported = platform.gpu and dtype is torch.bfloat16 and arch.head_dim <= WIDEST_HEAD
     fused = platform.gpu and dtype is not torch.float64 and triton_can_run()
@@ -56,7 +57,7 @@ def choose_kernels(
         set_default("varlen" if supported and "softcap" not in needs else "sdpa", "attention")
     set_default("triton" if fused else "eager", "layer")
     if asked["attention"] == TE:
-        offer_te(spec, arch, platform, dtype, tp=tp)
+        offer_te(spec, arch, platform, dtype, needs, tp=tp)
     if asked["attention"] == "varlen" and platform.gpu and not supported:
         raise ConfigError(
             f"model.attention=varlen: flash attention needs model.dtype=bf16 and heads of at most {WIDEST_HEAD} "
@@ -82,13 +83,26 @@ def choose_kernels(
             f"{' or '.join(lacking)}, which the layers of this {arch.model_type} model need; use another backend"
         )
     if flash != 2:
-        trees = backend_name("attention") == "varlen"
-        if spec == "te" and not trees:
-            raise ConfigError(
-                f"model.flash_attention={flash}: has no effect on Transformer Engine's attention, or with "
-                f"model.attention={backend_name('attention')}; remove it"
-            )
-        activate_flash_attention(flash, arch, platform, dtype, tp=tp, trees=trees)
+        varlen = backend_name("attention") == "varlen"
+        activate_flash_attention(flash, arch, platform, dtype, needs, tp=tp, varlen=varlen)
+
+
+def require_effect(model: ModelConfig, arch: Architecture, spec: str, layout: str) -> None:
+    """Check that a run uses the kernels that it asks for, now that its layout is known.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if ``model.attention`` is ``te``, or ``model.flash_attention`` is not
+    2, but neither computes a row of this run.
+    """
+    trees, rows = layout == "tree", f"{layout} rows of {arch.model_type} models"
+    ours = trees or spec == "native" or not arch.plain_attention  # Transformer Engine computes all other rows itself
+    if model.attention == TE and not ours:
+        raise ConfigError(f"model.attention={TE}: has no effect in {rows}, which te layers compute anyway; remove it")
+    name = backend_name("attention")
+    if model.flash_attention != 2 and not (name in ("varlen", "sdpa") if trees else ours):
+        kernels = f"model.attention={name}" if trees else "model.spec=te"
+        raise ConfigError(
+            f"model.flash_attention={model.flash_attention}: has no effect in {rows} with {kernels}; remove it"
+        )
 
 
 def trees_are_slow(platform: Platform) -> bool:

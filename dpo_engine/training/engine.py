@@ -23,7 +23,7 @@ from dpo_engine.model.adaptation import Adaptation, adapter_lines, adapter_shape
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.attention import attention_options
 from dpo_engine.model.batch_size import settle_batches
-from dpo_engine.model.kernels import choose_kernels, trees_are_slow
+from dpo_engine.model.kernels import choose_kernels, require_effect, trees_are_slow
 from dpo_engine.model.megatron_options import megatron_problems, optimizer_instances
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.router_losses import set_router_losses
@@ -146,10 +146,10 @@ class Engine:
     def describe(self) -> list[str]:
         """Return lines for the log: versions, layout, kernels, loss, reference, model, adapters, and Hub commits."""
         dims, loss, flash = self.groups.dims, self.config.loss, self.config.model.flash_attention
-        layout = dims.describe(experts=self.arch.experts is not None)
         return [
             *describe_stack(self.platform),
-            f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
+            f"layout: {dims.describe(experts=self.arch.experts is not None)}; sequence parallelism "
+            f"{'on' if self.sequence_parallel else 'off'}",
             f"kernels: {kernels_in_use()}" + (f", FlashAttention {flash}" if flash != 2 else ""),
             f"loss: {loss.name}, {loss.settings | self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, "
@@ -297,8 +297,7 @@ class Engine:
         Only this method replaces ``auto`` in the section ``batch`` of ``config``.
 
         others   further pairs that will be scored; only a fixed size of rows depends on them
-
-        Returns  lines for the log
+        Returns  lines for the log. Raises `ConfigError` if a kernel is selected that the layout does not use.
 
         *Collectives*: on a GPU, one MIN over world, so that all ranks choose the same size.
         """
@@ -309,6 +308,7 @@ class Engine:
             device_memory=device_memory(self.platform, self.groups.world),
             slow_trees=trees_are_slow(self.platform),
         )
+        require_effect(self.config.model, self.arch, self.spec, self.layout)
         if self.config.megatron.tp_comm_overlap:
             self.row_tokens = fixed_row(self.config, dims, self.sequence_parallel, pairs, others)
             lines.append(f"rows: all padded to {self.row_tokens:,} tokens, the size of tp_comm_overlap's buffers")

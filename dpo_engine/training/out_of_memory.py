@@ -54,6 +54,8 @@ def planned_memory(engine: Engine) -> str:
 def _largest_rows(engine: Engine) -> tuple[str, int]:
     """Return the name of the dtype, and the number of tokens in the rows of the largest micro-batch."""
     dtype = "bf16" if engine.dtype is torch.bfloat16 else "fp32"
+    if engine.row_tokens is not None:
+        return dtype, engine.row_tokens
     return dtype, largest_micro_batch(engine.config, engine.arch, engine.groups.dims, dtype=dtype, device_memory=None)
 
 

@@ -142,8 +142,8 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
 
     FP8 is turned off, because it makes the numbers of equal runs differ by more than the tolerances. The size of these
     differences has never been measured on a GPU.
-    With ``fp64``, ``tp_comm_overlap`` is also turned off, because it needs Transformer Engine, which does not support
-    fp64.
+    With ``fp64``, ``tp_comm_overlap``, ``model.attention: te`` and ``model.flash_attention`` are also turned off,
+    because their kernels do not support fp64.
 
     Returns  whether every difference is within its tolerance (always True on ranks other than rank 0)
     """
@@ -162,6 +162,12 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
         if rank == 0:
             say("megatron.transformer.tp_comm_overlap: left out, because Transformer Engine does not support fp64")
         config = without_overlap(config)
+    usual = {"attention": "auto"} if config.model.attention == "te" else {}
+    usual |= {"flash_attention": 2} if config.model.flash_attention != 2 else {}
+    if fp64 and usual:
+        if rank == 0:
+            say(f"model.{' and model.'.join(usual)}: left out, because these kernels do not support fp64")
+        config = config.model_copy(update={"model": config.model.model_copy(update=usual)})
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
     on_device = config.optim.model_copy(update={"states": "device"})
     if fp64:

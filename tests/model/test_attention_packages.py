@@ -8,8 +8,11 @@ from torch.nn import attention
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model import attention_packages
-from dpo_engine.model.kernels import choose_kernels
+from dpo_engine.model.kernels import choose_kernels, require_effect
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.training.engine import Engine
 from dpo_kernels import Tree, dispatch, eager, varlen
+from support.small_run import config_of
 
 GPU, CPU = (SimpleNamespace(gpu=gpu, device=torch.device("cpu")) for gpu in (True, False))
 ARCH = SimpleNamespace(head_dim=8, num_attention_heads=4, num_kv_heads=2, has_windows=True, model_type="mistral")
@@ -129,9 +132,10 @@ def test_te_is_refused_if_it_has_no_fused_kernel(unfused, installed):
 def loaded(monkeypatch):
     """Return a list of the versions of FlashAttention that torch is told to activate. Nothing is loaded."""
     monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"], raising=False)
-    found = []
+    found, enabled = [], torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr(attention, "activate_flash_attention_impl", found.append, raising=False)
-    return found
+    yield found
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 @pytest.mark.parametrize("version", [3, 4])
@@ -160,14 +164,77 @@ def test_flash_attention_needs_bf16(loaded):
     assert loaded == []
 
 
-def test_flash_attention_without_effect_is_refused(loaded):
-    asked = {**AUTO, "attention": "sdpa"}
-    with pytest.raises(ConfigError) as refused:
-        choose_kernels(asked, ARCH, GPU, torch.bfloat16, spec="te", flash=3)
-    assert str(refused.value) == (
-        "model.flash_attention=3: has no effect on Transformer Engine's attention, or with model.attention=sdpa; "
-        "remove it"
-    )
+USED = {  # backend of trees, layers, layout, plain attention; whether flash attention and te's attention are used
+    ("varlen", "native", "tree", True): (True, None),
+    ("sdpa", "te", "tree", True): (True, None),
+    ("triton", "native", "tree", True): (False, None),
+    ("eager", "native", "tree", False): (False, None),
+    ("te", "te", "tree", True): (False, True),
+    ("eager", "native", "stacked", True): (True, None),
+    ("varlen", "te", "stacked", True): (False, None),
+    ("varlen", "te", "stacked", False): (True, None),
+    ("te", "te", "stacked", True): (False, False),
+    ("te", "te", "stacked", False): (True, True),
+}
+
+
+@pytest.mark.parametrize("case", USED)
+def test_kernels_without_effect_are_refused(case, monkeypatch):
+    (name, spec, layout, plain), (flash, te) = case, USED[case]
+    monkeypatch.setattr("dpo_engine.model.kernels.backend_name", lambda group: name)
+    arch = SimpleNamespace(plain_attention=plain, model_type="llama")
+
+    def refusal(attention, version):
+        model = SimpleNamespace(attention=attention, flash_attention=version)
+        try:
+            require_effect(model, arch, spec, layout)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    assert refusal("auto", 2) is None
+    said = refusal("auto", 3)
+    kernels = f"model.attention={name}" if layout == "tree" else "model.spec=te"
+    expected = f"model.flash_attention=3: has no effect in {layout} rows of llama models with {kernels}; remove it"
+    assert said == (None if flash else expected)
+    if te is not None:
+        expected = "model.attention=te: has no effect in stacked rows of llama models, which te layers compute anyway; "
+        assert refusal("te", 2) == (None if te else expected + "remove it")
+
+
+def test_the_trial_has_the_heads_dtype_and_options_of_the_run(loaded, monkeypatch):
+    tried = []
+
+    def compute(query, key, value, *tree, **options):
+        tried.append((query.shape[-2], key.shape[-2], query.dtype, options.get("window"), "sinks" in options))
+        out = query * 1
+        out.register_hook(lambda grad: tried.append("gradient"))
+        return out + key.sum() + value.sum() + (options["sinks"].sum() if "sinks" in options else 0)
+
+    monkeypatch.setattr(attention_packages, "tree_attention_in_varlen", compute)
+    monkeypatch.setattr(attention_packages, "causal", lambda *inputs, scale: inputs[0] * inputs[1].sum())
+    asked = {**AUTO, "attention": "varlen"}
+    choose_kernels(asked, ARCH, GPU, torch.bfloat16, ["window", "sinks"], tp=2, flash=3)
+    layer = (2, 1, torch.bfloat16)
+    assert tried == [(*layer, None, True), "gradient", (*layer, 2, True), "gradient"]
+    tried.clear()
+    choose_kernels(asked, ARCH, GPU, torch.bfloat16, flash=3)
+    assert tried == [(4, 2, torch.bfloat16, None, False), "gradient"], "a window that no row exceeds is not tried"
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_flash_attention_has_a_widest_head(loaded):
+    arch = SimpleNamespace(**vars(ARCH) | {"head_dim": 320})
+    with pytest.raises(
+        ConfigError, match="^model.flash_attention=3: flash attention supports heads of at most 256 dim"
+    ):
+        choose_kernels(AUTO, arch, GPU, torch.bfloat16, flash=3)
+
+
+def test_the_engine_passes_the_version_on(files, tiny_hf, tmp_path):
+    config = config_of(files, tiny_hf("llama"), tmp_path, model={"path": str(tiny_hf("llama")), "flash_attention": 3})
+    with pytest.raises(AssertionError, match="model.flash_attention=3: requires a GPU, but this machine has none"):
+        run_ranks(Engine.open, 1, config=config)
 
 
 def test_flash_attention_that_torch_does_not_know(monkeypatch):
@@ -186,7 +253,7 @@ def test_flash_attention_that_is_not_installed(version, module, monkeypatch):
     assert str(refused.value).endswith("; install it, or set the key to 2")
 
 
-@pytest.mark.parametrize("function", ["causal", "varlen.tree_attention"])
+@pytest.mark.parametrize("function", ["causal", "tree_attention_in_varlen"])
 def test_flash_attention_that_cannot_compute_the_heads(function, loaded, monkeypatch):
     def fails(*args, **options):
         raise RuntimeError("FA4 flash_attention backward unsupported: windowed attention not supported")

@@ -66,8 +66,11 @@ def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) 
     full, near = (_objects(config, f"rope_parameters.{k}", given.get(k) or {}) for k in KINDS)
     full |= _objects(config, "rope_scaling", config.get("rope_scaling") or {})
     name, base = sliding
+    near, full = ({field: value for field, value in kind.items() if value is not None} for kind in (near, full))
     found = _read(config, {"rope_theta": config.get("rope_theta", theta), **full}, theta, 1.0)
     other = _read(config, {"rope_theta": base if name is None else config.get(name, base), **near}, base, 1.0)
+    if (found.share, other.share) != (1.0, 1.0):
+        config.problem("partial_rotary_factor: must be 1 in this family; use another model")
     facts = {"rope_theta": found.theta, "rope_scaling": found.scaling}
     if (other.theta, other.scaling) == (found.theta, found.scaling):
         return facts

@@ -7,14 +7,13 @@ fields that do not change the record's meaning, such as a number of images, and 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 from dpo_engine.data.conversation import MEDIA, check_text
-from dpo_engine.data.pair import FEW, FORMATS, NUMBERS
+from dpo_engine.data.pair import FEW, FORMATS, NUMBERS, number
 from dpo_engine.data.records import BadRecord
 from dpo_engine.data.turn_masks import plain_name
 from dpo_engine.strict_json import MORE_TEXT, BadJson, kind, parse_value
@@ -101,8 +100,8 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
     found = {name: row[name] for name in ("weight", *NUMBERS) if row.get(name) is not None}
     for score, reward in SCORES.items():
         value = row.get(score)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-            if found.setdefault(reward, value) != value:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # NaN: no score
+            if found.setdefault(reward, number(score, value)) != value:
                 raise BadRecord(f"{score} and {reward} differ; keep one of them")
     for name, meaning in meanings(tuple(row)):
         value = row[name]

@@ -54,6 +54,12 @@ def test_the_default_loss_may_be_named_or_not(base, own, write):
     assert config.loss.options == {"beta": 0.2, "gamma": 1.5}
 
 
+def test_null_returns_a_loss_option_to_its_default_if_the_base_has_no_loss(write):
+    write("base.yaml", **{name: section for name, section in BASE.items() if name != "loss"})
+    config = Config.load(write("run.yaml", base="base.yaml", loss={"beta": None}))
+    assert config.loss.options == {}
+
+
 def test_null_returns_a_loss_option_to_its_default(write):
     write("base.yaml", **BASE)
     config = Config.load(write("run.yaml", base="base.yaml", loss={"gamma": None, "ld_alpha": None}))

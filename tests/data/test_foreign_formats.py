@@ -454,6 +454,10 @@ class TestUltraFeedback:
     def test_scores_of_another_kind_are_ignored(self, score):
         assert made("messages", {**self.ROW, "score_chosen": score}).chosen_reward is None
 
+    def test_scores_that_are_too_large_are_refused(self):
+        with pytest.raises(BadRecord, match="score_chosen must be a finite number, not 10000"):
+            FORMATS["messages"]({**self.ROW, "score_chosen": 10**400})
+
     def test_a_second_reward_must_agree(self):
         with pytest.raises(BadRecord, match="score_chosen and chosen_reward differ; keep one of them"):
             FORMATS["messages"]({**self.ROW, "chosen_reward": 1.0})

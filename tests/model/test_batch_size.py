@@ -150,5 +150,9 @@ def test_unknown_pairs_are_assumed_to_have_the_maximum_length(tmp_path):
     assert largest(memory=0) == 600
     # With 32 ranks, each rank has two pairs in a step.
     assert largest(ParallelDims(world=32), memory=250 * GIB) == 1200
+    overlap = {"transformer": {"tp_comm_overlap": True}}
+    padded = run_config("m", tmp_path, data={"max_length": 300}, train={"micro_batch_size": None}, megatron=overlap)
+    facts = {"dtype": "bf16", "device_memory": 250 * GIB}
+    assert largest_micro_batch(padded, LLAMA_8B, ParallelDims(world=32), **facts) == ENOUGH["gpu"], "rows are padded"
     asked = run_config("m", tmp_path, batch={"tokens_per_micro_batch": 77}, train={"micro_batch_size": None})
     assert largest_micro_batch(asked, LLAMA_8B, ParallelDims(), dtype="bf16", device_memory=None) == 77

@@ -463,12 +463,21 @@ def test_sparse_text_configs_have_the_defaults_of_transformers(config_dir):
         ({"rope_parameters": [1]}, "rope_parameters=[1]: must be an object"),
         ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention=3: must be an object"),
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn': must be an object"),
+        (
+            {"rope_parameters": {FULL: {"partial_rotary_factor": 0.5}}},
+            "partial_rotary_factor: must be 1 in this family",
+        ),
         ({"rope_parameters": {"factor": 8.0}}, "rope_parameters: must have an object for each kind of layer in this"),
     ],
 )
 def test_rotary_fields_by_kind_of_layer_are_checked(fields, says, config_dir):
     (problem,) = problems(config_dir("gemma3_text", **fields))
     assert problem.startswith(says)
+
+
+def test_a_null_base_by_kind_of_layer_is_absent(config_dir):
+    fields = {"rope_theta": 5e5, "rope_parameters": {FULL: {"rope_type": "default", "rope_theta": None}}}
+    assert read_architecture(config_dir("gemma3_text", **fields)).rope_theta == 5e5
 
 
 def test_problems_of_a_text_config_name_it(config_dir):

@@ -293,6 +293,31 @@ def test_parity_in_fp64_leaves_the_overlap_out_and_says_so(monkeypatch):
     assert compared == [{}, ON]
 
 
+@pytest.mark.parametrize(
+    "model, said_of",
+    [
+        ({"attention": "te"}, "model.attention"),
+        ({"flash_attention": 3}, "model.flash_attention"),
+        ({"attention": "te", "flash_attention": 3}, "model.attention and model.flash_attention"),
+    ],
+)
+def test_parity_in_fp64_leaves_other_kernels_out_and_says_so(model, said_of, monkeypatch):
+    compared, said = [], []
+
+    def measured(config, *rest, **named):
+        compared.append((config.model.attention, config.model.flash_attention))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(parity, "_measure_in_processes", measured)
+    config = config_of({})
+    asked = config.model_copy(update={"model": config.model.model_copy(update=model)})
+    for fp64 in (True, False):
+        with pytest.raises(ConfigError, match="enough"):
+            parity.parity(asked, said.append, fp64=fp64)
+    assert said == [f"{said_of}: left out, because these kernels do not support fp64"]
+    assert compared == [("auto", 2), (asked.model.attention, asked.model.flash_attention)]
+
+
 LAYERS = [(1, 1), (2, 1), (2, 2), (4, 3)]
 COST = CostModel(token=100, visible=1, scored=50)
 

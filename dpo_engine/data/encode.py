@@ -114,9 +114,10 @@ def dropped_text(dropped: Mapping[str, int]) -> str:
     Returns "" if no pairs were dropped.
     """
     counts = "".join(f"; {count} dropped: {reason}" for reason, count in dropped.items())
-    limited = any("data." in reason for reason in dropped)
-    way_out = "raise the limit, or shorten the records" if limited else "change the records, or the data format"
-    return counts and f"{counts}; {way_out}"
+    limits = ["data." in reason for reason in dropped]
+    ways_out = ["raise the limit, or shorten the records"] * any(limits)
+    ways_out += ["change the records, or the data format"] * (not all(limits))
+    return counts and f"{counts}; {', or '.join(ways_out)}"
 
 
 def encode_pairs(

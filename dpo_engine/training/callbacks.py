@@ -71,7 +71,10 @@ class Callback:
         """Called after a checkpoint is complete in ``directory``. A save can take several steps."""
 
     def on_end(self, run: Run) -> None:
-        """Called when training ends, even if it ends with an error. Must not communicate with other ranks."""
+        """Called when training ends, even if it ends with an error. Must not communicate with other ranks.
+
+        An error of this method is only logged.
+        """
 
 
 class Callbacks:

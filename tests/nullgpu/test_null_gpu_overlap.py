@@ -122,7 +122,7 @@ def test_nccl_communicates_less():
     fewer.subtract(collectives(overlapped, 472))
     # In each layer, attention and MLP sum their outputs in the forward passes of the reference and the policy (4 sums),
     # and the gradients of their inputs in the backward pass (2). They gather their inputs in the policy's forward pass
-    # (2 gathers), and again to compute the gradients of weights (2). They also gather the gradients of their outputs (2).
+    # (2 gathers), and again for the gradients of weights (2). They also gather the gradients of their outputs (2).
     assert fewer == {"reduce_scatter": count * layers * 6, "all_gather": count * layers * 6}
     assert kernels(plain) == dict.fromkeys(kernels(overlapped), 0)
 

@@ -162,9 +162,10 @@ def _sections() -> dict[str, list[str]]:
 def _by_last_component() -> dict[str, Entry]:
     """Map the last component of keys to the entry of these keys.
 
-    All keys without a section are included. A nested key is included only if all nested keys with the same last
-    component correspond to the same key of ours, and if that component is not itself one of our names, such as
-    ``path`` or ``name``.
+    All keys without a section are included. The last component of a nested key is included under two conditions. First,
+    all nested keys with this last component correspond to the same key of ours. Second, none of our own keys ends with
+    it, as ``model.path`` ends with ``path``, and it is not ``name``. Our keys in the section ``loss`` do not count, so
+    a ``beta`` in any section of another system can be found.
     """
     own = {key.rpartition(".")[2] for key in _own_keys() if not key.startswith("loss.")} | {"name"}
     nested: dict[str, list[Entry]] = {}

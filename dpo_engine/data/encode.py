@@ -91,7 +91,7 @@ class Encoded:
     """The result of tokenizing a pair: either `pair`, or `dropped`, the reason for dropping the pair.
 
     cut     whether the prompt was truncated on the left
-    merged  whether the tokens of the prompt alone and of the prompt with a response differ before the end of the prompt
+    merged  whether the prompt is shorter than the prompt tokenized alone, because a response changes its last tokens
     ends    names of the end tokens with which the responses end; empty if they end without an end token
     faults  the ways in which the chat template changes the record's text, if such faults are allowed
     masked  whether a response has tokens that are not scored
@@ -267,8 +267,8 @@ def _fit(
 ) -> Encoded:
     """Apply the length limits and `score`.
 
-    Raises :class:`BadRecord` for a part without tokens, for a token that is not in the model's embedding, for equal
-    responses, and for a response without scored tokens.
+    Raises :class:`BadRecord` for a prompt without tokens, for a response without tokens or with only the EOS, for a
+    token that is not in the model's embedding, for equal responses, and for a response without scored tokens.
     """
     whole, chosen, rejected = ids
     for name, present in (
@@ -277,7 +277,7 @@ def _fit(
         ("rejected", set(rejected) - {tokenizer.eos_id}),
     ):
         if not present:
-            raise BadRecord(f"{name} has no tokens")
+            raise BadRecord(f"{name} has no tokens, not counting the EOS")
     for token in max(whole), max(chosen), max(rejected):
         if tokenizer.rows is not None and token >= tokenizer.rows:
             raise BadRecord(

@@ -80,10 +80,10 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
 def hidden_prompt(row: Mapping[str, Any]) -> str | None:
     """Return the dotted name of a field that may be the prompt, or None.
 
-    A field may be the prompt in three cases. First, it has the name of a prompt (see `PROMPT`). Second, its name ends
+    A field may be the prompt in four cases. First, it has the name of a prompt (see `PROMPT`). Second, its name ends
     with a word of `TEXT` or has only unknown words, and it contains a sentence or a question. Third, its name has a
-    word of `VAGUE`, and it contains a sentence that is longer than the common prefix of chosen and rejected. Fields
-    inside another field are judged only by their names.
+    word of `VAGUE`, and it contains a sentence that is longer than the common prefix of chosen and rejected. Fourth, it
+    is inside another field, and has the name of a prompt; the other two kinds of names do not count there.
     """
     if found := prompt_fields(row):
         return found[0]
@@ -111,7 +111,7 @@ def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
 
     Two kinds of names are considered: those in `SOURCES`, and those that have only words of `PROMPT` and `OF_PROMPTS`,
     such as `input` and `userQuery`, but not `judge_prompt`. A field is accepted if the fields that are read contain its
-    text or, if it is a conversation, the text of its user turns.
+    text or, if it is a conversation, the text of its user and system turns.
     """
     for name in _more_prompts(tuple(row)):
         if name in read or not isinstance(row[name], (str, list, dict)) or is_empty(row[name]):
@@ -121,8 +121,8 @@ def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
         found = "\0".join(map(_plain, known_texts)) if left else ""
         if any(_plain(text) not in found for text in left):
             known = next(field for field in read if field in row)
-            way = f"make them one field, or set data.columns={{{name}: null}}"
-            raise BadRecord(f"{name!r} is not read besides {known}; {way}")
+            way = f"join the two fields, or set data.columns={{{name}: null}}"
+            raise BadRecord(f"{name!r} is not read, but {known} is; {way}")
 
 
 @lru_cache(maxsize=256)
@@ -137,7 +137,10 @@ def _plain(text: str) -> str:
 
 
 def _texts(value: Any, *, asked: bool = False, depth: int = DEPTH) -> Iterator[str]:
-    """Yield the texts in a value. With `asked`, skip turns of assistants and tools, and fields that are not prompts."""
+    """Yield the texts in a value.
+
+    asked  whether to skip fields that are not prompts, and turns of all roles except user, human and system
+    """
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, tuple)) and depth:

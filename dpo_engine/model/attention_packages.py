@@ -1,10 +1,10 @@
 """Attention from packages besides torch: Transformer Engine, and FlashAttention 3 and 4.
 
-**Transformer Engine** is the kernel backend ``te`` for rows of trees. The runs of queries of a tree are causal rows of
-different lengths (:mod:`dpo_kernels.varlen`), which Transformer Engine calls the format ``thd``. Its module
-DotProductAttention computes them with cuDNN, or with an installed package of flash attention if it prefers that
-package on this GPU. For cuDNN, Transformer Engine rounds the numbers of rows and tokens up, so the micro-batches of a
-run need few execution plans.
+**Transformer Engine** is the kernel backend ``te`` for rows of trees. The queries of a tree are divided into runs,
+which are causal rows of different lengths (:mod:`dpo_kernels.varlen`). Transformer Engine calls such rows the format
+``thd``. Its module DotProductAttention computes them with cuDNN, or with an installed package of flash attention if it
+prefers that package on this GPU. For cuDNN, Transformer Engine rounds the numbers of rows and tokens up, so the
+micro-batches of a run need few execution plans.
 
 **FlashAttention 3 and 4** replace FlashAttention 2 inside torch: in stacked rows, and in rows of trees with the backend
 ``varlen``.
@@ -184,7 +184,7 @@ def _te_module(heads: int, kv_heads: int, head_dim: int, scale: float, window: i
         window_size=(-1 if window is None else window - 1, 0),
         softmax_scale=scale,
     )
-    attention.unfused_attention = _Refused()  # its kernels would store all scores
+    attention.unfused_attention = _Refused()  # unfused kernels would store all scores
     return attention
 
 

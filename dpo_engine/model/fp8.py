@@ -5,12 +5,13 @@ after the leading one, and a small range. Each tensor is therefore scaled before
 DPO compares two models that are nearly equal. A recipe must not give equal models different scales, and no scale may
 depend on what a run did before.
 
-What runs in FP8. The linear layers of attention, the MLP and the experts: their inputs, weights and output gradients
-are rounded to FP8 just before each product. Megatron's transformer block turns FP8 on around every layer. Embedding,
-norms, attention itself, router, adapters and output layer remain in bf16, and so do weights, and activations between
-linear layers. Weights are loaded, saved and exported as without FP8. Transformer Engine keeps FP8 copies of the weights
-for all micro-batches of one call of a schedule. Megatron's schedules renew the copies at the first micro-batch of every
-call, because the weights can have changed since the previous call.
+What runs in FP8. The products of the linear layers of attention, the MLP and the experts. Inputs and output gradients
+are rounded to FP8 just before their product, and weights once for several micro-batches (see below). Megatron's
+transformer block turns FP8 on for each layer separately. Embedding, norms, attention itself, router, adapters and
+output layer remain in bf16, and so do weights, and activations between linear layers. Weights are loaded, saved and
+exported as without FP8. Transformer Engine keeps FP8 copies of the weights for all micro-batches of one call of a
+schedule. Megatron's schedules renew the copies at the first micro-batch of every call, because the weights can have
+changed since the previous call.
 
 Recipes. ``tensorwise`` has one scale for each tensor, from the largest value of all tokens of a micro-batch, so a
 token's numbers depend on the other tokens. ``blockwise`` has a scale for every 128 numbers of a token, and ``mxfp8``
@@ -126,7 +127,7 @@ def fp8_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -
 
 
 def linear_sizes(arch: Architecture, dims: ParallelDims) -> dict[str, int]:
-    """Return the widths that inputs and outputs of linear layers have on each rank, by a description of the width."""
+    """Map descriptions of the inputs and outputs of linear layers to their widths on each rank."""
     sizes = {
         "hidden size": arch.hidden_size,
         "width of queries, keys and values": arch.qkv_size // dims.tp,
@@ -162,7 +163,7 @@ def fp8_line(config: Config, arch: Architecture) -> str:
 
 
 def spec_name(config: Config, spec: str) -> str:
-    """Return the name of the layers' numerics, for stored log-probabilities: the layer spec, and how it uses FP8."""
+    """Return the name by which stored log-probabilities identify the layers: the layer spec and the settings of FP8."""
     if (recipe := config.megatron.fp8_recipe) is None:
         return spec
     asked: dict[str, Any] = config.megatron.transformer

@@ -1,8 +1,8 @@
 """Layer specs, which tell Megatron which modules a layer consists of.
 
 The forward pass of a layer is ours. A ``native`` layer consists of Megatron's own linear layers with our norm and
-attention. A ``te`` layer consists of Transformer Engine's modules, but its attention is ours for rows of trees,
-windows, soft caps and sinks.
+attention. A ``te`` layer consists of Transformer Engine's modules. Our attention replaces Transformer Engine's for rows
+of trees, and in models with windows, soft caps or sinks.
 """
 
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ def layer_spec(
     """Return the spec of one layer.
 
     Native layers always use our core attention. Transformer Engine layers use our core attention only for rows of
-    trees, windows, soft caps and sinks.
+    trees, and in models with windows, soft caps or sinks.
 
     adapted  whether linears will have adapters. Adapters need the output of the norm, which Transformer Engine's fused
              modules do not return

@@ -1,20 +1,21 @@
 """Overlap of tensor-parallel communication with matrix products, by Transformer Engine's communication buffers.
 
 Problem. With tensor and sequence parallelism, a linear layer gathers its input from the other ranks before its product,
-or sums its output over them afterwards. The GPU's matrix units wait meanwhile. Megatron's field ``tp_comm_overlap``
-lets Transformer Engine cut communication and product into pieces, and run a piece of one during a piece of the other.
-NCCL does not take part: each rank writes to buffers in the memory of the other ranks. These buffers are created once,
-with a fixed size, and Transformer Engine refuses every input of another size.
+or sums its output over these ranks afterwards. The GPU's matrix units wait meanwhile. Megatron's field
+``tp_comm_overlap`` lets Transformer Engine cut the communication and the product into pieces, and communicate one piece
+while it multiplies another. NCCL does not take part: each rank writes to buffers in the memory of the other ranks.
+These buffers are created once, with a fixed size, and Transformer Engine refuses every input of another size.
 
-Solution. All micro-batches of a run have the same number of tokens. This requires rows of trees, one of which is a
-micro-batch; each row is padded to the token budget (:func:`dpo_engine.batching.micro_batches.fixed_row`). Padding is
-never scored, and no other token sees it. The policy, the reference and evaluations use the same buffers in turn.
+Solution. All micro-batches of a run have the same number of tokens. This requires rows of trees, because a micro-batch
+then has only one row. Each row is padded to the token budget (:func:`dpo_engine.batching.micro_batches.fixed_row`).
+Padding is never scored, and no other token sees it. The policy, the reference and evaluations use the same buffers in
+turn.
 
 Last layer. It computes selected columns only, so its sizes vary. It is built without the overlap
 (:class:`~dpo_engine.model.layer.LastLayer`), which is cheaper than computing all columns.
 
 Frozen weights. Transformer Engine sums the gradient of a fused layer's input while it computes the gradient of the
-weight. If the weight is frozen, it skips both, and the gradient of the input is silently wrong. ``optim.freeze`` is
+weight. If the weight is frozen, it does neither, and the gradient of the input is silently wrong. ``optim.freeze`` is
 therefore refused. Adapters freeze all weights, but they are attached to layers without this fusion.
 
 Policy and reference. Transformer Engine gathers the inputs of fused layers in pieces only in passes that compute
@@ -46,18 +47,18 @@ from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.wording import join
 
 FIELD = "tp_comm_overlap"
-"""The field of Megatron's ``TransformerConfig``."""
+"""The field of Megatron's ``TransformerConfig`` that turns the overlap on."""
 
 LINE = f"transformer.{FIELD}=true"
 SIZES = (2, 4, 8)
-"""Tensor-parallel sizes for which Transformer Engine has kernels. With others, it silently sums nothing."""
+"""Tensor-parallel sizes for which Transformer Engine has kernels. With other sizes, it silently sums nothing."""
 WIDTH = 8
 """Number of values that Transformer Engine's kernels read at a time."""
 SPLITS = 4
-"""Number of parts into which Transformer Engine cuts the outputs of a product that are summed over ranks."""
+"""Number of pieces into which Transformer Engine cuts a product whose output is summed over ranks."""
 GATHERS, SUMS = 8, 4
-"""Numbers of buffers for gathers and for sums. Each of the layers ``qkv``, ``proj``, ``fc1`` and ``fc2`` has three: for
-the forward product, and for those of the gradients of input and weight."""
+"""Numbers of buffers for gathers and for sums. Each of the layers ``qkv``, ``proj``, ``fc1`` and ``fc2`` has three: one
+each for the forward product, for the product of the input's gradient, and for that of the weight's gradient."""
 WORKSPACES = 3 << 25
 """Bytes of cuBLAS's workspaces for three products at the same time."""
 
@@ -116,7 +117,7 @@ def overlap_model_problems(config: Config, arch: Architecture, dims: ParallelDim
 
 
 def overlap_line(config: Config) -> str:
-    """Describe the overlap for the log; an empty text without it."""
+    """Return a description of the overlap for the log; without the overlap, return an empty text."""
     return ", tensor-parallel communication overlaps with products" if config.megatron.tp_comm_overlap else ""
 
 
@@ -163,7 +164,7 @@ def buffer_bytes(config: Config, arch: Architecture, dims: ParallelDims, tokens:
 
 
 def multicast_problem(config: Config) -> str | None:
-    """Return the reason why Transformer Engine cannot create its buffers on this GPU, if any."""
+    """Return the reason why Transformer Engine cannot create its buffers on this GPU, or None."""
     if not config.megatron.tp_comm_overlap or os.environ.get("UB_SKIPMC", "0") != "0":
         return None
     if import_module("transformer_engine_torch").device_supports_multicast():
@@ -178,7 +179,7 @@ def multicast_problem(config: Config) -> str | None:
 def layer_options(
     config: Config, arch: Architecture, dims: ParallelDims, world: Any, row_tokens: int | None
 ) -> dict[str, Any]:
-    """Return ``megatron.transformer``, and create the buffers of the overlap unless they exist.
+    """Return the fields of ``megatron.transformer``, and create the buffers of the overlap unless they exist.
 
     row_tokens  number of tokens of every row. None: the model will only be saved, so it is built without the overlap
 

@@ -1,4 +1,4 @@
-"""CPU versions of operations for which Megatron uses fused kernels, device copies or NCCL on a GPU, and of `mm`."""
+"""CPU versions of torch's `mm`, and of operations that Megatron runs with fused kernels, copies or NCCL on a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -74,7 +74,11 @@ def _fork(rank: int, world_size: int, folder: str, fn: Callable[..., Any], kwarg
 
 
 def _wait(children: list[int], timeout_s: float) -> int | None:
-    """Wait for all children. If one fails, kill the others and return the failing rank; otherwise return None."""
+    """Wait for all children, and return None if all succeed.
+
+    If a child fails, return its rank; after the timeout, return the first rank that still runs. In both cases, kill all
+    children that still run.
+    """
     left, deadline = dict(enumerate(children)), time.monotonic() + timeout_s
     failed = None
     while left and failed is None:

@@ -50,8 +50,8 @@ def open_reference(
     pairs      all pairs that the run will score: training and held-out pairs
     upcoming   returns the micro-batches of the next steps, for a reference that scores several steps ahead
     say        called with each line for the log
-    between    called on all ranks after every segment that is written to a store, because filling a store can take
-               long; it can stop the work by raising an exception
+    between    called on all ranks after every segment that is written to a store; it can raise an exception to stop the
+               work, because filling a store can take a long time
 
     *Collectives*: those of loading and scoring. If one rank fails, all ranks raise its error.
     Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing or do not match the reference,

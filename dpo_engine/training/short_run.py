@@ -99,7 +99,10 @@ def _measure(engine: Engine, data: RunData, steps: list[np.ndarray]) -> dict[str
 
 
 def _facts(engine: Engine, data: RunData, indices: np.ndarray) -> BatchFacts:
-    """Return the facts of a batch. Accuracies count differences up to `TIE` as ties; rounding could flip them."""
+    """Return the facts of a batch.
+
+    Accuracies count differences up to `TIE` as ties; otherwise, rounding could change them.
+    """
     return batch_facts(data.train, indices)._replace(tie=TIE[engine.dtype])
 
 

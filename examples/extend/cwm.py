@@ -1,4 +1,4 @@
-"""A plugin with a model family made only of the engine's blocks: CWM, with Llama's layers, most with a window."""
+"""A plugin with a model family that uses only the engine's blocks: CWM, a Llama with windows in most layers."""
 
 from dpo_engine import FAMILIES
 from dpo_engine.model.architecture import Architecture, HFConfig
@@ -17,7 +17,7 @@ ROPE = {
 
 @FAMILIES.register("cwm")
 class Cwm:
-    """Llama's weight names. Every fourth layer, starting with the first, has no window."""
+    """CWM has Llama's weight names. Without ``layer_types``, layers 0, 4, 8 and so on have no window."""
 
     rules = DENSE
 

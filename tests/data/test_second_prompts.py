@@ -31,11 +31,11 @@ class TestTwoPrompts:
             list(read_pairs(path))
         beside = "prompt" if "prompt" in row else "chosen"
         says = (
-            f"{path}:2: '{name}' is not read besides {beside}; make them one field, or set "
+            f"{path}:2: '{name}' is not read, but {beside} is; join the two fields, or set "
             f"data.columns={{{name}: null}}"
         )
         assert str(caught.value).startswith(says)
-        with pytest.raises(BadRecord, match=f"'{name}' is not read besides {beside}"):
+        with pytest.raises(BadRecord, match=f"'{name}' is not read, but {beside} is"):
             FORMATS["auto"]({**row, name: value})
         assert len(list(read_pairs(path, "auto", None, {name: None}))) == 2
         assert len(list(read_pairs(path, "text" if row is TEXT else "messages"))) == 2
@@ -64,20 +64,20 @@ class TestTwoPrompts:
     def test_formats_of_other_systems(self):
         row = {"messages": [ASK, *CHAT["chosen"]], "rejected_response": "5"}
         assert FORMATS["auto"](row)
-        with pytest.raises(BadRecord, match="'question' is not read besides messages"):
+        with pytest.raises(BadRecord, match="'question' is not read, but messages is"):
             FORMATS["auto"]({**row, "question": MORE})
         row = {"prompt": "2 + 2 =", "responses": [" 4", " 5"], "scores": [1, 0]}
-        with pytest.raises(BadRecord, match="'input' is not read besides prompt"):
+        with pytest.raises(BadRecord, match="'input' is not read, but prompt is"):
             FORMATS["auto"]({**row, "input": MORE})
 
     def test_one_turn_of_several_that_would_be_left_out(self):
         earlier = [ASK, {"role": "assistant", "content": "Which?"}, {"role": "user", "content": MORE}]
-        with pytest.raises(BadRecord, match="'messages' is not read besides prompt"):
+        with pytest.raises(BadRecord, match="'messages' is not read, but prompt is"):
             FORMATS["auto"]({**TEXT, "messages": earlier})
 
     def test_texts_to_which_the_prompt_refers(self):
         for name in ("article", "Document", "passage", "post", "background"):
-            with pytest.raises(BadRecord, match=f"'{name}' is not read besides prompt; make them one field"):
+            with pytest.raises(BadRecord, match=f"'{name}' is not read, but prompt is; join the two fields"):
                 FORMATS["auto"]({**TEXT, name: MORE})
             whole = {**TEXT, "prompt": f"{MORE}\n\n{TEXT['prompt']}", name: MORE}
             assert checked(FORMATS["auto"](whole)).prompt == whole["prompt"]

@@ -1,4 +1,4 @@
-"""Fault tests, group A: kill each rank in each phase of a run.
+"""Fault tests, group A: kill one rank of a run, for each phase and about half of the ranks.
 
 The other ranks must exit, and a restart must give the metrics of an uninterrupted run.
 """
@@ -39,7 +39,10 @@ DEFAULT = {
 
 
 def victims(layout: str, phase: str) -> set[int]:
-    """Return the ranks to kill: half of the ranks. For each phase, rank 0 is killed in some layouts only."""
+    """Return the ranks to kill, each in its own run: about half of the ranks, and those of `DEFAULT`.
+
+    The layout and the phase decide which half it is, so rank 0 is killed in each phase, but not in every layout.
+    """
     world = LAYOUTS[layout][0]
     first = [*LAYOUTS].index(layout) + [*PHASES].index(phase)
     return {(first + 2 * i) % world for i in range(world // 2)} | {

@@ -116,7 +116,7 @@ def test_image_trains(inside, run_yaml, tmp_path):
 
 @pytest.fixture
 def in_containers(store, built, submit_from, tmp_path_factory):
-    """Return a function that returns a submission of container jobs, and the environment variables for its jobs."""
+    """Return a function of an interpreter's path. It returns a submission of container jobs, and their variables."""
     files = tmp_path_factory.getbasetemp()
 
     def make(python):

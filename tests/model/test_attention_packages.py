@@ -1,4 +1,4 @@
-"""Tests of attention from other packages. On a CPU, stand-ins with their documented behavior replace the packages."""
+"""Tests of attention from other packages. On a CPU, stand-ins with the documented behavior replace them."""
 
 from types import SimpleNamespace
 

@@ -78,7 +78,8 @@ def replace_peers(card: Card, rank: int, world: int) -> None:
 def replace_numbers(*, weights: bool = False) -> None:
     """Replace the numbers that control a step, so that every step is accepted.
 
-    Kernels do not run, so the real numbers are arbitrary bits. The copies and waits for reading them still happen.
+    Kernels do not run, so the real numbers are arbitrary bits. The copies and waits that read these numbers still
+    happen.
 
     weights   whether the engine reads the weights of a checkpoint, and draws the weights of new adapters
     """
@@ -116,7 +117,7 @@ def replace_numbers(*, weights: bool = False) -> None:
 
 
 def _distribute_tokens_equally() -> None:
-    """Replace the numbers of tokens that each rank sends to each expert. The host derives tensor sizes from them."""
+    """Make each rank send equally many tokens to all experts. The host derives tensor sizes from these numbers."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
 
     real = Dispatcher.preprocess

@@ -280,7 +280,7 @@ def every_loss(rank: OneRank) -> dict[str, str]:
 
 
 def outside_torch() -> int:
-    """Return the bytes of device memory that torch's allocator has not reserved, such as the context."""
+    """Return the bytes of device memory in use outside of torch's allocator, for example by the CUDA context."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 

@@ -1,4 +1,4 @@
-"""Start one_rank.py on the null GPU. Tests that need a run with the same arguments share the run."""
+"""Start one_rank.py on the null GPU. Tests that use the same arguments share one run."""
 
 import functools
 import hashlib

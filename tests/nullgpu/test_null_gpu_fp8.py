@@ -1,6 +1,7 @@
 """Tests of linear layers in FP8, with Transformer Engine: number of products, copies of weights, waits and memory.
 
-Transformer Engine's own checks of shapes, types and the GPU run. Nothing is computed, so numbers cannot be compared.
+Transformer Engine's own checks of shapes, types and the GPU are active. Nothing is computed, so numbers cannot be
+compared.
 """
 
 import json
@@ -26,9 +27,10 @@ TP2, PP2 = ("--world", "2", "parallel.tp=2"), ("--world", "2", "--pairs", "4", "
 ALL = 4 * LINEARS * LAYERS
 """Products of a micro-batch: a forward pass of the reference, and a forward pass and two gradients of the policy."""
 MLP = 2 * LAYERS
-"""Products of a micro-batch that recompute the MLPs."""
+"""Additional products of a micro-batch if the MLPs are recomputed."""
 FROZEN = (3 * LINEARS - 1) * LAYERS + LAYERS - 1
-"""Products if base weights have no gradients. The gradient of the first layer's input is not computed either."""
+"""Products of a micro-batch if base weights have no gradients. The gradient of the first layer's input is not computed
+either."""
 
 CASES = {  # the keys, the GPU's compute capability, and the FP8 products of a micro-batch
     "tensorwise tp2": ((*TENSORWISE, *TP2), 90, ALL),

@@ -1,6 +1,6 @@
 """Tests of ``tp_comm_overlap`` with Transformer Engine: its kernels replace NCCL's collectives, in all layouts.
 
-Transformer Engine's own checks of sizes run. Nothing is computed or communicated, so numbers cannot be compared.
+Transformer Engine's own size checks are active. Nothing is computed or communicated, so numbers cannot be compared.
 """
 
 import os
@@ -34,7 +34,7 @@ def layout(**sizes):
 
 
 def steps(*keys):
-    """Return the steps of a run with varied lengths, and the number of tokens of all rows on a rank."""
+    """Return the steps of a run with varied lengths, and the number of tokens to which each row is padded."""
     report = run(*SHAPE, *VARIED, *keys, capability=100 if MXFP8[1] in keys else 90)
     (line,) = [line for line in report["chosen"] if line.startswith("rows: all padded to ")]
     return report["steps"], int(line.split(" ")[4].replace(",", ""))
@@ -55,11 +55,11 @@ def kernels(step):
 
 
 def expected(tp, layers, *, reference=1, again=0, fused=True, blocks=False):
-    """Return the launches of a micro-batch.
+    """Return the launches of Transformer Engine's communication kernels in a micro-batch.
 
     layers     number of layers with the overlap
     reference  number of forward passes of the reference
-    again      how many of attention and MLP are computed again in the backward pass
+    again      how many parts of a layer (attention, MLP) are recomputed in the backward pass: 0, 1 or 2
     fused      whether norms are fused with the linear layers after them
     blocks     whether output gradients are gathered once more, with other scales, for the gradients of weights
     """
@@ -120,8 +120,9 @@ def test_nccl_communicates_less():
     assert overlapped["micro_batches"] == count == 2
     fewer = collectives(plain, 472)
     fewer.subtract(collectives(overlapped, 472))
-    # Sums of the outputs of attention and MLP by the reference and the policy, and of the gradients of their inputs.
-    # Gathers of these inputs in the policy's forward pass, for the gradients of weights, and of output gradients.
+    # In each layer, attention and MLP sum their outputs in the forward passes of the reference and the policy (4 sums),
+    # and the gradients of their inputs in the backward pass (2). They gather their inputs in the policy's forward pass
+    # (2 gathers), and again for the gradients of weights (2). They also gather the gradients of their outputs (2).
     assert fewer == {"reduce_scatter": count * layers * 6, "all_gather": count * layers * 6}
     assert kernels(plain) == dict.fromkeys(kernels(overlapped), 0)
 
@@ -132,12 +133,12 @@ def test_every_row_has_the_size_of_the_buffers():
     assert min(collectives(last, tokens).values()) > 0
     whole = [name for name in last["collectives"] if name.startswith("all_gather") and name.endswith("over 2")]
     assert f"all_gather {tokens * HIDDEN * 2} bytes over 2" in whole
-    # All other gathers are those of the last layer's columns.
+    # The other gathers are of the columns that the last layer computes: those that predict a scored token.
     assert all(int(name.split(" ")[1]) <= tokens * HIDDEN * 2 for name in whole)
 
 
 def test_memory():
-    """Transformer Engine allocates its buffers outside of torch, and workspaces for three products inside."""
+    """The buffers are outside of torch's allocator; the workspaces for three matrix products are inside."""
     keys = ("--model", "llama3_8b", "--layers", "4", "--lengths", "1024,512,512", "model.spec=te", "batch.layout=tree")
     flags, workspaces = 16 << 20, 3 << 25
     for precision, each in ((), 12 * 2), (TENSORWISE, 8 + 4 * 2), ((*TENSORWISE, SOME_IN_BF16), 12 * 2 + 8 + 4 * 2):
@@ -146,7 +147,7 @@ def test_memory():
         more = overlapped["last"]["outside"] - plain["last"]["outside"]
         assert buffers <= more <= buffers + flags
         assert overlapped["last"]["peak"] - plain["last"]["peak"] == pytest.approx(workspaces, abs=32 << 20)
-        # The estimate is for rows of two responses, each with its prompt.
+        # The estimate assumes that the prompt is computed once for each response: 3,072 tokens instead of 2,048.
         assert overlapped["expected_peak"] - plain["expected_peak"] == buffers * 3072 // 2048 + workspaces
 
 
@@ -167,13 +168,13 @@ def test_a_model_with_norms_of_heads():
 
 @pytest.mark.parametrize("model, shared", [("qwen3_30b_a3b", False), ("qwen2_moe_14b", True)])
 def test_experts(model, shared):
-    """Attention overlaps, and so does an MLP that all tokens use. The tokens of experts are exchanged as before."""
+    """Attention and an MLP that all tokens use run with the overlap. NCCL still exchanges the tokens of experts."""
     keys = ("--model", model, "--layers", "2", "--lengths", "64,32,32", "model.spec=te", "batch.layout=tree")
     last = run(*keys, *layout(tp=2), "parallel.ep=2", ON)["last"]
     found = {name: calls // last["micro_batches"] for name, calls in kernels(last).items()}
     assert found == {
         "sums of pieces": SPLITS * 2 * (1 + shared),
-        "gathers of pieces": 2 + 3 * shared,  # the input of the shared MLP is not normalized by its layer
+        "gathers of pieces": 2 + 3 * shared,  # no norm is fused with the shared MLP's first layer
         "gathers": 1,
         "sums": 1,
     }

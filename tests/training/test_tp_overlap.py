@@ -1,4 +1,4 @@
-"""Tests of ``tp_comm_overlap``, as far as a CPU allows: refusals, rows of a fixed size, and that they change no number.
+"""Tests of ``tp_comm_overlap`` on a CPU: refusals, and that rows of a fixed size change no number.
 
 ``tests/nullgpu/test_null_gpu_overlap.py`` runs Transformer Engine's layers on a GPU that computes nothing.
 """
@@ -150,7 +150,7 @@ def test_check_accepts_the_overlap_without_a_gpu(files, tiny_hf, tmp_path):
 
 @pytest.fixture
 def transformer_engine(monkeypatch):
-    """Pretend that Transformer Engine is installed. Records the arguments with which its buffers are created."""
+    """Pretend that Transformer Engine is installed. Record the arguments with which its buffers are created."""
     made = SimpleNamespace(calls=[], multicast=True)
     compiled, base = ModuleType("transformer_engine_torch"), ModuleType("transformer_engine.pytorch.module.base")
     compiled.device_supports_multicast = lambda: made.multicast
@@ -379,7 +379,7 @@ def settled(config):
     engine_module.choose_layers = lambda *given: "native"
     engine = engine_module.Engine.open(config)
     train, held_out = RandomPairs(12, 500), RandomPairs(3, 500, seed=9, sizes=[(80, 20, 40)] * 3)
-    train.digest = "0"  # of a data set's file
+    train.digest = "0"  # a data set's digest comes from its file
     lines = engine.settle_batches(train, [train, held_out])
     batches = [*engine.host_batches(train, np.arange(12)), *engine.host_batches(held_out, np.arange(3))]
     engine.close()

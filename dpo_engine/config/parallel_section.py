@@ -73,6 +73,11 @@ class MegatronConfig(Section):
             return MXFP8_BLOCK
         return TOKEN_MULTIPLES.get(self.fp8_recipe, 1)
 
+    def without(self, *fields: str) -> MegatronConfig:
+        """Return the section without these fields of ``transformer``."""
+        kept = {name: value for name, value in self.transformer.items() if name not in fields}
+        return self.model_copy(update={"transformer": kept})
+
     @property
     def tp_comm_overlap(self) -> bool:
         """Whether linear layers overlap their tensor-parallel communication with their products."""

@@ -18,6 +18,7 @@ from dpo_engine.data.tokenizer import Tokenizer
 
 LONG_PROMPT = "prompt longer than data.max_prompt_length"
 LONG_PAIR = "prompt and response longer than data.max_length"
+LEFT_OUT = "records left out by the data format"
 LONG_RESPONSE = "a response too long for data.max_length"
 LONG_COMPLETION = "a response longer than data.max_completion_length"
 REPEATED = (
@@ -114,9 +115,9 @@ def dropped_text(dropped: Mapping[str, int]) -> str:
     Returns "" if no pairs were dropped.
     """
     counts = "".join(f"; {count} dropped: {reason}" for reason, count in dropped.items())
-    limits = ["data." in reason for reason in dropped]
-    ways_out = ["raise the limit, or shorten the records"] * any(limits)
-    ways_out += ["change the records, or the data format"] * (not all(limits))
+    left_out = dropped.get(LEFT_OUT, 0)
+    ways_out = ["raise the limit, or shorten the records"] if sum(dropped.values()) > left_out else []
+    ways_out += ["change the records, or the data format"] if left_out else []
     return counts and f"{counts}; {', or '.join(ways_out)}"
 
 

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dpo_engine.data.encode import Encoded, Limits, encode_pairs
+from dpo_engine.data.encode import LEFT_OUT, Encoded, Limits, encode_pairs
 from dpo_engine.data.formats import Pair, RecordReader
 from dpo_engine.data.records import BadLines, BadRecord, Block
 from dpo_engine.data.tokenizer import Tokenizer
 
 CHUNK_PAIRS = 256
 CHUNK_CHARACTERS = 2**20
-LEFT_OUT = "records left out by the data format"
 
 
 @dataclass

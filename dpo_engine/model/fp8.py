@@ -73,10 +73,7 @@ def fp8_problems(config: Config) -> Iterator[str]:
         why = NOT_DELAYED if recipe == "delayed" else "it runs code that the engine does not know"
         yield f"transformer.fp8_recipe={recipe}: {why}; use {RECIPES}"
         return
-    if config.model.spec == "native":
-        yield f"{line}: requires Transformer Engine's layers, but model.spec is native; set model.spec=te, or remove it"
-    if config.model.dtype == "fp32":
-        yield f"{line}: requires weights in bf16, but model.dtype is fp32; set model.dtype=bf16, or remove it"
+    yield from layer_problems(line, config)
     if config.reference_mode == "dataset":
         yield (
             f"{line}: the log-probabilities in the records were not computed with these FP8 products, so policy and "
@@ -94,16 +91,31 @@ def fp8_problems(config: Config) -> Iterator[str]:
             yield f"transformer.{name}={asked[name]}: must be at least 0; correct it"
 
 
+def layer_problems(line: str, config: Config) -> Iterator[str]:
+    """Yield the reasons why the layers of a run cannot have an option of Transformer Engine's bf16 layers.
+
+    line   the option and its value, with which each reason begins
+    """
+    if config.model.spec == "native":
+        yield f"{line}: requires Transformer Engine's layers, but model.spec is native; set model.spec=te, or remove it"
+    if config.model.dtype == "fp32":
+        yield f"{line}: requires weights in bf16, but model.dtype is fp32; set model.dtype=bf16, or remove it"
+
+
+def model_problems(line: str, arch: Architecture) -> list[str]:
+    """Return a list with a problem if Transformer Engine's layers do not support a model; ``line`` as above."""
+    if arch.suits_transformer_engine:
+        return []
+    return [f"{line}: requires Transformer Engine's layers, which do not support {arch.model_type} models; remove it"]
+
+
 def fp8_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -> list[str]:
     """List the reasons why a model cannot compute in FP8 with these parallel sizes."""
     if (multiple := TOKEN_MULTIPLES.get(config.megatron.fp8_recipe)) is None:
         return []
-    asked, problems = config.megatron.transformer, []
+    asked = config.megatron.transformer
     line = f"megatron.transformer.fp8={asked['fp8']}"
-    if not arch.suits_transformer_engine:
-        problems.append(
-            f"{line}: requires Transformer Engine's layers, which do not support {arch.model_type} models; remove it"
-        )
+    problems = model_problems(line, arch)
     for what, size in linear_sizes(arch, dims).items():
         if size % multiple:
             problems.append(
@@ -173,8 +185,7 @@ def spec_name(config: Config, spec: str) -> str:
 
 def without_fp8(config: Config) -> Config:
     """Return the configuration without FP8."""
-    kept = {name: value for name, value in config.megatron.transformer.items() if name not in FIELDS}
-    return config.model_copy(update={"megatron": config.megatron.model_copy(update={"transformer": kept})})
+    return config.model_copy(update={"megatron": config.megatron.without(*FIELDS)})
 
 
 def device_problem(config: Config) -> str | None:

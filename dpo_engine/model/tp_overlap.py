@@ -42,7 +42,7 @@ from dpo_engine.config.parallel_section import MXFP8_BLOCK
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.model.fp8 import fp8_layers, linear_sizes
+from dpo_engine.model.fp8 import fp8_layers, layer_problems, linear_sizes, model_problems
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.wording import join
 
@@ -70,10 +70,7 @@ def overlap_problems(config: Config) -> Iterator[str]:
     tp = config.parallel.tp
     if tp > 1 and tp not in SIZES:
         yield f"{LINE}: Transformer Engine has kernels for parallel.tp={join(SIZES, 'or')} only; change parallel.tp"
-    if config.model.spec == "native":
-        yield f"{LINE}: requires Transformer Engine's layers, but model.spec is native; set model.spec=te, or remove it"
-    if config.model.dtype == "fp32":
-        yield f"{LINE}: requires weights in bf16, but model.dtype is fp32; set model.dtype=bf16, or remove it"
+    yield from layer_problems(LINE, config)
     if config.batch.layout != "tree":
         yield (
             f"{LINE}: its buffers have a fixed size, and only rows of trees can have one, but batch.layout is "
@@ -95,11 +92,8 @@ def overlap_model_problems(config: Config, arch: Architecture, dims: ParallelDim
     """List the reasons why the layers of a model, divided in this way, cannot use the overlap."""
     if not config.megatron.tp_comm_overlap:
         return []
-    problems, line = [], f"megatron.{LINE}"
-    if not arch.suits_transformer_engine:
-        problems.append(
-            f"{line}: requires Transformer Engine's layers, which do not support {arch.model_type} models; remove it"
-        )
+    line = f"megatron.{LINE}"
+    problems = model_problems(line, arch)
     blocks = config.megatron.fp8_recipe == "mxfp8"
     widths = {"the hidden size": (arch.hidden_size, SPLITS * (MXFP8_BLOCK if blocks else WIDTH))}
     if blocks:
@@ -123,8 +117,7 @@ def overlap_line(config: Config) -> str:
 
 def without_overlap(config: Config) -> Config:
     """Return the configuration without the overlap."""
-    kept = {name: value for name, value in config.megatron.transformer.items() if name != FIELD}
-    return config.model_copy(update={"megatron": config.megatron.model_copy(update={"transformer": kept})})
+    return config.model_copy(update={"megatron": config.megatron.without(FIELD)})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 import transformers
 
 from dpo_engine.data import json_files
-from dpo_engine.data.encode import LONG_PAIR, LONG_PROMPT, LONG_RESPONSE, Limits, encode_pairs
+from dpo_engine.data.encode import LEFT_OUT, LONG_PAIR, LONG_PROMPT, LONG_RESPONSE, Limits, dropped_text, encode_pairs
 from dpo_engine.data.formats import read_pairs
 from dpo_engine.data.pair import Pair
 from dpo_engine.data.tokenizer import load_tokenizer
@@ -174,6 +174,14 @@ class TestLimits:
     def test_file_without_usable_pairs_is_refused(self, build):
         with pytest.raises(DataError, match=f"no usable pair in 1 record; 1 dropped: {LONG_RESPONSE}; raise the"):
             build([self.ROW], max_length=4)
+
+    def test_each_reason_has_its_way_out(self):
+        limit, change = "raise the limit, or shorten the records", "change the records, or the data format"
+        long, left_out = f"; 1 dropped: {LONG_RESPONSE}", f"; 9 dropped: {LEFT_OUT}"
+        assert dropped_text({}) == ""
+        assert dropped_text({LONG_RESPONSE: 1}) == f"{long}; {limit}"
+        assert dropped_text({LEFT_OUT: 9}) == f"{left_out}; {change}"
+        assert dropped_text({LONG_RESPONSE: 1, LEFT_OUT: 9}) == f"{long}{left_out}; {limit}, or {change}"
 
 
 class TestBadLines:

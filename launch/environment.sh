@@ -32,6 +32,8 @@ make_environment() {
     python=$base
     return 0
   fi
+  # If this environment is activated, its own interpreter is found first. Rebuilding would delete that interpreter.
+  if [[ ${base%/*} -ef $venv/bin && -s $venv/interpreter ]]; then base=$(<"$venv/interpreter"); fi
   made_of=$({ echo "$base"; "$base" --version; cat "$constraints" setup.py pyproject.toml; } | sha256sum | cut -c -64)
   if [[ $(cat "$venv/interpreter" 2>/dev/null) != "$base" ]]; then
     if [[ -e $venv && ! -f $venv/interpreter ]]; then

@@ -23,8 +23,8 @@ def norm(parameter: str, tensor: str, *, inside: str = HF_LAYER, when: str | Non
     """Return the rules for the weight and the bias of a norm of hidden states.
 
     inside  first part of the tensors' names; empty for a norm outside of the layers
-    when    condition for both rules, as in :class:`Rule`, for families whose norms always have biases; None: the
-            model always has the weight, and it has the bias if ``norm_bias`` is true
+    when    condition for both rules, as in :class:`Rule`; only for families whose norms always have biases. None: the
+            model always has the weight, and has the bias if ``norm_bias`` is true
     """
     name = f"{LAYER if inside else ''}{parameter}"
     return (
@@ -62,7 +62,7 @@ def linear(
         )  # fmt: skip
 
     weight = replace(part("weight", columns, cut, None), transposed=transposed)
-    # If columns are sharded, ranks compute parts of a sum, to which the whole bias is added once.
+    # If columns are sharded, ranks compute parts of a sum. The bias is added once to this sum, so it is replicated.
     return (weight,) if bias is None else (weight, part("bias", None, 0 if cut == 0 else None, bias))
 
 
@@ -248,7 +248,7 @@ def sliding(config: HFConfig, period: int | None = None, first: int = 0) -> tupl
     """Return the indices of the layers with a sliding window, from ``layer_types``.
 
     period, first  if ``config.json`` omits the field, every layer from ``first`` on has a window, except for every
-                   ``period``-th layer
+                   ``period``-th layer of the model; if ``period`` is None, there are no exceptions
     """
     count = config.count("num_hidden_layers")
     kinds = config.get("layer_types")

@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import DENSE, activation, dense
 
 @FAMILIES.register("gemma")
 class Gemma:
-    """Norm weights are stored minus 1, embeddings are scaled, and the gate uses the approximation of GELU."""
+    """Norms multiply by 1 plus the stored weight, embeddings are scaled, and the gate uses an approximation of GELU."""
 
     rules = DENSE
 

@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import ATTENTION, FUSED_MLP, ROOT, dense, 
 
 @FAMILIES.register("glm4")
 class Glm4:
-    """Norms before and after attention and MLP; adjacent dimensions of half of each head are rotated together."""
+    """Norms before and after attention and MLP; in half of each head, adjacent dimensions are rotated together."""
 
     rules = (
         ROOT

@@ -10,8 +10,8 @@ LAYER = "gpt_neox.layers.{l}."
 class GptNeoX:
     """Layer norms, biases everywhere, an MLP without a gate, and a quarter of each head rotated.
 
-    Attention and MLP read two norms of the same hidden states, or the MLP follows the attention. Queries, keys and
-    values are stored head by head, as in Megatron.
+    Attention and MLP have separate norms of the same hidden states, or the MLP follows attention. The rows for queries,
+    keys and values are stored head by head, as in Megatron.
     """
 
     rules = (

@@ -21,7 +21,7 @@ YARN = {
 
 @FAMILIES.register("ministral3")
 class Ministral3:
-    """Mistral's layers; rows are limited to ``original_max_position_embeddings``, as later queries would be scaled."""
+    """Mistral's layers; to avoid scaled queries, rows have at most ``original_max_position_embeddings`` tokens."""
 
     rules = DENSE
 

@@ -17,7 +17,8 @@ DENSE_MLP = tuple(replace(rule, layers="dense") for rule in MLP)
 def gated(parameter: str, tensor: str, size: str, names: tuple[str, str, str] = GATE_UP_DOWN) -> tuple[Rule, ...]:
     """Return the rules for the matrices of a gated MLP in the layers with experts.
 
-    parameter, tensor  first part of the MLP's names in the model and in the checkpoint
+    parameter          first part of the names of the MLP's parameters in the model
+    tensor             first part of the names of the MLP's tensors in the checkpoint
     size               Architecture attribute with the MLP's width
     names              names of the gate, up and down projections in the checkpoint
     """
@@ -34,7 +35,7 @@ def mixture(
 ) -> tuple[Rule, ...]:
     """Return the rules for a router, its experts and, if there is one, the MLP that every token uses.
 
-    inside  first part of the tensors' names
+    inside  first part of the tensors' names, after the prefix of the layer
     names   names of an expert's gate, up and down projections in the checkpoint
     shared  name of the MLP that every token uses; None: there is none
     """
@@ -72,7 +73,7 @@ def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DO
 
 
 def named_count(config: HFConfig, *names: str, default: int | None = None) -> int:
-    """Read a count that is stored under any of several names. If none is present, an error names the first."""
+    """Read a count that can have any of several names. If none is present, use the default or report the first name."""
     given = next((name for name in names if config.get(name) is not None), names[0])
     return config.count(given, default)
 
@@ -99,7 +100,7 @@ def checked(config: HFConfig, experts: Experts) -> Experts | None:
     for found, limit, what in (
         (experts.chosen, experts.count, "experts per token, but the number of experts is {}"),
         (experts.chosen_groups, experts.groups, "groups per token, but the number of groups is {}"),
-        (experts.chosen, experts.chosen_groups * size, "experts per token, but the size of a token's groups is {}"),
+        (experts.chosen, experts.chosen_groups * size, "experts per token, but only {} experts in a token's groups"),
     ):
         if found > limit:
             config.problem(f"experts: {found} {what.format(limit)}; correct config.json")

@@ -113,7 +113,7 @@ def _llama3(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[
 def _yarn(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[str, Any]:
     """Return the optional numbers of the scaling ``yarn``.
 
-    These are the edges of the ramp between interpolated and unchanged frequencies, whether the edges are rounded, and
+    These are the edges of the ramp between interpolated and unchanged frequencies, a flag for rounding these edges, and
     the factor by which cosines and sines are multiplied.
 
     *Source*: YaRN (arXiv 2309.00071) eq. 22 for the factor.
@@ -133,9 +133,9 @@ def _yarn(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[st
 
 
 def mscale(config: HFConfig) -> float:
-    """Return the factor by which DeepSeek models that use YaRN scale queries and keys; 1 without ``mscale_all_dim``.
+    """Return the factor of queries and keys in DeepSeek models with YaRN; 1 without ``mscale_all_dim``.
 
-    *Source*: the ``yarn_get_mscale`` of DeepSeek-V2's release.
+    *Source*: the function ``yarn_get_mscale`` in DeepSeek-V2's release.
     """
     values = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(values, dict) or (values.get("rope_type") or values.get("type") or "default") == "default":

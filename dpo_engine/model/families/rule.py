@@ -42,7 +42,7 @@ class Rule:
     adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
     layers      kind of the layers that have the parameter: ``dense``, ``experts``, or None for all
     interleaved  whether the rows of the parts alternate in the only tensor: the first row of each part, then the second
-                 row of each part
+                 row of each part, and so on
 
     An attribute of the Architecture can be nested, such as ``experts.count``. If there are more ``rows`` than
     ``tensors``, the only tensor contains all parts, one after the other, unless they are interleaved.
@@ -82,7 +82,10 @@ class Rule:
         return [(layer, expert) for layer in layers for expert in experts]
 
     def uses(self, arch: Architecture) -> int:
-        """Return how many parameters of this rule a token uses. In each layer: one, or one per chosen expert."""
+        """Return the number of this rule's parameters that a token uses.
+
+        In each layer, this is one parameter or, if the parameters belong to experts, one for each chosen expert.
+        """
         return len(arch.layers(self.layers)) * (arch.experts.chosen if self.expert else 1)
 
     def row_counts(self, arch: Architecture) -> list[int]:
@@ -110,8 +113,8 @@ class Fused:
     """A tensor of the checkpoint that contains tensors of all experts of a layer, one expert after the other.
 
     The weight table has a tensor for each expert, whether or not the checkpoint fuses them. The fused tensor has one
-    more axis, the first one, whose index is the number of the expert. If the only part belongs to no expert, the tensor
-    is not fused, but has a different name in the checkpoint.
+    more axis, the first one, whose index is the number of the expert. If there is a single part, which belongs to no
+    expert, the tensor is not fused: it only has a different name in the checkpoint.
 
     tensor   name of the fused tensor; ``{l}`` is the layer number
     parts    names of the tensors in the weight table that contain an expert's rows, in their order; ``{e}`` is the

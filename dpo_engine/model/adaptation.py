@@ -25,7 +25,7 @@ PARAMETER = re.compile(r"(?P<linear>.+)_adapter\.(?P<projection>\w+)_(?P<part>A|
 """Name of an adapter's parameter in the model."""
 ALL_LINEAR = "all-linear"
 UNSUPPORTED = {
-    "lm_head": "the fused output layer computes log-probabilities without a separate product that could be adapted",
+    "lm_head": "the engine computes the output layer and the log-probabilities in one operation, which has no adapters",
     "embed_tokens": "an embedding is not a projection",
     "model.embed_tokens": "an embedding is not a projection",
 }
@@ -42,13 +42,13 @@ class AdapterShape(NamedTuple):
 class Adaptation:
     """The settings of all adapters of a model, with PEFT's semantics.
 
-    targets        names of projections, or last parts of names such as ``q_proj``; or a regular expression that must
-                   match a projection's whole name
+    targets        whole names of projections, or the last parts of their names, such as ``q_proj``; or a regular
+                   expression that must match a projection's whole name
     layers         indices of the adapted layers; None: all layers. A target that is the whole name of a projection is
                    adapted even if its layer is not listed
-    rank_pattern   pairs of a regular expression and a rank; the rank of the first pair whose expression matches the
-                   name of a projection, or the end of the name, replaces ``rank``
-    alpha_pattern  pairs of a regular expression and a value that replaces ``alpha`` in the same way
+    rank_pattern   pairs of a regular expression and a rank. A projection gets the rank of the first pair whose
+                   expression matches the projection's name, or the end of this name; without a match, it gets ``rank``
+    alpha_pattern  pairs of a regular expression and an alpha, which is chosen in the same way
     """
 
     kind: str
@@ -87,7 +87,7 @@ class Adaptation:
         return self.kind == "dora"
 
     def shape(self, projection: str) -> AdapterShape | None:
-        """Return the adapter of a projection, such as ``model.layers.0.self_attn.q_proj``; None: it is not adapted."""
+        """Return the adapter of a projection, such as ``model.layers.0.self_attn.q_proj``; None if it has none."""
         if not self._targets(projection):
             return None
         rank, alpha = self.setting("rank", projection), self.setting("alpha", projection)
@@ -245,9 +245,9 @@ class LayerAdapters(NamedTuple):
     """The memory that the adapters of one or more layers add on each tensor-parallel rank.
 
     parameters  number of parameters of the adapters
-    attention   difference in the number of activations per token that attention keeps for the backward pass, compared
-                with training all weights: adapters keep additional activations, but frozen linears do not keep their
-                inputs
+    attention   number of values per token that attention keeps for the backward pass, minus this number in a
+                model without adapters whose weights are all trained. Adapters keep additional values, but frozen
+                linears do not keep their inputs
     mlp         the same difference for the MLP
     """
 

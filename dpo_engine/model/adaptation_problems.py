@@ -26,8 +26,9 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: boo
 
     Targets that match weights that cannot be adapted, such as matrices of experts, are also problems.
 
-    unused  allow listed targets and patterns that match nothing, as PEFT does. A target is still a problem if the last
-            part of its name is that of a module that has weights but cannot be adapted
+    unused  whether listed targets and patterns may match nothing, as in PEFT, and targets may also match matrices of
+            experts. A listed target that matches no projection is still a problem if its last part is the name of a
+            module that has weights
     """
     names = projection_names(arch)
     problems = _pattern_problems(asked)

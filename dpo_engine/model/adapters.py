@@ -70,12 +70,12 @@ class Adapter(nn.Module):
 
     linear   the adapted linear, already on its device
     base     rule of the linear's weight
-    shapes   adapters of the rule's projections, by the last part of the projection's name; None: it is not adapted
+    shapes   adapters of the rule's projections, by the last part of the projection's name; None if it has no adapter
     parts    names of the parts that each adapter has, from :func:`~dpo_engine.model.adaptation.parts_of`
     dtype    dtype of the adapter's parameters
 
-    All parameters belong to this module directly, and not to child modules. When a module is called, DDP waits for the
-    gathered weights of the module itself, but not for the weights of its children.
+    All parameters belong to this module directly, and not to child modules, because DDP waits only for the gathered
+    weights of the module that is called, and not for the weights of its children.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ SEAL = "<!-- written by dpo-engine; SHA-256 of the lines above: {} -->\n"
 
 
 def sealed(card: str) -> str:
-    """Add the last line to a model card. From this line, a later export recognizes that the card was not edited."""
+    """Add the last line to a model card. With this line, a later export can check that the card was not edited."""
     return card + SEAL.format(hashlib.sha256(card.encode()).hexdigest())
 
 
@@ -106,8 +106,8 @@ def _named_templates(home: Path) -> list[str]:
 def config_text(source: Path, dtype: torch.dtype | None) -> str:
     """Return the text of the exported ``config.json``: the source's fields, with the dtype of the exported weights.
 
-    The field ``auto_map`` is left out, because it makes transformers load code, and so is ``quantization_config``,
-    because exported weights are not quantized.
+    The fields ``auto_map`` and ``quantization_config`` are left out: ``auto_map`` makes transformers load code, and
+    exported weights are not quantized.
     """
     companion(source, "config.json", "model.path")
     values = read_config_json(source).values
@@ -163,7 +163,10 @@ class Export:
         return stranger and f"is occupied by {stranger}, which was not written by an export"
 
     def _stranger(self) -> str | None:
-        """Return the name of a file in the target directory that was not written by an export of ours, or None."""
+        """Return the name of a file in the target directory that was not written by an export of ours, or None.
+
+        If the target is not a directory, return ``a regular file``.
+        """
         if self.directory.exists() and not self.directory.is_dir():
             return "a regular file"
         known = {"config.json", ADAPTER_CONFIG, INDEX, GENERATION, *PROCESSOR_FILES, *TOKENIZER_FILES}

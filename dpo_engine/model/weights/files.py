@@ -162,7 +162,7 @@ class CheckpointFiles:
         return self._divided(found) if self._places else found
 
     def _divided(self, found: dict[str, Header]) -> dict[str, Header]:
-        """Replace the headers of fused tensors by headers of the weight table's tensors that they contain."""
+        """Replace the headers of fused tensors with headers of the weight table's tensors that they contain."""
         divided = {name for place in self._places.values() for name in place.stored}
         others = {name: header for name, header in found.items() if name not in divided}
         for name, place in self._places.items():
@@ -212,18 +212,17 @@ class CheckpointFiles:
 
 
 def carried(arch: Architecture) -> tuple[str, ...]:
-    """Return the name prefixes of the tensors that the engine does not load, and that exports contain unchanged."""
+    """Return the name prefixes of the tensors that the engine does not load, but copies to exports."""
     return getattr(FAMILIES[arch.model_type], "carried", ())
 
 
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     """Check that a checkpoint matches the weight table: the name, file, shape and dtype of every tensor.
 
-    Missing tensors are errors, and so are tensors that no rule uses. Unused tensors are allowed only if they match
-    `DERIVED`, if the family carries them, or if they belong to layers for multi-token prediction
-    (:mod:`~dpo_engine.model.weights.kept`). If the embeddings are tied, the checkpoint can still contain the tied
-    tensor (`lm_head.weight`), which must then equal the original. Only headers are read, except to compare these two
-    tensors.
+    A missing tensor is an error. A tensor that no rule uses is an error too, unless its name matches `DERIVED`, the
+    family carries it, or it belongs to a layer for multi-token prediction (:mod:`~dpo_engine.model.weights.kept`). If
+    the embeddings are tied, the checkpoint can still contain the tied tensor (`lm_head.weight`), which must then equal
+    the original. Only headers are read, except to compare these two tensors.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
     """

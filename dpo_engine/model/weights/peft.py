@@ -1,8 +1,8 @@
 """The files of a PEFT adapter: ``adapter_config.json``, and the tensors in ``adapter_model.safetensors``.
 
-An adapter is accepted only if it consists of tensors that the engine's adapters also have, and is to be added to the
-checkpoint's unchanged weights. PEFT can load other adapters without an error, but may ignore some of their tensors and
-then compute a different model.
+An adapter is accepted only if its tensors are those of the engine's adapters, and if it belongs to the unchanged
+weights of the checkpoint. PEFT can load other adapters without an error, but may ignore some of their tensors and then
+compute a different model.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ class AdapterFiles(CheckpointFiles):
         if problems:
             raise ConfigError(
                 [f"{self.where}: {ADAPTER}: {line}" for line in problems]
-                + [f"{self.where}: the adapter must be one for the model at model.path, as PEFT saves it"]
+                + [f"{self.where}: the adapter does not fit model.path; save it again with PEFT or use another adapter"]
             )
 
 
@@ -310,7 +310,7 @@ def other_base(asked: AdapterConfig | None, path: str) -> list[str]:
         return []
     return [
         f"{KEY}={asked.path}: was trained on {shorten(printable(named), 90)}, but model.path is {path}; if these are "
-        "different weights, the adapter does not fit them"
+        "different weights, the adapter does not fit model.path"
     ]
 
 

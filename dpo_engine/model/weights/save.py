@@ -63,8 +63,8 @@ def save_hf(
                   with it on the first rank; other ranks ignore it. None: the files are copied without a comparison
     card          function that returns the content of README.md; its argument is the name of the transformers class
                   that reads the exported tokenizer. None: no README.md
-    say           called on the first rank with lines for the log: for each property of the tokenizer that the export
-                  cannot keep, and about copied layers for multi-token prediction
+    say           called on the first rank with lines for the log: one for each property of the tokenizer that the
+                  export cannot keep, and one for copied layers for multi-token prediction
     dtype         dtype of all exported tensors, except those of layers for multi-token prediction, which are copied bit
                   for bit. None: each tensor gets the dtype that it has in ``source``, whatever dtype the run used, so
                   fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16

@@ -17,7 +17,7 @@ always the inverse of loading. Every rank reads only its own slices, in any layo
 table lists all expected names and shapes before a model is built, so a checkpoint can be checked by its headers alone.
 Nothing is skipped silently: a parameter without a rule, a shard whose shape differs from its rule, and a tensor that is
 unused or written twice are errors. (There are two exceptions. Stored rotary frequencies and masks are ignored. Tensors
-of layers for multi-token prediction, and of parts that a family carries, are exported unchanged.)
+of layers for multi-token prediction, and of parts that a family carries, are only copied from checkpoint to export.)
 
 Tensors that contain all experts of a layer, and quantized tensors, are divided into the tensors of the table when they
 are read (:mod:`dpo_engine.model.weights.fused`).
@@ -50,7 +50,7 @@ EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 class Piece(NamedTuple):
-    """Rows of a rule's tensor, and the equally many rows of a rank's shard that they fill.
+    """Rows of a rule's tensor, and the rows of a rank's shard that they fill.
 
     tensor  index of the tensor in the rule
     rows    the rows in the tensor
@@ -198,5 +198,5 @@ def table_names(arch: Architecture) -> set[str]:
 
 
 def reports(groups: ParallelGroups) -> bool:
-    """Whether this rank reports on behalf of its pipeline stage, or of experts of which it has the first copy."""
+    """Whether this rank reports which tensors were loaded: for its stage, or for the first copy of some experts."""
     return any(groups.shards(expert).rank() == 0 and groups.copies(expert).rank() == 0 for expert in (False, True))

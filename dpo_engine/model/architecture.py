@@ -41,13 +41,13 @@ class Architecture:
     sliding_layers      indices of the layers with a sliding window; (): all layers with rotary positions; None: no
                         layers
     sliding_rope_theta, sliding_rope_scaling  ``rope_theta`` and ``rope_scaling`` of the layers with a sliding window,
-                                              if these layers have their own base
+                                              if these layers have a base or a scaling of their own
     norm                ``rms``; ``layer``, which also subtracts the mean; or the name of a norm that a plugin registers
     norm_bias           whether norms have biases
     norm_offset         number that is added to the weights of norms
     norm_place          where the norms of hidden states are: ``before`` attention and MLP, ``after`` them, or ``both``
-    parallel            None: the MLP's input contains the attention's output. ``one norm`` or ``two norms``: attention
-                        and MLP have the same input, which passes through one norm for both, or one norm for each
+    parallel            None: the MLP's input contains the attention's output. ``one norm``: attention and MLP read the
+                        output of the same norm. ``two norms``: they have separate norms, which have the same input
     whole_qk_norm       whether one norm covers the queries of all heads, and another norm the keys of all heads
     norm_after_rope     whether queries and keys are normalized after they are rotated
     out_bias            whether the output projection of attention has a bias
@@ -56,13 +56,14 @@ class Architecture:
                         name of an activation that a plugin registers
     gated               whether the MLP has a gate
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
-    attention_softcap, logit_softcap  soft caps of attention scores and of logits; a cap c changes x to ``c * tanh(x /
-                                      c)``; None: no cap
+    attention_softcap   soft cap c of attention scores, which changes a score x to ``c * tanh(x / c)``; None: no cap
+    logit_softcap       soft cap of logits, in the same form; None: no cap
     learned_positions   whether a learned vector for each position is added to the embeddings; queries and keys are then
                         not rotated
     attention_sinks     whether each head has an additional key with a learned score and with value 0
-    embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
-                        of the logits
+    embedding_scale     factor of the embeddings
+    residual_scale      factor of the outputs of attention and MLP
+    logit_scale         factor of the logits
     experts             the mixture of experts; None in a dense model
     latent              sizes of latent attention; None if queries, keys and values are linear in the hidden states
     """
@@ -177,8 +178,8 @@ class Architecture:
         """Whether Transformer Engine's modules support this architecture.
 
         They support RMS norms without an offset before attention and before the MLP, and norms of queries and keys per
-        head, but no other norms. They do not support attention and MLP that have the same input. Latent attention, and
-        experts with biases or a clamp, exist only as native modules of the engine.
+        head, but no other norms. They do not support layers whose MLP has the same input as attention. Latent
+        attention, and experts with biases or a clamp, exist only as native modules of the engine.
         """
         return (
             self.norm == "rms"
@@ -219,7 +220,7 @@ class Architecture:
 
     @property
     def matrix_parameters(self) -> int:
-        """Number of parameters in the matrices that a token uses: linear layers, the token's experts, output layer."""
+        """Number of matrix parameters that a token uses: in linear layers, in its experts, and in the output layer."""
         rules = [rule for rule in FAMILIES[self.model_type].rules if "{l}" in rule.parameter and rule.applies(self)]
         layers = sum(rule.parameters(self) * rule.uses(self) for rule in rules if rule.columns is not None)
         return layers + self.vocab_size * self.hidden_size

@@ -11,9 +11,9 @@ same attention work. A causal row is cut into 2cp chunks, and rank r holds chunk
 into small blocks of columns, which are assigned to ranks so that each rank attends to about the same number of keys.
 With a 2048-token prompt, two 8192-token responses and CP 8, the ranks' work differs by less than 0.1 %; with the
 assignment for causal rows, the busiest rank would do 1.57 times the average work. Queries stay local. Keys and values
-are all-gathered and put in the order of the row. A causal row then needs two attention calls, each over a prefix of the
-keys, so no mask is built. A row of trees needs one ``tree_attention`` call, in which ``Tree.rows`` selects the local
-columns as queries. The backward pass reduce-scatters the gradients of keys and values.
+are all-gathered and put in the order of the row. For a causal row, each rank then needs two attention calls, each over
+a prefix of the keys, so no mask is built. For a row of trees, each rank needs one ``tree_attention`` call, in which
+``Tree.rows`` selects the local columns as queries. The backward pass reduce-scatters the gradients of keys and values.
 
 Sliding windows, soft caps and sinks. If a layer has a soft cap or sinks, or a window that is shorter than the row,
 causal rows are computed as trees, each of a single segment. If the window is shorter than the row (or than the longest
@@ -169,9 +169,9 @@ class CoreAttention(nn.Module):
     """The module that Megatron's SelfAttention calls between its projections, with Megatron's constructor arguments.
 
     *Collectives* over the context-parallel group, if it has more than one rank: in the forward pass an all-gather of
-    keys and values ``[s/cp, b, n_kv/t, 2 d]``, in the backward pass a reduce-scatter of their gradients. With a window
-    that is shorter than the row, or than the longest path of its trees, each pass has an all-to-all of some columns
-    instead.
+    keys and values ``[s/cp, b, n_kv/t, 2 d]``, and in the backward pass a reduce-scatter of their gradients. With a
+    window that is shorter than the row, or than the longest path of its trees, each pass has an all-to-all of some
+    columns instead.
     """
 
     def __init__(

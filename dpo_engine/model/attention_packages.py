@@ -6,11 +6,11 @@ which are causal rows of different lengths (:mod:`dpo_kernels.varlen`). Transfor
 prefers that package on this GPU. For cuDNN, Transformer Engine rounds the numbers of rows and tokens up, so the
 micro-batches of a run need few execution plans.
 
-**FlashAttention 3 and 4** replace FlashAttention 2 inside torch: in stacked rows, and in rows of trees with the backend
+**FlashAttention 3 or 4** replaces FlashAttention 2 inside torch: in stacked rows, and in rows of trees with the backend
 ``varlen``.
 
-Which heads, dtypes and GPUs these packages support depends on their versions. A requested package is therefore tried
-once, with a small tree and the heads of one tensor-parallel rank, before the run loads weights.
+The heads, dtypes and GPUs that a package supports depend on its version. A requested package is therefore tried once,
+with a small tree and the heads of one tensor-parallel rank, before the run loads weights.
 """
 
 from collections.abc import Callable, Collection
@@ -66,7 +66,8 @@ def activate_flash_attention(
 ) -> None:
     """Make torch use FlashAttention 3 or 4 in this process, and check that it can compute small rows.
 
-    torch prefers cuDNN's attention on some GPUs, unless kernels must be deterministic, so this is turned off.
+    On some GPUs, torch prefers cuDNN's attention, unless kernels must be deterministic. cuDNN's attention is therefore
+    turned off.
 
     needs   options of ``tree_attention`` that the model's layers use
     tp      number of ranks of tensor parallelism
@@ -118,7 +119,8 @@ def _try(
 ) -> None:
     """Compute the attention of a small tree and its gradients; raise ``ConfigError`` if that fails.
 
-    needs  options of ``attention`` to try: ``window`` and ``sinks``. Layers with and without a window are tried
+    needs  options that the model's layers use; only ``window`` and ``sinks`` are tried. With ``window``, attention is
+           computed twice: without a window, and with one
     """
     pair = Tree.of([2, 1, 1], [-1, 0, 0])
     heads, kv_heads = arch.num_attention_heads // tp, max(arch.num_kv_heads // tp, 1)

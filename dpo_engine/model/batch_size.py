@@ -1,10 +1,10 @@
 """Choose the layout and the size of micro-batches, if the configuration sets them to ``auto``.
 
 Larger micro-batches are more efficient: a GPU idles between small kernels, and each micro-batch reads and writes all
-gradients once. The gain shrinks with the size, and above `ENOUGH` tokens it is a few percent. Three other facts matter
-for the size. Memory sets a maximum (:mod:`~dpo_engine.model.memory`). The stages of a pipeline idle while the pipeline
-fills and drains, and with fewer micro-batches this idle time is a larger part of a step. A pair is never split, so a
-micro-batch must have room for the longest pair.
+gradients once. As the size grows, the gain becomes smaller; above `ENOUGH` tokens, it is a few percent. Three other
+facts matter for the size. Memory sets a maximum (:mod:`~dpo_engine.model.memory`). The stages of a pipeline idle while
+the pipeline fills and drains, and with fewer micro-batches this idle time is a larger part of a step. A pair is never
+split, so a micro-batch must have room for the longest pair.
 
 The choice depends only on the configuration, the model, the pairs and the total memory of the device, not on the memory
 that is free at the moment. A resumed run on the same devices therefore has the same micro-batches, and its numbers are

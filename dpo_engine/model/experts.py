@@ -1,9 +1,9 @@
 """The router of a mixture of experts. It chooses the experts of each token and computes their weights.
 
 Megatron's router cannot be used. It computes scores in fp32 even in fp64 models, it cannot rank groups of experts by
-their best expert (DeepSeek-V2), and it always divides sigmoid scores by their sum. Its losses for load balancing depend
-on the layout: they are means over a micro-batch, and they assume that gradients are later divided by the number of
-tokens.
+their best expert (DeepSeek-V2), and it always divides sigmoid scores by their sum. Its losses for load balancing are
+means over a micro-batch, so they depend on the layout. They also assume that gradients are later divided by the number
+of tokens.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ class Router(nn.Module):
     """The module that Megatron's MoELayer calls to choose experts, with Megatron's constructor arguments.
 
     Logits and scores are in at least fp32, whatever the model's dtype. ``expert_bias`` is added to the scores for the
-    choice of experts, but not for their weights. It is a parameter without gradient, so it is loaded, saved and
+    choice of experts, but not for their weights. It is a parameter without a gradient, so it is loaded, saved and
     compared like every other parameter.
 
     If experts have equal scores and not all of them can be chosen, ``torch.topk`` decides. Its choice is the same for

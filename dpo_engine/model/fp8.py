@@ -1,33 +1,33 @@
-"""FP8 matrix products in the linear layers of Transformer Engine: what can be set, and what it requires.
+"""FP8 matrix products in the linear layers of Transformer Engine: the settings, and what they require.
 
 Problem. A GPU multiplies FP8 numbers twice as fast as bf16 numbers. But FP8 has only 3 bits (e4m3) or 2 bits (e5m2)
 after the leading one, and a small range. Each tensor is therefore scaled before it is rounded, and a *recipe* says how.
 DPO compares two models that are nearly equal. A recipe must not give equal models different scales, and no scale may
 depend on what a run did before.
 
-What runs in FP8. The products of the linear layers of attention, the MLP and the experts. Inputs and output gradients
-are rounded to FP8 just before their product, and weights once for several micro-batches (see below). Megatron's
-transformer block turns FP8 on for each layer separately. Embedding, norms, attention itself, router, adapters and
-output layer remain in bf16, and so do weights, and activations between linear layers. Weights are loaded, saved and
-exported as without FP8. Transformer Engine keeps FP8 copies of the weights for all micro-batches of one call of a
-schedule. Megatron's schedules renew the copies at the first micro-batch of every call, because the weights can have
-changed since the previous call.
+What runs in FP8. The linear layers of attention, of the MLP and of the experts compute their products in FP8. Inputs
+and output gradients are rounded to FP8 just before their product, and weights once for several micro-batches (see
+below). Megatron's transformer block turns FP8 on for each layer separately. Embedding, norms, attention itself, router,
+adapters and output layer remain in bf16, and so do weights, and activations between linear layers. Weights are loaded,
+saved and exported as without FP8. Transformer Engine keeps FP8 copies of the weights for all micro-batches of one call
+of a schedule. Megatron's schedules renew the copies at the first micro-batch of every call, because the weights can
+have changed since the previous call.
 
 Recipes. ``tensorwise`` has one scale for each tensor, from the largest value of all tokens of a micro-batch, so a
 token's numbers depend on the other tokens. ``blockwise`` has a scale for every 128 numbers of a token, and ``mxfp8``
-for every 32: in a forward pass, a token's numbers do not depend on other sequences. All three compute scales from the
-tensor itself. Products are summed in fp32. There is one exception: in forward passes with ``tensorwise``, Transformer
-Engine by default sums with fewer bits, because this is faster. ``delayed`` uses the largest values of earlier passes.
-These values would differ between policy and reference (each model has its own history, or one history mixes both),
-every evaluation would change training, and a resumed run would start without the values. The engine therefore refuses
-``delayed``.
+has a scale for every 32 numbers. With these two recipes, a token's numbers in a forward pass do not depend on other
+sequences. All three recipes compute scales from the tensor itself. Products are summed in fp32. There is one exception:
+in forward passes with ``tensorwise``, Transformer Engine by default sums with fewer bits, because this is faster.
+``delayed`` uses the largest values of earlier passes. These values would differ between policy and reference (each
+model has its own history, or one history mixes both), every evaluation would change training, and a resumed run would
+start without the values. The engine therefore refuses ``delayed``.
 
 Row lengths. FP8 products need numbers of tokens that are multiples of 16 or 32, so rows are padded to such a multiple
 (:attr:`~dpo_engine.config.parallel_section.MegatronConfig.token_multiple`). Padding is never scored, and no other token
 sees it, but with ``tensorwise`` it can change a scale. Megatron pads the tokens of each expert.
 
-Not covered. FP8 weights, FP8 attention, FP8 output layers, FP4. The numerical results are also not covered: no test has
-computed in FP8.
+Not covered. FP8 weights, FP8 attention, FP8 output layers, and FP4. The numerical results are also not covered: no test
+has computed in FP8.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def fp8_problems(config: Config) -> Iterator[str]:
 
 
 def layer_problems(line: str, config: Config) -> Iterator[str]:
-    """Yield the reasons why the layers of a run cannot have an option of Transformer Engine's bf16 layers.
+    """Yield the reasons why a configuration conflicts with an option that requires Transformer Engine layers in bf16.
 
-    line   the option and its value, with which each reason begins
+    line   the option and its value; each reason begins with this text
     """
     if config.model.spec == "native":
         yield f"{line}: requires Transformer Engine's layers, but model.spec is native; set model.spec=te, or remove it"
@@ -103,7 +103,10 @@ def layer_problems(line: str, config: Config) -> Iterator[str]:
 
 
 def model_problems(line: str, arch: Architecture) -> list[str]:
-    """Return a list with a problem if Transformer Engine's layers do not support a model; ``line`` as above."""
+    """Return a list with a problem if Transformer Engine's layers do not support a model.
+
+    line   as for :func:`layer_problems`
+    """
     if arch.suits_transformer_engine:
         return []
     return [f"{line}: requires Transformer Engine's layers, which do not support {arch.model_type} models; remove it"]

@@ -34,7 +34,7 @@ def choose_kernels(
            exceptions: soft caps, which flash attention does not support, and context parallelism, with which
            ``varlen`` would copy the keys of a path for each block of queries. In these two cases, attention runs on
            ``triton`` if this is the default of the group ``layer`` (see below). If it is not, attention with soft caps
-           runs on ``sdpa``
+           runs on ``sdpa``, and context parallelism does not affect the choice
     needs  options of ``tree_attention`` that the model's layers use, from
            :func:`~dpo_engine.model.attention.attention_options`
     tp     number of ranks of tensor parallelism
@@ -88,10 +88,10 @@ def choose_kernels(
 
 
 def require_effect(model: ModelConfig, arch: Architecture, spec: str, layout: str) -> None:
-    """Check that a run uses the kernels that it asks for, now that its layout is known.
+    """Check that a run uses the requested kernels, now that its layout is known.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if ``model.attention`` is ``te``, or ``model.flash_attention`` is not
-    2, but neither computes a row of this run.
+    Raises :class:`~dpo_engine.errors.ConfigError` if ``model.attention`` is ``te`` but has no effect in this run, or if
+    ``model.flash_attention`` is not 2 but has no effect in this run.
     """
     trees, rows = layout == "tree", f"{layout} rows of {arch.model_type} models"
     ours = trees or spec == "native" or not arch.plain_attention  # Transformer Engine computes all other rows itself
@@ -106,5 +106,5 @@ def require_effect(model: ModelConfig, arch: Architecture, spec: str, layout: st
 
 
 def trees_are_slow(platform: Platform) -> bool:
-    """Whether a GPU computes attention in rows of trees slowly: by hundreds of small calls, or with all scores."""
+    """Whether a GPU computes attention in rows of trees slowly: in hundreds of small calls, or with stored scores."""
     return platform.gpu and backend_name("attention") in ("sdpa", "eager")

@@ -147,12 +147,12 @@ class Layer(TransformerLayer):
 
         Returns  [s/cp (/t), r, h], or [q (/t), r, h]; and ``context``
 
-        *Collectives*: those of the linear layers, their adapters, and norms of all heads together, over tp, and of core
-        attention over cp. If tp ranks share key heads, also an all-gather of the projected queries, keys and values
-        over tp, and a reduce-scatter of their gradients. With latent attention, also the exchange of the keys' rotary
-        part over tp. If columns are selected with sequence parallelism, also all-gathers over tp, of ``hidden_states``
-        and of the gradient of the selected columns. With experts, all-to-alls of tokens over ep, gathers and
-        reduce-scatters over expt_tp if experts are sharded, and those of the router.
+        *Collectives* over tp: those of the linear layers, of their adapters, and of norms of all heads together. Over
+        cp: those of core attention. If tp ranks share key heads, also an all-gather of the projected queries, keys and
+        values over tp, and a reduce-scatter of their gradients. With latent attention, also the exchange of the keys'
+        rotary part over tp. If columns are selected and sequence parallelism is on, also two all-gathers over tp: of
+        ``hidden_states``, and of the gradient of the selected columns. With experts, also all-to-alls of tokens over
+        ep, those of the router and, if experts are sharded, gathers and reduce-scatters over expt_tp.
         """
         arch, columns = self.arch, context if self.last else None
         normed = self.input_layernorm(hidden_states)
@@ -211,8 +211,8 @@ class LastLayer(Layer):
 
     In a prompt, for example, only the output of the last column is used, because it predicts the first token of each
     response. Queries, keys and values are projected for all columns. Core attention, the output projection and the MLP
-    run for the selected columns only. Their number varies, so this layer never uses the communication buffers of
-    ``tp_comm_overlap``, whose size is fixed.
+    run for the selected columns only. The number of these columns varies, so this layer never uses the communication
+    buffers of ``tp_comm_overlap``, whose size is fixed.
     """
 
     last = True

@@ -104,7 +104,7 @@ def instance_problems(config: Config, dims: ParallelDims) -> list[str]:
 def layout_problems(config: Config, arch: Architecture, dims: ParallelDims, *, ranks: bool) -> list[str]:
     """List the conflicts of the section ``megatron`` with the model and the layout.
 
-    ranks   whether ``dims`` has as many ranks as the run
+    ranks   whether ``dims`` has as many ranks as the run. If not, instances of the optimizer are not checked
     """
     problems = fp8_model_problems(config, arch, dims) + overlap_model_problems(config, arch, dims)
     return problems + (instance_problems(config, dims) if ranks else [])
@@ -122,7 +122,7 @@ def dataclass_of(part: str) -> type:
 
 
 def megatron_problems(config: Config) -> list[str]:
-    """List the conflicts of the section ``megatron`` with the installed version of Megatron-Core and other sections.
+    """List the conflicts of the section ``megatron`` with the installed Megatron-Core and with other sections.
 
     Megatron is imported only if the section sets something.
     """

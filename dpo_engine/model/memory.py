@@ -1,4 +1,4 @@
-"""Estimate the memory that one rank needs: weights, optimizer, reference, activations, and logits.
+"""Estimate the memory that one rank needs: weights, gradients, optimizer, reference, activations, and logits.
 
 The formulas count the tensors that the native layers keep, in ``model.dtype``. On an emulated GPU that computes nothing
 (``tests/nullgpu``), they match the measured peaks of full micro-batches to within 3 %. There are two exceptions. In
@@ -79,7 +79,7 @@ class Memory:
     def parts(self) -> dict[str, int]:
         """The nonzero parts of the peak, by name.
 
-        Only the larger one of ``update`` and the sum of ``activations`` and ``working`` is part of the peak.
+        The peak contains either ``update``, or both ``activations`` and ``working``, whichever is larger.
         """
         last = ("update",) if self.update > self.activations + self.working else ("activations", "working")
         names = ("weights", "gradients", "optimizer", "reference", "fp8", "buffers", *last)
@@ -114,7 +114,7 @@ class Memory:
 def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str, tokens: int) -> Memory:
     """Estimate the memory of one rank of the pipeline stage that needs the most.
 
-    NCCL's buffers and the allocator's overhead are not included.
+    The parts of the estimate and their peak do not include the memory of CUDA and NCCL, or the allocator's overhead.
 
     dtype   "fp64", "fp32" or "bf16"
     tokens  number of tokens in the rows of the largest micro-batch
@@ -210,7 +210,7 @@ def _stage_memory(
 
 
 def _buffers(*owned: int, count: int = 2) -> int:
-    """Return the bytes of ``count`` fp32 buffers for updates in pieces, for each of this rank's optimizers.
+    """Return the bytes of the fp32 buffers for updates in pieces; each of this rank's optimizers has ``count`` buffers.
 
     owned   number of parameters of each optimizer; experts have an optimizer of their own
     """
@@ -284,7 +284,7 @@ def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split:
     experts = arch.experts
     # Tokens that a rank sends to experts, per token of the row. The rank's own experts receive as many.
     tokens = 1 / (dims.tp if split else 1)
-    # If an expert is sharded over ranks, each of these ranks gets all of its tokens, but has only a part of its width.
+    # If an expert is sharded, each of its ranks gets all of the expert's tokens, but has only a part of its width.
     copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)
     shared = 3 * (experts.shared_size or 0) // dims.tp

@@ -68,7 +68,7 @@ class Latent:
 
     query_rank  size of the vector from which queries are computed; None: they are computed from the hidden states
     rank        size of the vector from which keys and values are computed
-    plain       number of dimensions of a head's query and key without rotary positions
+    plain       number of dimensions without rotary positions in a head's query and key
     rotary      number of dimensions with rotary positions; all heads share these dimensions of the key
     value       number of dimensions of a head's value
 

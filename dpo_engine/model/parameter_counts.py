@@ -1,4 +1,4 @@
-"""Count the parameters of a model, of its layers, and of pipeline stages, from the tables of weights."""
+"""Count the parameters of a model, of its layers, and of pipeline stages, from the weight tables."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
 
     Call this before anything other than a forward pass reads or replaces the weights.
 
-    *Collectives*: the unfinished part of the all-gather of parameters over dp_cp (experts': over expt_dp), if it
+    *Collectives*: the unfinished part of the all-gather of parameters over dp_cp (for experts, over expt_dp), if it
     overlaps with the forward pass.
     """
     for chunk in chunks:
@@ -229,7 +229,7 @@ def transformer_config(
 
 
 def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:
-    """Return the layers of each model chunk in Megatron's format; None if all chunks have equally many layers."""
+    """Return the layers of each model chunk in Megatron's format; None if all have the same number of layers."""
     if dims.layers is None:
         return None
     layout = [["decoder"] * count for count in dims.layers]
@@ -314,7 +314,7 @@ def build_chunks(
 
 
 def mark_experts(chunk: torch.nn.Module) -> None:
-    """Set the attributes that tell Megatron how to reduce the gradients of experts, and to count them in the norm."""
+    """Set the attributes by which Megatron reduces the gradients of experts, and counts them in the gradient norm."""
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
             # Sum the gradient over the copies of the expert. Megatron-Core 0.16 sums it only if ep > 1, but tp ranks

@@ -1,4 +1,4 @@
-"""Losses on the load balance and the logits of routers, and metrics of both. Their values are the same in every layout.
+"""Losses on the load balance and the logits of routers, and router metrics. All values are the same in every layout.
 
 Problem. Losses for load balancing are usually means over the tokens of a micro-batch, or products of two such means.
 They depend on which pairs share a micro-batch, on padding, on the number of copies of a prompt in the micro-batch, and

@@ -1,4 +1,4 @@
-"""List changes to a run that reduce the memory use of its ranks, those that slow it down least first."""
+"""List changes to a run that reduce the memory use of its ranks. Changes that cost the least speed come first."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
 
     The chunk with the most work determines the speed, so the largest work of a chunk is minimized. Among the divisions
     with this minimum, the one with the smallest sum of squared work is returned. Only the forward pass is counted:
-    matrix products, attention, and, in the last chunk, the output layer. The embedding counts as no work.
+    matrix products, attention, and, in the last chunk, the output layer. The work of the embedding is ignored.
 
     length   number of tokens in a row
     """

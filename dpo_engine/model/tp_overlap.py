@@ -11,7 +11,7 @@ then has only one row. Each row is padded to the token budget (:func:`dpo_engine
 Padding is never scored, and no other token sees it. The policy, the reference and evaluations use the same buffers in
 turn.
 
-Last layer. It computes selected columns only, so its sizes vary. It is built without the overlap
+Last layer. The model's last layer computes selected columns only, so its sizes vary. It is built without the overlap
 (:class:`~dpo_engine.model.layer.LastLayer`), which is cheaper than computing all columns.
 
 Frozen weights. Transformer Engine sums the gradient of a fused layer's input while it computes the gradient of the
@@ -26,7 +26,8 @@ FP8. The ranks exchange inputs and output gradients in FP8, so those buffers hav
 remains in bf16 needs a second set of buffers. Transformer Engine has no such exchange for ``blockwise``. With
 ``mxfp8``, all pieces must contain whole blocks of 128 x 128 numbers.
 
-Not covered. Groups of ranks on several nodes. Numbers: no test has run these kernels on a GPU.
+Not covered. Tensor-parallel groups whose ranks are on several nodes. The numerical results are also not covered: no
+test has run these kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ WIDTH = 8
 SPLITS = 4
 """Number of pieces into which Transformer Engine cuts a product whose output is summed over ranks."""
 GATHERS, SUMS = 8, 4
-"""Numbers of buffers for gathers and for sums. Each of the layers ``qkv``, ``proj``, ``fc1`` and ``fc2`` has three: one
-each for the forward product, for the product of the input's gradient, and for that of the weight's gradient."""
+"""Numbers of buffers for gathers and for sums. Each of the layers ``qkv``, ``proj``, ``fc1`` and ``fc2`` has three
+buffers, one for each of its products: the output, the gradient of the input, and the gradient of the weight."""
 WORKSPACES = 3 << 25
 """Bytes of cuBLAS's workspaces for three products at the same time."""
 
@@ -89,7 +90,7 @@ def overlap_problems(config: Config) -> Iterator[str]:
 
 
 def overlap_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -> list[str]:
-    """List the reasons why the layers of a model, divided in this way, cannot use the overlap."""
+    """List the reasons why the layers of a model cannot use the overlap with these parallel sizes."""
     if not config.megatron.tp_comm_overlap:
         return []
     line = f"megatron.{LINE}"

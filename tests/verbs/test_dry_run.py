@@ -165,7 +165,7 @@ def test_warnings_before_a_run(files, tiny_hf, tmp_path):
             run_warnings(config_of(files, model, tmp_path, adapter={"path": str(adapter)}))
             == [
                 f"adapter.path={adapter}: was trained on {named}, but model.path is {model}; if these are different "
-                "weights, the adapter does not fit them"
+                "weights, the adapter does not fit model.path"
             ]
             * warned
         )

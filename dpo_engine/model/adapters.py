@@ -180,8 +180,8 @@ class Adapter(nn.Module):
         out     [s (/t), b, rows of this rank]  the linear's output
         bias    the bias that ``out`` includes, or None
 
-        *Collectives*: those in the table at the top of this file, and those of :meth:`up`. With DoRA, those of
-        :meth:`up` also for the magnitudes, and a SUM over tp of one number per row if columns are sharded.
+        *Collectives*: those in the table at the top of this file, and those of :meth:`up`. With DoRA, also those of
+        :meth:`up` for the magnitudes and, if columns are sharded, a SUM over tp of one number per row.
         """
         down, up = self.down(), self.up()
         z = self._exchanged(F.linear(x, down.to(x.dtype)))

@@ -5,7 +5,7 @@ They depend on which pairs share a micro-batch, on padding, on the number of cop
 on the layout. Megatron's losses also assume that gradients are later divided by the number of tokens, which does not
 happen here.
 
-Solution. The losses are computed for each response, at the tokens that predict the response's scored tokens::
+Solution. The losses are computed for each response, at the n tokens that predict the response's scored tokens::
 
     f_e = number of the n tokens that use expert e / (k n)        k experts per token, E experts
     P_e = mean over the n tokens of (score of expert e / sum of the token's scores)

@@ -1,4 +1,4 @@
-"""Layer specs, which tell Megatron which modules a layer consists of.
+"""Layer specs, which tell Megatron the modules of each layer.
 
 The forward pass of a layer is ours. A ``native`` layer consists of Megatron's own linear layers with our norm and
 attention. A ``te`` layer consists of Transformer Engine's modules. Our attention replaces Transformer Engine's for rows

@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import ATTENTION, MLP, ROOT, biases, dense
 
 @FAMILIES.register("cohere")
 class Cohere:
-    """Attention and MLP read the same layer norm, which has no bias; logits are scaled."""
+    """Attention and MLP share one layer norm, which has no bias; logits are scaled."""
 
     rules = ROOT + norm("input_layernorm", "input_layernorm") + ATTENTION + MLP
 

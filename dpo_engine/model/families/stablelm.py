@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import ATTENTION, MLP, ROOT, dense, norm
 
 @FAMILIES.register("stablelm")
 class StableLm:
-    """Layer norms, and a quarter of each head rotated; the MLP follows attention, or both read the same norm."""
+    """Layer norms, and a quarter of each head rotated; the MLP follows attention, or both share one norm."""
 
     rules = (
         ROOT

@@ -3,8 +3,8 @@
 The weight table has tensors for each expert. Some checkpoints have one tensor for all experts of a layer instead:
 checkpoints of gpt-oss, and checkpoints that transformers saves with ``save_original_format=False``. A part of a fused
 tensor is read like a tensor of its own, without the other parts. The published checkpoints of gpt-oss also store the
-matrices of experts in the format MXFP4. These matrices are dequantized when they are read; every value is exact in
-bf16.
+matrices of experts in the format MXFP4. These matrices are dequantized when they are read; every value that is finite
+in bf16 is exact.
 
 *Source*: OCP Microscaling Formats (MX) Specification 1.0, sections 5.2 and 6.3.
 """

@@ -73,7 +73,7 @@ def fault_table() -> str:
 
 
 def _options(loss: Loss) -> str:
-    """Return the options of a loss, each with its default and, if they can be listed, its other allowed values."""
+    """Return the options of a loss, each with its default and, if its values can be listed, the other values."""
     hints = get_type_hints(loss, include_extras=True)
     options = []
     for name, option in loss_options(loss).items():
@@ -86,7 +86,7 @@ def _options(loss: Loss) -> str:
 
 
 def _first_value(loss: Loss) -> str:
-    """Return the loss with the default options at the first step, when the policy and the reference are identical.
+    """Return the value of a loss with default options at the first step, when policy and reference are identical.
 
     If this value is not known in advance, return the reason in words.
     """

@@ -1,4 +1,4 @@
-"""Write `docs/images/report.png`, a picture of the top of the page that the quickstart writes. Chromium draws it:
+"""Write `docs/images/report.png`, a picture of the top of the quickstart's page, drawn by Chromium:
 
     bash launch/quickstart.sh
     python docs/screenshot.py runs/quickstart/dpo

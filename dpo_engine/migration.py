@@ -67,8 +67,8 @@ def foreign_key(path: str) -> str | None:
     that a key such as ``train.beta`` is also found. It ignores last components that mean different things in different
     systems.
 
-    Returns  a phrase such as ``called train.micro_batch_size here (counted in pairs)``, or None if no system has the
-             key, or if the key is one of our own
+    Returns  a phrase such as ``called train.micro_batch_size here (counted in pairs)``, or None if the key
+             is one of our own, or if no entry is found
     """
     path = re.sub(r"\[\d+\]", "", path)
     if path in _own_keys():
@@ -163,9 +163,9 @@ def _by_last_component() -> dict[str, Entry]:
     """Map the last component of keys to the entry of these keys.
 
     All keys without a section are included. The last component of a nested key is included under two conditions. First,
-    all nested keys with this last component correspond to the same key of ours. Second, none of our own keys ends with
-    it, as ``model.path`` ends with ``path``, and it is not ``name``. Our keys in the section ``loss`` do not count, so
-    a ``beta`` in any section of another system can be found.
+    all nested keys with this last component correspond to the same key of ours. Second, the component is neither
+    ``name`` nor the last component of a key of ours; for example, ``path`` is not included, because ``model.path`` is
+    our key. Our keys in the section ``loss`` do not count, so a ``beta`` in any section of another system can be found.
     """
     own = {key.rpartition(".")[2] for key in _own_keys() if not key.startswith("loss.")} | {"name"}
     nested: dict[str, list[Entry]] = {}

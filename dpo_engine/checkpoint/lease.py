@@ -280,7 +280,7 @@ def _refusal(name: str, holder: Holder | str) -> CheckpointError:
 def _living(
     path: Path, me: Holder, watch_s: float, say: Callable[[str], None], between: Callable[[], None]
 ) -> Holder | str | None:
-    """Return the holder of the lease at ``path``, or None if the holder is dead or has released the lease."""
+    """Return the lease's holder (as text if it is unknown); None if it is dead or has released the lease."""
     pause, longest = POLL_S
     first, since, slowest, told = None, 0.0, 0.0, False
     while True:

@@ -37,7 +37,7 @@ class HostAdamW(PiecewiseAdamW):
         locked = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self._scaled, self._received, self._sent = buffers(device=device), buffers(**locked), buffers(**locked)
         self._out, self._back = torch.cuda.Stream(), torch.cuda.Stream()
-        self._free = [self._back.record_event() for _ in range(2)]  # copies out of the buffers
+        self._free = [self._back.record_event() for _ in range(2)]  # end of the latest copy out of each `_sent`
 
     def _update_all(self) -> None:
         self._out.wait_stream(torch.cuda.current_stream())
@@ -90,8 +90,8 @@ def update_threads(*, gpu: bool) -> int:
 
     Without a GPU, an update uses as many threads as all other operations. With a GPU, it uses OMP_NUM_THREADS threads
     if this variable is set and more than 1 (torchrun sets it to 1 by default). Otherwise, it uses one thread for each
-    core that this process may use. If it may use all cores of the node, the other ranks of the node use the same cores,
-    so the number of cores is divided by the number of GPUs.
+    core that this process may use. If the process may use all cores of the node, the other ranks of the node use the
+    same cores, so the number of cores is divided by the number of GPUs.
     """
     asked, own = torch.get_num_threads(), cores()
     if not gpu or ("OMP_NUM_THREADS" in os.environ and asked > 1):

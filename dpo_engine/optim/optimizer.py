@@ -105,7 +105,7 @@ def wrap_policy(
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
-        # Megatron's hooks then start no gather ahead of time. Its pipeline schedules call this function to start them.
+        # Megatron's hooks then do not start gathers ahead of time. Its pipeline schedules start them by this function.
         config.param_sync_func = [partial(_start_gathers, chunk) for chunk in wrapped]
 
     def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
@@ -192,9 +192,11 @@ def _plain_optimizer(optimizer: torch.optim.Optimizer | None, config: OptimizerC
 def _torch_optimizer(
     chunks: list[DistributedDataParallel], optim: OptimConfig, *, experts: bool = False
 ) -> torch.optim.Optimizer | None:
-    """Build the torch optimizer for the parameters of experts, or for all others. Return None if these are all frozen.
+    """Build the torch optimizer for the parameters of experts, or for all other parameters.
 
     experts  True: for the parameters of experts; False: for all other parameters
+
+    Returns None if all of these parameters are frozen.
     """
     every = (parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad)
     parameters = [parameter for parameter in every if getattr(parameter, "allreduce", True) != experts]
@@ -223,7 +225,7 @@ def fuse_adam(optimizer: Any) -> None:
 def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return the reduced gradients that this rank contributes to sums over the model.
 
-    Over all ranks of such a sum, each gradient of the model counts once.
+    In such a sum, each gradient of the model counts exactly once.
 
     Returns  two lists: the gradients of all parameters except experts', and the gradients of experts' parameters
     """

@@ -36,7 +36,10 @@ class Slice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A range of a slice: its elements ``own``, which are copied to the range ``place`` in the buffer of a piece."""
+    """The elements ``own`` of a slice. In the buffer of a piece, their gradients occupy the range ``place``.
+
+    If the states are in host memory, the elements' new weights occupy the same range of another buffer.
+    """
 
     whole: Slice
     own: slice

@@ -80,8 +80,7 @@ class Callback:
 class Callbacks:
     """The callbacks of a run, by the configuration key that enables each callback.
 
-    asked   the first request of a callback on this rank to end the run: the callback's key and its reason; None: no
-            callback has requested this
+    asked   key and reason of the first callback that asked, on this rank, to end the run; None: no callback has asked
     """
 
     def __init__(self, callbacks: Mapping[str, Callback]):

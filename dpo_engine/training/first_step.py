@@ -14,7 +14,7 @@ SAME_PASS = 1e-4
 """Tolerance, relative to ``max(1, |value|)``, if policy and reference run the same code on the same rows."""
 
 EARLIER_PASS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Tolerance if the reference scored the pairs earlier, possibly in another layout, or with other products."""
+"""Tolerance if the reference scored the pairs earlier, possibly in another layout, or with other matrix products."""
 
 CAUSES = {
     "resident": "dropout in the model, different weights in policy and reference, a nondeterministic kernel",

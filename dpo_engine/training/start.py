@@ -154,7 +154,8 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
 def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
     """Return a line for each setting of micro-batches that differs from the checkpoint's setting.
 
-    On other devices, ``auto`` can choose other values. Checkpoints of earlier versions do not record the chosen values.
+    The values can differ even if the setting is still ``auto``, because its choice depends on the devices. If the
+    checkpoint does not record the value, as in earlier versions, there is no line.
     """
     now = config.batch.model_dump(include={"layout", "tokens_per_micro_batch"})
     return [

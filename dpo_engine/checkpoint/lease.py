@@ -261,7 +261,7 @@ def take(
 def refuse_if_held(output: Path) -> None:
     """Raise the error of :func:`take` if a process on this machine holds the lease. Write nothing, and do not wait.
 
-    This needs no process groups and no torch. A second start is therefore refused within a second.
+    This needs no process groups and no torch. A second start of the same run is therefore refused within a second.
     """
     with suppress(OSError):  # take() reports a directory that cannot be read
         last = _newest(output / FOLDER)

@@ -118,7 +118,7 @@ def wrap_policy(
 
 
 def _start_gathers(chunk: DistributedDataParallel, *parameters: Any) -> None:
-    """Start the all-gathers of a chunk's weights that have not started since the last update.
+    """Of the all-gathers of a chunk's weights, start those that have not started since the last update.
 
     An earlier forward pass of the same step, such as the scoring pass of a coupled loss, may have started some of them.
 
@@ -175,7 +175,7 @@ def build_optimizer(
 
 
 def _in_pieces(optim: OptimConfig, parallel: ParallelConfig, dtype: torch.dtype) -> type[PiecewiseAdamW] | None:
-    """Return the class that updates weights in pieces; None if Megatron's optimizer updates all of them at once."""
+    """Return the class that updates weights in pieces; None if Megatron's optimizer updates all weights at once."""
     if optim.states == "host":
         return HostAdamW
     rounded = optim.gradients == "bf16" and dtype is torch.bfloat16
@@ -227,7 +227,7 @@ def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
 
     In such a sum, each gradient of the model counts exactly once.
 
-    Returns  two lists: the gradients of all parameters except experts', and the gradients of experts' parameters
+    Returns  two lists: the gradients of all parameters that belong to no expert, and those of the experts' parameters
     """
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -241,8 +241,8 @@ def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
 def sum_over_model(trained: Trained, others: Tensor, experts: Tensor) -> Tensor:
     """Sum numbers over the ranks that contribute different gradients; see :func:`reduced_gradients`.
 
-    others   this rank's number for all parameters except experts'; it may be overwritten
-    experts  this rank's number for experts' parameters; it may be overwritten
+    others   this rank's number for all parameters that belong to no expert; it may be overwritten
+    experts  this rank's number for the experts' parameters; it may be overwritten
 
     *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance. Without it, one SUM
     over tp and pp and, for a model with experts, one SUM over the ranks that share a copy of all experts.
@@ -280,7 +280,7 @@ def gradient_norm(trained: Trained) -> float:
 def _norm(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
     if all(grad.dtype.itemsize >= dtype.itemsize for grad in grads):
         return torch.nn.utils.get_total_norm(grads)
-    # If weights are updated in pieces, gradients may be in bf16. torch would round each norm to bf16.
+    # If weights are updated in pieces, gradients can be in bf16, and torch would round each norm to bf16.
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for grad in grads]))
 
 

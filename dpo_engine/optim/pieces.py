@@ -150,7 +150,7 @@ class PiecewiseAdamW:
 
 
 def update_in_pieces(optimizer: Any, kind: type[PiecewiseAdamW]) -> None:
-    """Replace the torch optimizer inside each of Megatron's distributed optimizers by an optimizer of class ``kind``.
+    """Replace the torch optimizer inside each of Megatron's distributed optimizers with one of the class ``kind``.
 
     Megatron must have built its distributed optimizers without main weights.
     """

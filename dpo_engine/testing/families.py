@@ -81,7 +81,7 @@ def check_steps(
     ranks: int | None = None,
     batch: Mapping[str, Any] = TREE,
 ) -> None:
-    """Train five steps of DPO with weighted pairs, and compare them with transformers, torch's autograd and AdamW.
+    """Train five steps of DPO with weighted pairs. Compare the results with transformers, torch's autograd and AdamW.
 
     ranks   as in :func:`check_logits`
     batch   section ``batch`` of the run; by default, rows of trees

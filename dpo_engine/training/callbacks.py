@@ -73,7 +73,7 @@ class Callback:
     def on_end(self, run: Run) -> None:
         """Called when training ends, even if it ends with an error. Must not communicate with other ranks.
 
-        An error of this method is only logged.
+        An error that this method raises is only logged.
         """
 
 

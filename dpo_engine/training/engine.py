@@ -74,7 +74,7 @@ class Engine:
     def open(cls, config: Config, *, fp64: bool = False) -> "Engine":
         """Read the architecture and create the process groups. Load no weights.
 
-        fp64  compute in fp64, whatever ``model.dtype`` is; only ``dpo-engine parity`` uses this
+        fp64  whether to compute in fp64 instead of ``model.dtype``; of the commands, only ``parity`` uses this
 
         Raises :class:`~dpo_engine.errors.ConfigError`, before any process group exists, if a setting does not fit the
         model, the layout or the machine, or if settings differ between ranks.
@@ -206,7 +206,7 @@ class Engine:
         return bool(adapted) and min(map(layer_of, adapted)) > 0
 
     def load_start(self, *, recompute: str = "none") -> list[Policy]:
-        """Load the model that the run starts from. To train adapters, attach new ones or those at ``adapter.path``."""
+        """Load the initial policy. If the run trains adapters, attach new ones or those at ``adapter.path``."""
         chunks = self.load_model(self.config.model.path, recompute=recompute)
         if self.adaptation:
             dtype = torch.promote_types(self.dtype, torch.float32)

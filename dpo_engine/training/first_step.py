@@ -28,7 +28,7 @@ ROUTING = "routers that chose other experts in bf16, because the reference score
 """A further cause for models with experts, if the reference scored the pairs earlier."""
 ROUNDING = "numbers that were rounded to other FP8 values, because the reference scored the pairs in another layout"
 """A further cause with FP8, if the reference scored the pairs earlier."""
-PIECES = "products that tp_comm_overlap cuts into pieces in the policy's forward pass, but not in the reference's"
+PIECES = "matrix products that tp_comm_overlap cuts into pieces, but only in the policy's forward pass"
 """A further cause with ``tp_comm_overlap``; see :mod:`~dpo_engine.model.tp_overlap`."""
 
 

@@ -268,7 +268,7 @@ class RankGuard:
         copies of parameters that are not split. Ranks with the same experts must have equal copies of these experts.
         The first and the last stage must have equal tied embeddings.
 
-        *Collectives*: one all-gather of a few numbers over all ranks; if the numbers differ, an all-gather of objects.
+        *Collectives*: one all-gather of a few numbers over all ranks; if ranks disagree, one all-gather of objects.
         Raises on every rank the error from :data:`KINDS`, or :class:`~dpo_engine.errors.NumbersError` if only weights
         differ.
         """

@@ -164,7 +164,7 @@ class _Known(NamedTuple):
     """Log-probabilities that are known for some pairs of a data set.
 
     indices  [n]     indices of these pairs in the data set
-    values   [n, 2]  log-probabilities of the chosen and the rejected response, each summed over all tokens, in nats
+    values   [n, 2]  log-probabilities of the chosen and the rejected response, each summed over its tokens, in nats
     """
 
     pairs: PairDataset

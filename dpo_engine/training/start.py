@@ -93,8 +93,8 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     say   called on every rank with a line for each skipped checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.training.references.reference_identity`, of ``Engine.adapter_identity``
-    and of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and all-gathers of objects, so that all ranks continue
-    or all raise the same error. Reading files has no time limit.
+    and of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and all-gathers of objects, so that either all ranks
+    continue, or all ranks raise the same error. Reading files has no time limit.
     Raises :class:`~dpo_engine.errors.CheckpointError` if the directory contains a checkpoint from which this run must
     not resume.
     """

@@ -321,7 +321,7 @@ class Trainer:
     def save(self, *, wait: bool, unjudged: bool = False) -> None:
         """Save a checkpoint for the current step and remove old checkpoints.
 
-        wait      return only after the checkpoint is complete
+        wait      whether to return only after the checkpoint is complete
         unjudged  whether an evaluation is due but not done yet; a resumed run then performs this evaluation first
 
         Raises :class:`~dpo_engine.errors.NumbersError`, without saving, if weights or optimizer state are not finite.

@@ -98,7 +98,7 @@ class HashedFile:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Add the file's name to an ``OSError`` raised in the block. Python omits the name if the file is already open."""
+    """Add the file's name to an ``OSError`` raised in the block. Operations on open files raise it without the name."""
     try:
         yield
     except OSError as error:

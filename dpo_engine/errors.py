@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LONGEST = 400
-"""Maximum length of a printed error message, in characters. Longer messages are shortened."""
+"""Maximum length of each line that an error prints, in characters. Longer lines are shortened."""
 
 
 def printable(text: str) -> str:
@@ -73,13 +73,13 @@ class CheckpointError(EngineError):
 
 
 class Interrupted(EngineError):
-    """A signal or the time limit stopped the run. The same command continues it from the completed steps, if any."""
+    """A signal or the time limit stopped the run. The same command continues the run after its last completed step."""
 
     exit_code = 75
 
 
 class NumbersError(EngineError):
-    """A value is wrong: it is not finite, differs between ranks, or differs from the known value at the first step."""
+    """A value is wrong: not finite, a spike, different between ranks, or not the known value of the first step."""
 
     exit_code = 5
 

@@ -9,7 +9,7 @@ _progress = False
 
 
 def note_progress() -> None:
-    """Remember that this start has saved a checkpoint, or values in a store, which the next start can reuse."""
+    """Remember that this process has saved a checkpoint, or values in a store, which a restarted job can reuse."""
     global _progress
     _progress = True
 
@@ -34,8 +34,8 @@ def record(code: int) -> int:
     largest code of all ranks, which usually belongs to a rank that srun itself killed.
 
     After an interruption without progress (see :func:`note_progress`), a line ``no-progress`` follows the code. The
-    launch script counts such starts, because a job that is interrupted again and again before its first step would
-    never end.
+    launch script counts these interruptions. Otherwise, a job that is always interrupted before its first step would be
+    restarted forever.
     """
     path = os.environ.get("DPO_EXIT_CODES")
     if path:

@@ -19,12 +19,16 @@ from dpo_engine.wording import describe, join, nearest, show
 
 
 def options_of(registry: Registry, name: str) -> dict[str, Parameter]:
-    """Map the names of a registered object's options to the parameters, without those that the engine passes."""
+    """Return the options of a registered object by name: its parameters, without those that the engine passes."""
     return parameters_after(registry[name], registry.passes, registry.reserved)
 
 
 def parameters_after(entry: Any, passes: int = 0, reserved: tuple[str, ...] = ()) -> dict[str, Parameter]:
-    """Return the named parameters of a function or class after the first ``passes``, without the ``reserved`` ones."""
+    """Return the named parameters of a function or class, by name. An object that cannot be called has none.
+
+    passes    number of positional parameters at the beginning to leave out
+    reserved  names of further parameters to leave out
+    """
     if not callable(entry):
         return {}
     kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)

@@ -1,4 +1,4 @@
-"""Strict parser for untrusted JSON: one UTF-8 object without duplicate keys, with limits on size, depth and values."""
+"""Strict parser for untrusted JSON in UTF-8: it rejects duplicate keys, and limits size, depth and number of values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ MORE_TEXT = "there is more text after the end of the value; write one record per
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """Parse a JSON object. Raises :class:`BadJson` for any other value, and like :func:`parse_value`."""
+    """Parse a JSON object.
+
+    Raises :class:`BadJson` if the value is not an object, and whenever :func:`parse_value` raises it.
+    """
     value = parse_value(content)
     if not isinstance(value, dict):
         raise BadJson(f"is {kind(value)}, not an object")
@@ -95,8 +98,10 @@ def _check_size(text: str) -> None:
 
 
 def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
-    """Describe a decoding error. Common errors get our own words, because the decoder's messages differ between Python
-    versions."""
+    """Describe a decoding error.
+
+    For common errors, the text does not use the decoder's messages, because these differ between Python versions.
+    """
     rest = text[error.pos :].lstrip()
     if error.msg.startswith("Extra data"):
         what = MORE_TEXT

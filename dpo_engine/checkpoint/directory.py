@@ -108,7 +108,7 @@ def tidy(folder: Path) -> None:
 
 
 def working_directory(folder: Path, step: int, run_id: str) -> Path:
-    """Return the directory where a run writes the checkpoint for ``step``. ``run_id`` differs for every start."""
+    """Return the directory where a run writes the checkpoint for ``step``. Each start of a run has a new ``run_id``."""
     return folder / f"step_{step:08d}.tmp.{run_id}"
 
 

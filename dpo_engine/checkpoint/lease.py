@@ -261,7 +261,7 @@ def take(
 def refuse_if_held(output: Path) -> None:
     """Raise the error of :func:`take` if a process on this machine holds the lease. Write nothing, and do not wait.
 
-    This needs no process groups and no torch. A second start is therefore refused within a second.
+    This needs no process groups and no torch. A second start of the same run is therefore refused within a second.
     """
     with suppress(OSError):  # take() reports a directory that cannot be read
         last = _newest(output / FOLDER)
@@ -280,7 +280,7 @@ def _refusal(name: str, holder: Holder | str) -> CheckpointError:
 def _living(
     path: Path, me: Holder, watch_s: float, say: Callable[[str], None], between: Callable[[], None]
 ) -> Holder | str | None:
-    """Return the holder of the lease at ``path``, or None if the holder is dead or has released the lease."""
+    """Return the lease's holder (as text if it is unknown); None if it is dead or has released the lease."""
     pause, longest = POLL_S
     first, since, slowest, told = None, 0.0, 0.0, False
     while True:

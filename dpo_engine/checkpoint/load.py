@@ -234,7 +234,7 @@ def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") 
 
 
 def unless_taken_over(work: Callable[[], Any], confirm: Callable[[], None]) -> Callable[[], Any]:
-    """Wrap ``work``: if it fails because another run has taken over, raise the error of ``confirm`` instead of its own.
+    """Wrap ``work`` so that, if it fails because another run has taken over, the error of ``confirm`` is raised.
 
     A run that has taken over removes the files of this run. The error of ``work`` would therefore name a missing file
     and not the cause.

@@ -18,8 +18,8 @@ from dpo_engine.wording import show
 ACCEPTED = {
     "dtype": "the model's weights are the checkpoint's fp32 weights, rounded to the new dtype",
     "tokenizer": "held-out pairs and the exported checkpoint use the new tokenizer",
-    "reference": "rewards are relative to the new reference, and its weights are not restored from the checkpoint "
-    "unless only the value of reference.sync_every or reference.sync_alpha changed",
+    "reference": "rewards are relative to the new reference; its weights are restored from the checkpoint only if "
+    "reference.sync_every stays set and the reference's initial weights are the same",
     "loss": "the next step uses the new loss; Adam's moments are kept",
     "train_data": "training starts at the first of the new pairs, and train.epochs counts from there",
     "limits": "pairs are truncated or dropped according to the new limits",
@@ -37,7 +37,7 @@ the changed run.
 """
 
 UNRECORDED = {"adapter": None, "optim.optimizer": "adamw", "optim.freeze": [], "megatron": {}}
-"""Values of the keys that checkpoints of earlier versions do not record."""
+"""Values to assume for keys that checkpoints of earlier versions do not record."""
 
 RESTARTING = ("train_data", "order")
 """Keys whose change makes the saved data position invalid. Training then starts at the beginning of the data."""
@@ -104,7 +104,7 @@ def compare(
         "another train.output_dir"
         for change in misfits
     ]:
-        raise CheckpointError(impossible)  # do not report the other changes, because these may be their cause
+        raise CheckpointError(impossible)  # these changes may have caused the other changes, so report only them
     counts = any(change.key in COUNTING for change in changes)
     if refused := [change for change in changes if change.key not in (*accepted, *["total_steps"] * counts)]:
         raise CheckpointError(

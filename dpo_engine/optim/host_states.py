@@ -37,7 +37,7 @@ class HostAdamW(PiecewiseAdamW):
         locked = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self._scaled, self._received, self._sent = buffers(device=device), buffers(**locked), buffers(**locked)
         self._out, self._back = torch.cuda.Stream(), torch.cuda.Stream()
-        self._free = [self._back.record_event() for _ in range(2)]  # copies out of the buffers
+        self._free = [self._back.record_event() for _ in range(2)]  # ends of the copies out of the buffers `_sent`
 
     def _update_all(self) -> None:
         self._out.wait_stream(torch.cuda.current_stream())
@@ -90,8 +90,8 @@ def update_threads(*, gpu: bool) -> int:
 
     Without a GPU, an update uses as many threads as all other operations. With a GPU, it uses OMP_NUM_THREADS threads
     if this variable is set and more than 1 (torchrun sets it to 1 by default). Otherwise, it uses one thread for each
-    core that this process may use. If it may use all cores of the node, the other ranks of the node use the same cores,
-    so the number of cores is divided by the number of GPUs.
+    core that this process may use. If the process may use all cores of the node, the other ranks of the node use the
+    same cores, so the number of cores is divided by the number of GPUs.
     """
     asked, own = torch.get_num_threads(), cores()
     if not gpu or ("OMP_NUM_THREADS" in os.environ and asked > 1):
@@ -101,7 +101,7 @@ def update_threads(*, gpu: bool) -> int:
 
 
 def update_lines(optim: OptimConfig, *, gpu: bool) -> list[str]:
-    """Return a log line about updates on the host; no line if the states are on the device."""
+    """Return a list with one log line about updates on the host. If states are on the device, the list is empty."""
     if optim.states == "device":
         return []
     return [f"optimizer: states in host memory; threads per rank for an update: {update_threads(gpu=gpu)}"]

@@ -105,7 +105,7 @@ def wrap_policy(
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
-        # Megatron's hooks then start no gather ahead of time. Its pipeline schedules call this function to start them.
+        # Megatron's hooks then do not start gathers ahead of time. Its pipeline schedules start them by this function.
         config.param_sync_func = [partial(_start_gathers, chunk) for chunk in wrapped]
 
     def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
@@ -118,7 +118,7 @@ def wrap_policy(
 
 
 def _start_gathers(chunk: DistributedDataParallel, *parameters: Any) -> None:
-    """Start the all-gathers of a chunk's weights that have not started since the last update.
+    """Of the all-gathers of a chunk's weights, start those that have not started since the last update.
 
     An earlier forward pass of the same step, such as the scoring pass of a coupled loss, may have started some of them.
 
@@ -175,7 +175,7 @@ def build_optimizer(
 
 
 def _in_pieces(optim: OptimConfig, parallel: ParallelConfig, dtype: torch.dtype) -> type[PiecewiseAdamW] | None:
-    """Return the class that updates weights in pieces; None if Megatron's optimizer updates all of them at once."""
+    """Return the class that updates weights in pieces; None if Megatron's optimizer updates all weights at once."""
     if optim.states == "host":
         return HostAdamW
     rounded = optim.gradients == "bf16" and dtype is torch.bfloat16
@@ -192,9 +192,11 @@ def _plain_optimizer(optimizer: torch.optim.Optimizer | None, config: OptimizerC
 def _torch_optimizer(
     chunks: list[DistributedDataParallel], optim: OptimConfig, *, experts: bool = False
 ) -> torch.optim.Optimizer | None:
-    """Build the torch optimizer for the parameters of experts, or for all others. Return None if these are all frozen.
+    """Build the torch optimizer for the parameters of experts, or for all other parameters.
 
     experts  True: for the parameters of experts; False: for all other parameters
+
+    Returns None if all of these parameters are frozen.
     """
     every = (parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad)
     parameters = [parameter for parameter in every if getattr(parameter, "allreduce", True) != experts]
@@ -223,9 +225,9 @@ def fuse_adam(optimizer: Any) -> None:
 def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return the reduced gradients that this rank contributes to sums over the model.
 
-    Over all ranks of such a sum, each gradient of the model counts once.
+    In such a sum, each gradient of the model counts exactly once.
 
-    Returns  two lists: the gradients of all parameters except experts', and the gradients of experts' parameters
+    Returns  two lists: the gradients of all parameters that belong to no expert, and those of the experts' parameters
     """
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -239,8 +241,8 @@ def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
 def sum_over_model(trained: Trained, others: Tensor, experts: Tensor) -> Tensor:
     """Sum numbers over the ranks that contribute different gradients; see :func:`reduced_gradients`.
 
-    others   this rank's number for all parameters except experts'; it may be overwritten
-    experts  this rank's number for experts' parameters; it may be overwritten
+    others   this rank's number for all parameters that belong to no expert; it may be overwritten
+    experts  this rank's number for the experts' parameters; it may be overwritten
 
     *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance. Without it, one SUM
     over tp and pp and, for a model with experts, one SUM over the ranks that share a copy of all experts.
@@ -278,7 +280,7 @@ def gradient_norm(trained: Trained) -> float:
 def _norm(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
     if all(grad.dtype.itemsize >= dtype.itemsize for grad in grads):
         return torch.nn.utils.get_total_norm(grads)
-    # If weights are updated in pieces, gradients may be in bf16. torch would round each norm to bf16.
+    # If weights are updated in pieces, gradients can be in bf16, and torch would round each norm to bf16.
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for grad in grads]))
 
 

@@ -7,9 +7,9 @@ groups  list of parameter groups: first the matrices, to which weight decay appl
         ``weight_decay`` is 0
 lr      peak learning rate
 
-The parameters are this tensor-parallel rank's shards, with fp32 copies of bf16 weights. The update must therefore be
-elementwise: a weight's update may depend only on the gradients of that weight. An optimizer such as Muon, which reads
-whole matrices, cannot be registered.
+The parameters are this tensor-parallel rank's shards of the weights or, for bf16 weights, fp32 copies of these shards.
+The update must therefore be elementwise: a weight's update may depend only on the gradients of that weight. An
+optimizer such as Muon, which reads whole matrices, cannot be registered.
 
 state   given when the optimizer is registered: names of the tensors that the optimizer's ``state`` contains for each
         parameter. Each tensor has the shape of the parameter, and is zero before the first step. Checkpoints contain

@@ -36,7 +36,10 @@ class Slice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A range of a slice: its elements ``own``, which are copied to the range ``place`` in the buffer of a piece."""
+    """The elements ``own`` of a slice. In the buffer of a piece, their gradients occupy the range ``place``.
+
+    If the states are in host memory, the elements' new weights occupy the same range of another buffer.
+    """
 
     whole: Slice
     own: slice
@@ -147,7 +150,7 @@ class PiecewiseAdamW:
 
 
 def update_in_pieces(optimizer: Any, kind: type[PiecewiseAdamW]) -> None:
-    """Replace the torch optimizer inside each of Megatron's distributed optimizers by an optimizer of class ``kind``.
+    """Replace the torch optimizer inside each of Megatron's distributed optimizers with one of the class ``kind``.
 
     Megatron must have built its distributed optimizers without main weights.
     """

@@ -45,7 +45,8 @@ class OwnedSlice:
     def moments(self) -> dict[str, Tensor]:
         """Return flat views of the moments. Before the optimizer's first step, create them as zeros.
 
-        Raises :class:`~dpo_engine.errors.ConfigError` if a torch optimizer keeps other tensors of the weight's shape.
+        Raises :class:`~dpo_engine.errors.ConfigError` if a torch optimizer keeps a tensor of the weight's shape that
+        ``names`` does not list.
         """
         state = self.optimizer.state[self.main]
         kept = [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == self.main.shape]

@@ -125,8 +125,8 @@ class SharedReference:
     """The policy's own model, without adapters or with an earlier state of its adapter.
 
     chunks   the policy's chunks
-    start    values of the reference's adapter, one item for each chunk: those that the run started from or, after an
-             update, those of :meth:`follow`; None: turn adapters off
+    start    values of the reference's adapter, one item for each chunk: at first the values that the run started from,
+             and later the values that :meth:`follow` has read; None: adapters are turned off
     """
 
     passes = 1
@@ -195,7 +195,7 @@ class HostWeights:
             parameter.copy_(host, non_blocking=True)
             host.copy_(before, non_blocking=True)
         if before.is_cuda:
-            torch.cuda.current_stream().synchronize()  # the copies to host memory are asynchronous
+            torch.cuda.current_stream().synchronize()  # wait for the asynchronous copies to host memory
 
     @contextmanager
     def on_device(self) -> Iterator[Chunks]:
@@ -236,8 +236,8 @@ class OffloadedReference:
 
         If ``batches`` have not been scored yet, swap the weights, and score ``batches`` and all upcoming batches.
 
-        *Collectives*: those of scoring. If ranks with different batches share experts, also one MIN of a number over
-        world whenever ``batches`` or an item of ``upcoming`` is looked up.
+        *Collectives*: those of scoring. If ranks with different batches share experts, there is also one MIN of a
+        number over world for ``batches`` and, if ``batches`` must be scored, for each item of ``upcoming``.
         """
         wanted = _name(batches)
         if not self._is_ready(wanted):
@@ -258,10 +258,11 @@ class OffloadedReference:
             self._ready[name] = score(chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     def _is_ready(self, name: bytes) -> bool:
-        """Whether the batches of this ``name`` have been scored on all ranks that share experts with this rank.
+        """Whether the batches with this ``name`` have been scored: on this rank and, with shared experts, on all ranks.
 
-        These ranks must run every forward pass together. A rank's batches of two steps have the same name if they
-        contain only dummies, even if the batches of the other ranks differ.
+        Ranks that share experts must run every forward pass together. If a rank's batches for two steps contain only
+        dummies, they have the same name, although the batches of other ranks differ. This rank would then skip a
+        forward pass that other ranks run. Therefore all ranks decide together.
         """
         ready = name in self._ready
         if not self.groups.share_experts:

@@ -52,7 +52,7 @@ def token_logps(
     Returns  on every rank, one value per response token, in nats: for each pair in turn, first the tokens of the chosen
              response and then the tokens of the rejected response; 0 for a token that is not scored
 
-    *Collectives*: on the last stage, a SUM over cp and a SUM over dp, each of one fp64 number per token. Then a
+    *Collectives*: on the last stage, a SUM over cp and a SUM over dp, each of one fp64 number per token; then a
     broadcast of these numbers over pp from the last stage.
     """
     lengths = pairs.lengths[indices].astype(np.int64)

@@ -1,4 +1,4 @@
-"""Checks of model families that a plugin's author can run; see "Test the family" in ``docs/extending.md``.
+"""Checks that a plugin's author can run on a model family; see "Test the family" in ``docs/extending.md``.
 
 The engine's own tests use the same functions. The functions need transformers and Megatron-Core, but neither a GPU nor
 a test framework. No other module of the package imports this one.

@@ -12,7 +12,8 @@ from dpo_engine.testing.trajectory import load_weights
 def assert_same_metrics(got: dict[str, float], expected: dict[str, float], rel: float, where: str) -> None:
     """Compare metrics.
 
-    A difference of log-probabilities has a tolerance relative to its operands, which can be near -100 nats.
+    For a difference of log-probabilities, the tolerance is relative to the log-probabilities, which can be near -100
+    nats.
 
     If policy and reference have the same weights, every such difference is only a rounding error. Metrics that count
     signs are then not compared.

@@ -81,7 +81,7 @@ def check_steps(
     ranks: int | None = None,
     batch: Mapping[str, Any] = TREE,
 ) -> None:
-    """Train five steps of DPO with weighted pairs, and compare them with transformers, torch's autograd and AdamW.
+    """Train five steps of DPO with weighted pairs. Compare the results with transformers, torch's autograd and AdamW.
 
     ranks   as in :func:`check_logits`
     batch   section ``batch`` of the run; by default, rows of trees
@@ -111,14 +111,14 @@ def check_layouts(
     ranks: int | None = None,
     recompute: str = "none",
 ) -> None:
-    """Train two steps with rows of trees in a layout, and compare the results with padded rows on one rank, to 1e-10.
+    """Train two steps with rows of trees in a layout. Compare the results with those of padded rows on one rank.
 
     ranks       as in :func:`check_logits`
     recompute   ``model.recompute`` in the layout
 
     All computations are in fp64. The results are the metrics of steps and of an evaluation, the log-probabilities of
-    pairs, and the exported weights. Raises ``AssertionError`` with a number or a tensor that differs, or with a tensor
-    that training did not change.
+    pairs, and the exported weights. The relative tolerance is 1e-10. Raises ``AssertionError`` with a number or a
+    tensor that differs, or with a tensor that training did not change.
     """
 
     def on_one_rank() -> tuple[dict[str, Any], Path]:
@@ -203,12 +203,12 @@ def _trained_by_transformers(models: TinyModels, case: str) -> tuple[list[float]
         norms, _ = train_with_transformers(
             case, STEPS, load=lambda case: loaded.pop(), decay=DECAY, clip=CLIP, **OPTIMIZER
         )
-    policy.save_pretrained(folder)  # in memory, tensors may have other names and stacked experts, so save them
+    policy.save_pretrained(folder)  # in memory, tensors can have other names, and experts can be stacked
     return norms, folder
 
 
 def _loaded(models: TinyModels, case: str, layout, ranks: int | None) -> tuple[torch.Tensor, Path]:
-    """Return a case's logits and the directory of its export, from one start of the ranks for all cases."""
+    """Return a case's logits and the directory of its export. The ranks are started once for all cases."""
     ranks = ranks or ranks_of(layout)
     key = repr((sorted(layout.items()), ranks))
     folder = models.folder / f"exports, {key}"
@@ -223,7 +223,7 @@ def _loaded(models: TinyModels, case: str, layout, ranks: int | None) -> tuple[t
 
 
 def _runs(models: TinyModels, case: str, layout) -> bool:
-    """Whether a model can be loaded in a layout: only models with experts can distribute them."""
+    """Whether a model can be loaded in a layout. A layout with ``ep`` or ``etp`` requires a model with experts."""
     return not {"ep", "etp"} & layout.keys() or read_architecture(models.of(case)).experts is not None
 
 

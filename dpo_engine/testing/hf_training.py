@@ -1,4 +1,4 @@
-"""Log-probabilities and training with transformers and torch's autograd in fp64, as expected values for tests."""
+"""Compute expected values for tests: log-probabilities and training in fp64, with transformers and torch's autograd."""
 
 import re
 

@@ -46,7 +46,8 @@ def train_steps(
     """Train on every rank, with one optimizer step per global batch.
 
     sizes    numbers of pairs in the global batches
-    export   directory to which the weights or the adapter are exported; None: no export
+    export   directory to which the weights are exported; an adapter is exported to a directory beside it; None: no
+             export
     fp64     whether to compute in fp64
     weighted, judged, few, masked   as for :class:`~dpo_engine.testing.pairs.RandomPairs`
 

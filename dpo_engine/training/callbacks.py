@@ -73,15 +73,14 @@ class Callback:
     def on_end(self, run: Run) -> None:
         """Called when training ends, even if it ends with an error. Must not communicate with other ranks.
 
-        An error of this method is only logged.
+        An error that this method raises is only logged.
         """
 
 
 class Callbacks:
     """The callbacks of a run, by the configuration key that enables each callback.
 
-    asked   the first request of a callback on this rank to end the run: the callback's key and its reason; None: no
-            callback has requested this
+    asked   key and reason of the first callback that asked, on this rank, to end the run; None: no callback has asked
     """
 
     def __init__(self, callbacks: Mapping[str, Callback]):

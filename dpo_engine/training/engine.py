@@ -74,7 +74,7 @@ class Engine:
     def open(cls, config: Config, *, fp64: bool = False) -> "Engine":
         """Read the architecture and create the process groups. Load no weights.
 
-        fp64  compute in fp64, whatever ``model.dtype`` is; only ``dpo-engine parity`` uses this
+        fp64  whether to compute in fp64 instead of ``model.dtype``; of the commands, only ``parity`` uses this
 
         Raises :class:`~dpo_engine.errors.ConfigError`, before any process group exists, if a setting does not fit the
         model, the layout or the machine, or if settings differ between ranks.
@@ -206,7 +206,7 @@ class Engine:
         return bool(adapted) and min(map(layer_of, adapted)) > 0
 
     def load_start(self, *, recompute: str = "none") -> list[Policy]:
-        """Load the model that the run starts from. If the run has adapters, attach them, new or from adapter.path."""
+        """Load the initial policy. If the run trains adapters, attach new ones or those at ``adapter.path``."""
         chunks = self.load_model(self.config.model.path, recompute=recompute)
         if self.adaptation:
             dtype = torch.promote_types(self.dtype, torch.float32)
@@ -296,7 +296,7 @@ class Engine:
 
         Only this method replaces ``auto`` in the section ``batch`` of ``config``.
 
-        others   further pairs that will be scored; only a fixed size of rows depends on them
+        others   further pairs that will be scored; they affect only a fixed size of rows
         Returns  lines for the log. Raises `ConfigError` if a kernel is selected that the layout does not use.
 
         *Collectives*: on a GPU, one MIN over world, so that all ranks choose the same size.
@@ -320,7 +320,7 @@ class Engine:
 
     @property
     def layout(self) -> str:
-        """Batch layout: stacked or tree; auto before :meth:`settle_batches`."""
+        """Batch layout: ``stacked`` or ``tree``; can be ``auto`` before :meth:`settle_batches`."""
         return self.config.batch.layout
 
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
@@ -334,7 +334,7 @@ class Engine:
         Losses and metrics do not depend on how pairs are grouped into micro-batches, or on the order of pairs in the
         global batch. This method does not communicate, and is safe to call on another thread.
 
-        Raises `RuntimeError` if ``auto`` is left in the section ``batch``; see :meth:`settle_batches`.
+        Raises `RuntimeError` if :meth:`settle_batches` must still replace an ``auto`` in the section ``batch``.
         """
         if not is_settled(self.config):
             raise RuntimeError("Engine.batches: call Engine.settle_batches first, before a model is built")

@@ -42,10 +42,10 @@ def export_policy(
 
     dtype, card  as for :func:`~dpo_engine.model.weights.save.save_hf`
     tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared
-    say          called on the first rank with a line if the tokenizer differs from the one used in training, with a
-                 line for each property of the tokenizer that the export cannot keep, and with a line if the export
-                 waits because another one may be running; with adapters, called on every rank with a line about the
-                 PEFT adapter
+    say          called with each line for the log. On the first rank, there is a line if the tokenizer differs from the
+                 one used in training, a line for each property of the tokenizer that the export cannot keep, and a line
+                 if the export waits because another export may be running. With adapters, every rank also gets a line
+                 about the PEFT adapter
 
     *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf` and
     :func:`~dpo_engine.training.output_lease.sole_exporter`, and two all-gathers of objects over world. With adapters,

@@ -14,7 +14,7 @@ SAME_PASS = 1e-4
 """Tolerance, relative to ``max(1, |value|)``, if policy and reference run the same code on the same rows."""
 
 EARLIER_PASS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Tolerance if the reference scored the pairs earlier, possibly in another layout, or with other products."""
+"""Tolerance if the reference scored the pairs earlier, possibly in another layout, or with other matrix products."""
 
 CAUSES = {
     "resident": "dropout in the model, different weights in policy and reference, a nondeterministic kernel",
@@ -28,7 +28,7 @@ ROUTING = "routers that chose other experts in bf16, because the reference score
 """A further cause for models with experts, if the reference scored the pairs earlier."""
 ROUNDING = "numbers that were rounded to other FP8 values, because the reference scored the pairs in another layout"
 """A further cause with FP8, if the reference scored the pairs earlier."""
-PIECES = "products that tp_comm_overlap cuts into pieces in the policy's forward pass, but not in the reference's"
+PIECES = "matrix products that tp_comm_overlap cuts into pieces, but only in the policy's forward pass"
 """A further cause with ``tp_comm_overlap``; see :mod:`~dpo_engine.model.tp_overlap`."""
 
 

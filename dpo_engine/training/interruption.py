@@ -20,10 +20,10 @@ No work is lost, because training has not begun.
 The handler itself does not save or exit, because it can run at any point of a step, when the state is incomplete and
 differs between ranks.
 
-Not covered: SIGKILL, and a grace period shorter than one step plus the save (Slurm: `KillWait`). For `train.save_by`,
-the next step or evaluation is expected to take as long as the longest of the latest steps and evaluations. The first
-step, evaluation or save can therefore exceed the limit. A rank that hangs during training never calls `agreed`; in that
-case, the timeout of the collective ends the run.
+Not covered: SIGKILL, and a grace period that is too short for one step and a save (Slurm: `KillWait`). For
+`train.save_by`, the next step or evaluation is expected to take as long as the longest of the latest steps and
+evaluations. The first step, evaluation or save can therefore exceed the limit. A rank that hangs during training never
+calls `agreed`; in that case, the timeout of the collective ends the run.
 """
 
 from __future__ import annotations

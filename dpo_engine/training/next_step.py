@@ -40,7 +40,7 @@ class StepData:
     """The data of a step.
 
     known   facts about the global batch
-    work    work of the global batch, for the metrics of speed
+    work    work of the global batch, for the throughput metrics
     copies  for each micro-batch of this rank, a function that copies it to the device
     """
 

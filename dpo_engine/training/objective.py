@@ -80,8 +80,8 @@ class Objective:
     """A loss with its options, the token weighting, and the metrics to report.
 
     ld_alpha       factor for the log-probabilities of tokens beyond the length of the pair's shorter response; None: 1
-    use_weighting  multiply each pair's loss by its weight from :meth:`likelihoods`
-    entropy        report the policy's entropy
+    use_weighting  whether to multiply each pair's loss by its weight from :meth:`likelihoods`
+    entropy        whether to report the policy's entropy
 
     *Source*: for ``ld_alpha``, LD-DPO (arXiv 2409.06411), which is applied to the policy and to the reference, as in
     TRL; for ``use_weighting``, WPO (arXiv 2406.11827) eq. 2, with the paper's "sampled alignment".
@@ -133,7 +133,7 @@ class Objective:
 
     @staticmethod
     def likelihoods(policy: PairLogps) -> Tensor:
-        """Return the weights of WPO: the policy's likelihood of both responses, per token, relative to its own samples.
+        """Return WPO's weights: the policy's likelihood of both responses, per token, relative to the policy's samples.
 
         Returns  [b]  the product over both responses of ``exp(mean(log p - log sum_v p_v^2))``, without gradient; the
                  mean is over the response's tokens, and the sum over the vocabulary
@@ -213,8 +213,8 @@ class Objective:
 
         policy, reference   log-probabilities of this rank's pairs, one record per micro-batch
         data                the other columns that a loss can read, one record per micro-batch
-        places              index of each of this rank's pairs in its data set, one tensor [b] per micro-batch. The loss
-                            gets the pairs sorted by index, so that ties have the same result in every layout
+        places              indices of this rank's pairs in the data set, one tensor [b] per micro-batch. The loss gets
+                            the pairs sorted by index, so that ties have the same result in every layout
 
         Returns  this rank's part of the loss, one record per micro-batch
 

@@ -12,8 +12,9 @@ step; if the interval is 0, none of these later checks run.
 `RankGuard.check` also compares facts about the data, and all weights of which several ranks have copies: data-parallel
 and context-parallel replicas, parameters that tensor parallelism does not split, experts, and tied embeddings.
 
-Why this way: a check costs one all-gather of a few integers per rank (a hash of the facts, and combined fingerprints
-of the weights). If these integers differ, the ranks also exchange the facts, so that the error can name the difference.
+Why this way: a check costs one all-gather of a few integers per rank: a hash of the facts, the rank's numbers in four
+process groups, and combined fingerprints of the weights. If ranks disagree, they also exchange the facts and all
+fingerprints, so that the error can name the difference.
 A fingerprint is a weighted sum of integers modulo 2^64. Equal tensors therefore have equal fingerprints on every
 device, in any order of additions. A failed check raises the same error on all ranks. Facts are compared in the order of
 `KINDS`.
@@ -145,12 +146,13 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts, wait: Callable | None = None) -> None:
     """Compare the facts of all ranks through the store, before any process group exists.
 
-    Rank 0 reads the facts of the other ranks, in order, and answers all of them. If it finds a rank that was started
-    with a different number of ranks, rank 0 answers at once, because later ranks may not exist. ``wait`` waits for
+    Rank 0 reads the facts of the other ranks, in order, and answers all of them. If rank 0 finds a rank that was
+    started with a different number of ranks, it answers at once, because later ranks may not exist. ``wait`` waits for
     a key and returns its value; None: ``store.get``, with the store's own time limit.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` with a line for each difference, on every rank. If all
-    ranks that rank 0 expects agree, an additional rank, started with another number of ranks, raises the error alone.
+    Raises :class:`~dpo_engine.errors.ConfigError` on every rank, with a line for each of the first ``MOST_LINES``
+    differences. Rank 0 does not read the facts of additional ranks, whose numbers are at least rank 0's ``world``. If
+    all other ranks agree, only the additional ranks raise the error.
     """
     if world == 1:
         return
@@ -190,7 +192,10 @@ def _read_facts(wait: Callable[[str], bytes], world: int) -> dict[int, Facts]:
 
 
 def _differences(facts: Mapping[int, Facts]) -> tuple[type[EngineError], list[str]]:
-    """Return the error to raise (the error of the first kind with a difference), and a line for each difference."""
+    """Return the error to raise (the error of the first kind with a difference), and lines about the differences.
+
+    Each of the first ``MOST_LINES`` differences has its own line. If there are more, a last line counts the others.
+    """
     error, lines = EngineError, []
     if all(theirs is facts[0] or theirs == facts[0] for theirs in facts.values()):
         return error, lines
@@ -212,7 +217,10 @@ def _reason(variable: str) -> str:
 
 
 def by_value(values: Mapping[int, Any]) -> str:
-    """Return the ranks of each value as text, most common value first, such as ``0.1 on ranks 0-2, 0.2 on rank 3``."""
+    """Return the ranks of each value as text, most common value first, such as ``0.1 on ranks 0-2, 0.2 on rank 3``.
+
+    After ``MOST_VALUES`` values, the text only gives the number of further values.
+    """
     holders: dict[Any, list[int]] = {}
     for rank, value in sorted(values.items()):
         holders.setdefault(value, []).append(rank)
@@ -260,7 +268,7 @@ class RankGuard:
         copies of parameters that are not split. Ranks with the same experts must have equal copies of these experts.
         The first and the last stage must have equal tied embeddings.
 
-        *Collectives*: one all-gather of a few numbers over all ranks; if the numbers differ, an all-gather of objects.
+        *Collectives*: one all-gather of a few numbers over all ranks; if ranks disagree, one all-gather of objects.
         Raises on every rank the error from :data:`KINDS`, or :class:`~dpo_engine.errors.NumbersError` if only weights
         differ.
         """

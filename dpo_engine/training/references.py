@@ -130,8 +130,8 @@ def _from_store(
 ) -> Rows:
     """Return the store's rows for all ``pairs``.
 
-    Missing pairs are scored, or raise an error, according to ``reference.missing``. Some of the stored rows are
-    verified, according to ``reference.verify``.
+    Missing pairs are scored or cause an error, according to ``reference.missing``. At most ``reference.verify`` of the
+    stored rows are verified.
     """
     store, asked = open_store(engine), engine.config.reference
     wanted = wanted_keys(pairs)
@@ -164,7 +164,7 @@ class _Known(NamedTuple):
     """Log-probabilities that are known for some pairs of a data set.
 
     indices  [n]     indices of these pairs in the data set
-    values   [n, 2]  log-probabilities of chosen and rejected, summed over each whole response, in nats
+    values   [n, 2]  log-probabilities of the chosen and the rejected response, each summed over its tokens, in nats
     """
 
     pairs: PairDataset

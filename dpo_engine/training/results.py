@@ -91,7 +91,7 @@ def _export(run: Run, identity: dict[str, Any]) -> Path:
 
 @contextmanager
 def _saved_already(verb: str, step: int) -> Iterator[None]:
-    """Add to errors in this block that the run is saved, and that ``dpo-engine <verb>`` can do the work later."""
+    """Append a way out to errors in this block: the run is saved, and ``dpo-engine <verb>`` can do the work later."""
     try:
         yield
     except (PeerError, NumbersError):  # the way out is to run the same command again, or to use an earlier step

@@ -220,8 +220,8 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
 def count_trained(config: Config, pairs: PairDataset) -> int:
     """Return the number of ``pairs`` that are also training pairs of the run.
 
-    config  the run's original configuration: its data.validation and data.validation_fraction, which decide what the
-            run trained on, must not be replaced, even if ``pairs`` come from another source
+    config  the run's own configuration. Even if ``pairs`` come from another source, data.validation and
+            data.validation_fraction must keep the values with which the run was trained
 
     Returns 0 if the cache lacks the training pairs, or if their files have more than `READ_LIMIT` bytes or cannot be
     read.

@@ -37,10 +37,11 @@ TIE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 0.0}  # in bf1
 def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
     """Take the first steps of the run, at most `STEPS`, in the run's layout. Call this on every rank.
 
-    fp64   compute in fp64 instead of the run's dtype
+    fp64   whether to compute in fp64 instead of the run's dtype
 
-    Each step uses the first `PAIRS` pairs of the run's own global batch. The learning rate has no warmup, because a
-    learning rate of 0 would hide errors. The reference is not updated (``reference.sync_every`` has no effect).
+    Each step uses the first `PAIRS` pairs of the global batch that the run uses in this step. The learning rate has no
+    warmup, because a learning rate of 0 would hide errors. The reference is not updated (``reference.sync_every`` has
+    no effect).
 
     Returns  a dictionary, equal on every rank:
              ``dtype``, ``layout`` (of batches), ``largest`` (number of pairs in the largest micro-batch);

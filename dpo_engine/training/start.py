@@ -93,8 +93,8 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     say   called on every rank with a line for each skipped checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.training.references.reference_identity`, of ``Engine.adapter_identity``
-    and of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and all-gathers of objects, so that all ranks continue
-    or all raise the same error. Reading files has no time limit.
+    and of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and all-gathers of objects, so that either all ranks
+    continue, or all ranks raise the same error. Reading files has no time limit.
     Raises :class:`~dpo_engine.errors.CheckpointError` if the directory contains a checkpoint from which this run must
     not resume.
     """
@@ -154,7 +154,8 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
 def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
     """Return a line for each setting of micro-batches that differs from the checkpoint's setting.
 
-    On other devices, ``auto`` can choose other values. Checkpoints of earlier versions do not record the chosen values.
+    The values can differ even if the setting is still ``auto``, because its choice depends on the devices. If the
+    checkpoint does not record the value, as in earlier versions, there is no line.
     """
     now = config.batch.model_dump(include={"layout", "tokens_per_micro_batch"})
     return [

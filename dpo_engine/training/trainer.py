@@ -181,7 +181,7 @@ class Trainer:
             due = plan.due(self.step, interval_of(config.checkpoint.save_interval))
             judged = self.last or plan.due(self.step, interval_of(config.train.eval_interval))
             may_save = due or bool(judged and config.checkpoint.keep_best)  # if this step is among the best
-            # Before a save at a later stop, a save that is due or running must finish, so expect time for two saves.
+            # A save that is due or running must finish before the save at a stop, so plan time for two saves.
             self.interruption.save_s = self.saver.took_s * (1 + (may_save or self.saver.in_flight))
             stop = None if self.last else self.agree("step")
             guarded = config.train.guard_interval
@@ -219,11 +219,11 @@ class Trainer:
         return self.step == self.data.plan.num_steps or self.stopped is not None
 
     def agree(self, after: str | None) -> str | None:
-        """Agree on whether the run stops, or ends early, after this ``"step"`` or ``"evaluation"``.
+        """Agree with all ranks on whether the run stops, or ends early because a callback on any rank has asked for it.
 
-        after   None: do not check the time limit
+        after   "step" or "evaluation", whichever has just finished; None: do not check the time limit
 
-        Returns the reason to stop. If a callback on any rank has asked to end the run, set ``stopped``.
+        Returns the reason to stop, or None. If a callback has asked to end the run, set ``stopped``.
 
         *Collectives*: one MAX of a number over all ranks; one all-gather of objects if the run stops or ends early.
         """
@@ -321,7 +321,7 @@ class Trainer:
     def save(self, *, wait: bool, unjudged: bool = False) -> None:
         """Save a checkpoint for the current step and remove old checkpoints.
 
-        wait      return only after the checkpoint is complete
+        wait      whether to return only after the checkpoint is complete
         unjudged  whether an evaluation is due but not done yet; a resumed run then performs this evaluation first
 
         Raises :class:`~dpo_engine.errors.NumbersError`, without saving, if weights or optimizer state are not finite.

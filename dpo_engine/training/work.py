@@ -30,7 +30,7 @@ from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.engine import Engine
 
 BACKWARD = 2
-"""Operations of a backward pass, divided by the operations of a forward pass: for each matrix product, two products.
+"""Operations of a backward pass, per operation of a forward pass: each matrix product needs two in the backward pass.
 
 With adapters, a product with a frozen matrix needs only one product in the backward pass, for the gradient of its
 input."""
@@ -124,7 +124,7 @@ def padded_flops(
 
 
 def _products(arch: Architecture, layers: Sequence[int], tokens: int, computed: int) -> int:
-    """Return the number of operations of the matrix products in ``layers``. A token counts only for its own experts.
+    """Return the number of operations of the matrix products in ``layers``. For a token, only its own experts count.
 
     tokens    number of tokens for which the layers compute queries, keys and values
     computed  number of tokens for which the layers compute outputs

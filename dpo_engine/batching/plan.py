@@ -67,8 +67,8 @@ def blended_order(
        sequence where the previous epoch stopped. Every pair of a source is therefore drawn once before any pair is
        drawn again.
     3. The draws from all sources are interleaved evenly: if a source has d draws, its draw j (from 0) is placed at the
-       fraction (j + 1/2) / d of the epoch. Every part of an epoch therefore contains draws from each source in
-       proportion, to within about one draw.
+       fraction (j + 1/2) / d of the epoch. Every part of an epoch therefore contains a proportional number of
+       draws from each source, to within about one draw.
 
     Without `shuffle`, step 2 keeps the order of each source's pairs (with `prompts`, the order in which the prompts
     first occur), and step 3 appends one source after the other.

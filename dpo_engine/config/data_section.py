@@ -95,8 +95,8 @@ class DataConfig(Section):
     """whether to put the pairs into a new random order in each epoch; false: the pairs keep the order of the sources
     and files"""
     group_by_prompt: bool = False
-    """whether to keep the pairs of a source that share a prompt together, so that the tree layout computes each prompt
-    once per step"""
+    """whether to keep pairs with the same source and the same prompt together, so that the tree layout can compute the
+    prompt only once per step"""
 
     @field_validator("template_date")
     @classmethod

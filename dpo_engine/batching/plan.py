@@ -167,11 +167,11 @@ class Plan:
         self._first = -(-(len(dataset) - start.pair) // global_batch_size)  # remaining steps of the first epoch
         every = start.step + self._first + (epochs - start.epoch - 1) * self.steps_per_epoch
         self.num_steps = every if max_steps is None else min(every, max_steps)
-        self._orders: dict[int, np.ndarray] = {}  # of at most two epochs, because adjacent steps can be in two epochs
+        self._orders: dict[int, np.ndarray] = {}  # orders of at most two epochs; adjacent steps can be in two epochs
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Return the pairs of an epoch, in order, [n]."""
-        orders = self._orders  # never changed, only replaced, because two threads use a plan
+        orders = self._orders  # the dictionary is replaced, never changed, because two threads use a plan
         if epoch not in orders:
             order = blended_order(
                 self.source_ids,

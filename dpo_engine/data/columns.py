@@ -118,7 +118,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
             continue
         if meaning == "tie":
             if value is True or value == 1:
-                raise BadRecord(f"{name} is true, so no response is better; remove the record, or {drop}")
+                raise BadRecord(f"{name} is true, so neither response is better; remove the record, or {drop}")
             continue
         if meaning == "weight" and isinstance(value, (int, float)):
             if value != 1:

@@ -53,7 +53,7 @@ class ParallelGroups:
     megatron: Any  # a ProcessGroupCollection, the form in which Megatron's modules take the groups
 
     def shards(self, expert: bool) -> dist.ProcessGroup:
-        """Return the ranks over which matrices are split: those of experts, or (if not ``expert``) all other matrices."""
+        """Return the ranks over which matrices are split: experts' matrices, or (if not ``expert``) all others."""
         return self.expt_tp if expert else self.tp
 
     def copies(self, expert: bool) -> dist.ProcessGroup:

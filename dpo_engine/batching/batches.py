@@ -26,7 +26,8 @@ DUMMY_LENGTH = 2
 CHUNK_SITES = 1024
 """Maximum number of sites whose logits are in memory at the same time.
 
-A pair with more sites is scored in pieces, and so is a group of pairs that share sites and together have more."""
+A pair with more sites is scored in pieces. A group of pairs that share sites is also scored in pieces if the group has
+more sites."""
 NO_DIGEST = np.zeros(2, dtype=np.int64)
 
 
@@ -77,7 +78,7 @@ class Scored(NamedTuple):
 
 @dataclass
 class Batch:
-    """A micro-batch of b pairs as r rows of s tokens, or one context-parallel rank's share of the columns.
+    """A micro-batch of b pairs as r rows of s tokens, or one context-parallel rank's share of its columns.
 
     A dummy is a placeholder for a pair. Dummies are added so that all ranks have the same number of pairs. They do not
     change losses or metrics.
@@ -85,8 +86,8 @@ class Batch:
     tokens     [r, s]   int64. Layout `stacked`: r = 2b; row i contains the prompt and the chosen response of pair i,
                         and row b + i contains its prompt and its rejected response. Layout `tree`: r = 1
     positions  [s]      int64, position of each column for the rotary embedding
-    segments   [2, k]   int64, in host memory: lengths and parents of the segments in a tree row. A context-parallel
-                        share also has the segments of the whole row. None for plain sequences
+    segments   [2, k]   int64, in host memory: lengths and parents of the segments in a tree row. In a
+                        context-parallel share, too, these are the segments of the whole row. None for plain sequences
     columns    [q]      int64, in host memory: the columns of a tree row that the last layer computes
                         (:func:`~dpo_engine.batching.trees.needed_columns`); None means all columns
     scored              the tokens to score

@@ -1,4 +1,4 @@
-"""Split a row of trees over context-parallel ranks, into short blocks that are balanced by their attention cost.
+"""Cut a row of trees into short blocks, and assign the blocks to context-parallel ranks with even attention costs.
 
 Problem. As :mod:`~dpo_engine.batching.shares` explains, a split must give every rank the same number of tokens and
 nearly the same number of visible (query, key) pairs. In a row of trees, no fixed pattern achieves this, because
@@ -6,8 +6,8 @@ positions restart with every tree and every response.
 
 Solution. The cost of each query is known exactly: a token at position i of its sequence sees i + 1 keys, whatever the
 shape of the tree. Cut the row into blocks of equal length. The cost of a block is the number of keys that its queries
-see. :func:`~dpo_engine.batching.balance.deal_evenly` gives every rank the same number of blocks, with total costs that
-are as even as possible. All blocks have the same length, so all ranks get the same number of tokens.
+see. :func:`~dpo_engine.batching.balance.deal_evenly` gives every rank the same number of blocks, with nearly even
+total costs. All blocks have the same length, so all ranks get the same number of tokens.
 
 Why blocks. Whole segments are too coarse: a row may contain a single pair, which has only three segments. Single tokens
 would balance best, but the attention kernels process tiles of adjacent queries and skip a tile of keys only if none of

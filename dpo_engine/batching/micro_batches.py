@@ -20,7 +20,7 @@ PLANNED_TOGETHER = 512
 WORTH_IT = 1.05
 """``auto`` chooses ``tree`` if ``stacked`` computes at least this many times as many tokens as ``tree``.
 
-``data.group_by_prompt`` is recommended if it could save at least the same factor."""
+The log recommends ``data.group_by_prompt`` if it could reduce the tokens in ``tree`` by at least this factor."""
 
 
 def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tuple[str, str]:
@@ -141,9 +141,10 @@ def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
 def _stacked_places(
     dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, dp_rank: int, multiple: int
 ) -> tuple[list[np.ndarray], int | None]:
-    """Return the pairs of a rank's micro-batches, and the minimum length of all rows, which may be None.
+    """Return the pairs of a rank's micro-batches, and the minimum length of all rows.
 
-    An interleaved pipeline schedule needs a minimum length, so that all rows have the same length.
+    With an interleaved pipeline schedule, all rows must have the same length, so there is a minimum length. Otherwise,
+    it is None.
 
     multiple  number that the length of a row must be divisible by
     """
@@ -196,8 +197,8 @@ def tree_batches(
     See :func:`~dpo_engine.batching.packing.deal_trees`. With an interleaved pipeline schedule, all rows of a step are
     padded to the longest row, because the stages then do not exchange tensor shapes.
 
-    row_tokens  number of tokens to which every row is padded, from :func:`fixed_row`, which is then also the token
-                budget; None: rows can differ
+    row_tokens  number of tokens to which every row is padded (:func:`fixed_row`); this number is then also the token
+                budget. None: rows can have different lengths
 
     Raises `RuntimeError` if a row is longer than ``row_tokens``.
     """
@@ -250,7 +251,7 @@ def share_batches(
     cost: CostModel,
     row_tokens: int | None = None,
 ) -> list[Batch]:
-    """Build a rank's micro-batches in layout ``batch.layout``, with the columns of its context-parallel share only.
+    """Build a rank's micro-batches in the configured layout, with only the columns of its context-parallel share.
 
     cost, row_tokens   as for :func:`tree_batches`; not used in layout ``stacked``
     """
@@ -267,8 +268,8 @@ def share_batches(
 def tree_plan(config: Config, pairs: PairDataset, cost: CostModel, row_tokens: int | None = None) -> str:
     """Return an identifier of the data and settings that determine how trees are assigned to micro-batches.
 
-    The assignment also depends on the numbers of ranks and of pipeline stages, but the identifier does not, except that
-    the parallel layout can change ``row_tokens``, the fixed size of rows.
+    The assignment also depends on the numbers of ranks and of pipeline stages. These numbers affect the identifier only
+    through ``row_tokens``, the fixed size of rows.
     """
     settings = {
         "seed": config.data.seed,
@@ -298,7 +299,8 @@ def fixed_row(
 ) -> int:
     """Return the number of tokens of every row of trees, if all rows of a run must have the same size.
 
-    This is the token budget or, if it is longer, the longest pair, rounded up as the parallel layout and FP8 require.
+    The number is the token budget, or the length of the longest pair if that is greater. It is rounded up as the
+    parallel layout and FP8 require.
 
     train   the pairs that determine the token budget
     others  further pairs that the run scores

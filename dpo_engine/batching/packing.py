@@ -16,10 +16,10 @@ rank therefore computes the same plan without communication, and :func:`plan_dig
 (:func:`~dpo_engine.batching.balance.deal_evenly`) is greedy assignment followed by exchanges. It is fast. It stops
 when costs are even to 0.1%, when no further exchange helps, or after one exchange per item.
 
-Not covered. FLOP is not time: the plan ignores the efficiency of kernels, communication, the padding of interleaved
-schedules, and the uneven load of experts. If a tree is split, every piece computes the prompt again. A pair that is
-longer than the budget is not truncated, but becomes a micro-batch that exceeds the budget. Context-parallel ranks are
-balanced elsewhere (:mod:`~dpo_engine.batching.shares`).
+Not covered. FLOP counts are not durations: the plan ignores the efficiency of kernels, communication, the padding of
+interleaved schedules, and the uneven load of experts. If a tree is split, every piece computes the prompt again. A pair
+that is longer than the budget is not truncated, but becomes a micro-batch that exceeds the budget. Context-parallel
+ranks are balanced elsewhere (:mod:`~dpo_engine.batching.shares`).
 """
 
 from __future__ import annotations
@@ -41,14 +41,17 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class CostModel:
-    """FLOP count of a forward pass: a sum of three terms, each of which is a coefficient times a count.
+    """FLOP count of a forward pass: a sum of terms, each of which is a coefficient times a count.
 
     In a backward pass, every term is twice as large, so the ratios between micro-batches also hold for training.
 
-    token    FLOP per token in a row: 2 x parameters of the layers' matrices that a token uses
-    visible  FLOP per visible (query, key) pair: 4 x layers without a window x query heads x head size
+    token    FLOP per token in a row: 2 x number of matrix parameters that a token uses in the layers. A token uses all
+             parameters, except that it uses only a few experts of a mixture
+    visible  FLOP per visible (query, key) pair in all layers without a sliding window: 4 x number of these layers x
+             query heads x head size
     scored   FLOP per scored token, in the output layer: 2 x hidden size x vocabulary size
-    windows  sliding windows of the other layers, each with the FLOP per (query, key) pair that is visible in the window
+    windows  for layers with a sliding window: each window, and the FLOP per (query, key) pair that is visible in it, in
+             all layers with this window
     """
 
     token: int
@@ -70,7 +73,7 @@ class CostModel:
     ) -> CostModel:
         """Return the cost model for a decoder.
 
-        matrix_parameters  number of parameters in the matrices of the layers and of the output layer that a token uses
+        matrix_parameters  number of matrix parameters that a token uses, in the layers and in the output layer
         windows            sliding windows that are shorter than some rows, one entry for each layer with such a window
 
         Each of the other arguments is the attribute of :class:`~dpo_engine.model.architecture.Architecture` with the
@@ -90,7 +93,7 @@ def visible_pairs(length: Any, window: int | None = None) -> Any:
     """Return the number of visible (query, key) pairs in a causal row.
 
     length   number of tokens; for an array, the result is an array too
-    window   maximum number of keys that a query sees, including its own key; None means all earlier keys and its own
+    window   maximum number of keys that a query sees, including its own key; None means no limit
     """
     near = length if window is None else np.minimum(length, window)
     return near * (near + 1) // 2 + (0 if window is None else (length - near) * window)
@@ -160,10 +163,10 @@ def make_trees(lengths: np.ndarray, parts: np.ndarray, *, share: bool = True) ->
 
 
 def _cut(tree: Tree, lengths: np.ndarray, parts: np.ndarray, budget: int) -> list[Tree]:
-    """Split a tree into pieces of one or more pairs that do not exceed the budget.
+    """Split a tree between pairs, into pieces that fit into the budget. A single pair that exceeds it is one piece.
 
-    Only a piece with a single pair may exceed the budget. The pairs are first sorted by their responses, so that pairs
-    with the same response are likely to be in the same piece.
+    The pairs are first sorted by their responses, so that pairs with the same response are likely to be in the same
+    piece.
     """
     if tree.tokens <= budget or len(tree.pairs) == 1:
         return [tree]
@@ -209,7 +212,7 @@ def deal_trees(
     parts     [n, 3]  int64, hashes of the prompt, the chosen and the rejected response
                       (:func:`~dpo_engine.data.dataset.part_digests`)
     tokens_per_micro_batch  the budget
-    share     whether repeated prompts and responses occur only once in a row
+    share     whether pairs share their prompts and responses, so that a row contains each of them only once
     multiple  number that must divide the number of micro-batches: for an interleaved schedule, the number of pipeline
               stages; otherwise 1
 

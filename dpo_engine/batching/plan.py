@@ -67,8 +67,8 @@ def blended_order(
        sequence where the previous epoch stopped. Every pair of a source is therefore drawn once before any pair is
        drawn again.
     3. The draws from all sources are interleaved evenly: if a source has d draws, its draw j (from 0) is placed at the
-       fraction (j + 1/2) / d of the epoch. Every part of an epoch therefore contains draws from each source in
-       proportion, to within about one draw.
+       fraction (j + 1/2) / d of the epoch. Every part of an epoch therefore contains a proportional number of
+       draws from each source, to within about one draw.
 
     Without `shuffle`, step 2 keeps the order of each source's pairs (with `prompts`, the order in which the prompts
     first occur), and step 3 appends one source after the other.
@@ -167,11 +167,11 @@ class Plan:
         self._first = -(-(len(dataset) - start.pair) // global_batch_size)  # remaining steps of the first epoch
         every = start.step + self._first + (epochs - start.epoch - 1) * self.steps_per_epoch
         self.num_steps = every if max_steps is None else min(every, max_steps)
-        self._orders: dict[int, np.ndarray] = {}  # of at most two epochs, because adjacent steps can be in two epochs
+        self._orders: dict[int, np.ndarray] = {}  # orders of at most two epochs; adjacent steps can be in two epochs
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Return the pairs of an epoch, in order, [n]."""
-        orders = self._orders  # never changed, only replaced, because two threads use a plan
+        orders = self._orders  # the dictionary is replaced, never changed, because two threads use a plan
         if epoch not in orders:
             order = blended_order(
                 self.source_ids,

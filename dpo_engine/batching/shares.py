@@ -12,9 +12,9 @@ Transformer Engine and Megatron-Core's rotary embedding expect it.
 
 Rows of trees (layout `tree`). Positions restart with every tree and every response, so the index of a column does not
 determine the cost of its query. The zigzag split would be uneven: for a prompt of 2000 tokens with two responses of
-8000 tokens, the slowest of 8 ranks would do 1.57 times the mean work (measured in tests/batching/test_blocks.py). Such
-a row is cut into short blocks, which are assigned according to the number of keys that their queries see
-(:mod:`~dpo_engine.batching.blocks`).
+8000 tokens, the slowest of 8 ranks would do 1.57 times the mean work (measured in tests/batching/test_blocks.py). A
+row of trees is therefore cut into short blocks, which are assigned according to the number of keys that their queries
+see (:mod:`~dpo_engine.batching.blocks`).
 
 Why any split is correct. Only queries are split. Attention gives each rank all keys and values that its queries see
 (:mod:`dpo_engine.model.attention`), and the rest of the model processes each token separately. A split therefore

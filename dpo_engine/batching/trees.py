@@ -11,11 +11,11 @@ earlier tokens of its segment, and all tokens of the parent segment, but no othe
 len(prompt), wherever it is in the row. Each token therefore sees the same tokens at the same positions as in a separate
 row, and log-probabilities agree with layout `stacked` up to rounding.
 
-Scoring. The last token of a prompt predicts the first token of each response to the prompt, so several sites are at the
-column of this token, each with a different target. If several pairs share a response, the response is in the row once
-and is scored once. All of these pairs read the same log-probabilities through `Scored.take`. The last layer computes
-outputs only for the columns that predict a scored token (:func:`needed_columns`). From the other columns, which include
-most of a long prompt, the last layer needs only keys and values.
+Scoring. The last token of a prompt predicts the first token of each response to the prompt, so the column of
+this token can have several sites, one for each response. If several pairs share a response, the response is in the row
+once and is scored once. All of these pairs read the same log-probabilities through `Scored.take`. The last layer
+computes outputs only for the columns that predict a scored token (:func:`needed_columns`). From the other columns,
+which include most of a long prompt, the last layer needs only keys and values.
 
 Why one level. Adjacent pairs with equal prompts form one tree, in which responses with equal tokens and scoring masks
 are also shared. :mod:`~dpo_engine.batching.packing` makes pairs with the same prompt adjacent. One level covers the
@@ -41,7 +41,7 @@ from dpo_engine.data.dataset import TokenPair
 
 PADDING = 256
 """Maximum length of a segment of padding. Attention in longer segments would cost more, and positions could exceed
-those that the model has."""
+the maximum position of the model."""
 
 
 def plant(

@@ -135,7 +135,7 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file. If the file has a key `base`, merge its mapping into the base file's mapping.
+    """Return the mapping in a YAML file. If it has a key `base`, merge it into the mapping of the base file.
 
     below  files that inherit from this file; they are needed to detect a cycle
 

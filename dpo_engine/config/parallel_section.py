@@ -46,8 +46,8 @@ of 16. mxfp8 has one scale for each 32 terms. Megatron and Transformer Engine pa
 multiples."""
 
 MXFP8_BLOCK = 128
-"""With ``tp_comm_overlap``, the number that must divide the tokens of an mxfp8 product on each rank. Transformer Engine
-exchanges the scales of whole blocks of 128 tokens."""
+"""With ``tp_comm_overlap``, each rank's number of tokens in an mxfp8 product must be a multiple of this number, because
+Transformer Engine exchanges the scales of whole blocks of 128 tokens."""
 
 
 class MegatronConfig(Section):

@@ -18,7 +18,7 @@ contain. A dollar sign before any other character is literal."""
 def expand(text: str) -> str:
     """Return a path with `~`, `~user`, `$NAME` and `${NAME}` expanded. A path without them is returned unchanged.
 
-    Expanding the result again changes nothing, so that a recorded configuration can be loaded on another machine.
+    Expanding the result again changes nothing. A recorded configuration can therefore be loaded on another machine.
 
     Raises `ValueError` with the rule that the path violates, for example because a variable is unset or empty.
     """
@@ -44,7 +44,8 @@ def expand(text: str) -> str:
             raise ValueError(f"a path whose home directory is known, but {what}; write the path in full")
     if expanded != text and REFERENCE.search(expanded):
         raise ValueError(
-            f"a path whose variables contain no variables, but it expands to {expanded}; write the path in full"
+            f"a path whose variables expand to text without variables, but it expands to {expanded}; write the path in "
+            "full"
         )
     return expanded
 

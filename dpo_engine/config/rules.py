@@ -293,7 +293,7 @@ def _profile_rules(config: Config) -> Iterator[Rule]:
 
 
 def reads_reference(config: Config) -> bool:
-    """Whether the run uses a reference: `reference.mode` is not none, and the loss needs a reference.
+    """Whether the run uses a reference: `reference.mode` is not `none`, and the loss needs a reference.
 
     An invalid loss is assumed to need a reference.
     """

@@ -55,7 +55,7 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     megatron: MegatronConfig = MegatronConfig()
     callbacks: dict[Text, dict[str, Any]] = {}
-    """callbacks of the training loop that plugins have registered, by name, each with its options"""
+    """callbacks that plugins have registered for the training loop, by name, each with its options"""
     plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Python modules to import at the start, which register losses, data formats, model families, activations, norms,
     kernels, callbacks, sinks, schedules or optimizers"""

@@ -70,7 +70,7 @@ def target_problems(columns: Mapping[str, str | None], format_name: str) -> list
 def renamed(row: dict[str, Any], columns: Mapping[str, str | None] | None) -> dict[str, Any]:
     """Return the record with its fields renamed by `data.columns`.
 
-    columns  maps each new name to the field's name in the record; None removes the record's own field of the new name
+    columns  maps each new name to the field's name in the record; None leaves out the record's field of the new name
 
     Raises :class:`BadRecord` if a field is missing, or if the record already has another field with the new name.
     """
@@ -118,7 +118,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
             continue
         if meaning == "tie":
             if value is True or value == 1:
-                raise BadRecord(f"{name} is true, so no response is better; remove the record, or {drop}")
+                raise BadRecord(f"{name} is true, so neither response is better; remove the record, or {drop}")
             continue
         if meaning == "weight" and isinstance(value, (int, float)):
             if value != 1:
@@ -171,7 +171,7 @@ def opens(part: Any) -> bool:
 def is_empty(value: Any) -> bool:
     """Return whether a value is empty: null, an empty text, list or object, or a list or object of empty values.
 
-    In a table, the column of a field that a record lacks holds an empty value.
+    In a table, a record that lacks a field has an empty value in the field's column.
     """
     if isinstance(value, dict):
         return all(is_empty(part) for part in value.values())

@@ -106,7 +106,7 @@ def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> lis
     elif len(turns) < len(lead) or not all(map(_same, turns, lead)):
         raise BadRecord(f"{name} does not start with the turns of prompt")
     elif asked is not None and not any(turn["role"] == "user" and turn["content"] == asked for turn in turns):
-        way = "if both responses contain it, set data.columns={prompt: null}"
+        way = "if both responses contain the prompt, set data.columns={prompt: null}"
         raise BadRecord(f"no user turn of {name} is equal to the text of prompt; {way}")
     _check_order(name, turns)
     return turns

@@ -102,7 +102,7 @@ def digest_halves(digest: str) -> np.ndarray:
 
 
 def part_digests(pairs: PairDataset, indices: np.ndarray) -> np.ndarray:
-    """Hash each part of the pairs `indices`: [n, 3] int64.
+    """Hash each part of the pairs at `indices`: [n, 3] int64.
 
     Prompts have equal hashes if their ids are equal. Responses have equal hashes if their ids and masks are equal.
     """
@@ -158,7 +158,7 @@ class PairDataset:
     prompt_texts [n]    int64, hash of the prompt's text before tokenizing
     sources             names of the sources that the pairs come from
     digest              hash of all pairs in order, including their weights, sources and other numbers; for a subset,
-                        hash of the whole data set's digest and of the indices
+                        hash of the indices and of the digest of the data set that the subset was taken from
     facts               the facts that were passed to :meth:`~dpo_engine.data.pair_writer.PairWriter.finish`
     """
 
@@ -246,7 +246,7 @@ class PairDataset:
         return np.frombuffer(rows.tobytes(), dtype="<i8").reshape(-1, 2)
 
     def subset(self, indices: np.ndarray) -> PairDataset:
-        """Return a view of the pairs `indices`, in that order."""
+        """Return a view of the pairs at `indices`, in the order of `indices`."""
         view = object.__new__(PairDataset)
         view.__dict__.update(self.__dict__)
         view._rows = np.asarray(indices) if self._rows is None else self._rows[indices]

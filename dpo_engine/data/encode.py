@@ -92,7 +92,7 @@ class Encoded:
     """The result of tokenizing a pair: either `pair`, or `dropped`, the reason for dropping the pair.
 
     cut     whether the prompt was truncated on the left
-    merged  whether the prompt is shorter than the prompt tokenized alone, because a response changes its last tokens
+    merged  whether the prompt lacks the last tokens of the prompt tokenized alone, because a response changes them
     ends    names of the end tokens with which the responses end; empty if they end without an end token
     faults  the ways in which the chat template changes the record's text, if such faults are allowed
     masked  whether a response has tokens that are not scored

@@ -33,7 +33,7 @@ class Part:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def limit(self, most: int) -> None:
-        """Keep at most `most` pairs of a part that has one record. The kept pairs share the weight of the record."""
+        """Keep at most `most` pairs of a part that has one record. The kept pairs share the record's whole weight."""
         kept = self.kept[:most]
         factor = len(self.kept) / len(kept)
         self.kept = [replace(one, pair=one.pair._replace(weight=one.pair.weight * factor)) for one in kept]
@@ -58,7 +58,7 @@ class _Unusable(BadLines):
 
 @dataclass
 class EncodeBlock:
-    """Converter of blocks of raw records of one source to token pairs, in this process or in a worker.
+    """Callable that converts blocks of raw records of one source to token pairs, in this process or in a worker.
 
     number  index of the source
     chunk   number of pairs to tokenize together; the last record of a chunk may exceed this number

@@ -126,10 +126,10 @@ def swift(row: dict[str, Any]) -> Pair:
 
 @FORMATS.register("nemo_rl", fields=("context", "completions"))
 def nemo_rl(row: dict[str, Any]) -> Pair | None:
-    """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}; the one of lower rank is chosen.
+    """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}.
 
-    `context` may also be the text of a user turn. A record with equal ranks is left out here; in NeMo-RL, it ends the
-    run.
+    The completion with the smaller rank number is chosen. `context` may also be the text of a user turn. A
+    record with equal ranks is left out here; in NeMo-RL, it ends the run.
     """
     context, completions = required(row, ("context",), (str, list))[0], required(row, ("completions",), list)[0]
     if len(completions) != 2:

@@ -46,7 +46,8 @@ OTHER = frozenset(
 OF_PROMPTS = frozenset("user chat previous past prior earlier".split())
 """Other words that occur in the names of prompts, as in user_input and chat_history."""
 SOURCES = frozenset("document passage article post background knowledge".split())
-"""Names of fields with a text to which a prompt refers. A record is refused if only such a field contains this text."""
+"""Names of fields that may contain a text to which the prompt refers. A record is refused if such a field is not read,
+and its text is not contained in a field that is read."""
 MOST_LABEL = 40
 DEPTH = 3
 ITEMS = 4
@@ -199,7 +200,7 @@ def _kind(name: str) -> Literal["prompt", "text", "vague", "other", "unknown"]:
 
 
 def refuse_labels(row: Mapping[str, Any]) -> None:
-    """Raise :class:`BadRecord` if chosen and rejected are not responses, but name the fields that contain them.
+    """Raise :class:`BadRecord` if chosen and rejected only name the fields that contain the responses.
 
     Examples: "response_a" for the field of this name, "B" for the field `answer_b`, "2" for the field `output_2`.
     """

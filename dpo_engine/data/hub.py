@@ -74,7 +74,7 @@ def model_directory(path: str | Path, key: str = "model.path") -> Path:
 
     Downloads a snapshot that is not in the Hub's cache, unless HF_HUB_OFFLINE is set.
 
-    Raises :class:`ConfigError` if `path` is an id and the snapshot is neither in the cache nor can be downloaded.
+    Raises :class:`ConfigError` if `path` is an id and the snapshot is not in the cache and cannot be downloaded.
     """
     repo = model_repo(path, key)
     if repo is None:
@@ -106,8 +106,8 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     which files belong to a config and split. The code of a data set never runs, because `datasets` 4 and later cannot
     run it.
 
-    Raises :class:`DataError` if the snapshot is neither in the cache nor can be downloaded, if it has no such config or
-    split, if it has several and ``base`` names none, or if `datasets` cannot read it.
+    Raises :class:`DataError` if the snapshot is not in the cache and cannot be downloaded, if it lacks the config or
+    split that ``base`` names, if it has several and ``base`` names none, or if `datasets` cannot read it.
     """
     read = data_repo(base)
     if read is None:
@@ -126,7 +126,7 @@ def snapshot(repo: Repo, *, again: bool = False) -> Path:
 
     Ranks of one node take turns: the first one downloads, and the others find the files in the cache.
 
-    Raises :class:`EngineError` with the reason if the snapshot is neither in the cache nor can be downloaded.
+    Raises :class:`EngineError` with the reason if the snapshot is not in the cache and cannot be downloaded.
     """
     whole = replace(repo, weights=True)
     if not again and (repo in found or whole in found):

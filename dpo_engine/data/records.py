@@ -152,7 +152,7 @@ def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple
     For memory use and other errors, see :func:`read_blocks`.
     """
     bad = BadLines() if bad is None else bad
-    for block in read_blocks(source, most=1):  # so that no unneeded line is read if the caller stops early
+    for block in read_blocks(source, most=1):  # with most=1, no unneeded line is read if the caller stops early
         yield from block.records(bad)
 
 

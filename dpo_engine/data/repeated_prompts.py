@@ -22,7 +22,7 @@ HEADER = re.compile(
 
 
 def refuse_repeated_prompt(row: Mapping[str, Any]) -> None:
-    """Raise :class:`BadRecord` if both responses of a text record certainly repeat its prompt or the header at its end.
+    """Raise :class:`BadRecord` if both responses of a text record certainly repeat the prompt or its final header.
 
     It is not an error if responses repeat a prompt of plain text, because the repetition may be intended, for example
     for code. Such pairs are counted (:attr:`~dpo_engine.data.encode.Encoded.repeated`).

@@ -18,8 +18,8 @@ class Report:
     kept      number of pairs in the data set
     dropped   number of dropped pairs by reason; records that the data format leaves out are counted here too
     cut       number of pairs whose prompt was truncated on the left
-    merged    number of pairs whose prompt lacks the last tokens of the prompt when tokenized alone, because these
-              tokens change when a response follows (:func:`encode_pairs`)
+    merged    number of pairs whose prompt lacks the last tokens of the prompt tokenized alone, because a response
+              changes these tokens (:func:`~dpo_engine.data.encode.encode_pairs`)
     ends      number of pairs by the end-of-turn tokens with which their responses end
     faults    number of pairs whose text the chat template changes, by the kind of change
     masked    number of pairs with tokens in a response that are not scored
@@ -72,7 +72,7 @@ class Report:
             lines.append(f"  stopped after {counted(self.kept, 'pair')} (data.max_pairs): later records are not used")
         if self.shared:
             kept, whole = self.shared
-            share = "is kept and has its weight" if kept == 1 else "are kept and share its weight"
+            share = "is kept, with the record's whole weight" if kept == 1 else "are kept and share the record's weight"
             lines.append(f"  the last record has {whole:,} pairs; {kept:,} of them {share}")
         lines += [f"  {count:,} dropped: {reason}" for reason, count in self.dropped.items()]
         if self.copies:

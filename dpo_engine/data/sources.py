@@ -87,7 +87,8 @@ def find_shards(source: str | Path) -> Shards:
 
     source  the path of a file, of a directory with files of one type, or of a data set saved by
             `datasets.save_to_disk`; or a glob; or a Hub id `org/name[/config][@revision][:split]`. A slice
-            `[start:stop]` may follow. If a file or directory has exactly the name ``source``, it is used.
+            `[start:stop]` may follow. If a file or directory has exactly this name, including the
+            brackets, there is no slice.
 
     The function can download a data set from the Hub; see :func:`~dpo_engine.data.hub.data_files`.
 

@@ -27,7 +27,7 @@ example, a field `mask` is 1 for scored tokens in some systems, and 0 in others.
 
 
 def plain_name(name: str) -> str:
-    """Return a field's name in lower case, with its words separated by one underscore: `lossMask` is `loss_mask`."""
+    """Return a field's name in lower case, with one underscore between words: `lossMask` becomes `loss_mask`."""
     return re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).lower()
 
 

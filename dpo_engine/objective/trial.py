@@ -74,7 +74,7 @@ def _problems(name: str, options: Mapping[str, Any]) -> list[str]:
             return ["the loss reads columns of data that its registration does not list; list them in needs_data"]
         return [f"the loss of two example pairs is {show(losses.tolist())}; it must be finite"]
     if not losses.requires_grad:
-        return ["the loss has no gradient for the policy's log-probabilities; compute it from them, without detach()"]
+        return ["the loss has no gradient for the policy's log-probabilities; compute the loss without detach()"]
     found = []
     gradients = _gradients(losses.sum(), policy)
     if not all(part.isfinite().all() for part in gradients):

@@ -1,4 +1,4 @@
-"""The sizes of a run's parallel dimensions, and checks that they can split a model. Needs no process groups."""
+"""The sizes of a run's parallel dimensions, and checks that they can split a model. They need no process groups."""
 
 import math
 from dataclasses import dataclass

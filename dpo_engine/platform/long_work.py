@@ -3,7 +3,7 @@
 `parallel.timeout_s` limits collectives, so that a rank that hangs is noticed. It must not limit work on files, whose
 duration depends on the size of the files and on the storage. Ranks therefore do not wait for such work in a collective,
 but in a loop that reads the store that all ranks share. If another rank dies, a waiting rank still notices the death at
-once, because the lifeline reports it (TCP connections between the ranks; see :mod:`dpo_engine.platform.peer_watch`). In
+once, because the lifeline (TCP connections between the ranks; see :mod:`dpo_engine.platform.peer_watch`) reports it. In
 addition, a thread of each rank increments a counter in the store, and each rank watches the counter of the previous
 rank. These counters detect a rank whose process is suspended and, if there is no lifeline, the loss of a machine. They
 do not detect a rank whose work never ends.

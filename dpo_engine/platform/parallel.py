@@ -53,11 +53,11 @@ class ParallelGroups:
     megatron: Any  # a ProcessGroupCollection, the form in which Megatron's modules take the groups
 
     def shards(self, expert: bool) -> dist.ProcessGroup:
-        """Return the ranks over which matrices are split: matrices of experts, or all other matrices."""
+        """Return the ranks over which matrices are split: experts' matrices, or (if not ``expert``) all others."""
         return self.expt_tp if expert else self.tp
 
     def copies(self, expert: bool) -> dist.ProcessGroup:
-        """Return the ranks that hold the same shard of an expert, or the same shard of all other parameters."""
+        """Return the ranks that hold the same shard of experts, or (if not ``expert``) of all other parameters."""
         return self.expt_dp if expert else self.dp_cp
 
     @property
@@ -133,9 +133,9 @@ def open_groups(
     instances   number of instances of the distributed optimizer: groups of ranks, each of which holds the complete
                 optimizer state; must divide dp x cp and expert_dp
 
-    *Collectives*: the ranks connect at ``MASTER_ADDR``/``MASTER_PORT``, two environment variables, unless a default
-    group already exists. With several ranks and ``MASTER_ADDR``, then one broadcast of an object from rank 0 to open
-    the lifeline. Finally, the creation of all groups. A single process does not need the two variables.
+    *Collectives*: the ranks connect at the address in the environment variables ``MASTER_ADDR`` and ``MASTER_PORT``,
+    unless a default group already exists. If there are several ranks and ``MASTER_ADDR`` is set, rank 0 then broadcasts
+    an object, to open the lifeline. Finally, all groups are created. A single process needs neither variable.
     """
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -145,7 +145,8 @@ def open_groups(
     rank, world = world_from_environment()
     if not dist.is_initialized():
         device = platform.device if platform.gpu else None
-        # This watchdog enforces the timeout. If the first rank is lost, torch itself retries several times longer.
+        # This watchdog enforces the timeout. If the first rank is lost, torch itself tries to connect for several times
+        # as long.
         clock = Lifeline(rank, {}, timeout_s)
         try:
             with clock.working():
@@ -264,7 +265,7 @@ def communication_error(error: BaseException) -> PeerError | None:
 
 
 def close_groups() -> None:
-    """Destroy all process groups and close the lifeline. Safe to call if none were opened.
+    """Destroy all process groups and close the lifeline. If none were opened, do nothing.
 
     If this rank is leaving because of an exception that the other ranks do not have, it closes its connection without a
     farewell message. The other ranks then treat this rank as lost and stop.

@@ -98,8 +98,8 @@ def test_recorded_configuration_has_expanded_paths_and_does_not_change(monkeypat
         ),
         (
             "model.path=$NESTED",
-            "model.path=$NESTED: must be a path whose variables contain no variables, but it expands to a$DATA; write "
-            "the path in full",
+            "model.path=$NESTED: must be a path whose variables expand to text without variables, but it expands to "
+            "a$DATA; write the path in full",
         ),
     ],
 )

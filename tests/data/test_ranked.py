@@ -193,9 +193,9 @@ def test_pairs_that_fit_share_the_whole_weight_of_a_record(tmp_path):
 @pytest.mark.parametrize(
     ("limit", "weights", "read", "shared"),
     [
-        (2, [1 / 2] * 2, 1, "the last record has 3 pairs; 2 of them are kept and share its weight"),
+        (2, [1 / 2] * 2, 1, "the last record has 3 pairs; 2 of them are kept and share the record's weight"),
         (3, [1 / 3] * 3, 1, None),
-        (4, [1 / 3] * 3 + [2.0], 2, "the last record has 3 pairs; 1 of them is kept and has its weight"),
+        (4, [1 / 3] * 3 + [2.0], 2, "the last record has 3 pairs; 1 of them is kept, with the record's whole weight"),
         (6, [1 / 3] * 3 + [2 / 3] * 3, 2, None),
     ],
 )

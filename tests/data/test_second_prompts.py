@@ -106,7 +106,7 @@ class TestTwoPrompts:
                 {"preamble": "You are brief."},
                 "^preamble is not read; set data.columns={system: preamble}, or {preamble",
             ),
-            ({"is_tie": True}, "^is_tie is true, so no response is better; remove the record, or set data.columns={is"),
+            ({"is_tie": True}, "^is_tie is true, so neither response is better; remove the record, or set data."),
         ],
     )
     def test_other_parts_of_a_text_are_refused_by_name(self, field, says):

@@ -89,7 +89,7 @@ CASES = [
     (summed, {}, "the loss returned a tensor of shape [] for 2 pairs; it must return one value per pair"),
     (number, {}, "the loss returned 0.7 for 2 pairs; it must return one value per pair"),
     (infinite, {}, "the loss of two example pairs is [inf, inf]; it must be finite"),
-    (detached, {}, "the loss has no gradient for the policy's log-probabilities; compute it from them, without detach"),
+    (detached, {}, "the loss has no gradient for the policy's log-probabilities; compute the loss without detach()"),
     (steep, {}, "the gradient of the loss is not finite on two example pairs; correct the loss"),
     (
         right,

@@ -209,7 +209,8 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
         if size:
             sent[name] = size, "within a node" if ranks_apart < per_node else "between nodes"
 
-    # A layer gathers and scatters twice in a forward pass. In a backward pass, it gathers 4 times and scatters twice.
+    # A layer gathers 2 times and scatters 2 times in a forward pass. In a backward pass, it gathers 4 times and
+    # scatters 2 times.
     collectives = 4 * (1 + scored) + 6 + (4 if config.model.recompute == "full" else 0)
     add("tp", steps * layers * collectives * row * (dims.tp - 1) / dims.tp, dims.tp - 1)
     keys = 2 * max(arch.num_kv_heads // dims.tp, 1) * arch.head_dim * micro_batch * number

@@ -76,7 +76,7 @@ def allowed(requirement: Requirement, bounds: SpecifierSet) -> bool:
 def combine(
     tested: dict[str, Requirement], base: dict[str, Requirement], bounds: dict[str, SpecifierSet], only_compiled: bool
 ) -> tuple[list[str], list[str]]:
-    """Return the lines of the combined constraints, and a line for each package of the base image that they replace.
+    """Return the lines of the combined constraints, and a line for each version of the base image that they replace.
 
     bounds          the versions that pyproject.toml allows, by name
     only_compiled   keep only the base image's packages that are compiled against torch or have no tested version
@@ -94,7 +94,7 @@ def combine(
 
 
 def choose(folder: Path, torch: str) -> Path:
-    """Return a file of versions that were tested with this Python, if possible the file with this version of torch.
+    """Return a constraints file whose versions were tested with this Python. Prefer a file with this version of torch.
 
     Only major and minor versions of torch are compared: NVIDIA's images have versions such as 2.11.0a0+HASH.
     """

@@ -7,7 +7,8 @@
 #   EXTRAS=test             extras of pyproject.toml to install, comma-separated
 #   CONSTRAINTS=FILE        pinned versions                       (default: constraints/megatron-0.16.txt)
 #
-# Packages are reinstalled only if the pins, the package's requirements or the interpreter have changed.
+# Packages are installed again only if the pins, the package's requirements or the interpreter have changed, or if
+# EXTRAS has a new value.
 
 interpreter_works() {
   "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null

@@ -12,7 +12,7 @@ if [[ ${1:-} =~ ^[a-z]+$ ]] && ! [[ -f $1 && ! -f ${2:-} ]]; then
 fi
 arguments=("$@")
 # Each rank appends its exit code to this file. The launchers' own exit codes do not show whether the run was saved:
-# srun returns the largest code, including those of ranks that it terminated itself (143); torchrun always returns 1.
+# srun returns the largest code of all ranks, even of ranks that it terminated itself (143); torchrun always returns 1.
 export DPO_EXIT_CODES=$PWD/.dpo-engine-$SLURM_JOB_ID.exit
 # This file has one line for each consecutive start that was interrupted before it made progress. It survives a requeue.
 idle_starts=$PWD/.dpo-engine-$SLURM_JOB_ID.idle
@@ -44,7 +44,7 @@ MASTER_ADDR=${hosts[0]}
 : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 12000))}"
 # With a single queue, kernels run in the order of their launch. Megatron's overlap of communication requires this.
 : "${CUDA_DEVICE_MAX_CONNECTIONS:=1}" "${OMP_NUM_THREADS:=1}"
-# Without this, srun would pass no variables on if the job was submitted with --export=NONE.
+# Without this variable, srun would pass no variables on if the job was submitted with --export=NONE.
 export SLURM_EXPORT_ENV=ALL
 set +a
 load_modules

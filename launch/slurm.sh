@@ -45,8 +45,8 @@ warning_s() {
   if [[ $asked =~ @([0-9]+)$ ]]; then echo "${BASH_REMATCH[1]}"; else echo 300; fi
 }
 
-# Prints the number of seconds to reserve for the save if the job's limit is shorter than the time of Slurm's warning:
-# a third of the limit, but at least a minute (or half of the limit, if that is shorter).
+# Prints the number of seconds to reserve for the save if Slurm warns the job too early, as soon as the job starts: a
+# third of the limit, but at least a minute (or half of the limit, if that is shorter).
 reserve_s() {
   local least=$((limit / 2 < 60 ? limit / 2 : 60))
   echo $((limit / 3 > least ? limit / 3 : least))

@@ -5,8 +5,8 @@
 #
 # It runs one rank of the engine (LAUNCHER=srun) or a torchrun that starts all ranks of the node, in a container if
 # CONTAINER is podman, docker or apptainer. With pyxis, this script already runs in the container. The first argument is
-# a verb if it is a single lowercase word, unless it is a file and the second argument is not. Otherwise the verb is
-# train. The engine itself refuses unknown verbs.
+# a verb if it is a single lowercase word, unless it is a file and the second argument is not a file. In all other
+# cases, the verb is `train`. The engine itself refuses unknown verbs.
 set -euo pipefail
 
 if ! [[ ${1:-} =~ ^[a-z]+$ ]] || [[ -f $1 && ! -f ${2:-} ]]; then set -- train "$@"; fi

@@ -2,9 +2,9 @@
 # Source this file. It defines which of the job's environment variables are passed to a container: launch/task.sh passes
 # them to podman, docker and apptainer, and launch/job.sh to pyxis. They override variables that the image sets.
 
-# Variables of everything that affects training: the job, devices, networks, libraries that compute or communicate,
-# caches, experiment trackers, and access to the internet. All variables that the engine compares between ranks are
-# included.
+# The variables that can affect training. They belong to the job, to devices, networks, libraries that compute or
+# communicate, caches and experiment trackers, or control the access to the internet. All variables that the engine
+# compares between ranks are included.
 passed_variables='^(SLURM|MASTER|DPO|CUDA|CUDNN|CUBLAS|CUBLASLT|NVIDIA|NVTE|NCCL|UB|GLOO|UCX|UCC|FI|EFA|RDMAV|IBV|SHARP|'
 passed_variables+='PYTORCH|TORCH[A-Z]*|TRITON|ATEN|MKL|DNNL|ONEDNN|OPENBLAS|OMP|KMP|GOMP|NVSHMEM|RAYON|'
 passed_variables+='HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS|TOKENIZERS|DATASETS|WANDB|MLFLOW|TRACKIO|SWANLAB)_|'

@@ -84,7 +84,9 @@ def _means(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Any]:
 
 
 def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) -> dict[str, Any]:
-    """Compare two evaluations on the pairs that both contain: `first` minus `second`, with paired intervals.
+    """Compare two evaluations on the pairs that both contain. Differences are `first` minus `second`.
+
+    The intervals of the differences are paired.
 
     If a pair occurs k times in one evaluation and m times in the other, it counts min(k, m) times. Weights are taken
     from `first`. Each evaluation ranks a pair in one of three ways, from best to worst: correctly, as a tie, or
@@ -155,7 +157,7 @@ def matched(
 
 
 def _occurrences(ids: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield each ID with the number of times it has occurred before."""
+    """Yield each ID with the number of its earlier occurrences."""
     seen: Counter[str] = Counter()
     for name in ids:
         yield name, seen[name]

@@ -1,8 +1,8 @@
 """The interface of a sink, which records a run's metrics, and the registry of sinks.
 
 A sink is a class. It is registered under a name, and a run enables the sink by this name in ``logging.sinks``. One rank
-creates the sink with ``Class(opening, **options)``, where ``opening`` is an :class:`Opening`. The other parameters of
-the class are its options. If the sink cannot be opened, for example because a package or the network is missing, the
+creates an instance with ``Class(opening, **options)``, where ``opening`` is an :class:`Opening`. The other parameters
+of the class are its options. If the sink cannot be opened, for example because a package or the network is missing, the
 class raises :class:`CannotOpen` with the reason.
 """
 

@@ -1,4 +1,4 @@
-"""Compute confidence intervals of weighted means, from a bootstrap and exact binomial intervals; and a sign test."""
+"""Compute a sign test, and confidence intervals of weighted means from a bootstrap and exact binomial intervals."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def _exact_bounds(parts: np.ndarray, center: float) -> tuple[float, float]:
     parts  [prompts]  contribution of each prompt to the difference between the mean and the center
 
     The number of positive contributions among those that are not 0 follows a binomial distribution. The Clopper-Pearson
-    interval of its success probability p becomes an interval of ``2 p - 1``, which is multiplied by the sum of the
-    absolute contributions. If every prompt has one pair of weight 1, and there are no ties, the result for a fraction
-    is its Clopper-Pearson interval. The result for a difference excludes 0 if and only if :func:`sign_test` is below
-    0.05.
+    interval of its success probability p becomes an interval of ``2 p - 1``. This interval is multiplied by the sum of
+    the absolute contributions and shifted by the center. If every prompt has one pair of weight 1, and there are no
+    ties, the result for a fraction is its Clopper-Pearson interval. The result for a difference excludes 0 if and only
+    if :func:`sign_test` is below 0.05.
 
     Source: Clopper and Pearson, The Use of Confidence or Fiducial Limits (1934). For paired differences, conditional on
     the number of pairs that differ: Fagerland, Lydersen and Laake, Recommended Tests and Confidence Intervals for

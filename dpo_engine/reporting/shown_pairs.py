@@ -26,7 +26,7 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
     - ``most changed``: the pairs with the largest change of the log-probability margin by training, up or down
     - ``random``: pairs that are drawn with the random seed ``seed``
 
-    Without a reference, only the first and the last kind exist.
+    Without a reference, only ``lowest reward margin`` and ``random`` exist.
 
     Returns  a mapping from the row of each chosen pair to its kind, in ascending order of rows
     """

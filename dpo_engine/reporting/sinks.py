@@ -63,8 +63,8 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
 
     total_steps  number of optimizer steps in the whole run
     writer       whether this rank writes metrics and messages
-    start_step   step after which the run resumes. Lines about later steps are removed from `metrics.jsonl`; if 0, all
-                 lines are removed
+    start_step   step after which the run resumes; 0 for a new run. Lines about later steps are removed from
+                 `metrics.jsonl`, and a new run removes all lines
 
     Raises `ConfigError` if a tracker or a registered sink cannot be opened.
     """
@@ -82,7 +82,9 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
 def open_trackers(config: Config, opening: Opening) -> list[Sink]:
     """Open the experiment trackers and the registered sinks that `config.logging` enables.
 
-    Raises `ConfigError` with a line for each sink that cannot be opened, after closing the others.
+    If a sink cannot be opened or has wrong options, all sinks that were opened are closed.
+
+    Raises `ConfigError` with a line for each problem.
     """
     logging = config.logging
     wanted: dict[str, Callable[[], Sink]] = {}

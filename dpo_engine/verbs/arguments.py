@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dpo_engine.config.paths import expand
 from dpo_engine.version import __version__
 
-EXIT_CODES = """exit codes: 0 success; 1 other failure, or parity or rehearse found a difference; 2 configuration error;
-    3 data error; 4 checkpoint error; 5 non-finite or wrong numbers; 6 a rank was lost, hangs, or cannot be reached;
-    75 interrupted; completed steps, if any, were saved. After 6 or 75, run the same command again to resume"""
+EXIT_CODES = """exit codes: 0 success; 1 a failure not listed here, or a difference that parity or rehearse found;
+    2 configuration error; 3 data error; 4 checkpoint error; 5 non-finite or wrong numbers; 6 a rank was lost, hangs, or
+    cannot be reached; 75 interrupted; completed steps, if any, were saved. After 6 or 75, run the same command again to
+    resume"""
 
 
 def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Print the verbs' lines, on rank 0, and errors. An error that all ranks raise is printed once per job or per node."""
+"""Print the verbs' lines on rank 0, and print errors. An error of all ranks is printed once per job or per node."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def fail(error: EngineError, *, debug: bool, alone: bool = False) -> int:
     """
     try:
         number, speaks = rank(), alone or _speaks(error)
-    except ConfigError:  # the launcher's variables are invalid, which is the error to print
+    except ConfigError:  # the launcher's variables are invalid, so the rank is unknown
         number, speaks = 0, True
     if speaks:
         here = "" if number == 0 else f"[{socket.gethostname()} rank {number}] "

@@ -53,7 +53,7 @@ def evaluate(
              the paths of the written files; on the other ranks, an empty dictionary
 
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks if the evaluation fails. If values of a pair are not
-    finite, this is a :class:`~dpo_engine.errors.NumbersError`, and the Parquet file is written first.
+    finite, the error is a :class:`~dpo_engine.errors.NumbersError`, and the Parquet file is written first.
     """
     own, name = config, ""
     if data is not None:
@@ -138,9 +138,10 @@ def with_data(config: Config, data: str | Sequence[str | Mapping[str, Any]]) -> 
 
 
 def require_same_data(path: Path, pairs: PairDataset, data: str) -> None:
-    """Raise :class:`~dpo_engine.errors.ConfigError` if ``path`` contains the evaluation of other data.
+    """Raise :class:`~dpo_engine.errors.ConfigError` if the file ``path`` contains an evaluation of other data.
 
-    The default ``path`` contains only the names of the data files. Files in different directories can have equal names.
+    The default file name is made from the names of the data files without their directories, so it can be the same for
+    different data.
     """
     if path.exists() and read_evaluation(path).facts.get("data") != pairs.digest:
         raise ConfigError(f"--data={data}: {path} contains an evaluation of other data; pass --to FILE.parquet")

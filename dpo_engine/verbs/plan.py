@@ -1,8 +1,8 @@
 """``dpo-engine plan``: rank the parallel layouts that fit a number of GPUs, by predicted memory and time.
 
 The prediction needs neither a GPU nor Megatron. Memory is computed by :mod:`~dpo_engine.model.memory`. Time is the sum
-of these parts: the operations of the slowest stage at `EFFICIENCY` of the GPU's peak, the bytes of each kind of
-communication at the speed of its link, an update on the host, and the pipeline bubble. Use the prediction to compare
+of these parts: the operations of the slowest stage at `EFFICIENCY` times the GPU's peak FLOP/s, the bytes of each kind
+of communication at the speed of its link, an update on the host, and the pipeline bubble. Use the prediction to compare
 layouts; it is not the exact time of a step. All rows are assumed to have ``data.max_length`` tokens, which is the worst
 case. In layers with a sliding window, each token attends only to the keys within the window. The communication between
 context-parallel ranks is predicted as if no layer had a window.
@@ -209,7 +209,8 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
         if size:
             sent[name] = size, "within a node" if ranks_apart < per_node else "between nodes"
 
-    # A layer gathers and scatters twice in a forward pass. In a backward pass, it gathers 4 times and scatters twice.
+    # A layer gathers 2 times and scatters 2 times in a forward pass. In a backward pass, it gathers 4 times and
+    # scatters 2 times.
     collectives = 4 * (1 + scored) + 6 + (4 if config.model.recompute == "full" else 0)
     add("tp", steps * layers * collectives * row * (dims.tp - 1) / dims.tp, dims.tp - 1)
     keys = 2 * max(arch.num_kv_heads // dims.tp, 1) * arch.head_dim * micro_batch * number

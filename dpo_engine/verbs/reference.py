@@ -20,9 +20,9 @@ def score_reference(config: Config, say: Say = console.say, interruption: Interr
     say            called on every rank with each line of the report
     interruption   records signals that request a stop; None: signals keep their previous handlers
 
-    Raises :class:`~dpo_engine.errors.ConfigError` unless reference.mode is stored. If a rank receives a signal, raises
-    :class:`~dpo_engine.errors.Interrupted` on all ranks, during tokenization or before the next pairs are scored (see
-    :func:`~dpo_engine.training.fill_store.fill`).
+    Raises :class:`~dpo_engine.errors.ConfigError` if ``reference.mode`` is not ``stored``. If a rank receives a
+    signal, raises :class:`~dpo_engine.errors.Interrupted` on all ranks, during tokenization or before the next pairs
+    are scored (see :func:`~dpo_engine.training.fill_store.fill`).
     """
     if config.reference_mode != "stored":
         raise ConfigError(f"reference.mode={config.reference_mode}: does not use a store; set reference.mode=stored")

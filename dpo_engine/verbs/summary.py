@@ -195,7 +195,7 @@ def _training_pairs(config: Config) -> int | None:
 
 
 def _intervals(config: Config, pairs: int | None) -> list[str]:
-    """Return lines about intervals that are given in epochs: their problems or, if there are none, lengths in steps."""
+    """Return lines about intervals in epochs: their problems or, if there are none, their lengths in steps."""
     if not pairs:
         return []
     epoch = -(-pairs // config.train.global_batch_size)

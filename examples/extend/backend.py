@@ -8,7 +8,10 @@ from dpo_kernels.dispatch import register_backend, use_backend
 
 
 class LogSumExp:
-    """The functions of the group ``head`` (two are eager's). Any object with these functions can be a backend."""
+    """The functions of the group ``head``. Two of them are the functions of ``eager``.
+
+    Any object with these functions can be a backend.
+    """
 
     linear_grad = staticmethod(eager.linear_grad)
     linear_kept_grad = staticmethod(eager.linear_kept_grad)

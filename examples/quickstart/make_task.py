@@ -39,7 +39,7 @@ def train_tokenizer(questions: list[Question]) -> bytes:
         model_writer=model,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
-        normalization_rule_name="identity",  # as transformers' LlamaTokenizer expects, which also reads this file
+        normalization_rule_name="identity",  # transformers' LlamaTokenizer, which also reads this file, expects this
         character_coverage=1.0,
         num_threads=1,
         minloglevel=2,

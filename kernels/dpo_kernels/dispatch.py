@@ -64,7 +64,9 @@ def use_backend(name: str, *groups: str) -> None:
 
 
 def set_default(name: str, group: str) -> None:
-    """Set the backend that ``auto`` means for a group. Initially, it means sdpa for attention and eager for the rest.
+    """Set the backend that ``auto`` means for a group.
+
+    Initially, ``auto`` means ``sdpa`` for attention and ``eager`` for the other groups.
 
     Raises ``ValueError`` like :func:`use_backend`.
     """
@@ -77,8 +79,9 @@ def backend_name(group: str) -> str:
     """Return the name of the backend that runs a group of operations.
 
     A choice made with :func:`use_backend` takes precedence over the environment variable ``DPO_KERNELS``, which is a
-    comma-separated list of names. The last name in the list whose backend implements the group is used. Without such a
-    choice, the variable is read at every call, because plugins can register backends at any time.
+    comma-separated list of names. The last name in the list whose backend implements the group is used. If
+    :func:`use_backend` has not chosen a backend for the group, the variable is read at every call, because plugins can
+    register backends at any time.
 
     Raises ``ValueError`` like :func:`use_backend`.
     """

@@ -9,8 +9,8 @@ the target's logit, or 0 if the target is in another shard. From these, the call
 MAX and a SUM all-reduce over the shards. At any time, at most ``chunk`` rows have logits in memory. :func:`linear_grad`
 takes the global log-sum-exp and the gradient of each row's log-probability, computes the logits of a chunk again, and
 turns them into their own gradient, ``grad * (onehot - softmax)``. Two matrix products then give the gradients of the
-hidden states and of the weight. If a chunk's loss depends on that chunk only, the caller can use :func:`linear_keep`
-and :func:`linear_kept_grad`: they keep the logits between the forward pass and the gradient, and need three matrix
+hidden states and of the weight. If a chunk's loss depends only on that chunk, the caller can use :func:`linear_keep`
+and :func:`linear_kept_grad`. They keep the logits between the forward pass and the gradient, and need three matrix
 products instead of four.
 
 Why this way. Subtracting the maximum keeps the exponentials finite. The sums of different shards are scaled to a common
@@ -19,9 +19,10 @@ the all-reduces and the loss come between them. Matrix products of 16-bit operan
 fp64 operands in fp64. ``d_weight`` is accumulated in place, so the fp32 gradient buffer of the training framework can
 be passed directly.
 
-Not covered. Chunks of logits are stored in fp32; only ``linear_stats`` in ``triton_logits`` stores no logits. The
-output layer has no bias, and each row has one target, without label smoothing. :func:`tree_attention` stores all
-scores, visible or not, so use another backend for long rows.
+Not covered. A chunk of logits is stored in fp32, or in fp64 for fp64 operands. In ``triton_logits``, ``linear_stats``
+stores no logits, and ``linear_grad`` stores only their gradient. The output layer has no bias, and each row has one
+target, without label smoothing. :func:`tree_attention` stores all scores, visible or not, so use another backend for
+long rows.
 """
 
 from typing import NamedTuple
@@ -201,8 +202,9 @@ def linear_keep(
 ) -> tuple[LinearStats, KeptLogits]:
     """Like :func:`linear_stats` for the rows of one chunk, but keep the logits for :func:`linear_kept_grad`.
 
-    If a chunk contains whole pairs, the loss does not couple pairs, and the reference's log-probabilities are known,
-    the gradient of the loss follows from the chunk's own log-probabilities. The logits then need not be computed again.
+    Use this function for a chunk of whole pairs if the reference's log-probabilities are known and the loss does not
+    couple pairs. The gradient of the loss then follows from the chunk's own log-probabilities, so the logits need not
+    be computed again.
 
     Returns  the statistics, and the argument for :func:`linear_kept_grad`
     """

@@ -17,8 +17,8 @@ from dpo_kernels.transfer import to_device
 from dpo_kernels.tree import Tree
 
 TILE = 128
-"""Maximum number of queries in one masked call. A full tile has about TILE / 2 masked scores per query, with a
-window TILE - 1."""
+"""Maximum number of queries in one masked call. In a full tile, the mask hides about TILE / 2 scores per query. With a
+window, it hides TILE - 1 scores per query."""
 
 SHORT = 64
 """Maximum number of tokens in a group of neighboring trees that share one call. A call per tree would be slower."""
@@ -30,8 +30,7 @@ class Chain(NamedTuple):
     The tokens of a chain are contiguous in the row. The first segment of a chain is a root or a child that is not a
     first child.
 
-    prefix       the tokens of the chain's ancestors: pairs of the number of an earlier part, and the number of tokens
-                 that are taken from the start of that part
+    prefix       the tokens of the chain's ancestors, as pairs (p, t): the first t tokens of the earlier part number p
     start, stop  the range of the chain's tokens
     runs         contiguous runs of queries: (index in ``tree.rows`` of the first query, its token, number of queries)
     """

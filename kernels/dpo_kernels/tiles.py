@@ -61,7 +61,7 @@ class TileMap(NamedTuple):
     """The tiles of a tree for given block sizes.
 
     first, stop       [n, rounded up to whole blocks] the key is visible to the queries first <= i < stop, if the window
-                      contains it; padding keys are not visible to any query
+                      contains the key; padding keys are not visible to any query
     queries_at, keys_at  [n_q] and [n], rounded up to whole blocks: positions; None if there is no window
     by_query, by_key  the same tiles, listed for each block of queries and for each block of keys
     """
@@ -95,8 +95,9 @@ def tile_matrix(
     high = np.minimum(low + blocks.queries, n_q)
     # A key that no query sees has first == stop, and this value can be inside a block of queries. Exclude these keys.
     furthest = np.where(first < stop, stop, 0).max(axis=1)
-    # The tile is visible even if different keys satisfy the two conditions, because `first` ascends along the row: if
-    # only some keys of a block have first < high, then query high - 1 is itself a token of the block and sees itself.
+    # The tile has a visible pair even if different keys satisfy the two conditions. If all keys of the block have
+    # first < high, the key with stop > low satisfies both. If only some keys have first < high, query high - 1 is a
+    # token of the block, because `first` ascends along the row, and this query sees itself.
     seen = (first.min(axis=1) < high) & (furthest > low)
     full = (first.max(axis=1) <= low) & (stop.min(axis=1) >= high)
     if window is not None:

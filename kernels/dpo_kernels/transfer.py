@@ -15,7 +15,7 @@ def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Ten
 
 
 class Transfer:
-    """A transfer of contiguous host tensors to a device, which is prepared first and started later.
+    """A prepared transfer of contiguous host tensors to a device. :meth:`run` starts the transfer.
 
     All tensors are copied to a GPU from one page-locked buffer in one transfer. A copy from pageable memory would
     block the host until the device has reached the copy. On the CPU, nothing is copied.

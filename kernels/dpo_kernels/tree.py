@@ -111,7 +111,7 @@ class Tree:
 
     @cached_property
     def positions(self) -> np.ndarray:
-        """Position of each token on the path from its root [n]; a segment's positions continue its parent's."""
+        """Position of each token on the path from its root [n]; a segment's positions continue those of its parent."""
         before = np.zeros_like(self.lengths)
         for segment, parent in enumerate(self.parents.tolist()):
             if parent >= 0:

@@ -18,7 +18,7 @@ ROWS, COLUMNS = 16, 1024
 
 @triton.jit
 def _partners(columns, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Return each dimension's partner in the rotation, their angle's index, and whether the partner comes later."""
+    """Return each dimension's partner in the rotation, the index of the angle, and whether the partner comes later."""
     if INTERLEAVED:
         return columns + 1 - 2 * (columns % 2), columns // 2, columns % 2 == 0
     return tl.where(columns < HALF, columns + HALF, columns - HALF), columns % HALF, columns < HALF
@@ -36,7 +36,7 @@ def _turned(values, others, turned, first, angle, token, table, tokens, directio
 @triton.jit
 def _load_turned(source, columns, mask, token, table, tokens, direction,
                  HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """Load one head of several tokens, and rotate its first 2 * HALF dimensions. source: a pointer for each token."""
+    """Load one head of several tokens, and rotate its first 2 * HALF dimensions. ``source``: a pointer per token."""
     values = tl.load(source[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
     if HALF > 0:
         partner, angle, first = _partners(columns, HALF, INTERLEAVED)
@@ -49,7 +49,7 @@ def _load_turned(source, columns, mask, token, table, tokens, direction,
 @triton.jit
 def _move(source, target, inside, token, table, tokens, direction,
           D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """Copy one head of several tokens, rotated as in `_load_turned`. source and target: a pointer for each token."""
+    """Copy one head of several tokens, rotated as in `_load_turned`. ``source``, ``target``: a pointer per token."""
     columns = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (columns < D)
     values = _load_turned(source, columns, mask, token, table, tokens, direction, HALF, INTERLEAVED)

@@ -11,8 +11,8 @@ key's copies in a fixed order and in fp32, without atomics, so results do not ch
 
 Why this way. Keys and values are smaller than queries if heads share them. If every token is a query, only tokens on
 several paths are copied more than once; the prompt of a pair is copied twice. Any subset of a row's tokens can be
-queries, so context parallelism, and a last layer that computes only some tokens, need no special code. But each run of
-such a subset needs its own copy of the keys that it sees.
+queries, so context parallelism, and a last layer that computes only some tokens, need no special code. However, each
+run of a subset needs its own copy of the keys that its queries see.
 
 With a window, a run has only the keys that at least one of its queries sees. Sinks are added afterwards: a sink scales
 a query's output by 1 / (1 + exp(sink - lse)). With this output, and a log-sum-exp that includes the sink, flash
@@ -20,7 +20,7 @@ attention's backward pass returns the gradients of queries, keys and values.
 
 Not covered. Flash attention does not support soft caps. On a GPU, it needs 16-bit operands and heads of at most 256
 dimensions. On a CPU, each run is computed by a separate call. This is slower than ``sdpa``, and is meant only for tests
-of the runs without a GPU.
+on machines without a GPU.
 """
 
 from collections.abc import Callable
@@ -224,7 +224,7 @@ def _causal_rows(
     return torch.cat(outputs)
 
 
-# torch 2.12 added an argument for query heads that share a key head; 2.11 accepts such heads without it.
+# torch 2.12 added an argument for query heads that share a key head; 2.11 accepts such heads without this argument.
 _GROUPED = {"enable_gqa": True} if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12) else {}
 
 
@@ -269,8 +269,8 @@ def attention_in_runs(
 ) -> Tensor:
     """Compute tree attention with a function for causal rows of different lengths.
 
-    Arguments as for :func:`tree_attention`, but ``causal_rows`` must apply the sinks. Here, ``sinks`` only makes them a
-    part of the autograd graph if there are no queries.
+    The arguments are those of :func:`tree_attention`, but ``causal_rows`` must apply the sinks. This function uses
+    ``sinks`` only if there are no queries, to make the sinks a part of the autograd graph.
 
     causal_rows  called with the queries [n_q, heads, d], the copied keys and values [k, kv_heads, d] of the runs, the
                  :class:`Copies`, the scale and the window. All heads have the same size d. Returns [n_q, heads, d]

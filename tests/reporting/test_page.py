@@ -107,7 +107,10 @@ def test_values_outside_of_the_histogram_are_named(tmp_path):
     low, high = bars["text"][0], bars["text"][-1]
     assert low.startswith("≤ -") and high.startswith("≥ ")
     edge = high.removeprefix("≥ ")
-    assert f"The outermost bars contain all values from {edge} on and up to {low.removeprefix('≤ ')}." in chart["note"]
+    assert (
+        f"The outermost bars contain all values of {edge} or more and all values up to {low.removeprefix('≤ ')}."
+        in chart["note"]
+    )
     assert bars["Y"][-1] == (margins >= float(edge)).sum() and sum(bars["Y"]) == len(margins)
     inside = evaluation(np.linspace(-1, 1, 40))
     few = next(pair_charts([Judged(RunFiles(tmp_path, "run", evaluation=inside), Measures(inside))]))
@@ -219,7 +222,7 @@ def test_the_legend_names_only_what_the_curves_have(folder, tmp_path):
 
 
 def legend(html):
-    return re.search(r"Over optimizer steps[^\n]*", html)[0]
+    return re.search(r"The horizontal axis shows optimizer steps[^\n]*", html)[0]
 
 
 def test_run_beside_run(folder, tmp_path):

@@ -151,9 +151,10 @@ def _line(run: RunFiles, metric: str) -> Chart | None:
 
 
 def _outside(run: RunFiles) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return, for each step, the seconds from the end of the previous step to its start; None if they are unknown.
+    """Return, for each step, the seconds between the end of the previous step and the start of this step.
 
-    A step is omitted if the previous step was not logged, or if the run was restarted between the two.
+    Return None if the times of the steps are unknown. A step is omitted if the previous step was not logged, or if the
+    run was restarted between the two steps.
     """
     ends, took = run.series.get("time"), run.series.get("step_time_s")
     if ends is None or took is None or len(ends.steps) < 2 or not np.array_equal(ends.steps, took.steps):
@@ -183,7 +184,7 @@ def training_time(run: RunFiles) -> float | None:
 def events(run: RunFiles, place: int | None = None) -> list[Chart]:
     """Return the marks to draw in curves: restarts, saves, skipped steps, and the best evaluated step.
 
-    place   position of the run among several runs, for which saves are omitted; None if there is only one run
+    place   position of the run among several runs; None if there is only one run. With several runs, saves are omitted
     """
     found = [{"at": step, "kind": "restart", "text": f"restarted after step {step}"} for step in run.starts[1:] if step]
     found += [{"at": step, "kind": "save", "text": f"saved step {step}"} for step in run.saved[-200:]]

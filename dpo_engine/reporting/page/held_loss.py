@@ -96,7 +96,10 @@ def _use(run: RunFiles, step: int) -> str:
 
 
 def more_evaluations(run: RunFiles) -> str:
-    """Advise how to get more evaluations of a run. The text is empty if the run is going to evaluate anyway."""
+    """Advise how to get more evaluations of a run.
+
+    The text is empty if evaluations are configured, and the run is still in progress.
+    """
     every = run.get("train.eval_interval")
     pairs = run.get("data.validation") or run.get("data.validation_fraction")
     if not pairs or not every:

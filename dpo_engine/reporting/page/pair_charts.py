@@ -62,9 +62,9 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
         traces.append({"type": "bars", "name": name, "color": color, **bars})
     note = "Log-probability of chosen minus rejected. Right of 0, the chosen response is more likely."
     if below or above:
-        ends = [f"from {edges[-2]:.3g} on"] * bool(above) + [f"up to {edges[1]:.3g}"] * bool(below)
+        ends = [f"of {edges[-2]:.3g} or more"] * bool(above) + [f"up to {edges[1]:.3g}"] * bool(below)
         bars = "outermost bars contain" if len(ends) > 1 else "last bar contains" if above else "first bar contains"
-        note += f" The {bars} all values {' and '.join(ends)}."
+        note += f" The {bars} all values {' and all values '.join(ends)}."
     return {
         "id": "margins",
         "title": "Log-probability differences",

@@ -19,7 +19,7 @@ MOST_TOKENS = 300_000
 LONGEST_PROMPT = 2000
 LONGEST_CUT = 500
 LONGEST_TOKEN = 300
-"""Maximum length of a text on the page, in characters."""
+"""Maximum lengths of a prompt, of a cut text and of a token on the page, in characters."""
 OLD_KINDS = {"most wrong": LOWEST, "flipped to wrong": TO_WRONG, "flipped to right": TO_RIGHT}
 """Names of kinds in files that earlier versions wrote, mapped to the current names."""
 NUMBERS = ("margin", "chosen_rewards", "rejected_rewards", "chosen_tokens", "rejected_tokens")
@@ -79,7 +79,7 @@ def flips(judged: Sequence[Judged]) -> dict[str, int]:
 
 
 def _triples(texts: Sequence[TokenText]) -> list[dict[str, TokenText]]:
-    """Return the prompt, chosen, and rejected text of each pair, by side. Omit pairs without all three texts."""
+    """Return the prompt, chosen, and rejected text of each pair, by side. Omit pairs that lack one of these texts."""
     pairs: dict[str, dict[str, TokenText]] = {}
     for text in texts:
         pairs.setdefault(text.id, {})[text.side] = text
@@ -132,9 +132,9 @@ def _groups(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def _number(value: Any, *, small: bool = False) -> float | int | None:
-    """Round a number to three decimals; with ``small``, round one below 0.1 to three significant digits.
+    """Round a number to three decimals. Return None for a number that is not finite.
 
-    Return None for a number that is not finite.
+    With ``small``, round a number whose absolute value is below 0.1 to three significant digits instead.
     """
     value = float(value)
     if not np.isfinite(value):
@@ -146,8 +146,8 @@ def _number(value: Any, *, small: bool = False) -> float | int | None:
 def judged_differently(first: Judged, second: Judged, most: int = 50) -> tuple[list[dict[str, Any]], int]:
     """Return the pairs that two runs rank differently by their reward, largest difference of margins first.
 
-    Returns  at most ``most`` pairs, with ``index``, ``source``, the margins ``first`` and ``second``, and ``prompt`` if
-             its text is known; and the number of all such pairs
+    Returns  at most ``most`` pairs, with ``index``, ``source``, the margins ``first`` and ``second``, and ``prompt``
+             (empty if its text is unknown); and the number of all pairs that the runs rank differently
     """
     if first.measures is None or second.measures is None:
         return [], 0

@@ -1,4 +1,7 @@
-"""Report what a run without a reference has learned. Compare with its first evaluation, because 50% is no baseline."""
+"""Report what a run without a reference has learned.
+
+The newest evaluation is compared with the first one, because 50% is no baseline for such a run.
+"""
 
 from __future__ import annotations
 

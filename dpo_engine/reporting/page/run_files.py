@@ -97,7 +97,7 @@ class RunFiles:
 
     @property
     def running(self) -> bool:
-        """Whether the run may still execute steps: steps remain, and the log records neither error nor early end."""
+        """Whether the run can still execute steps: steps remain, and the log records no error and no early end."""
         return self.step < self.total_steps and self.ended is None and not self.stopped
 
     @property
@@ -194,7 +194,7 @@ def _tokens(path: Path, directory: Path, step: int, *, saved: bool) -> tuple[lis
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
-    """Name each path by its last components, as few as make all names different. If paths are equal, add numbers."""
+    """Name each path by the fewest last components that make all names different. If paths are equal, add numbers."""
     parts = [path.resolve().parts for path in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

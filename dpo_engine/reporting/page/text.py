@@ -119,7 +119,10 @@ def _sparklines(run: RunFiles) -> Table:
 
 
 def sparkline(values: np.ndarray, width: int = WIDTH) -> str:
-    """Return values as bars, scaled to their range. Each bar is the mean of its finite values, or blank without any."""
+    """Return values as bars, scaled to their range.
+
+    Each bar shows the mean of its finite values. A bar is blank if none of its values is finite.
+    """
     parts = np.array_split(values, min(width, len(values)))
     means = np.array([part[np.isfinite(part)].mean() if np.isfinite(part).any() else np.nan for part in parts])
     low, high = np.nanmin(means), np.nanmax(means)

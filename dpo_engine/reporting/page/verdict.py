@@ -23,7 +23,7 @@ SPIKE = 10.0
 
 
 def findings(run: RunFiles, measures: Measures | None) -> list[Finding]:
-    """Return what the files of a run show, the most important first.
+    """Return the findings about a run, the most important first.
 
     measures  measures of the run's newest evaluation; None if the run has no evaluation
     """

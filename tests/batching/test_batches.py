@@ -43,7 +43,7 @@ class TestCollate:
             expected = [] if row is None else row
             assert batch.tokens[number].tolist() == expected + [99] * (batch.tokens.shape[1] - len(expected))
         # There is a scored entry for each token that predicts a response token. The entry's flag `shared` is set if
-        # both responses have a token at that position.
+        # both responses have a token at the position of the predicted token.
         found = entries(batch, batch.scored)
         assert len(found) == len(set(found))
         expected = []
@@ -93,7 +93,10 @@ class TestCollate:
 
 
 def entries(batch, scored):
-    """Return the scored entries as (column, row, target, owner, shared); the column is the token's position."""
+    """Return the scored entries as (column, row, target, owner, shared).
+
+    The column is the position of the token that predicts the target.
+    """
     sites, rows = scored.sites[scored.take], len(batch.tokens)
     columns = batch.positions[sites // rows]
     parts = columns, sites % rows, scored.targets[scored.take], scored.owner, scored.shared
@@ -165,7 +168,10 @@ class TestShard:
 
 
 class TestWithin:
-    """Tests on two rows of four columns. Pairs 0 and 1 share the predicted tokens of row 0; row 1 belongs to pair 2."""
+    """Tests on two rows of four columns.
+
+    Row 0 belongs to pairs 0 and 1, which share the first two of its three predicted tokens. Row 1 belongs to pair 2.
+    """
 
     WHOLE = Scored(
         sites=torch.tensor([0, 2, 6, 1, 3]),

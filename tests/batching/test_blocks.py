@@ -88,7 +88,7 @@ def test_by_hand():
     # cannot be split into equal blocks of 32 to 64 tokens, but 66 tokens can.
     assert [padded_length(n, 1, 4) for n in (1, 4, 5)] == [4, 4, 8]
     assert [padded_length(n, 2) for n in (1, 128, 129)] == [2, 128, 132]
-    # The attention work increases from block to block of the four blocks, which have 33 tokens each. One rank gets the
+    # Each of the four blocks has 33 tokens, and the attention work increases from block to block. One rank gets the
     # first and the last block, and the other rank gets the two blocks in the middle.
     assert deal_blocks(np.arange(132), 2).tolist() == [0] * 33 + [1] * 66 + [0] * 33
 

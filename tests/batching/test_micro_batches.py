@@ -95,8 +95,8 @@ def test_visible_share_of_full_rows(share, each, tmp_path):
     asked = config(tmp_path, batch={"layout": "tree", "share": share, "tokens_per_micro_batch": tree.n})
     many = of_lengths(*[(60, 25, 10)] * 4 * each)
     assert visible_share(asked, many, 1) == pytest.approx(expected)
-    # With a larger budget, one row holds all pairs of the data set or, if smaller, all pairs that a rank gets from a
-    # global batch.
+    # With a larger budget, one row holds all pairs of the data set, or all pairs that a rank gets from a global batch
+    # if these are fewer.
     wide = {"layout": "tree", "share": share, "tokens_per_micro_batch": 100 * tree.n}
     few = of_lengths(*[(60, 25, 10)] * each)
     assert visible_share(config(tmp_path, batch=wide), few, 1) == pytest.approx(expected)
@@ -135,7 +135,8 @@ class TestStacked:
         ranks = self.batches(tmp_path, pairs, dp=2, pp=2, vpp=2, tokens_per_micro_batch=300)
         ((rows, columns),) = {batch.tokens.shape for rank in ranks for batch in rank}
         assert rows * columns <= 300 < (rows + 2) * columns and len(ranks[0]) % 2 == 0
-        assert (len(ranks[0]) - 2) * rows // 2 < 9 <= len(ranks[0]) * rows // 2  # two fewer have no room for 9 pairs
+        # A rank gets up to 9 pairs. With two micro-batches fewer, 9 pairs would not fit.
+        assert (len(ranks[0]) - 2) * rows // 2 < 9 <= len(ranks[0]) * rows // 2
 
 
 def test_unsettled_micro_batches_are_refused(tmp_path):

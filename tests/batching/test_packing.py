@@ -176,9 +176,9 @@ class TestDealing:
         assert sum(map(len, held)) == len(set(parts[:, 0].tolist()))
 
     def test_prompt_over_the_budget_is_split_between_pairs(self):
-        # Four responses of 10 tokens to a prompt of 20 tokens form six pairs. The prompt with all four responses needs
-        # 60 tokens, and with three responses 50. Sorted by response, the pairs are split into 0-1 0-2 | 0-3 | 1-2 1-3
-        # 2-3.
+        # Four responses of 10 tokens to a prompt of 20 tokens form six pairs. The prompt needs 60 tokens together with
+        # all four responses, and 50 tokens together with three responses. Sorted by response, the pairs are split into
+        # 0-1 0-2 | 0-3 | 1-2 1-3 2-3.
         names = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2)]
         lengths, parts = np.full((6, 3), 10), np.array([(9, *pair) for pair in names])
         lengths[:, 0] = 20
@@ -206,7 +206,8 @@ class TestDealing:
         assert sorted(len(pairs) for rank in dealt for pairs in rank) == [0, 0, 0, 0, 1, 1]
 
     def test_distribution_is_stable_across_versions(self):
-        # These are recorded values. If they change, increment packing.VERSION, which a resumed run compares.
+        # These are recorded values. If they change, increment packing.VERSION, so that the plan's identifier in the log
+        # changes too.
         lengths = np.array([[(7 * i) % 31 + 3, (5 * i) % 17 + 2, (11 * i) % 23 + 2] for i in range(12)])
         parts = np.array([[i // 2 if i < 6 else i, 100 + i, 200 + i] for i in range(12)])
         lengths[:6, 0] = lengths[0:6:2, 0].repeat(2)
@@ -285,7 +286,7 @@ def test_digest_depends_on_everything_that_decides_the_plan(monkeypatch):
     cases += [("d", LLAMA_8B, cases[0][2] | change) for change in ({"share": False}, {"tokens_per_micro_batch": 1})]
     found = [plan_digest(data, cost, **options) for data, cost, options in cases]
     assert found[0] == plan_digest("d", LLAMA_8B, share=True, tokens_per_micro_batch=8192)
-    assert found[0] == "6777520bfc4cbe59"  # checkpoints and stored plans of earlier versions contain this value
+    assert found[0] == "6777520bfc4cbe59"  # earlier versions log this identifier for this plan
     monkeypatch.setattr(packing, "VERSION", packing.VERSION + 1)
     found.append(plan_digest("d", LLAMA_8B, share=True, tokens_per_micro_batch=8192))
     assert len(set(found)) == len(found)

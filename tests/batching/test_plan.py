@@ -122,7 +122,7 @@ class TestDealing:
         # Each pair is on exactly one rank.
         assert sorted(dealt[dealt >= 0]) == indices.tolist() and set(dealt[dealt < 0]) <= {-1}
         assert all([len(place) for place in share] == sizes for share in shares)
-        # The numbers of pairs on two ranks differ by at most one. Dummies come last.
+        # The numbers of pairs on two ranks differ by at most one. On each rank, dummies come last.
         real = [int((np.concatenate(share) >= 0).sum()) for share in shares]
         assert max(real) - min(real) <= 1
         for share in shares:
@@ -302,7 +302,7 @@ class TestIntervals:
         assert interval != "1" or due == [plan.steps_per_epoch * (epoch + 1) for epoch in range(epochs)]
 
     def test_another_batch_size_after_resuming(self):
-        """An epoch has 10 pairs, so a quarter is 2.5 pairs. The first two steps have 3 pairs, and later steps 2."""
+        """An epoch has 10 pairs, so a quarter has 2.5 pairs. The first two steps use 3 pairs; later steps use 2."""
         first = plan_of([10], global_batch_size=3, epochs=2)
         plan = plan_of([10], global_batch_size=2, epochs=2, start=first.position(2))
         assert [step for step in (1, 2) if first.due(step, Fraction("0.25"))] == [1, 2]  # after 3 and 6 pairs

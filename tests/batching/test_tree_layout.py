@@ -85,7 +85,7 @@ class TestPlant:
         assert (plain.segments[1] == -1).all()
 
     def test_equal_responses_with_other_masks_are_scored_separately(self):
-        """Both pairs have the same response. The second pair scores only one token, so it needs scores of its own."""
+        """Both pairs have the same response. The second pair scores only one token, so it has its own scored sites."""
         pair = MANY[0]._replace(chosen=np.array([5, 6, 7], dtype=np.int32), chosen_mask=None)
         masked = pair._replace(chosen_mask=np.array([False, True, False]))
         batch = plant([pair, masked], [0, 1], pad_id=99)
@@ -289,7 +289,10 @@ def odd_step(config, kept, fp64):
     "fp64, rel", [pytest.param(False, 1e-5, id="fp32", marks=pytest.mark.slow), pytest.param(True, 1e-10, id="fp64")]
 )
 def test_odd_lengths_match_padded_rows_without_full_logits(tiny_hf, tmp_path, monkeypatch, fp64, rel):
-    """Compare log-probabilities and all gradients with padded rows, and check that no tensor holds all logits."""
+    """Compare log-probabilities and all gradients with those of padded rows.
+
+    Also check that no tensor holds all logits.
+    """
     monkeypatch.setattr(batches, "CHUNK_SITES", 64)
     monkeypatch.setattr(logps, "CHUNK_SITES", 64)
     model = tiny_hf("llama", max_position_embeddings=1024, vocab_size=4099, hidden_size=32)

@@ -243,7 +243,7 @@ def test_resume_in_another_layout(written, read, tiny_hf, tmp_path):
 def saved(tiny_hf, tmp_path_factory):
     """Save a checkpoint of two ranks. Return its parent folder and the configuration.
 
-    Tests damage copies of the folder.
+    A test that damages the checkpoint must do this in a copy of the folder.
     """
     folder = tmp_path_factory.mktemp("saved")
     config = config_of(tiny_hf("llama"), folder, {"tp": 2})
@@ -466,7 +466,7 @@ def test_leftovers_of_dead_writers_are_removed(tmp_path):
     ],
 )
 def test_which_checkpoints_are_deleted(there, step, damaged, expected, tmp_path):
-    """Two intact checkpoints remain: the new checkpoint, and the newest one of an earlier step.
+    """Two intact checkpoints remain: the new checkpoint, and the newest intact checkpoint of an earlier step.
 
     The newest intact checkpoint of a best step also remains, unless the new checkpoint is of the same step.
     """

@@ -136,7 +136,11 @@ def test_requeued_job_takes_its_own_lease_at_once(tmp_path):
 
 @pytest.mark.parametrize("facts", [{"job": "/7", "restarts": 1}, {"job": "other/7"}, {"job": "/8"}, {}])
 def test_other_start_on_another_machine_is_watched(tmp_path, facts):
-    """The holder is this start of this job, a job of another cluster, another job, or a run without Slurm."""
+    """This run is the first restart of Slurm job 7.
+
+    The holder has the same job number and restart count, or is a job with this number on another cluster, another job,
+    or a run without Slurm.
+    """
     plant(tmp_path, elsewhere(**facts))
     began = time.monotonic()
     take(tmp_path, me=Holder.here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}), watch_s=0.3).release()
@@ -169,7 +173,7 @@ def test_lease_given_back_during_the_watch_is_taken(tmp_path):
 
 
 def test_slow_storage_prolongs_the_watch(tmp_path, monkeypatch):
-    """A read takes longer than the usual watch. Afterward the holder renews its lease, which must still be noticed."""
+    """A read takes longer than the usual watch. Then the holder renews its lease. The renewal must still be noticed."""
     path, read, calls = plant(tmp_path, elsewhere()), leases._read, []
 
     def slow(place):

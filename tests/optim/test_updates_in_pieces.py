@@ -47,7 +47,7 @@ def fused(function, config, at_once=False, **arguments):
         for single in getattr(made, "chained_optimizers", [made]):
             for parameter, (group, order) in single.model_param_group_index_map.items():
                 tensor = single.param_groups[group]["params"][order]
-                if parameter.dtype is torch.bfloat16:  # the tensor has a shape, but no memory
+                if parameter.dtype is torch.bfloat16:  # the tensor has a shape, but memory for at most one element
                     assert tensor.untyped_storage().nbytes() <= 4 < tensor.nbytes
                     assert parameter.main_param is None
 

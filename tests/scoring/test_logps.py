@@ -76,9 +76,10 @@ CASES = {
 
 
 def pairs_of(case: Case):
-    """Return eight pairs, whose prompts are drawn from three, followed by a dummy; or only dummies.
+    """Return eight pairs and a dummy, or only dummies if the case has ``dummies``.
 
-    One response consists of the token ids at the edges of all shards.
+    The prompts of the eight pairs are drawn from three prompts. One response consists of the token ids at the edges of
+    all shards.
     """
     if case.dummies:
         return [None, None]
@@ -118,8 +119,8 @@ def losses_of(policy: PairLogps) -> torch.Tensor:
 def measure(layout: Layout, cases: dict[str, Case]):
     """Run every case on this rank.
 
-    Returns for each case the losses, the scores computed without and with gradients, and the gradients of the tables
-    and the output layer.
+    Returns a dictionary for each case. It contains, among other values, the losses, the scores computed without and
+    with gradients, and the gradients of the tables and the output layer.
     """
     import torch.distributed as dist
 
@@ -301,7 +302,10 @@ def entropies(hidden: torch.Tensor):
 
 
 def test_known_distributions_far_from_zero():
-    """One distribution is uniform; in the other one, a token is certain. fp32 must be accurate despite large logits."""
+    """One distribution is uniform, and the other gives one token probability 1.
+
+    fp32 must be accurate despite large logits.
+    """
     for got in run_ranks(entropies, 2, hidden=torch.tensor([[1.0, 0.0], [0.0, 1.0]])):
         expected = -math.log(VOCAB), 0.0
         assert (got.chosen.item(), got.rejected.item()) == pytest.approx(expected, abs=1e-5)
@@ -313,7 +317,7 @@ def test_known_distributions_far_from_zero():
 def test_gradient_that_ddp_adds_to_the_buffer_is_zero(tied, monkeypatch):
     """With overlap, DDP adds the returned gradient of a tied embedding to the buffer.
 
-    The buffer already contains the gradient, so zeros must be returned.
+    The buffer already contains this gradient, so zeros must be returned.
     """
     garbage = torch.full((3, 2), float("nan"))
     monkeypatch.setattr(torch, "empty_like", lambda weight: garbage)

@@ -66,7 +66,7 @@ def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
 
 
 def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path):
-    """When a module is called, DDP waits for the module's own gathered parameters, but not for its children's.
+    """When a module is called, DDP waits for the module's own gathered parameters, but not for those of its children.
 
     This suffices for an adapter, because an adapter has no child modules.
     """

@@ -186,8 +186,8 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
     long = run_yaml("long", **{**NO_GAIN, "train": {"eval_interval": "0.25epoch"}, "checkpoint": {"export": False}})
     assert run_job(["train", str(long)], 1, tmp_path / "log0").codes == [0]
     losses = {line["step"]: line["eval/loss"] for line in log_of(tmp_path / "long") if "eval/loss" in line}
-    # An epoch has 22 pairs in batches of 4. A quarter of an epoch is 5.5 pairs, and each of these steps is the first to
-    # reach another multiple of it.
+    # An epoch has 22 pairs in batches of 4, so a quarter of an epoch has 5.5 pairs. Each of these steps is the first
+    # step that reaches another multiple of 5.5 pairs.
     assert sorted(losses) == [2, 3, 5, 6, 8, 9, 11, 12]
     assert losses[2] > losses[3] > losses[5] > losses[6] > losses[8]
 

@@ -21,7 +21,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def expected(tiny_hf, tmp_path_factory):
-    """Return a function that trains with a loss, with padded rows on one rank. It trains only once for each loss.
+    """Return a function that trains with a given loss and padded rows on one rank. It trains only once for each loss.
 
     The function returns the trajectory and the directory of the exported weights.
     """

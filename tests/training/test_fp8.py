@@ -204,7 +204,7 @@ def test_refusals_for_other_layers(tiny_hf):
 def transformer_engine(monkeypatch):
     """Pretend that Transformer Engine is installed, and that the GPU has compute capability 9.0.
 
-    Returns the object that says which recipes are available. At first, all of them are.
+    Returns the object that says which recipes are available. At first, all recipes are available.
     """
     known = SimpleNamespace(**{f"is_{name}_available": lambda: (True, "") for name in ("fp8", "mxfp8")})
     known.is_fp8_block_scaling_available = lambda: (True, "")
@@ -346,7 +346,7 @@ def test_each_rank_has_a_multiple_of_tokens(tp, cp, split, recipe):
 
 
 def padded_training(config, multiple, **arguments):
-    """Train with rows that are padded as for FP8, on a CPU, which cannot compute in FP8."""
+    """Train with rows that are padded as for FP8. The products are not in FP8, because a CPU cannot compute in FP8."""
     from dpo_engine.training.engine import Engine
 
     MegatronConfig.token_multiple = multiple

@@ -133,8 +133,8 @@ def expected(tiny_hf, tmp_path_factory):
 def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, tmp_path):
     layout, model, transformer, ddp = CASES[name]
     sections = {"parallel": layout, "logging": {"num_zeros": True}, "model": {"path": str(tiny_hf("llama")), **model}}
-    # The option requires optim.gradients=bf16. The gradients of an fp32 model are fp32 nevertheless, so the results
-    # stay comparable.
+    # The option reduce_scatter_with_fp32_accumulation requires optim.gradients=bf16. The gradients of an fp32 model are
+    # in fp32 even with this setting, so the results stay comparable.
     if "reduce_scatter_with_fp32_accumulation" in ddp:
         sections["optim"] = {"gradients": "bf16"}
     megatron = {"transformer": transformer, "ddp": ddp}

@@ -102,7 +102,7 @@ def test_one_flipped_bit_in_a_copy_is_found(name, tiny_hf, tmp_path):
 
 
 def flipped(config, name):
-    """Flip a bit on rank 3, whose experts are copies of rank 1's. Return the rank guard's error."""
+    """Flip a bit on rank 3, whose experts are copies of the experts of rank 1. Return the rank guard's error."""
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.rank_guard import RankGuard
 

@@ -1,4 +1,7 @@
-"""Tests of directories that ranks do not share, or to which another export writes: only a cache may differ."""
+"""Tests of directories that ranks do not share, or to which another export writes.
+
+Only a cache may be a different directory on each node.
+"""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Tests of complete optimizer steps, compared with two independent implementations: transformers and TRL."""
+"""Tests of complete optimizer steps against transformers and TRL, of evaluation metrics, and of token weighting."""
 
 import math
 

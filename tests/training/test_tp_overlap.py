@@ -1,4 +1,4 @@
-"""Tests of ``tp_comm_overlap`` on a CPU: refusals, and that rows of a fixed size change no number.
+"""Tests of ``tp_comm_overlap`` on a CPU: wrong settings are refused, and rows of a fixed size change no number.
 
 ``tests/nullgpu/test_null_gpu_overlap.py`` runs Transformer Engine's layers on a GPU that computes nothing.
 """
@@ -222,7 +222,8 @@ def test_buffers_are_created_once(tiny_hf, transformer_engine, monkeypatch):
     close_buffers()
     assert transformer_engine.calls[3:] == ["destroyed"]
 
-    # The last layer has no overlap. All other layers are in FP8, or all except one.
+    # The last layer has no overlap. In the first two cases, all other layers are in FP8. In the third case, all other
+    # layers except one are in FP8.
     for mixed, modes in (({}, ["fp8"]), (at_end(1), ["fp8"]), (at_end(2), ["fp8", "none"])):
         options(128, {**ON, **TENSORWISE, **mixed})
         assert transformer_engine.calls[-1] == (([64, 64], 2), {**ours, "quantization_modes": modes})
@@ -373,7 +374,7 @@ def test_rows_that_do_not_fit():
 
 
 def settled(config):
-    """Return the row size and the shapes of micro-batches of training and validation pairs, on a CPU."""
+    """Return the log line about rows, the shapes of training and validation micro-batches, and the row size."""
     from dpo_engine.training import engine as engine_module
 
     engine_module.choose_layers = lambda *given: "native"
@@ -393,7 +394,7 @@ def test_settled_rows(tiny_hf, tmp_path):
 
 
 def layers_with_the_overlap(config):
-    """Return whether each layer of the model would be built with the overlap, for rows of trees."""
+    """Return, for each layer of the model, the values of ``tp_comm_overlap`` with which its modules are built."""
     from dpo_engine.training import engine as engine_module
 
     engine_module.layer_options = lambda *given: ON

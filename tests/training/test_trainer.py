@@ -118,7 +118,7 @@ def run_with_wrong_reference(config):
         original(self, chunks, **kwargs)
         for chunk in chunks:
             for parameter in chunk.parameters():
-                parameter.data.mul_(1.1)  # by 10 %, because 1 % could cancel in the mean of a few pairs
+                parameter.data.mul_(1.1)  # a change of 1 % could cancel in the mean of a few pairs
 
     reference.ResidentReference.__init__ = spoiled
     return run(config)

@@ -122,7 +122,7 @@ STEPS = {
     "tree tp2": ("tree", 2, {"tp": 2}, "resident", "sigmoid"),
     "tree pp2, no reference": ("tree", 2, {"pp": 2}, "none", "simpo"),
     # On the first of two stages, the embedding's output has a gradient, so the backward pass omits no product. The
-    # adapted projections are not fused, so the products with B contain no zeros.
+    # adapted projections are not fused, so the products with the matrices B of the adapters contain no zeros.
     "stacked pp2, adapter": ("stacked", 2, {"pp": 2}, "shared", "sigmoid"),
 }
 

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """Return an object that makes and caches tiny models, for all cases of the engine's families."""
+    """Return an object that makes and caches tiny models. It knows the test cases of all families of the engine."""
     return TinyModels(tmp_path_factory.mktemp("models"), CASES)
 
 
@@ -85,7 +85,7 @@ def run_files(tmp_path_factory):
 def run_yaml(run_files, tiny_hf, tmp_path):
     """Return a function: ``run_yaml("name", parallel={"tp": 2})`` writes a run's YAML file and returns its path.
 
-    The run's output directory is next to this file, and its name is the file's name without ``.yaml``.
+    The run's output directory is next to this file, and has the file's name without ``.yaml``.
     """
 
     def make(name: str = "run", **sections) -> Path:

@@ -68,7 +68,7 @@ def test_attention_counts_the_computed_area_on_a_cpu(masked):
 
 
 def test_bound_matches_a_models_operations_on_one_row(tiny_hf):
-    """A prompt with one response is not shared, so the formula determines the operations that transformers executes."""
+    """A single row shares no tokens, so the number of operations in transformers follows from the formula."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"))
@@ -447,7 +447,7 @@ def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_pa
     assert re.findall(r"^## (\w+)$", summary, re.MULTILINE) == re.findall(r"^part (\w+) ", script, re.MULTILINE)
     assert "called with benchmarks/attention.py" in summary
     status = Path(f"/proc/{int((tmp_path / 'left').read_text())}/stat")
-    assert not status.exists() or ") Z " in status.read_text(), "the child process must have been ended"
+    assert not status.exists() or ") Z " in status.read_text(), "the child process must have ended"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Tests of imports and of file lengths.
 
-A wing (folder or root module) imports only itself and lower wings. Only the listed wings and modules may import
-Megatron or the kernels.
+A wing is a folder or a group of modules outside folders. It imports only from itself and from lower wings. Only the
+listed wings and modules may import Megatron or the kernels.
 """
 
 import ast
@@ -28,7 +28,7 @@ TOWER = (
     "testing",
     "cli",
 )
-"""The wings (folders and root modules) from lowest to highest. A wing may import from itself and from lower wings."""
+"""Wings from lowest to highest. `root` and `cli` consist of modules outside folders; all other wings are folders."""
 
 ROOT = {
     "__init__",

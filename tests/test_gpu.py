@@ -1,7 +1,7 @@
 """Tests on a CUDA device.
 
-Nothing is patched, training with both layer specs matches training on the CPU, a run resumes bitwise, and each profiler
-works.
+Nothing is patched, training with both layer specs matches training on the CPU, a run resumes bitwise, overlapped
+communication changes no result, and each profiler works.
 """
 
 import json

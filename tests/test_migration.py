@@ -34,7 +34,7 @@ def test_mapped_keys_exist():
 def test_mapped_values_are_accepted():
     """The config schema or the loss registry must accept each ``key=value`` in the tables and notes.
 
-    Of a loss option, only the key is checked.
+    For options of losses, only the key is checked.
     """
     written = {entry.here for _, entry in ENTRIES if entry.here and "=" in entry.here}
     written |= set(re.findall(r"`([a-z_]+\.[a-z_.]+=[^`]+)`", migration_pages()))

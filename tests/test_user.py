@@ -65,7 +65,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def small_task(tmp_path_factory):
-    """Make the files of the quickstart, whose base model trains for only one step. Return their folder."""
+    """Make the files of the quickstart, with a base model that trains for only one step. Return the folder."""
     directory = tmp_path_factory.mktemp("task") / "small"
     make_task.make(directory, seed=3, pairs=48, held_out=9, steps=1)
     return directory
@@ -133,7 +133,7 @@ def test_example_needs_the_memory_that_it_says(run, tmp_path):
 
 @pytest.fixture
 def overrides(small_task, tmp_path):
-    """Return a function: ``overrides("examples/x.yaml")`` returns overrides for files that the tests make."""
+    """Return a function: ``overrides("examples/x.yaml")`` returns overrides with the paths of the tests' own files."""
 
     def of(run: str) -> list[str]:
         model = small_task / "base"

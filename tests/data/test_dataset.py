@@ -150,7 +150,7 @@ class TestCache:
             finally:
                 tracemalloc.stop()
 
-        peak(8)  # otherwise, the first peak below would include what is loaded only once
+        peak(8)  # load now what is loaded only once, so that the peaks below do not include it
         assert peak(400) < 1.2 * peak(100)
 
 

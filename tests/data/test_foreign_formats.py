@@ -29,7 +29,7 @@ BEST, WORST = "Crows eat the eggs.", "Nothing at all."
 
 
 def made(name, row):
-    """Check that `auto` detects the format `name` for a record, and return the pair that the format reads from it."""
+    """Check that `auto` detects the format `name` for a record. Return the pair, or None if the record is left out."""
     before = copy.deepcopy(row)
     assert detect(row) is FORMATS[name]
     pair = FORMATS[name](row)
@@ -138,8 +138,8 @@ class TestAlpaca:
 
 class TestOrca:
     # LLaMA-Factory registers Intel/orca_dpo_pairs with alpaca columns (data/dataset_info.json; in ROLL,
-    # mcore_adapter/examples/data/dataset_info.json). ms-swift registers this data set with its query and response
-    # preprocessor (dataset_info.json). Both systems read the records as chats.
+    # mcore_adapter/examples/data/dataset_info.json). ms-swift registers this data set with its own preprocessor for
+    # queries and responses (dataset_info.json). Both systems read the records as chats.
     def test_question_is_a_user_turn_after_the_system_turn(self):
         row = {"system": "Be brief.", "question": ASK["content"], "chosen": BEST, "rejected": WORST}
         assert conversation(made("orca", row)) == ([SYSTEM, ASK], BEST, WORST)
@@ -360,8 +360,8 @@ class TestNemoRl:
             FORMATS["nemo_rl"](self.record(None, 1))
 
     def test_binary_preference_data_set(self):
-        # In nemo_rl/data/datasets/preference_datasets/binary_preference_dataset.py, the prompt is a user turn. TRL
-        # reads the same record as plain text, so the user must name the format.
+        # nemo_rl/data/datasets/preference_datasets/binary_preference_dataset.py makes the prompt a user turn. TRL and
+        # `auto` read the same record as plain text, so a run needs the format `messages` for a user turn.
         row = {"prompt": ASK["content"], "chosen": BEST, "rejected": WORST}
         assert conversation(FORMATS["messages"](row)) == ([ASK], BEST, WORST)
         assert checked(FORMATS["auto"](row)) == Pair(ASK["content"], BEST, WORST)

@@ -1,6 +1,6 @@
 """Tests of `.json` files, which contain one array or JSON lines.
 
-The records equal those of the json module, and errors in an array give record numbers.
+The records must equal those that the json module parses. Errors in an array must give the number of the record.
 """
 
 import json

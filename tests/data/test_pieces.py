@@ -1,4 +1,4 @@
-"""Tests of the text of each token: with any tokenizer, the pieces join to the decoded text."""
+"""Tests of the text of each token: with any tokenizer, the joined pieces are the decoded text."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_incomplete_characters_and_odd_decoders(tmp_path):
     tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer"))
     owl = tokenizer.encode("a\N{OWL}")
     assert text_pieces(owl, tokenizer) == ["a", "", "", "", "\N{OWL}"]
-    assert text_pieces(owl[:-1], tokenizer) == ["a", "", "", "\N{REPLACEMENT CHARACTER}"], "an incomplete character"
+    assert text_pieces(owl[:-1], tokenizer) == ["a", "", "", "\N{REPLACEMENT CHARACTER}"], "the owl is incomplete"
 
     class Reversing:
         """A decoder that reverses the text. The text of the first ids is therefore the end of the whole text."""

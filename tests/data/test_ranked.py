@@ -123,7 +123,7 @@ def test_missing_field_is_named(name):
 
 def test_detection_needs_responses_and_scores_without_a_pair():
     assert detect(ROW) is FORMATS["ranked"]
-    assert detect({**ROW, "chosen": " 4", "rejected": " 5"}) is FORMATS["text"], "a pair may have more fields"
+    assert detect({**ROW, "chosen": " 4", "rejected": " 5"}) is FORMATS["text"], "chosen and rejected take precedence"
     with pytest.raises(BadRecord, match="missing field 'chosen'"):
         detect({"prompt": "a", "responses": ["b", "c"]})
 

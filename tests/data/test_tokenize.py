@@ -124,7 +124,7 @@ class TestIds:
 
 
 class TestLimits:
-    """Each letter is a token. The prompt has 30 tokens with its BOS, and the responses 10 and 20 with their EOS."""
+    """Each letter is a token. The prompt has 30 tokens with its BOS. The responses have 10 and 20 with their EOS."""
 
     ROW = {"prompt": "X" * 28 + "Y", "chosen": "B" * 9, "rejected": "C" * 19}
 

@@ -1,4 +1,4 @@
-"""Tests of masks of turns, as other systems write them: a mask has its system's meaning, or is refused by name."""
+"""Tests of other systems' masks that exclude turns from the loss: a mask keeps its meaning, or an error names it."""
 
 import pytest
 

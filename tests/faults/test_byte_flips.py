@@ -1,4 +1,4 @@
-"""Fault tests: if a random byte in a checkpoint folder changes, loading is exact or is refused."""
+"""Fault tests: if a byte in a checkpoint folder changes, loading restores a saved state exactly, or is refused."""
 
 import random
 import shutil

@@ -53,10 +53,10 @@ def job_of(run, log, ranks, *overrides, fault=""):
 
 @pytest.fixture(scope="session")
 def made(run_files, tiny_hf, tmp_path_factory):
-    """Return a function: ``made(name, write, stop=4)`` trains in a layout, and returns the output directory and pairs.
+    """Return a function: ``made(name, write, stop=4)`` trains in a layout.
 
-    The pairs are listed for each step. With ``stop``, SIGTERM stops the run in that step. The results are cached, so
-    tests must copy the output directory before they resume the run.
+    The function returns the output directory and the pairs of each step. If ``stop`` is not 0, SIGTERM stops the run in
+    that step. The results are cached, so tests must copy the output directory before they resume the run.
     """
     kept = {}
 
@@ -78,7 +78,7 @@ def made(run_files, tiny_hf, tmp_path_factory):
 def write(run_yaml, run_files, tiny_hf, tmp_path):
     """Return a variant of ``run_yaml`` whose runs write to ``folder``.
 
-    The runs have four layers, and do not amplify rounding errors.
+    The model has four layers. The learning rate is so low that the steps do not amplify rounding errors.
     """
 
     def make(name="run", *, folder=tmp_path, **sections):
@@ -94,7 +94,7 @@ def write(run_yaml, run_files, tiny_hf, tmp_path):
 def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
     """Copy a stopped run, and resume the copy with changes. Return the job, its output directory and its pairs.
 
-    The pairs are listed for each step. If the expected exit code is not 0, no pairs are returned.
+    The pairs are returned by step. If the expected exit code is not 0, no pairs are returned.
     """
     ranks, parallel = LAYOUTS[name]
     output, log = tmp_path / "run", tmp_path / "log"
@@ -105,7 +105,7 @@ def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
 
 
 def record_of(output, step):
-    """Return the record of the run in the checkpoint of a step."""
+    """Return the entry `run` of the manifest in the checkpoint of a step."""
     from dpo_engine.checkpoint.directory import read_manifest
 
     return read_manifest(output / f"checkpoints/step_{step:08d}")["run"]

@@ -1,12 +1,12 @@
-"""Replay the recorded operations on a checkpoint folder up to every point: the loader must find an intact checkpoint.
+"""Replay recorded operations on a checkpoint folder: once a checkpoint is published, the loader must always find one.
 
-At every point, the test rebuilds three states in which a crash can leave the disk. The first is possible after a
-process is killed. The other two are possible after a machine loses power:
+After every operation, the test rebuilds three states in which a crash can leave the disk. A process that is killed
+leaves the state `as written`. A machine that loses power can leave the other two states:
 
 - `as written`: all operations up to the crash have taken effect.
 - `names first`: files have only the content that was synced, but names are as if all directories had been synced.
-- `only what was synced`: in addition, a new name exists only if its directory was synced afterwards, and a removed name
-  still exists if its directory was not synced afterwards.
+- `only what was synced`: files have only the content that was synced. A new name exists only if its directory was
+  synced afterwards, and a removed name still exists if its directory was not synced afterwards.
 """
 
 import builtins
@@ -132,8 +132,8 @@ class Disk:
     def files(self, names: str, contents: str) -> dict[str, bytes | None]:
         """Return, by path, the contents that a reader would find after the crash. A directory's content is ``None``.
 
-        names     the attribute of a node that has the surviving entries
-        contents  the attribute of a node that has the surviving content
+        names     name of the attribute of `Node` that holds the surviving entries
+        contents  name of the attribute of `Node` that holds the surviving content
         """
         found: dict[str, bytes | None] = {}
 
@@ -208,10 +208,10 @@ def test_loader_finds_an_intact_checkpoint_after_every_cut(view, operations, tmp
     assert renames == 5 and len(log) > 300
     first = next(index for index, step in enumerate(seen) if step is not None)
     assert None not in seen[first:] and -1 not in seen, (
-        "after the first checkpoint was published, there must be a complete one"
+        "once a checkpoint has been published, the loader must always find an intact checkpoint"
     )
     assert seen[first:] == sorted(seen[first:]) and set(seen[first:]) == {1, 2, 3, 4, 5}, (
-        "the checkpoint must never be older than before"
+        "the loader must never choose an older checkpoint than before"
     )
     leftovers = [path for path in before if ".tmp" in path or ".old" in path]
     assert view != "as written" or not leftovers

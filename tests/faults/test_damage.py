@@ -41,7 +41,7 @@ def runs(run_files, tiny_hf, tmp_path_factory):
 
 
 def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
-    """Drop the final evaluation of a run that ended before step ``last``, which an uninterrupted run does not have."""
+    """Drop the final evaluation of a run that ended before step ``last``. Uninterrupted runs do not have it."""
     return [line for line in lines if "loss" in line or line["step"] == last]
 
 

@@ -1,4 +1,4 @@
-"""Fault tests, group I: a rank is started differently, or its copy of the weights changes.
+"""Fault tests, group I: one rank has other settings, software or files than the others, or a bit of its weights flips.
 
 All ranks exit together, and one line reports each difference.
 """
@@ -82,7 +82,7 @@ def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_p
 def old_version():
     from dpo_engine import installation, version
 
-    assert installation.__version__ == version.__version__  # the check of the kernels has its own copy
+    assert installation.__version__ == version.__version__  # installation, which checks the kernels, has a copy
     version.__version__ = "0.0.9"
 
 

@@ -40,7 +40,7 @@ PLACES = (
     r"llama.*/model\.safetensors",
     r"tok\.model",
 )
-"""Patterns of paths. On slow storage, the first access of a process to a path of each pattern is slow."""
+"""Patterns of paths. On slow storage, a process's first access to a path that matches a pattern is slow."""
 
 
 def slow_storage(rank, log, places=PLACES, seconds=SLOW_S):

@@ -1,4 +1,4 @@
-"""Tests of restarts by torchrun itself. launch/task.sh starts torchrun as on two nodes with a c10d rendezvous."""
+"""Tests of restarts by torchrun itself. launch/task.sh starts it twice, as on two nodes, with a c10d rendezvous."""
 
 import os
 import socket

@@ -170,8 +170,8 @@ def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
     return PairLogps(*both(columns[0]), *both(tokens), *both(columns[1]), *extra)
 
 
-# For each loss except sft, the last options in CASES. Weighting requires a separate loss for each pair, so it cannot be
-# used with the aot losses.
+# Each loss except sft is tested with its last options in CASES. Weighting requires a separate loss for each pair, so it
+# cannot be used with the aot losses.
 LAST_CASES = {name: (name, given) for name, given in CASES if name != "sft"}
 TOKEN_CASES = [
     *((*case, False, False) for case in LAST_CASES.values()),
@@ -200,7 +200,7 @@ def test_token_weights_match_trls_trainer(name, given, precomputed, ld_alpha, we
             known = {"reference_logps": reference_logps, "log_sum_sq": log_sum_sq, "ld_alpha": ld_alpha}
             loss = trl_loss(logps, mask, None, [LOSSES[name].trl], [1.0], precomputed=precomputed, **known, **given)
         found.append([loss.detach()])
-        # TRL's own backward pass fails in this case, because TRL multiplies the output of relu in place.
+        # With weighting, TRL's own backward pass of hinge fails, because TRL multiplies the output of relu in place.
         if not (weighted and name == "hinge"):
             loss.backward()
             found[-1].append(logps.grad * mask[:, 1:])

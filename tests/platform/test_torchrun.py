@@ -36,7 +36,7 @@ def signaled(folder, work_s, times, limit=None):
     if limit is not None:
         environment[torchrun.LIMIT] = str(limit)
     command = [sys.executable, "-m", "dpo_engine.platform.torchrun", "--standalone", "--nproc-per-node", "1"]
-    log = folder / "log"  # not a pipe, which ranks that outlive torchrun would keep open
+    log = folder / "log"  # not a pipe, because ranks that outlive torchrun would keep it open
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*command, str(folder / "rank.py"), str(folder)], env=environment, stdout=file, stderr=file

@@ -25,7 +25,7 @@ PARAMETER = re.compile(r"(?P<linear>.+)_adapter\.(?P<projection>\w+)_(?P<part>A|
 """Name of an adapter's parameter in the model."""
 ALL_LINEAR = "all-linear"
 UNSUPPORTED = {
-    "lm_head": "the fused output layer has no separate matrix product to which an adapter could be added",
+    "lm_head": "the fused output layer computes log-probabilities without a separate product that could be adapted",
     "embed_tokens": "an embedding is not a projection",
     "model.embed_tokens": "an embedding is not a projection",
 }

@@ -212,7 +212,7 @@ def test_adapter_files_are_compared_with_the_model(tiny_hf, tmp_path):
         changed = {name: value for name, value in {**tensors, **changes}.items() if value is not None}
         save_file(changed, adapter / "adapter_model.safetensors")
         *problems, last = adapter_problems(asked, arch)
-        assert last == f"adapter.path={adapter}: must be an adapter in PEFT's format for the model at model.path"
+        assert last == f"adapter.path={adapter}: the adapter must be one for the model at model.path, as PEFT saves it"
         return problems
 
     assert problems_with({first: None, "base_model.model.lm_head.lora_A.weight": torch.zeros(2, 3)}) == [
@@ -238,8 +238,8 @@ SETTINGS = [
     ),
     (
         {"targets": ["q_proj", "lm_head"]},
-        "adapter.targets[1]=lm_head: cannot be adapted, because the fused output layer has no separate matrix product "
-        "to which an adapter could be added; remove it",
+        "adapter.targets[1]=lm_head: cannot be adapted, because the fused output layer computes log-probabilities "
+        "without a separate product that could be adapted; remove it",
     ),
     (
         {"targets": ["embed_tokens"]},
@@ -253,8 +253,8 @@ SETTINGS = [
     ({"targets": "q_porj"}, "adapter.targets=q_porj: matches no projection; did you mean q_proj?"),
     (
         {"targets": ".*"},
-        "adapter.targets=.*: also matches lm_head, which cannot be adapted, because the fused output layer has no "
-        "separate matrix product to which an adapter could be added; restrict the expression",
+        "adapter.targets=.*: also matches lm_head, which cannot be adapted, because the fused output layer computes "
+        "log-probabilities without a separate product that could be adapted; restrict the expression",
     ),
     (
         {"rank_pattern": {"(?i)q_proj": 3}},

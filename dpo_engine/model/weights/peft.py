@@ -242,7 +242,7 @@ class AdapterFiles(CheckpointFiles):
         if problems:
             raise ConfigError(
                 [f"{self.where}: {ADAPTER}: {line}" for line in problems]
-                + [f"{self.where}: must be an adapter in PEFT's format for the model at model.path"]
+                + [f"{self.where}: the adapter must be one for the model at model.path, as PEFT saves it"]
             )
 
 

@@ -1,4 +1,4 @@
-"""Time the forward and backward pass of tree attention for each backend, and report the rate of useful operations."""
+"""Measure the time of tree attention, forward and backward, for each backend. Report the rate of useful operations."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Time causal attention in stacked rows, with flash attention (deterministic and not) and with cuDNN.
+"""Measure the time of causal attention in stacked rows, with flash attention (deterministic and not) and with cuDNN.
 
 The additional time of the first call with a new length is measured, too. In this call, cuDNN creates its plans.
 """

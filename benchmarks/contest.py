@@ -84,7 +84,10 @@ class Contest:
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size of the model. For pairs from a file, the tokenizer's size, rounded up to a multiple of 64."""
+        """Vocabulary size of the model.
+
+        For pairs from a file, this is the size of the tokenizer, rounded up to a multiple of 64.
+        """
         if self.name in pair_sets.LENGTHS:
             return Shape.read(self.asked.model).vocab if self.asked.model else VOCABULARY[self.asked.shape]
         return -(-load_tokenizer(self.asked.tokenizer).vocab_size // 64) * 64

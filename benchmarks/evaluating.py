@@ -36,7 +36,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_inputs(folder: Path, pairs: int) -> Path:
-    """Write a model, a tokenizer, records, and the YAML file of a run, and tokenize the records. Return the file."""
+    """Write a model, a tokenizer, records, and the YAML file of a run. Tokenize the records. Return the YAML file."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -71,7 +71,7 @@ def write_inputs(folder: Path, pairs: int) -> Path:
 
 
 def measure(run: str, overrides: list[str], profile: int) -> dict[str, Any]:
-    """Evaluate a run in this process. Return processor times in seconds."""
+    """Evaluate a run in this process. Return processor times in seconds, and the number of pairs."""
     from dpo_engine.config.run import Config
     from dpo_engine.scoring import reference
     from dpo_engine.training import evaluate as evaluation
@@ -116,8 +116,8 @@ def main() -> int:
     lines = [
         f"{found['pairs']:,} pairs; overrides: {' '.join(asked.overrides) or 'none'}",
         f"processor time in forward passes: {found['forward']:.1f} s",
-        f"outside: {found['rest']:.1f} s, {share:.1%} of the evaluation (at most {LIMIT:.0%})",
-        f"imports: {found['imports']:.1f} s; with them, {whole:.1%} of the process is outside",
+        f"outside forward passes: {found['rest']:.1f} s, {share:.1%} of the evaluation (at most {LIMIT:.0%})",
+        f"imports: {found['imports']:.1f} s; with them, {whole:.1%} of the process's time is outside forward passes",
     ]
     print("\n".join(lines))
     if asked.save:

@@ -105,10 +105,9 @@ def bound(
     """Return the minimum number of operations to train once on each pair, if each pair's prompt is computed once.
 
     lengths  number of prompt, chosen and rejected tokens of each pair
-    passes   work per pair, as a number of forward passes: training, plus 1 for the reference, or plus 1/E if E epochs
-             share a store
-    rank     rank of the adapters of all matrices of the layers, which are trained instead of the weights; None: all
-             weights are trained
+    passes   work per pair, as a number of forward passes: `TRAINING`, plus 1 if every step scores the reference, or
+             plus 1/E if E epochs share a store
+    rank     rank of the adapters, if adapters of all matrices in the layers are trained; None: all weights are trained
     """
     trees = [[int(part) for part in pair] for pair in lengths]
     total = passes * sum(tree_flops(shape, prompt, responses, prune=prune) for prompt, *responses in trees)

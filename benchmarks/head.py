@@ -1,4 +1,4 @@
-"""Time the output layer's log-probabilities and their gradients with each backend, against bare matrix products."""
+"""Measure the time of the output layer, forward and backward, for each backend, and of bare matrix products."""
 
 import argparse
 import sys

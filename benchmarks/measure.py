@@ -126,7 +126,7 @@ class Meter:
         return torch.cuda.max_memory_allocated() if self._gpu else _status_bytes("VmHWM") - self._floor
 
     def memory(self, measured: Measured) -> None:
-        """Note the memory of this process, as defined in :class:`Measured`."""
+        """Store the memory of this process in `measured`, as defined in :class:`Measured`."""
         measured.peak_bytes = self.peak_bytes()
         if self._gpu:
             free, total = torch.cuda.mem_get_info()

@@ -14,7 +14,8 @@ import torch
 from measure import Job, Measured
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-"""Maximum difference between two runs in the loss (absolute) and the log-probabilities (relative) of a step."""
+"""Maximum difference between two runs in a metric of a step. For metrics above 1 or below -1, the difference is divided
+by the metric's absolute value."""
 
 COLUMNS = ("run", "runs", "pairs per s", "over TRL", "peak MB", "of TRL", "GFLOP/pair", "over bound", "micro-batch")
 PACKAGES = ("megatron-core", "transformers", "trl", "peft")
@@ -60,7 +61,8 @@ def ratio(setting: Setting, other: Setting, *, pairs: int, warmup: int, gpu: boo
 def check_agreement(settings: Sequence[Setting], tolerance: float) -> float:
     """Compare the metrics of every step in every run with those of the first run, and return the largest difference.
 
-    Raises :class:`Disagreement` if the difference exceeds `tolerance`.
+    For metrics above 1 or below -1, the difference is divided by the metric's absolute value. Raises
+    :class:`Disagreement` if a difference exceeds `tolerance`.
     """
     first, largest = settings[0].runs[0].metrics, 0.0
     for setting in settings:

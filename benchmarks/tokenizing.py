@@ -111,7 +111,7 @@ def spent() -> tuple[float, float, float]:
 
 
 def since(start: tuple[float, float, float]) -> dict[str, float]:
-    """Return the differences from `start`."""
+    """Return the seconds since `start`, which :func:`spent` returned."""
     return {name: b - a for name, a, b in zip(("own_s", "children_s", "wall_s"), start, spent(), strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""Time adding a weight's gradient to an fp32 buffer: a product and then an addition, against one fused operation.
+"""Measure the time to add a weight's gradient to an fp32 buffer, with two operations and with one fused operation.
 
 Without Apex, Megatron-Core computes the product in bf16 and then adds it. torch.addmm with out_dtype would do both in
 one operation, without the rounding to bf16.
@@ -29,7 +29,10 @@ def together(inputs: torch.Tensor, grad: torch.Tensor, buffer: torch.Tensor) -> 
 
 
 def measure(tokens: int, width: int, outputs: int) -> list[str]:
-    """Return one line of the table: times, and the errors relative to fp64."""
+    """Return one line of the table: times, and the errors after two additions.
+
+    An error is the norm of the difference from an fp64 computation, divided by the norm of a single gradient.
+    """
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     inputs = torch.randn(tokens, width, device=device).to(dtype)

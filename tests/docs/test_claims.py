@@ -60,7 +60,7 @@ AT_STEP_1 = {
 }
 """For each text in the column "at step 1", a function that computes the value from the options of a loss.
 
-If the function returns None, the text does not state a value for these options, and the test checks none.
+If the function returns None, the text states no value for these options, and the test does not check the loss.
 """
 
 
@@ -88,7 +88,7 @@ def test_the_readme_counts_the_losses():
 
 
 def test_the_table_of_metrics_is_what_is_reported():
-    """The table has exactly the metrics that are means over pairs, and those that other parts of a step add."""
+    """The table has exactly the metrics that are means over pairs, and the metrics that other parts of a step add."""
     reported = Reported(reference=True, entropy=True, sources=("NAME", "other"), averages=True, parts=("NAME",))
     sums = means(torch.ones(sum(reported.sizes), dtype=torch.float64), reported, 1.0)
     names = {name for name in sums if "other" not in name}
@@ -186,7 +186,7 @@ def test_the_readme_shows_what_the_quickstart_prints():
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_links_outside_of_the_site_lead_to_files(name):
-    """Check the links in two files that are not pages of the site, so mkdocs does not check their links."""
+    """mkdocs does not check the links in these two files, because the files are not pages of the site."""
     targets = {target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(TEXTS[name])) if "://" not in target}
     assert targets and not [target for target in targets if not (ROOT / target).exists()]
     if name == "README.md":

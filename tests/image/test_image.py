@@ -1,6 +1,6 @@
 """Tests of the image, with a base made from this machine's Debian.
 
-They cover the image's contents, and training in containers on one node and on two.
+They cover the image's contents, and training in containers on one node and on two nodes.
 """
 
 import re
@@ -116,7 +116,10 @@ def test_image_trains(inside, run_yaml, tmp_path):
 
 @pytest.fixture
 def in_containers(store, built, submit_from, tmp_path_factory):
-    """Return a function of an interpreter's path. It returns a submission of container jobs, and their variables."""
+    """Return a function that takes the path of an interpreter.
+
+    The function returns a directory to submit container jobs from, and the environment variables of these jobs.
+    """
     files = tmp_path_factory.getbasetemp()
 
     def make(python):

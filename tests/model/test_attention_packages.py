@@ -1,4 +1,4 @@
-"""Tests of attention from other packages. On a CPU, stand-ins with the documented behavior replace them."""
+"""Tests of attention from other packages. On a CPU, stand-ins with the documented behavior replace the packages."""
 
 from types import SimpleNamespace
 
@@ -164,7 +164,9 @@ def test_flash_attention_needs_bf16(loaded):
     assert loaded == []
 
 
-USED = {  # backend of trees, layers, layout, plain attention; whether flash attention and te's attention are used
+# Key: backend of trees, layers, layout, and whether the model's attention is plain. Value: whether flash attention is
+# used, and whether te's attention is used (None: not checked).
+USED = {
     ("varlen", "native", "tree", True): (True, None),
     ("sdpa", "te", "tree", True): (True, None),
     ("triton", "native", "tree", True): (False, None),

@@ -76,7 +76,7 @@ def test_names_of_transformer_engines_experts():
 
 
 def test_experts_are_counted_on_all_ranks():
-    """In Megatron-Core 0.16, attributes of Transformer Engine's experts wrongly say that all tp ranks have copies."""
+    """Megatron-Core 0.16 wrongly marks Transformer Engine's experts as weights of which all tp ranks have copies."""
     names = ("decoder.layers.0.mlp.experts.linear_fc1.weight0", "decoder.layers.0.mlp.shared_experts.linear_fc1.weight")
     named = {name: torch.nn.Parameter(torch.zeros(2, 2)) for name in names}
     for parameter in named.values():

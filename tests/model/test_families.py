@@ -124,7 +124,7 @@ def test_table_covers_every_tensor_of_the_model(family, options, config_dir):
 
 
 def test_llama3_frequencies(config_dir):
-    """Compare with Meta's formula, which interpolates only the middle one of three ranges of wavelengths."""
+    """Compare with Meta's formula. It has three ranges of wavelengths, and interpolates only in the middle range."""
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 64
     arch = read_architecture(config_dir(head_dim=64, rope_theta=10000.0, rope_scaling=scaling))

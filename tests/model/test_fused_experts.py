@@ -107,7 +107,7 @@ def test_quantized_experts_are_read_as_by_transformers(layout, ranks, quantized,
 
 
 def test_every_quantized_number_is_that_of_transformers():
-    """Combine every byte with every scale, and compare the results. The largest scale must give NaN, as specified."""
+    """Combine every byte with every scale. The largest scale must give NaN, as specified."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()

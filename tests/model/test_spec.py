@@ -51,7 +51,8 @@ def test_transformer_engine_is_not_used_for_other_layers(case, lack, tiny_hf, mo
 def test_transformer_engine_is_not_used_if_some_experts_are_frozen(tiny_hf, monkeypatch):
     """Transformer Engine has one module for all experts of a rank.
 
-    If the first of these experts is frozen, the module computes no weight gradients. Otherwise, it computes all.
+    If the first of these experts is frozen, the module computes no weight gradients. Otherwise, the module computes the
+    weight gradients of all experts.
     """
     monkeypatch.setattr(spec, "has_transformer_engine", lambda: True)
     given = read_architecture(checkpoint(tiny_hf, "qwen3_moe")), Platform("cuda", "nccl", gpu=True), torch.bfloat16

@@ -61,7 +61,7 @@ def tokens():
 
 
 def cases():
-    """Yield every model with every layout. Except for llama, layouts that other layouts contain are marked slow."""
+    """Yield every model with every layout. For models other than llama, small layouts are marked slow."""
     for model in MODELS:
         for layout in LAYOUTS:
             contained = model != "llama" and layout in ("one", "tp2", "pp2")

@@ -78,7 +78,7 @@ STEPS = {
 
 @pytest.mark.parametrize("layout", STEPS)
 def test_the_host_waits_once_for_each_layer_of_experts(layout):
-    """Before each all-to-all, the host reads the number of tokens per expert. Recomputing a layer repeats this wait."""
+    """In a layer's forward pass, the host waits for the numbers of tokens per expert. Recomputation waits again."""
     last = run(*MIXTURE, "--layers", "2", *STEPS[layout])["last"]
     passes = 3 if layout == "recompute" else 2  # one of the reference, and one or two of the policy
     assert last["waits_in_micro_batches"] == 2 * passes * last["micro_batches"], last["phases"]

@@ -25,7 +25,8 @@ BLOCKWISE, TENSORWISE = (E4M3, f"{RECIPE}=blockwise"), (HYBRID, f"{RECIPE}=tenso
 MXFP8 = (E4M3, f"{RECIPE}=mxfp8")
 TP2, PP2 = ("--world", "2", "parallel.tp=2"), ("--world", "2", "--pairs", "4", "parallel.pp=2")
 ALL = 4 * LINEARS * LAYERS
-"""Products of a micro-batch: a forward pass of the reference, and a forward pass and two gradients of the policy."""
+"""Products of a micro-batch. Each linear layer has one in the reference's forward pass, one in the policy's forward
+pass, and two in the policy's backward pass."""
 MLP = 2 * LAYERS
 """Additional products of a micro-batch if the MLPs are recomputed."""
 FROZEN = (3 * LINEARS - 1) * LAYERS + LAYERS - 1

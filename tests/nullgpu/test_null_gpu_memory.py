@@ -78,8 +78,9 @@ def test_states_on_the_host_leave_the_device():
     counts = [report["last"]["counts"] for report in (device, host)]
     waits, copies = (counts[1][name] - counts[0].get(name, 0) for name in ("event_waits", "copies"))
     assert waits == 2 * pieces
+    # Gradients are copied once per piece. Each slice of a weight in a piece is copied separately.
     weights = 32 * 9 + 3
-    assert 2 * pieces <= copies <= 2 * pieces + weights, "a piece has one copy of gradients and one per weight slice"
+    assert 2 * pieces <= copies <= 2 * pieces + weights, "gradients: one copy per piece; weights: one per slice"
 
 
 def test_the_start_needs_no_main_weights_on_the_device():

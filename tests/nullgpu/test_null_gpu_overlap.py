@@ -133,7 +133,7 @@ def test_every_row_has_the_size_of_the_buffers():
     assert min(collectives(last, tokens).values()) > 0
     whole = [name for name in last["collectives"] if name.startswith("all_gather") and name.endswith("over 2")]
     assert f"all_gather {tokens * HIDDEN * 2} bytes over 2" in whole
-    # The other gathers are of the columns that the last layer computes: those that predict a scored token.
+    # The other gathers contain only the columns that the last layer computes. These columns predict a scored token.
     assert all(int(name.split(" ")[1]) <= tokens * HIDDEN * 2 for name in whole)
 
 

@@ -1,4 +1,4 @@
-"""Skip a test, or fail in CI, with the reason, if a program that the test needs is not installed."""
+"""If a program that a test needs is not installed, skip the test with the reason, or fail in CI."""
 
 import os
 import shutil
@@ -8,14 +8,14 @@ import pytest
 
 
 def absent(what: str) -> NoReturn:
-    """Skip the test, but fail if ``CI=true`` is in the environment: `.ci/run` installs everything that tests need."""
+    """Skip the test. With ``CI=true`` in the environment, fail, because `.ci/run` installs everything for tests."""
     if os.environ.get("CI") == "true":
         pytest.fail(what, pytrace=False)
     pytest.skip(what)
 
 
 def need(*programs: str) -> None:
-    """Skip the test, or fail in CI, unless all of these programs are installed."""
+    """If one of these programs is not installed, skip the test, or fail in CI."""
     search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [program for program in programs if shutil.which(program, path=search) is None]
     if missing:

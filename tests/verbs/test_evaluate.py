@@ -187,7 +187,7 @@ def test_updated_reference_configured_after_training(trained, files, tiny_hf, tm
 
 
 def test_any_file_can_be_evaluated(trained, files, tiny_hf, tmp_path, capfd):  # noqa: F811
-    """Evaluate new pairs and training pairs, for a run that has no validation data in its file."""
+    """Evaluate new pairs and training pairs for a run whose configuration names no validation data."""
     write_pairs(tmp_path / "new.jsonl", 5, 500)
     trained_on = open(files["train"]).read().splitlines()[:3]
     (tmp_path / "known.jsonl").write_text("\n".join(trained_on) + "\n")

@@ -455,8 +455,8 @@ def test_policy_and_reference_differ_until_the_last_step(files, tiny_hf, tmp_pat
         assert row["ref_chosen_logps"] == pytest.approx(unchanged[row["index"]]["chosen_logps"], rel=1e-2)
         assert 1e-2 < abs(row["chosen_logps"] - row["ref_chosen_logps"]) < 10, row
     assert all(step["metrics"]["learning_rate"] > 0 for step in found["steps"])
-    # In bf16, the optimizer has fp32 main weights. The change of the policy must include them, because the first step
-    # would otherwise undo it.
+    # In bf16, the optimizer has fp32 main weights. When the policy is changed, these weights must change, too.
+    # Otherwise, the first step would undo the change.
     after = {row["index"]: row["chosen_logps"] for row in found["after"]}
     changed = {row["index"]: row["chosen_logps"] for step in found["steps"] for row in step["pairs"]}
     moved = sum(abs(changed[index] - row["chosen_logps"]) for index, row in unchanged.items())

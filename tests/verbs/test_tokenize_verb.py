@@ -55,7 +55,7 @@ def test_bad_record_is_named(run_yaml, tmp_path, capsys):
 
 
 def test_field_that_the_loss_reads_is_required(run_yaml, tmp_path, capsys):
-    """The check before the start reads only the first records, and then tokenizing checks all records."""
+    """The check before the start reads only the first records. Tokenizing then checks all records."""
     rows = [{"prompt": f"{n} ?", "chosen": " a", "rejected": " b", "margin": 1.0} for n in range(20)]
     del rows[15]["margin"]
     data = tmp_path / "d.jsonl"

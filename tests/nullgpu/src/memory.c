@@ -113,7 +113,7 @@ EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found,
   found->type = kind == DEVICE_MEMORY ? cudaMemoryTypeDevice
                 : kind == HOST_MEMORY ? cudaMemoryTypeHost
                                       : cudaMemoryTypeUnregistered;
-  cudaGetDevice(&found->device);  // a process uses only one
+  cudaGetDevice(&found->device);  // a process uses only one device
   found->devicePointer = kind ? (void *)pointer : NULL;
   found->hostPointer = kind == HOST_MEMORY ? (void *)pointer : NULL;
   return cudaSuccess;
@@ -154,8 +154,8 @@ EXPORT cudaError_t cudaGetSymbolAddress(void **pointer, const void *symbol) {
   return cudaSuccess;
 }
 
-// Memory of other processes. A lone rank gets its own handle in the place of every other rank's, so what it writes to
-// another rank arrives in its own memory.
+// Memory of other processes. A lone rank gets its own handle instead of the handle of each other rank. Therefore, what
+// the rank writes to another rank arrives in its own memory.
 EXPORT cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *pointer) {
   memset(handle, 0, sizeof *handle);
   memcpy(handle, &pointer, sizeof pointer);

@@ -277,7 +277,8 @@ EXPORT cudaError_t cudaGetDriverEntryPoint(const char *name, void **function, un
   return cudaGetDriverEntryPointByVersion(name, function, 0, flags, result);
 }
 
-// ---- dlsym: libraries that look up CUDA's functions by name, as cuDNN's front end does, must find this library's ----
+// ---- dlsym ----
+// Libraries that look up CUDA's functions by name, such as cuDNN's front end, must find the functions of this library.
 static void *(*real_dlsym)(void *, const char *);
 static void *this_library;
 

@@ -17,7 +17,7 @@ DEFAULTS = {
 
 @FAMILIES.register("gemma3")
 class MultimodalGemma3:
-    """The text part of a model that also reads images; the weights of the other parts are exported unchanged."""
+    """The text part of a model that also reads images; the other weights are exported as they are."""
 
     rules = within("language_model.", Gemma3.rules)
     carried = ("vision_tower.", "multi_modal_projector.")

@@ -444,7 +444,7 @@ LOSS_PROBLEMS = [
         [
             "loss.loss_type=hinge: loss ipo has no such option; called loss.name here (the same names)",
             "loss.rpo_alpha=1.0: loss ipo has no such option; called loss.losses here "
-            "(use loss.name=mix of sigmoid and sft with weight rpo_alpha)",
+            "(use loss.name=mix with the losses sigmoid and sft, where sft has the weight rpo_alpha)",
         ],
     ),
     ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (each item a mapping)"]),

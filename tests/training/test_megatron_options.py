@@ -241,8 +241,8 @@ REFUSALS = [
     ),
     (
         {"optimizer": {"exp_avg_dtype": "bf16"}},
-        f"exp_avg_dtype=bf16: {NOT_SET}only Transformer Engine's FusedAdam on a GPU supports other formats of states, "
-        "and checkpoints cannot hold them; use optim.states=host",
+        f"exp_avg_dtype=bf16: {NOT_SET}it requires Transformer Engine's FusedAdam, whose states checkpoints cannot "
+        "hold; use optim.states=host",
     ),
     (
         {"transformer": {"recompute_modules": ["mlp"]}},

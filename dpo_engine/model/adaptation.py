@@ -245,8 +245,8 @@ class LayerAdapters(NamedTuple):
     """The memory that the adapters of one or more layers add on each tensor-parallel rank.
 
     parameters  number of parameters of the adapters
-    attention   number of values per token that attention keeps for the backward pass, minus this number in a
-                model without adapters whose weights are all trained. Adapters keep additional values, but frozen
+    attention   number of values per token that attention keeps for the backward pass, minus the number that it keeps
+                if there are no adapters and all weights are trained. Adapters keep additional values, but frozen
                 linears do not keep their inputs
     mlp         the same difference for the MLP
     """

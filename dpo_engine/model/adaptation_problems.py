@@ -24,11 +24,11 @@ from dpo_engine.wording import join, nearest, show
 def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: bool = False) -> list[str]:
     """List the problems of a section ``adapter`` without ``path``: bad patterns, and unknown names and layers.
 
-    Targets that match weights that cannot be adapted, such as matrices of experts, are also problems.
+    A target is also a problem if it matches weights that cannot be adapted, such as matrices of experts.
 
     unused  whether listed targets and patterns may match nothing, as in PEFT, and targets may also match matrices of
             experts. A listed target that matches no projection is still a problem if its last part is the name of a
-            module that has weights
+            module that has weights and is not a projection
     """
     names = projection_names(arch)
     problems = _pattern_problems(asked)

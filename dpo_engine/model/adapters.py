@@ -70,7 +70,8 @@ class Adapter(nn.Module):
 
     linear   the adapted linear, already on its device
     base     rule of the linear's weight
-    shapes   adapters of the rule's projections, by the last part of the projection's name; None if it has no adapter
+    shapes   adapters of the rule's projections, by the last part of the projection's name; None for a projection
+             without an adapter
     parts    names of the parts that each adapter has, from :func:`~dpo_engine.model.adaptation.parts_of`
     dtype    dtype of the adapter's parameters
 

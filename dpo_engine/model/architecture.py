@@ -48,7 +48,8 @@ class Architecture:
     norm_place          where the norms of hidden states are: ``before`` attention and MLP, ``after`` them, or ``both``
     parallel            None: the MLP's input contains the attention's output. ``one norm``: attention and MLP read the
                         output of the same norm. ``two norms``: they have separate norms, which have the same input
-    whole_qk_norm       whether one norm covers the queries of all heads, and another norm the keys of all heads
+    whole_qk_norm       whether one norm covers the queries of all heads, and another norm covers the keys of all
+                        heads
     norm_after_rope     whether queries and keys are normalized after they are rotated
     out_bias            whether the output projection of attention has a bias
     mlp_bias            whether the linear layers of the MLP have biases
@@ -177,9 +178,9 @@ class Architecture:
     def suits_transformer_engine(self) -> bool:
         """Whether Transformer Engine's modules support this architecture.
 
-        They support RMS norms without an offset before attention and before the MLP, and norms of queries and keys per
-        head, but no other norms. They do not support layers whose MLP has the same input as attention. Latent
-        attention, and experts with biases or a clamp, exist only as native modules of the engine.
+        They support only two kinds of norms: RMS norms without an offset, which are before attention and before the
+        MLP, and norms of queries and keys per head. They do not support layers whose MLP has the same input as
+        attention. Latent attention, and experts with biases or a clamp, exist only as native modules of the engine.
         """
         return (
             self.norm == "rms"
@@ -250,7 +251,9 @@ class Architecture:
         return {name: value for name, value in values.items() if getattr(self, name) != llama.get(name, MISSING)}
 
     def differences(self, other: "Architecture") -> list[str]:
-        """Describe each difference in a field that affects computed values or shapes: ``field=theirs instead of ours``.
+        """Describe each difference in a field that affects computed values or shapes.
+
+        A description is ``field=A instead of B``, where A is the value in ``other``.
 
         ``max_positions`` is not compared, because this limit has no effect on sequences within it.
         """

@@ -2,8 +2,8 @@
 
 **Transformer Engine** is the kernel backend ``te`` for rows of trees. The queries of a tree are divided into runs,
 which are causal rows of different lengths (:mod:`dpo_kernels.varlen`). Transformer Engine calls such rows the format
-``thd``. Its module DotProductAttention computes them with cuDNN, or with an installed package of flash attention if it
-prefers that package on this GPU. For cuDNN, Transformer Engine rounds the numbers of rows and tokens up, so the
+``thd``. Its module DotProductAttention computes such rows with cuDNN or, if it prefers an installed package of flash
+attention on this GPU, with that package. For cuDNN, Transformer Engine rounds the numbers of rows and tokens up, so the
 micro-batches of a run need few execution plans.
 
 **FlashAttention 3 or 4** replaces FlashAttention 2 inside torch: in stacked rows, and in rows of trees with the backend

@@ -27,7 +27,7 @@ ENOUGH = {"gpu": 8192, "cpu": 2048}
 """Tokens per micro-batch and context-parallel rank above which more tokens save little time."""
 
 OVERHEAD = {"gpu": 224, "cpu": 96}
-"""Overhead of each micro-batch on a context-parallel rank, as the number of tokens whose computation takes as long.
+"""Overhead of each micro-batch on a context-parallel rank, as the number of tokens that take the same time to compute.
 
 On a GPU, this is the time to read and write fp32 gradients (12 bytes per weight, at an H100's bandwidth), divided by
 the time to compute a token (8 FLOP per weight, at half of an H100's peak). The number for CPUs follows from the

@@ -27,8 +27,9 @@ class Router(nn.Module):
     the same numbers on the same device, but it can differ between devices.
 
     losses   the losses of this router, and the sums for its metrics
-    entries  set by the layer before each call: the tokens of the micro-batch at which the losses are computed, from
-             :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses are computed
+    entries  tokens of the micro-batch at which the losses are computed, from
+             :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses are computed. The layer sets this
+             attribute before each call
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, **megatron: Any):

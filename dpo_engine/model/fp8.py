@@ -1,9 +1,9 @@
 """FP8 matrix products in the linear layers of Transformer Engine: the settings, and what they require.
 
-Problem. A GPU multiplies FP8 numbers twice as fast as bf16 numbers. But FP8 has only 3 bits (e4m3) or 2 bits (e5m2)
-after the leading one, and a small range. Each tensor is therefore scaled before it is rounded, and a *recipe* says how.
-DPO compares two models that are nearly equal. A recipe must not give equal models different scales, and no scale may
-depend on what a run did before.
+Problem. A GPU multiplies FP8 numbers twice as fast as bf16 numbers. But FP8 has a mantissa of only 3 bits (e4m3) or 2
+bits (e5m2), and a small range. Each tensor is therefore scaled before it is rounded. A *recipe* is a method to compute
+the scales. DPO compares two models that are nearly equal. A recipe must not give equal models different scales, and no
+scale may depend on what a run did before.
 
 What runs in FP8. The linear layers of attention, of the MLP and of the experts compute their products in FP8. Inputs
 and output gradients are rounded to FP8 just before their product, and weights once for several micro-batches (see
@@ -55,8 +55,8 @@ PER_TOKEN = ("blockwise", "mxfp8")
 """Recipes with which the numbers of a token do not depend on other sequences in a forward pass."""
 
 NOT_DELAYED = (
-    "delayed scaling is not supported, because its scales come from earlier passes, which differ between policy and "
-    "reference and are not in checkpoints"
+    "delayed scaling is not supported, because its scales come from earlier passes, so they would differ between "
+    "policy and reference, and checkpoints would not contain them"
 )
 
 
@@ -135,8 +135,8 @@ def fp8_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -
         ]
         if not fp8_layers(config, arch):
             problems.append(
-                f"megatron.transformer.first_last_layers_bf16=true: leaves no layer of {arch.num_layers} in fp8; lower "
-                f"{FIELDS[3]} or {FIELDS[4]}"
+                f"megatron.transformer.first_last_layers_bf16=true: none of the {arch.num_layers} layers would compute "
+                f"in fp8; lower {FIELDS[3]} or {FIELDS[4]}"
             )
     return problems
 
@@ -209,7 +209,11 @@ def device_problem(config: Config) -> str | None:
     others = [
         name for name in ({9: "blockwise", 10: "mxfp8"}.get(generation), "tensorwise") if name not in (None, recipe)
     ]
-    others = join(others) if others and (generation, minor) >= (8, 9) else "a newer GPU"
+    others = (
+        join(others)
+        if others and (generation, minor) >= (8, 9)
+        else "a GPU and a version of Transformer Engine that support this recipe"
+    )
     return (
         f"megatron.transformer.fp8_recipe={recipe}: cannot be used here: {why.rstrip('.')}; use {others}, or remove fp8"
     )

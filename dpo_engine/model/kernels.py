@@ -33,8 +33,8 @@ def choose_kernels(
            ``varlen`` if flash attention supports the device, dtype and head size, else on ``sdpa``. There are two
            exceptions: soft caps, which flash attention does not support, and context parallelism, with which
            ``varlen`` would copy the keys of a path for each block of queries. In these two cases, attention runs on
-           ``triton`` if this is the default of the group ``layer`` (see below). If it is not, attention with soft caps
-           runs on ``sdpa``, and context parallelism does not affect the choice
+           ``triton`` if ``triton`` is also the default of the group ``layer`` (see below). If it is not, attention with
+           soft caps runs on ``sdpa``, and context parallelism does not affect the choice
     needs  options of ``tree_attention`` that the model's layers use, from
            :func:`~dpo_engine.model.attention.attention_options`
     tp     number of ranks of tensor parallelism

@@ -80,7 +80,10 @@ class Attention(SelfAttention):
         return self.linear_proj(core(query, key, value, attention_mask))
 
     def _heads(self, hidden_states: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries [s/cp, r, n/t, d], and rotated keys and values, both [s/cp, r, n_kv/t, d]."""
+        """Return queries [s/cp, r, n/t, d], and keys and values, both [s/cp, r, n_kv/t, d].
+
+        Queries and keys are rotated if the layer has rotary positions.
+        """
         mixed, _ = self.linear_qkv(hidden_states)
         groups, ranks = self.config.num_query_groups, self.pg_collection.tp.size()
         shared = max(ranks // groups, 1)  # number of ranks that share a key head
@@ -145,7 +148,7 @@ class Layer(TransformerLayer):
         context_mask    [2b, 3, e] fp64, the tokens at which router losses are computed, from
                         :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses are computed
 
-        Returns  [s/cp (/t), r, h], or [q (/t), r, h]; and ``context``
+        Returns  [s/cp (/t), r, h], or [q (/t), r, h] if columns are selected; and ``context``
 
         *Collectives* over tp: those of the linear layers, of their adapters, and of norms of all heads together. Over
         cp: those of core attention. If tp ranks share key heads, also an all-gather of the projected queries, keys and

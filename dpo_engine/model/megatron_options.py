@@ -168,7 +168,7 @@ def _without_effect(config: Config) -> list[str]:
     fp8 = transformer.get("fp8") is not None, "megatron.transformer.fp8 is set"
     some_in_bf16 = (
         fp8[0] and transformer.get("first_last_layers_bf16") is True,
-        "megatron.transformer.fp8 is set, and first_last_layers_bf16 is true",
+        "megatron.transformer.fp8 is set and first_last_layers_bf16 is true",
     )
     needs = {
         "transformer": {
@@ -197,7 +197,7 @@ def _without_effect(config: Config) -> list[str]:
             "bucket_size": (parallel.overlap, "parallel.overlap is true"),
             "align_param_gather": (
                 parallel.overlap and parallel.distributed_optimizer and interleaved[0],
-                "parallel.overlap and parallel.distributed_optimizer are true, and parallel.vpp is set",
+                "parallel.overlap and parallel.distributed_optimizer are true and parallel.vpp is set",
             ),
             "pad_buckets_for_high_nccl_busbw": (
                 parallel.distributed_optimizer,
@@ -205,12 +205,12 @@ def _without_effect(config: Config) -> list[str]:
             ),
             "reduce_scatter_with_fp32_accumulation": (
                 parallel.distributed_optimizer and config.optim.gradients == "bf16",
-                "parallel.distributed_optimizer is true, and optim.gradients is bf16",
+                "parallel.distributed_optimizer is true and optim.gradients is bf16",
             ),
         },
     }
     return [
-        f"{part}.{name}={show(value)}: has no effect unless {condition}; change that, or remove it"
+        f"{part}.{name}={show(value)}: has no effect unless {condition}; meet this condition, or remove it"
         for part in ACCEPTED
         for name, value in getattr(config.megatron, part).items()
         for holds, condition in [needs[part][name]]
@@ -224,8 +224,8 @@ def _wrong_values(config: Config) -> list[str]:
     modules = asked.get("recompute_modules")
     if modules is not None and not (modules and set(modules) <= set(MODULES)):
         problems.append(
-            f"transformer.recompute_modules={show(modules)}: must contain only {join(MODULES, 'and')}, the modules "
-            "that the engine's layer can recompute, and at least one of them; correct it"
+            f"transformer.recompute_modules={show(modules)}: must contain {join(MODULES, 'or')}, or both; the engine's "
+            "layer cannot recompute other modules; correct it"
         )
     group = asked.get("microbatch_group_size_per_vp_stage")
     if group is not None and (group < 1 or group % config.parallel.pp):

@@ -55,8 +55,8 @@ class Memory:
     buffers                                   buffers of ``tp_comm_overlap``, also allocated during the whole run; torch
                                               does not count them
     activations                               tensors that forward passes in flight keep for their backward passes
-    working                                   logits of one chunk and their gradients, or the activations of a layer
-                                              that is recomputed, whichever is larger
+    working                                   logits of one chunk of scored sites and their gradients, or the
+                                              activations of a layer that is recomputed, whichever is larger
     update                                    fp32 copies of bf16 gradients, after the activations are freed
     formula                                   how the memory of the weights and their states is computed, as text
     host                                      bytes of host memory with ``optim.states: host``, by purpose
@@ -282,7 +282,7 @@ def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split:
     keep four: gate, up projection, product, and weighted product.
     """
     experts = arch.experts
-    # Tokens that a rank sends to experts, per token of the row. The rank's own experts receive as many.
+    # Tokens that a rank sends to experts, per token of the row. The rank's own experts receive the same number.
     tokens = 1 / (dims.tp if split else 1)
     # If an expert is sharded, each of its ranks gets all of the expert's tokens, but has only a part of its width.
     copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size

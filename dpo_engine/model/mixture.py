@@ -20,7 +20,7 @@ class Experts:
     groups           number of groups of experts; 1: there are no groups
     chosen_groups    number of groups from which a token's experts are chosen
     group_best       groups are ranked by the sum of their highest scores; this is the number of scores in the sum
-    shared_size      width of an MLP that every token uses in addition; None: there is none
+    shared_size      width of an MLP that every token uses in addition to its experts; None: there is no such MLP
     shared_gate      whether the output of this MLP is multiplied by the sigmoid of a linear function of its input
 
     The following fields are not part of the architecture's digest if they have their defaults.

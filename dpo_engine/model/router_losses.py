@@ -38,7 +38,7 @@ from dpo_engine.model.mixture import Experts
 
 
 def response_tokens(batch: Batch, total_weight: float) -> Tensor:
-    """Describe the tokens of a micro-batch, or of a context-parallel share of it, at which router losses are computed.
+    """Describe the tokens at which router losses are computed, in a micro-batch or a context-parallel share of it.
 
     total_weight  sum of the weights of all pairs of the global batch
 
@@ -54,7 +54,7 @@ def response_tokens(batch: Batch, total_weight: float) -> Tensor:
 
 
 def within(entries: Tensor, columns: Tensor) -> Tensor:
-    """Return the entries of :func:`response_tokens` with their sites as indices into ``columns`` of a row of trees."""
+    """Return the ``entries`` of :func:`response_tokens` with each site as an index into the selected ``columns``."""
     kept = entries[0].clone()
     kept[0] = torch.searchsorted(columns, entries[0, 0].long()).double()
     return kept.expand(len(entries), -1, -1)
@@ -102,7 +102,7 @@ class RouterLosses:
 
         weights, logits, scores  [n, experts] of this rank's tokens
         routed                   [n, experts] bool
-        entries                  :func:`response_tokens` of all tensor-parallel ranks' tokens
+        entries                  result of :func:`response_tokens` for the tokens of all tensor-parallel ranks
 
         *Collectives*: SUM [2b, experts] over cp and, with sequence parallelism, tp.
         """

@@ -62,8 +62,8 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
     def of(first: int, end: int) -> float:
         return start[end] - start[first] + (head if end == arch.num_layers else 0.0)
 
-    # worst[first]: the layers from `first` to the end are divided among the last chunks of the model; this is the
-    # largest work of a chunk in the best division. Each pass of the outer loop adds one chunk at the front.
+    # worst[first]: the largest work of a chunk if the layers from `first` to the end are divided in the best way among
+    # the last chunks of the model. Each pass of the outer loop adds one chunk at the front.
     count, never = arch.num_layers, float("inf")
     worst = [of(first, count) for first in range(count)] + [never]
     for _ in range(1, chunks):
@@ -75,8 +75,8 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
                 least = min(least, max(of(first, end), worst[end]))
             worst[first] = least
     limit = worst[0] * (1 + 1e-12)
-    # spread[first]: for the same layers and chunks, the smallest sum of squared work of a division in which no chunk
-    # exceeds the limit, and the number of layers of each chunk in this division.
+    # spread[first]: for the same layers and chunks, the division with the smallest sum of squared work among those in
+    # which no chunk exceeds the limit. The entry has this sum, and the number of layers of each chunk.
     spread: list[tuple[float, tuple[int, ...]]] = [
         (of(first, count) ** 2, (count - first,)) if of(first, count) <= limit else (never, ())
         for first in range(count)

@@ -1,7 +1,7 @@
 """Overlap of tensor-parallel communication with matrix products, by Transformer Engine's communication buffers.
 
 Problem. With tensor and sequence parallelism, a linear layer gathers its input from the other ranks before its product,
-or sums its output over these ranks afterwards. The GPU's matrix units wait meanwhile. Megatron's field
+or sums its output over these ranks afterwards. Meanwhile, the GPU's matrix units wait. Megatron's field
 ``tp_comm_overlap`` lets Transformer Engine cut the communication and the product into pieces, and communicate one piece
 while it multiplies another. NCCL does not take part: each rank writes to buffers in the memory of the other ranks.
 These buffers are created once, with a fixed size, and Transformer Engine refuses every input of another size.
@@ -14,17 +14,18 @@ turn.
 Last layer. The model's last layer computes selected columns only, so its sizes vary. It is built without the overlap
 (:class:`~dpo_engine.model.layer.LastLayer`), which is cheaper than computing all columns.
 
-Frozen weights. Transformer Engine sums the gradient of a fused layer's input while it computes the gradient of the
-weight. If the weight is frozen, it does neither, and the gradient of the input is silently wrong. ``optim.freeze`` is
-therefore refused. Adapters freeze all weights, but they are attached to layers without this fusion.
+Frozen weights. Transformer Engine fuses some linear layers with the norm before them. While it computes the gradient
+of a fused layer's weight, it sums the gradient of the layer's input over ranks. If the weight is frozen, it does
+neither, and the gradient of the input is silently wrong. ``optim.freeze`` is therefore refused. Adapters freeze all
+weights, but they are attached to layers without this fusion.
 
 Policy and reference. Transformer Engine gathers the inputs of fused layers in pieces only in passes that compute
 gradients. Products of pieces can be rounded differently from the whole product, so policy and reference can differ by
 rounding in bf16 (:mod:`dpo_engine.training.first_step`).
 
-FP8. The ranks exchange inputs and output gradients in FP8, so those buffers have one byte per number. A layer that
-remains in bf16 needs a second set of buffers. Transformer Engine has no such exchange for ``blockwise``. With
-``mxfp8``, all pieces must contain whole blocks of 128 x 128 numbers.
+FP8. The ranks exchange inputs and output gradients in FP8, so the buffers for them have one byte per number. A layer
+that remains in bf16 needs a second set of buffers. Transformer Engine cannot exchange numbers in the format of
+``blockwise``. With ``mxfp8``, all pieces must contain whole blocks of 128 x 128 numbers.
 
 Not covered. Tensor-parallel groups whose ranks are on several nodes. The numerical results are also not covered: no
 test has run these kernels on a GPU.
@@ -74,8 +75,8 @@ def overlap_problems(config: Config) -> Iterator[str]:
     yield from layer_problems(LINE, config)
     if config.batch.layout != "tree":
         yield (
-            f"{LINE}: its buffers have a fixed size, and only rows of trees can have one, but batch.layout is "
-            f"{config.batch.layout}; set batch.layout=tree, or remove it"
+            f"{LINE}: all rows must have the size of its buffers, which only rows of trees can have, but "
+            f"batch.layout is {config.batch.layout}; set batch.layout=tree, or remove it"
         )
     if config.optim.freeze:
         yield (

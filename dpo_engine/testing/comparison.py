@@ -15,8 +15,8 @@ def assert_same_metrics(got: dict[str, float], expected: dict[str, float], rel: 
     For a difference of log-probabilities, the tolerance is relative to the log-probabilities, which can be near -100
     nats.
 
-    If policy and reference have the same weights, every such difference is only a rounding error. Metrics that count
-    signs are then not compared.
+    If policy and reference have the same weights, their log-probabilities differ only by rounding errors. Metrics that
+    count signs of the differences are then not compared.
     """
     assert got.keys() == expected.keys(), f"{where}: metrics {sorted(got)} instead of {sorted(expected)}"
     subtracted = {f"displacement/{side}": abs(expected[f"logps/{side}"]) for side in ("chosen", "rejected")}

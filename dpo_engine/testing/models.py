@@ -55,7 +55,7 @@ class TinyModels:
             torch.manual_seed(zlib.crc32(key.encode()))  # not from a counter, which would depend on the order of tests
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY, **config}))
             for name, parameter in model.named_parameters():
-                # the biases of all experts of a layer are a matrix of zeros
+                # the biases of all experts of a layer form a matrix, but are zeros like other biases
                 is_matrix = parameter.dim() > 1 and not name.endswith("bias")
                 parameter.data.mul_(3.0) if is_matrix else parameter.data.add_(0.1 * torch.randn_like(parameter))
             for name, buffer in model.named_buffers():

@@ -24,8 +24,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240
     Forking a rank takes 0.1 s, because this process has already imported Megatron; spawning one would take 15 s. The
     ranks find each other through a file.
 
-    If a rank fails, raises ``AssertionError`` with the traceback of the first failing rank. If a rank is killed or does
-    not return within ``timeout_s`` seconds, the ``AssertionError`` names that rank.
+    Raises ``AssertionError`` with the traceback of the first rank that fails. If a rank is killed or does not return
+    within ``timeout_s`` seconds, the ``AssertionError`` names that rank.
     Raises ``RuntimeError`` if this process can use a CUDA device, which does not survive a fork.
     """
     import dpo_engine.verbs.evaluate

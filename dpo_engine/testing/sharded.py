@@ -29,7 +29,7 @@ def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_dire
     chunks = build_chunks(arch, config, groups=groups, platform=platform, spec="native")
     for chunk in chunks:
         for parameter in chunk.parameters():
-            parameter.data.fill_(float("nan"))  # so that a weight that is not loaded is noticed
+            parameter.data.fill_(float("nan"))  # nan in the results shows that a weight was not loaded
     return chunks, arch, groups
 
 

@@ -20,7 +20,7 @@ def wide():
     real = torch.float32, torch.float, torch.Tensor.float, host_operations.SMALL_PRODUCT
     torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double
-    host_operations.SMALL_PRODUCT = 1 << 60  # large products use the engine's own matmul, which computes in fp32
+    host_operations.SMALL_PRODUCT = 1 << 60  # do not use the engine's own matmul, which computes in fp32
     torch.set_num_threads(1)
     try:
         yield

@@ -140,7 +140,7 @@ def test_weights_are_loaded_and_exported_as_without_fp8(tiny_hf, tmp_path):
 REFUSED = {
     80: (
         BLOCKWISE,
-        "FP8 block scaled GEMM requires compute capability 9.0 or higher and CUDA >= 12.9; use a newer GPU",
+        "FP8 block scaled GEMM requires compute capability 9.0 or higher and CUDA >= 12.9; use a GPU and a version of",
     ),
     90: (MXFP8, "Device compute capability 10.0 or higher required for MXFP8 execution; use blockwise or tensorwise"),
     100: (BLOCKWISE, "Transformer Engine would convert its scales to those of mxfp8 in every product; use mxfp8 or"),

@@ -51,8 +51,8 @@ def config_of(options, **sections):
 
 
 DELAYED = (
-    "delayed scaling is not supported, because its scales come from earlier passes, which differ between policy and "
-    "reference and are not in checkpoints; use tensorwise, blockwise or mxfp8"
+    "delayed scaling is not supported, because its scales come from earlier passes, so they would differ between "
+    "policy and reference, and checkpoints would not contain them; use tensorwise, blockwise or mxfp8"
 )
 NO_EFFECT = "has no effect unless megatron.transformer.fp8 is set"
 REFUSALS = [
@@ -64,13 +64,21 @@ REFUSALS = [
         "fp8_recipe=custom: it runs code that the engine does not know; use tensorwise, blockwise or mxfp8",
     ),
     ({"fp8": "e5m2"}, {}, "fp8=e5m2: must be e4m3, hybrid or null; correct it"),
-    ({"fp8": None}, {}, "fp8=null: has no effect unless its value is e4m3 or hybrid; change that, or remove it"),
-    ({"fp8_recipe": "blockwise"}, {}, f"fp8_recipe=blockwise: {NO_EFFECT}; change that, or remove it"),
-    ({"first_last_layers_bf16": True}, {}, f"first_last_layers_bf16=true: {NO_EFFECT}; change that, or remove it"),
+    (
+        {"fp8": None},
+        {},
+        "fp8=null: has no effect unless its value is e4m3 or hybrid; meet this condition, or remove it",
+    ),
+    ({"fp8_recipe": "blockwise"}, {}, f"fp8_recipe=blockwise: {NO_EFFECT}; meet this condition, or remove it"),
+    (
+        {"first_last_layers_bf16": True},
+        {},
+        f"first_last_layers_bf16=true: {NO_EFFECT}; meet this condition, or remove it",
+    ),
     (
         {**BLOCKWISE, START: 2},
         {},
-        f"{START}=2: {NO_EFFECT}, and first_last_layers_bf16 is true; change that, or remove it",
+        f"{START}=2: {NO_EFFECT} and first_last_layers_bf16 is true; meet this condition, or remove it",
     ),
     ({**BLOCKWISE, **SOME, END: -1}, {}, f"{END}=-1: must be at least 0; correct it"),
     (
@@ -189,7 +197,8 @@ def test_refusals_for_a_model(tiny_hf):
         f"megatron.transformer.{START}=3: must be at most 2, the number of layers of a pipeline stage; lower it"
     ]
     assert problems({**BLOCKWISE, "first_last_layers_bf16": True, START: 2, END: 2}) == [
-        f"megatron.transformer.first_last_layers_bf16=true: leaves no layer of 4 in fp8; lower {START} or {END}"
+        "megatron.transformer.first_last_layers_bf16=true: none of the 4 layers would compute in fp8; lower "
+        f"{START} or {END}"
     ]
 
 
@@ -255,7 +264,9 @@ def test_choosing_layers(tiny_hf, transformer_engine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     del transformer_engine.is_fp8_block_scaling_available
     assert refusal(BLOCKWISE) == unusable.format(
-        "blockwise", "this version of Transformer Engine does not have it", "a newer GPU"
+        "blockwise",
+        "this version of Transformer Engine does not have it",
+        "a GPU and a version of Transformer Engine that support this recipe",
     )
 
 

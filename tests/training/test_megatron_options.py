@@ -241,16 +241,16 @@ REFUSALS = [
     ),
     (
         {"optimizer": {"exp_avg_dtype": "bf16"}},
-        f"exp_avg_dtype=bf16: {NOT_SET}only Transformer Engine's FusedAdam on a GPU has such states, and checkpoints "
-        "cannot hold them; use optim.states=host",
+        f"exp_avg_dtype=bf16: {NOT_SET}it requires Transformer Engine's FusedAdam, whose states checkpoints cannot "
+        "hold; use optim.states=host",
     ),
     (
         {"transformer": {"recompute_modules": ["mlp"]}},
-        "recompute_modules=[mlp]: has no effect unless model.recompute is selective; change that, or remove it",
+        "recompute_modules=[mlp]: has no effect unless model.recompute is selective; meet this condition, or remove it",
     ),
     (
         {"recompute": "selective", "transformer": {"recompute_modules": ["moe"]}},
-        "recompute_modules=[moe]: must contain only core_attn and mlp, the modules that the engine's layer can",
+        "recompute_modules=[moe]: must contain core_attn or mlp, or both; the engine's layer cannot recompute other",
     ),
     (
         {"recompute": "selective", "transformer": {"recompute_modules": "mlp"}},
@@ -266,20 +266,20 @@ REFUSALS = [
     ),
     (
         {"ddp": {"reduce_scatter_with_fp32_accumulation": True}},
-        "reduce_scatter_with_fp32_accumulation=true: has no effect unless parallel.distributed_optimizer is true, and "
-        "optim.gradients is bf16; change that, or remove it",
+        "reduce_scatter_with_fp32_accumulation=true: has no effect unless parallel.distributed_optimizer is true and "
+        "optim.gradients is bf16; meet this condition, or remove it",
     ),
     (
         {
             "parallel": {"pp": 2, "vpp": 2, "overlap": True, "distributed_optimizer": False},
             "ddp": {"align_param_gather": True},
         },
-        "align_param_gather=true: has no effect unless parallel.overlap and parallel.distributed_optimizer are true, "
-        "and parallel.vpp is set; change that, or remove it",
+        "align_param_gather=true: has no effect unless parallel.overlap and parallel.distributed_optimizer are true "
+        "and parallel.vpp is set; meet this condition, or remove it",
     ),
     (
         {"parallel": {"distributed_optimizer": False}, "ddp": {"num_distributed_optimizer_instances": 2}},
-        "num_distributed_optimizer_instances=2: has no effect unless parallel.distributed_optimizer is true; change",
+        "num_distributed_optimizer_instances=2: has no effect unless parallel.distributed_optimizer is true; meet",
     ),
     (
         {"ddp": {"num_distributed_optimizer_instances": 0}},
@@ -287,7 +287,7 @@ REFUSALS = [
     ),
     (
         {"ddp": {"bucket_size": 10}},
-        "bucket_size=10: has no effect unless parallel.overlap is true; change that, or remove it",
+        "bucket_size=10: has no effect unless parallel.overlap is true; meet this condition, or remove it",
     ),
 ]
 

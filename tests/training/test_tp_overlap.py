@@ -51,7 +51,7 @@ def config_of(options, **sections):
 
 NO_EFFECT = (
     "has no effect unless its value is true, parallel.tp is above 1, and parallel.sequence_parallel is not false; "
-    "change that, or remove it"
+    "meet this condition, or remove it"
 )
 REFUSALS = [
     ({"tp_comm_overlap": False}, {}, f"tp_comm_overlap=false: {NO_EFFECT}"),
@@ -77,8 +77,8 @@ REFUSALS = [
     (
         ON,
         {"batch": {"layout": "auto"}},
-        "tp_comm_overlap=true: its buffers have a fixed size, and only rows of trees can have one, but batch.layout is "
-        "auto; set batch.layout=tree, or remove it",
+        "tp_comm_overlap=true: all rows must have the size of its buffers, which only rows of trees can have, but "
+        "batch.layout is auto; set batch.layout=tree, or remove it",
     ),
     (
         ON,

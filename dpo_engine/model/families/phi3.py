@@ -9,7 +9,7 @@ from dpo_engine.model.families.rope import LENGTH
 
 @FAMILIES.register("phi3")
 class Phi3:
-    """Llama's layers; one matrix has the query, key and value projections, another the gate and up projections."""
+    """Llama's layers, with one matrix for queries, keys and values, and one matrix for the gate and up projections."""
 
     rules = ROOT + NORMS + FUSED_ATTENTION + FUSED_MLP
 

@@ -29,9 +29,10 @@ class Rule:
     parameter   name in Megatron's local layer spec; ``{l}`` is the layer number, counted from 0 over all stages, and
                 ``{e}`` the number of the expert, counted from 0 over all ranks
     tensors     names of the tensors in the checkpoint; several tensors are stacked along the rows
-    rows        for each tensor, its number of rows, or the Architecture attribute with this number
+    rows        for each tensor, its number of rows, or the Architecture attribute with this number. A single tensor can
+                contain several parts, such as the gate and up projections; ``rows`` then has an entry for each part
     columns     number of columns of every tensor, or the Architecture attribute with this number; None for vectors
-    layout      order of the rows of several tensors: ``plain`` (one tensor after the other), ``qkv`` (interleaved by
+    layout      order of the rows of several tensors or parts: ``plain`` (one after the other), ``qkv`` (interleaved by
                 key/value head) or ``glu`` (interleaved by tensor-parallel rank). ``vocab`` is a single tensor, followed
                 by padding rows
     cut         axis that is sharded over tensor-parallel ranks (for an expert, over expert-tensor-parallel ranks):
@@ -41,11 +42,10 @@ class Rule:
     transposed  whether the tensors are stored with rows and columns exchanged
     adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
     layers      kind of the layers that have the parameter: ``dense``, ``experts``, or None for all
-    interleaved  whether the rows of the parts alternate in the only tensor: the first row of each part, then the second
-                 row of each part, and so on
+    interleaved  in a single tensor with several parts, whether the rows of the parts alternate: the first row of each
+                 part, then the second row of each part, and so on. Otherwise, each part follows the previous one
 
-    An attribute of the Architecture can be nested, such as ``experts.count``. If there are more ``rows`` than
-    ``tensors``, the only tensor contains all parts, one after the other, unless they are interleaved.
+    An attribute of the Architecture can be nested, such as ``experts.count``.
     """
 
     parameter: str
@@ -113,14 +113,14 @@ class Fused:
     """A tensor of the checkpoint that contains tensors of all experts of a layer, one expert after the other.
 
     The weight table has a tensor for each expert, whether or not the checkpoint fuses them. The fused tensor has one
-    more axis, the first one, whose index is the number of the expert. If there is a single part, which belongs to no
-    expert, the tensor is not fused: it only has a different name in the checkpoint.
+    more axis, the first one, whose index is the number of the expert. There is one exception: if the only name in
+    ``parts`` has no ``{e}``, the tensor is not fused. It only has a different name in the checkpoint.
 
     tensor   name of the fused tensor; ``{l}`` is the layer number
     parts    names of the tensors in the weight table that contain an expert's rows, in their order; ``{e}`` is the
              number of the expert
-    written  whether exports contain the fused tensor. Otherwise, it is only read, and exports have a tensor for each
-             expert
+    written  whether exports contain the fused tensor. If not, the fused tensor is only read, and exports have a tensor
+             for each expert
     """
 
     tensor: str

@@ -143,7 +143,7 @@ class Merge:
 
     @torch.no_grad()
     def __call__(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the tensor ``name`` of the checkpoint with its adapter, rounded to ``dtype``."""
+        """Return ``weight``, merged with the adapter of tensor ``name`` if there is one, and rounded to ``dtype``."""
         projection = name.removesuffix(".weight")
         shape = self.shapes.get(projection) if name.endswith(".weight") else None
         if shape is None:

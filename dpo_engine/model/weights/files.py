@@ -25,7 +25,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROWS = 4096
 """When a tensor is compared or hashed, this many of its rows are read at a time, to limit memory."""
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
-"""Matches the names of tensors in old checkpoints that are ignored: rotary frequencies, and masks."""
+"""Matches the names of tensors that are ignored: rotary frequencies and masks, which old checkpoints contain."""
 
 
 PICKLED = (b"PK\x03\x04", b"\x80")
@@ -222,7 +222,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     A missing tensor is an error. A tensor that no rule uses is an error too, unless its name matches `DERIVED`, the
     family carries it, or it belongs to a layer for multi-token prediction (:mod:`~dpo_engine.model.weights.kept`). If
     the embeddings are tied, the checkpoint can still contain the tied tensor (`lm_head.weight`), which must then equal
-    the original. Only headers are read, except to compare these two tensors.
+    the embedding. Only headers are read, except to compare these two tensors.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
     """

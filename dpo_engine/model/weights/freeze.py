@@ -128,7 +128,7 @@ def _tensors(arch: Architecture) -> list[tuple[HFTensor, Rule]]:
 
 
 def _parameters(arch: Architecture) -> list[tuple[Rule, list[str]]]:
-    """Return the names of the tensors that each parameter of the model consists of, with its rule."""
+    """Return the rule of each parameter of the model, with the names of the tensors that the parameter consists of."""
     found = []
     for rule in FAMILIES[arch.model_type].rules:
         if rule.applies(arch):

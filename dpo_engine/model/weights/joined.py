@@ -22,7 +22,7 @@ def written_fused(placed: Placed, arch: Architecture) -> HFTensor | None:
 
 
 def completed_tensors(placed: Placed, arch: Architecture) -> list[HFTensor]:
-    """Return the exported tensors that this parameter completes, if a rank's parameters are added in their order."""
+    """Return the exported tensors that this parameter completes if the rank adds its parameters in order."""
     fused = written_fused(placed, arch)
     if fused is None:
         return placed.tensors(arch)

@@ -35,6 +35,6 @@ def perturb(chunks: Sequence[nn.Module], arch: Architecture, *, groups: Parallel
 
 
 def _draws(name: str, count: int) -> np.ndarray:
-    """Return ``count`` numbers between -1 and 1 that depend only on ``name``; a larger ``count`` appends numbers."""
+    """Return the first ``count`` numbers, between -1 and 1, of a sequence that depends only on ``name``."""
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
     return np.random.PCG64(seed).random_raw(count) / 2.0**63 - 1

@@ -155,7 +155,7 @@ def _plan(
 
     The parameters of a round fill one file, if one rank writes all of them. Corresponding parameters of all ranks of a
     stage are in the same round, because the sizes that determine the rounds are the same on these ranks. A rank that
-    holds no first copy has no rounds. The total of ``meter`` grows by the size of what this rank writes.
+    holds no first copy of a parameter has no rounds. The total of ``meter`` grows by the size of what this rank writes.
     """
     if groups.dp_cp.rank() != 0 and groups.expt_dp.rank() != 0:
         return {}, []
@@ -289,7 +289,7 @@ def _carried_names(source: Path, arch: Architecture) -> list[str]:
 def _complete(shares: Sequence[Share], arch: Architecture, unchanged: Collection[str]) -> list[Share]:
     """Return the non-empty shares, after checking that they contain each tensor exactly once.
 
-    unchanged   names of exported tensors that are not in the table
+    unchanged   names of exported tensors that are not in the weight table
     """
     written = [name for share in shares for name in share.files]
     odd = exported_names(arch).union(unchanged).symmetric_difference(written)

@@ -17,7 +17,8 @@ always the inverse of loading. Every rank reads only its own slices, in any layo
 table lists all expected names and shapes before a model is built, so a checkpoint can be checked by its headers alone.
 Nothing is skipped silently: a parameter without a rule, a shard whose shape differs from its rule, and a tensor that is
 unused or written twice are errors. (There are two exceptions. Stored rotary frequencies and masks are ignored. Tensors
-of layers for multi-token prediction, and of parts that a family carries, are only copied from checkpoint to export.)
+of layers for multi-token prediction, and of parts of a model that the engine does not train, are only copied from
+checkpoint to export.)
 
 Tensors that contain all experts of a layer, and quantized tensors, are divided into the tensors of the table when they
 are read (:mod:`dpo_engine.model.weights.fused`).

@@ -6,8 +6,8 @@ therefore produce different ids. To detect this, the exported files are loaded n
 the result is compared with the run's tokenizer: the ids of a few texts, the special tokens, and the chat template. If
 these differ, other forms of the tokenizer are tried: files saved again by transformers, or a converted
 `tokenizer.json`. If `AutoTokenizer` cannot reproduce the run's tokenizer from any of these forms, the log describes the
-first difference. If `PreTrainedTokenizerFast` reproduces the tokenizer from one of the forms, the export then uses this
-form.
+first difference. The export then has the first form from which `PreTrainedTokenizerFast` reproduces the tokenizer, or
+the tokenizer's own files if there is no such form.
 """
 
 import json
@@ -187,7 +187,10 @@ class Sample:
         return [(text, self.tokenizer.encode_all([text], rendered=True)[0])]
 
     def difference(self, loader: str, folder: str) -> str | None:
-        """Describe the first difference of the tokenizer that ``loader`` loads from ``folder``; None: no difference."""
+        """Describe the first difference between the run's tokenizer and the one that ``loader`` loads from ``folder``.
+
+        Returns None if there is no difference.
+        """
         try:
             return self._difference(_read(loader, folder))
         except Exception as error:  # files in a wrong form can fail in any of transformers' parsers

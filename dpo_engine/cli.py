@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb on this rank and return the exit code.
 
     Errors that a user can cause are printed to stderr, with one line per problem. An error that all ranks raise is
-    printed by one rank under torchrun, and by one rank per node under srun. With `--debug`, every rank also prints its
-    traceback.
+    printed by one rank if torchrun hosts the store of the ranks, and otherwise by one rank per node (by two if a rank
+    was lost). With `--debug`, every rank also prints its traceback.
     """
     if arguments is None:
         console.open_streams()
@@ -75,7 +75,7 @@ def _users(error: Exception) -> EngineError | None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; overrides and options can have any order. Exit with code 2 if the line is invalid."""
+    """Parse the command line; overrides and options can come in any order. Exit with code 2 if the line is invalid."""
     parser = build_parser(VERBS)
     asked, rest = parser.parse_known_args(arguments)
     for text in rest:

@@ -79,7 +79,7 @@ class Interrupted(EngineError):
 
 
 class NumbersError(EngineError):
-    """A value is wrong: not finite, a spike, different between ranks, or not the known value of the first step."""
+    """A value is not finite, has spiked, differs between ranks, or is not the value that the first step must have."""
 
     exit_code = 5
 

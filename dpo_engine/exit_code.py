@@ -9,7 +9,7 @@ _progress = False
 
 
 def note_progress() -> None:
-    """Remember that this process has saved a checkpoint, or values in a store, which a restarted job can reuse."""
+    """Remember that this process has saved something that a restarted job can reuse: a checkpoint, or stored values."""
     global _progress
     _progress = True
 
@@ -28,7 +28,7 @@ def forget_earlier_start() -> None:
 
 
 def record(code: int) -> int:
-    """Append the exit code to the file named by ``DPO_EXIT_CODES``, if set. Return the code.
+    """Append the exit code to the file named by ``DPO_EXIT_CODES``, if it is set. Return the code.
 
     Launchers do not pass on the exit code of the rank that failed. torchrun always exits with 1. srun exits with the
     largest code of all ranks, which usually belongs to a rank that srun itself killed.

@@ -133,8 +133,8 @@ def reach(phase: str, path: str | os.PathLike[str] | None = None) -> None:
     if action is None:
         return
     if action == "stop":
-        # Send the signal to this thread, so that the process stops here. If the signal is sent to the process, another
-        # thread may receive it first, and this thread continues for a moment.
+        # Send the signal to this thread, so that the process stops here. If the signal were sent to the process,
+        # another thread might receive it first, and this thread would continue for a moment.
         signal.raise_signal(signal.SIGSTOP)
     elif action in SIGNALS:
         os.kill(os.getpid(), signal.Signals[SIGNALS[action]])

@@ -26,7 +26,7 @@ def options_of(registry: Registry, name: str) -> dict[str, Parameter]:
 def parameters_after(entry: Any, passes: int = 0, reserved: tuple[str, ...] = ()) -> dict[str, Parameter]:
     """Return the named parameters of a function or class, by name. An object that cannot be called has none.
 
-    passes    number of positional parameters at the beginning to leave out
+    passes    number of leading positional parameters to leave out
     reserved  names of further parameters to leave out
     """
     if not callable(entry):

@@ -22,7 +22,7 @@ class Registry(dict[str, Any]):
     ``@LOSSES.register("margin", needs_reference=True)`` stores the decorated object under each given name, and sets the
     keyword arguments as attributes of the object. Looking up an unknown name raises :class:`UnknownName`.
 
-    kind      noun for an entry in messages; ``plural`` is its plural, by default with an ``s``
+    kind      noun for an entry in messages; ``plural`` is its plural, by default the noun with an ``s``
     passes    number of positional arguments that the engine passes to an entry; the other parameters are its options
     reserved  names of keyword parameters that are not options, because the engine passes them
     """

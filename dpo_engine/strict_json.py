@@ -100,7 +100,7 @@ def _check_size(text: str) -> None:
 def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
     """Describe a decoding error.
 
-    For common errors, the text does not use the decoder's messages, because these differ between Python versions.
+    The descriptions of common errors do not use the decoder's messages, which differ between Python versions.
     """
     rest = text[error.pos :].lstrip()
     if error.msg.startswith("Extra data"):

@@ -18,10 +18,10 @@ lease if there is no lease, if the last lease was released, or if the holder of 
 Before a new holder writes anything else, it removes the older files. The former holder may still be alive, if it was
 only suspended or cut off from the storage. At its next renewal or save, it finds its file gone, and ends at once.
 
-Why this way: locks (flock) do not work on all network storage, and can be lost silently there. Creating a file
-exclusively works on NFS since version 3. No process ever replaces a file of another process, and a number is never used
-again, so two runs that find the same dead holder cannot both succeed. Slow storage alone does not end a lease, because
-only another run that wants the directory checks whether the holder is dead.
+Why this way: locks (flock) do not work on all network storage, and can be lost silently there. NFS has supported the
+exclusive creation of files since version 3. No process ever replaces a file of another process, and a number is never
+used again, so two runs that find the same dead holder cannot both succeed. Slow storage alone does not end a lease,
+because only another run that wants the directory checks whether the holder is dead.
 
 Not covered: a former holder that is suspended between the check before a rename and the rename itself. If it resumes,
 the rename fails only if the new holder has already removed the unfinished files.

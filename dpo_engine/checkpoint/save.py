@@ -117,7 +117,7 @@ class Saver:
         self._meter = Meter()  # progress of the current save
         self._parts: Generator[Job, Any, Path] | None = None  # the parts of the current save
         self._running: Future | None = None  # the part of the current save that is running
-        self._work: Job | None = None  # runs this part and then sets the future
+        self._work: Job | None = None  # runs that part, and then sets the result of `_running`
         run_id = [secrets.token_hex(4)]
         dist.broadcast_object_list(run_id, group=groups.world, group_src=0)
         self._run_id = run_id[0]
@@ -188,8 +188,8 @@ class Saver:
     def is_best(self, step: int) -> bool:
         """Return whether ``step``, which has just been evaluated, is among the best. ``keep_best`` must be set.
 
-        If the step seems to be among the best, finish the current save, because it may save a better step. Then decide
-        again.
+        If the step seems to be among the best, finish the current save, because the step that is being saved may
+        be better. Then decide again.
 
         *Collectives* and errors: those of ``from_first`` for each decision, and those of :meth:`finish`.
         """

@@ -37,7 +37,7 @@ class HostAdamW(PiecewiseAdamW):
         locked = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self._scaled, self._received, self._sent = buffers(device=device), buffers(**locked), buffers(**locked)
         self._out, self._back = torch.cuda.Stream(), torch.cuda.Stream()
-        self._free = [self._back.record_event() for _ in range(2)]  # ends of the copies out of the buffers `_sent`
+        self._free = [self._back.record_event() for _ in range(2)]  # events: a copy from a buffer `_sent` has ended
 
     def _update_all(self) -> None:
         self._out.wait_stream(torch.cuda.current_stream())
@@ -88,10 +88,10 @@ class HostAdamW(PiecewiseAdamW):
 def update_threads(*, gpu: bool) -> int:
     """Return the number of threads for an update on the host.
 
-    Without a GPU, an update uses as many threads as all other operations. With a GPU, it uses OMP_NUM_THREADS threads
-    if this variable is set and more than 1 (torchrun sets it to 1 by default). Otherwise, it uses one thread for each
-    core that this process may use. If the process may use all cores of the node, the other ranks of the node use the
-    same cores, so the number of cores is divided by the number of GPUs.
+    Without a GPU, an update uses the same number of threads as every other operation. With a GPU, it uses
+    OMP_NUM_THREADS threads if this variable is set and more than 1 (torchrun sets it to 1 by default). Otherwise, it
+    uses one thread for each core that this process may use. If the process may use all cores of the node, the other
+    ranks of the node use the same cores, so the number of cores is divided by the number of GPUs.
     """
     asked, own = torch.get_num_threads(), cores()
     if not gpu or ("OMP_NUM_THREADS" in os.environ and asked > 1):

@@ -105,7 +105,8 @@ def wrap_policy(
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
-        # Megatron's hooks then do not start gathers ahead of time. Its pipeline schedules start them by this function.
+        # In this case, Megatron's hooks do not start gathers ahead of time. Its pipeline schedules call this function
+        # to start them.
         config.param_sync_func = [partial(_start_gathers, chunk) for chunk in wrapped]
 
     def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
@@ -118,7 +119,7 @@ def wrap_policy(
 
 
 def _start_gathers(chunk: DistributedDataParallel, *parameters: Any) -> None:
-    """Of the all-gathers of a chunk's weights, start those that have not started since the last update.
+    """Start those all-gathers of a chunk's weights that have not started since the last update.
 
     An earlier forward pass of the same step, such as the scoring pass of a coupled loss, may have started some of them.
 

@@ -11,9 +11,9 @@ The parameters are this tensor-parallel rank's shards of the weights or, for bf1
 The update must therefore be elementwise: a weight's update may depend only on the gradients of that weight. An
 optimizer such as Muon, which reads whole matrices, cannot be registered.
 
-state   given when the optimizer is registered: names of the tensors that the optimizer's ``state`` contains for each
-        parameter. Each tensor has the shape of the parameter, and is zero before the first step. Checkpoints contain
-        these tensors.
+An optimizer is registered with a tuple ``state``: the names of the tensors that the optimizer's own ``state`` contains
+for each parameter. Each tensor has the shape of the parameter, and is zero before the first step. Checkpoints contain
+these tensors.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ sgd.problems = _sgd_problems
 
 
 def optimizer_problems(config: Config) -> list[str]:
-    """List the problems of ``optim.optimizer`` and its options, and other settings that the optimizer cannot use."""
+    """List the problems with ``optim.optimizer``, with its options, and with settings that it ignores or rejects."""
     optim, name = config.optim, config.optim.optimizer
     if name not in OPTIMIZERS:
         return [name_problem(OPTIMIZERS, name, f"optim.optimizer={show(name)}", plugins=bool(config.plugins))]

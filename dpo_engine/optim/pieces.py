@@ -50,11 +50,11 @@ class PiecewiseAdamW:
     """AdamW that replaces the torch optimizer inside Megatron's distributed optimizer.
 
     on_host       whether the main weights and moments are in host memory; the main weights are then always copies
-    param_groups  groups of the replaced optimizer. Megatron's schedule writes their learning rates; ``step`` is the
-                  number of updates
+    param_groups  groups of the replaced optimizer. Megatron's schedule writes their learning rates. The item ``step``
+                  of a group is the number of updates
     state         moments; the key is the tensor of main weights
     mains         main weights; the key is the tensor that Megatron would update
-    factor        the next update multiplies the gradients by this number, which is on the device; None: 1
+    factor        number by which the next update multiplies the gradients, a tensor on the device; None: 1
     """
 
     on_host = False

@@ -51,7 +51,7 @@ TRIED_STEPS = 10
 
 
 def schedule_problems(config: Config) -> list[str]:
-    """List the problems of ``optim.schedule`` and ``optim.schedule_options``."""
+    """List the problems with ``optim.schedule`` and ``optim.schedule_options``."""
     name, options = config.optim.schedule, config.optim.schedule_options
     if name not in SCHEDULES:
         return [name_problem(SCHEDULES, name, f"optim.schedule={show(name)}", plugins=bool(config.plugins))]

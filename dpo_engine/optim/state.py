@@ -124,7 +124,7 @@ def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
 
 
 def set_adam_step(trained: Trained, step: int) -> None:
-    """Make the count of updates that each optimizer stores equal to ``step``.
+    """Set each optimizer's count of updates to ``step``.
 
     torch's AdamW stores a count for each parameter, in a tensor. Each parameter needs its own tensor, because a shared
     tensor would be incremented once for every parameter. Apex and Transformer Engine store the count in the parameter

@@ -2,9 +2,10 @@
 
 Before any process group exists, each rank checks its run: it downloads and reads the model, the tokenizer and the first
 records. On some nodes, this can take longer than `parallel.timeout_s`. A rank that is still preparing therefore
-connects to the store in a thread, and increments a counter there. Ranks that wait restart their time limit at each
-increment. A rank that never started or has died does not increment the counter. Once all other ranks are ready, no rank
-increments the counter anymore, and the ranks that wait for the missing rank reach their time limit.
+connects, in a thread, to the key-value store that all ranks share, and increments a counter in it. Ranks that wait
+restart their time limit at each increment. A rank that never started or has died does not increment the counter. Once
+all other ranks are ready, no rank increments the counter anymore, and the ranks that wait for the missing rank reach
+their time limit.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def open_platform(*, deterministic: bool) -> Platform:
                     bitwise identical losses
 
     On a GPU, nothing is patched. Without a GPU, this function calls :func:`dpo_engine.platform.host.install`, which no
-    other function calls.
+    other function of the engine calls.
     """
     # Megatron logs deprecations and defaults on every rank. It reports errors as exceptions, so nothing important is
     # lost.

@@ -100,7 +100,7 @@ class ParallelDims:
         return " + ".join(map(str, self.layers or ()))
 
     def describe(self, *, experts: bool) -> str:
-        """Return the sizes as text; ``experts`` is whether the model has experts."""
+        """Return the sizes as text; ``experts`` says whether the model has experts."""
         text = f"tp {self.tp}, pp {self.pp}, vpp {self.chunks}, cp {self.cp}, dp {self.dp}"
         if experts:
             text += f", ep {self.ep}, etp {self.etp}, copies of each expert {self.expert_dp}"

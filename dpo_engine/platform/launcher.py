@@ -22,7 +22,7 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, i
     """Return ``(rank, world size)`` as set by torchrun, srun or mpirun, or ``(0, 1)`` for a single process.
 
     A site's batch script may export WORLD_SIZE without RANK, because one script cannot know the rank of each process.
-    The rank is then taken from srun or mpirun, if they started the same number of processes.
+    The rank is then taken from srun or mpirun, unless they have set a different number of processes.
 
     Raises :class:`ConfigError` if a variable is not a valid number, if the rank is missing or too large, or if there is
     a rank without the number of ranks.

@@ -8,8 +8,8 @@ addition, a thread of each rank increments a counter in the store, and each rank
 rank. These counters detect a rank whose process is suspended and, if there is no lifeline, the loss of a machine. They
 do not detect a rank whose work never ends.
 
-All ranks must reach the same call, at most one time limit apart. Every file access that may be slow therefore belongs
-inside such a call, and not before it.
+All ranks must reach the same call of :func:`without_time_limit`, at most one time limit apart. Every file access that
+may be slow therefore belongs inside such a call, and not before it.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def open_groups(
 
     seed        seeds torch and Megatron's tensor-parallel RNG tracker
     compare     function that is called before any group exists, with the shared store and a function that restarts the
-                timeout; it must raise if the ranks cannot run together. If a default group exists, it is not called
+                timeout; must raise an error if the ranks cannot run together. Not called if a default group exists
     timeout_s   timeout of every collective operation, and of the initial wait for all ranks, in seconds
     instances   number of instances of the distributed optimizer: groups of ranks, each of which holds the complete
                 optimizer state; must divide dp x cp and expert_dp
@@ -145,8 +145,8 @@ def open_groups(
     rank, world = world_from_environment()
     if not dist.is_initialized():
         device = platform.device if platform.gpu else None
-        # This watchdog enforces the timeout. If the first rank is lost, torch itself tries to connect for several times
-        # as long.
+        # This watchdog enforces the timeout. If the first rank is lost, torch itself would try to connect for several
+        # times as long.
         clock = Lifeline(rank, {}, timeout_s)
         try:
             with clock.working():
@@ -235,7 +235,7 @@ def _hold_on(rank: int, world: int, timeout_s: float) -> None:
 
 @contextmanager
 def working(*, alone: bool) -> Iterator[None]:
-    """Watch this block for hangs: end the process if the block does not call :func:`progress` within the timeout.
+    """Watch this block for hangs: end the process if the time between calls of :func:`progress` exceeds the timeout.
 
     alone   whether errors that the block raises are known to this rank only; see ``EngineError.alone``
     """

@@ -39,7 +39,7 @@ class Lifeline:
 
     rank       number of this rank
     links      sockets by rank: on the first rank, one for every other rank; on each other rank, one for the first rank
-    timeout_s  maximum time without progress inside :meth:`working`, in seconds
+    timeout_s  maximum time without progress inside :meth:`working`, in seconds; the watchdog waits `GRACE_S` longer
     """
 
     def __init__(self, rank: int, links: dict[int, socket.socket], timeout_s: float):
@@ -73,7 +73,7 @@ class Lifeline:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """End the process if :meth:`progress` is not called at least every ``timeout_s`` seconds inside this block."""
+        """End the process if :meth:`progress` is not called for ``timeout_s`` + `GRACE_S` seconds inside this block."""
         self._progress = time.monotonic()
         try:
             yield

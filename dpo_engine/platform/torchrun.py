@@ -7,7 +7,7 @@ the scheduler allows. A second signal raises an exception while torchrun waits f
 torchrun before the ranks have exited. SIGUSR1, which Slurm can send before it ends a job (``sbatch --signal``), is not
 handled at all.
 
-The solution: this module starts torchrun with SIGUSR1 among the signals that it passes on, and with a limit that
+The solution: this module starts torchrun with SIGUSR1 among the signals that it passes on, and with a time limit that
 matters only if a rank hangs (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_S` if it is not set). Signals after the
 first one have no effect. A signal that arrives before the ranks exist ends torchrun with the exit code for an
 interrupted run.

@@ -15,7 +15,7 @@ values are known beforehand. The loss and the gradient of a chunk are therefore 
 memory, so each logit is computed only once. The gradient of the hidden states is stored until the backward pass. The
 gradient of the output layer's weight is added directly to Megatron's gradient buffer.
 
-Why this way. Apart from these gradients, the additional memory is one chunk of logits, whatever the lengths of the
+Why this way. Apart from the two gradients, the additional memory is one chunk of logits, whatever the lengths of the
 rows. Forward and backward need at least three matrix products. For chunks of whole pairs, this module computes exactly
 three; recomputing the logits would add a fourth. Sums are in fp32, or in fp64 for fp64 models. Kernels do not
 communicate, so they need no process groups.

@@ -52,7 +52,7 @@ class Reference(Protocol):
 def score(
     chunks: Chunks, batches: Sequence[Batch], *, vocab_size: int, groups: ParallelGroups, entropies: bool = False
 ) -> list[PairLogps]:
-    """Compute the log-probabilities of micro-batches with the model ``chunks``, and optionally entropies.
+    """Compute the log-probabilities (and optionally entropies) of the responses with the model ``chunks``.
 
     This runs only a forward pass.
 

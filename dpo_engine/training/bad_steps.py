@@ -88,8 +88,8 @@ class BadSteps:
     def _spike(self, value: float, before: Sequence[float]) -> bool:
         """Whether ``value`` is more than ``spike_sigma`` standard deviations above the mean of previous good steps.
 
-        False if ``spike_sigma`` is null, if fewer good steps than half of ``spike_window`` are known, or if the values
-        of all known good steps are equal.
+        False if ``spike_sigma`` is null, if the number of known good steps is less than half of ``spike_window``, or if
+        the values of all known good steps are equal.
 
         *Source*: OLMo 2 (arXiv 2501.00656) skips a step whose value is more than 6 standard deviations above the mean
         of the last 128 steps.

@@ -53,8 +53,8 @@ class Callback:
     """Base class of callbacks. The training loop calls its methods on every rank; a subclass overrides some of them.
 
     ``on_step``, ``on_eval`` and ``on_save`` can return a reason to end the run, such as ``"no gain in 3 evaluations"``.
-    Even if only one rank returns a reason, the run then ends after the current step. If ``on_save``, or ``on_eval``
-    before the first step, returned the reason, the run ends after the next step. Like a complete run, it ends with a
+    The run then ends after the current step, even if only one rank has returned a reason. A reason from ``on_save``, or
+    from ``on_eval`` before the first step, ends the run after the next step. Like a complete run, the run then has a
     last evaluation, a checkpoint, and an export.
     """
 
@@ -68,7 +68,7 @@ class Callback:
         """Called after each evaluation, with metrics named as in a step. In logs, they have the prefix ``eval/``."""
 
     def on_save(self, run: Run, directory: Path) -> str | None:
-        """Called after a checkpoint is complete in ``directory``. A save can take several steps."""
+        """Called after a checkpoint is complete in ``directory``. A save can last for several training steps."""
 
     def on_end(self, run: Run) -> None:
         """Called when training ends, even if it ends with an error. Must not communicate with other ranks.

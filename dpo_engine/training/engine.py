@@ -134,7 +134,7 @@ class Engine:
         gc.unfreeze()
         if isinstance(sys.exc_info()[1], Interrupted | None):
             say_unmet()
-            close_buffers()  # after an error, this could wait for kernels that wait for other ranks
+            close_buffers()  # after any other error, this could wait for kernels that wait for other ranks
         close_groups()
 
     @property
@@ -296,7 +296,7 @@ class Engine:
 
         Only this method replaces ``auto`` in the section ``batch`` of ``config``.
 
-        others   further pairs that will be scored; they affect only a fixed size of rows
+        others   further pairs that will be scored; they matter only if all rows have one fixed size
         Returns  lines for the log. Raises `ConfigError` if a kernel is selected that the layout does not use.
 
         *Collectives*: on a GPU, one MIN over world, so that all ranks choose the same size.

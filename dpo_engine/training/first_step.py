@@ -14,7 +14,7 @@ SAME_PASS = 1e-4
 """Tolerance, relative to ``max(1, |value|)``, if policy and reference run the same code on the same rows."""
 
 EARLIER_PASS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Tolerance if the reference scored the pairs earlier, possibly in another layout, or with other matrix products."""
+"""Tolerance if the reference scored the pairs earlier, perhaps in another layout, or if its matrix products differ."""
 
 CAUSES = {
     "resident": "dropout in the model, different weights in policy and reference, a nondeterministic kernel",
@@ -59,8 +59,8 @@ def require_first_step(engine: Engine, trained: Trained, metrics: dict[str, floa
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     """Return a line for each problem with the metrics of a run's first step.
 
-    If the policy and the reference are equal, the mean reward margin must be 0. The loss must then also have its
-    initial value, if the loss declares one.
+    If the policy and the reference are equal, the mean reward margin must be 0. If the loss function declares an
+    initial value, the loss must then also have this value.
     """
     facts, config = engine.objective.facts, engine.config
     if not known_equal(engine):

@@ -71,10 +71,10 @@ METRICS = {
     "tokens of the chosen responses; reported if `logging.entropy` is set",
     "entropy/rejected": "like `entropy/chosen`, for the rejected responses",
     "router/balance": "for models with experts: how unevenly the routers use the experts at the tokens that predict "
-    "responses. For a response and a layer, it is the number of experts times the sum, over experts, of the product of "
-    "the expert's share of all uses and its mean normalized score. The metric is the mean over responses, pairs and "
-    "layers; 1 if all experts are used equally. `loss.balance` times this number is part of the training objective, "
-    "but not of `loss`",
+    "responses. For a response and a layer, the value is the number of experts times the sum, over experts, of the "
+    "product of the expert's share of all uses and its mean normalized score. The metric is the mean over responses, "
+    "pairs and layers; 1 if all experts are used equally. `loss.balance` times this number is part of the training "
+    "objective, but not of `loss`",
     "router/z": "for models with experts: squared logarithm of the sum of exponentials of the routers' logits, "
     "averaged like `router/balance`; its coefficient is `loss.router_z`",
     "router/load": "for models with experts: number of uses of an expert at the tokens that predict responses, divided "
@@ -97,8 +97,8 @@ METRICS = {
     "peak_memory_bytes": "on a GPU: largest amount of memory that tensors have occupied so far on rank 0",
     "reserved_memory_bytes": "on a GPU: largest amount of memory that torch has reserved so far on rank 0",
     "mfu": "operations that the step's matrix products execute per second, divided by the peak of all GPUs; reported "
-    "on a GPU with known peak, in bf16, without frozen weights; in a run with adapters, only if the first layer has an "
-    "adapter",
+    "only on GPUs whose peak is known, in bf16, and without frozen weights; in a run with adapters, only if the first "
+    "layer has an adapter",
 }
 """Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
 

@@ -1,6 +1,6 @@
 """Prepare the data of the next step on a second thread while the current step runs.
 
-Problem. Planning a global batch and building its micro-batches takes the host between a few and several hundred
+Problem. Planning a global batch and building its micro-batches take the host between a few and several hundred
 milliseconds. During this time, a GPU would be idle, because the previous step has ended and no micro-batch of the next
 step exists.
 
@@ -76,7 +76,7 @@ class OneAhead(Generic[T]):
         self._coming: tuple[int, Future[T]] | None = None
 
     def take(self, number: int) -> T:
-        """Return the item with this number. If the latest :meth:`begin` was for another number, make the item now.
+        """Return the item with this number. Unless the latest :meth:`begin` was for this number, make the item now.
 
         Raises the error that ``make`` raised.
         """

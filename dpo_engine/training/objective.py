@@ -133,7 +133,7 @@ class Objective:
 
     @staticmethod
     def likelihoods(policy: PairLogps) -> Tensor:
-        """Return WPO's weights: the policy's likelihood of both responses, per token, relative to the policy's samples.
+        """Return WPO's weights: both responses' likelihood per token, relative to tokens that the policy would sample.
 
         Returns  [b]  the product over both responses of ``exp(mean(log p - log sum_v p_v^2))``, without gradient; the
                  mean is over the response's tokens, and the sum over the vocabulary

@@ -60,7 +60,7 @@ def _largest_rows(engine: Engine) -> tuple[str, int]:
 
 
 def explanation(engine: Engine, error: torch.OutOfMemoryError, scoring: bool) -> list[str]:
-    """Return the lines of the message: the failed allocation, this rank's plan, and changes that need less memory."""
+    """Return the lines of the message: the failed allocation, this rank's plan, and changes that lower the memory."""
     allocated, _, _ = str(error).partition(" If reserved but")  # the rest is advice about the allocator's options
     dims, (dtype, tokens) = engine.groups.dims, _largest_rows(engine)
     found = savings(engine.config, engine.arch, dims, dtype=dtype, tokens=tokens)

@@ -219,7 +219,7 @@ def _reason(variable: str) -> str:
 def by_value(values: Mapping[int, Any]) -> str:
     """Return the ranks of each value as text, most common value first, such as ``0.1 on ranks 0-2, 0.2 on rank 3``.
 
-    After ``MOST_VALUES`` values, the text only gives the number of further values.
+    After ``MOST_VALUES`` values, the text gives only the number of further values.
     """
     holders: dict[Any, list[int]] = {}
     for rank, value in sorted(values.items()):
@@ -321,7 +321,7 @@ class RankGuard:
 def _agree(rows: Sequence[Sequence[int]]) -> bool:
     """Whether all ranks agree.
 
-    A rank's row is a hash of its facts, its tp, pp, expt_tp and ep rank, and four numbers per model.
+    The row of a rank contains a hash of its facts, its numbers in tp, pp, expt_tp and ep, and four numbers per model.
     """
     seen: dict[Any, int] = {}
     for facts, tp, pp, expt_tp, ep, *prints in rows:

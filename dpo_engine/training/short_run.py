@@ -1,8 +1,8 @@
 """Run the first steps of a run, and record the numbers that must be equal in every layout.
 
 Equal weights hide bugs. If the policy equals the reference, every margin is 0. All pairs then have the same loss, even
-if a loss wrongly reads other pairs of the micro-batch. Scoring the wrong one of the two models also changes nothing.
-Therefore the policy's weights are changed first, in a way that does not depend on the layout
+if a loss wrongly reads other pairs of the micro-batch. Scoring with the wrong one of the two models also changes
+nothing. Therefore the policy's weights are changed first, in a way that does not depend on the layout
 (:func:`~dpo_engine.model.weights.perturb.perturb`). Training steps would also separate the two models, but more slowly
 (at a learning rate of 1e-6, margins stay near 0 for many steps), and with the very code that is under test. The
 reference's log-probabilities are recorded *before* the change, and again after the steps. If a reference wrongly reads
@@ -28,7 +28,7 @@ from dpo_engine.training.references import open_reference
 from dpo_engine.training.run_data import RunData, open_data
 from dpo_engine.training.step import train_step
 
-STEPS = 3  # the second step shows a wrong first update, and the third a wrong optimizer state
+STEPS = 3  # the second step shows a wrong first update, and the third step a wrong optimizer state
 PAIRS = 8  # enough for micro-batches of unequal size on several data-parallel ranks, but fast in one process
 AMOUNT = 0.05  # more than a rounding error in bf16, but too little to saturate a sigmoid
 TIE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 0.0}  # in bf16, accuracies are not compared

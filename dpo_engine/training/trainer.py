@@ -219,7 +219,7 @@ class Trainer:
         return self.step == self.data.plan.num_steps or self.stopped is not None
 
     def agree(self, after: str | None) -> str | None:
-        """Agree with all ranks on whether the run stops, or ends early because a callback on any rank has asked for it.
+        """Agree with all ranks on whether a signal or the time limit stops the run, or a callback ends it early.
 
         after   "step" or "evaluation", whichever has just finished; None: do not check the time limit
 
@@ -241,7 +241,7 @@ class Trainer:
         return stop
 
     def tie(self) -> float:
-        """Return ``BatchFacts.tie``: before the first update, an equal policy and reference differ only by rounding."""
+        """Return ``BatchFacts.tie``. Before the first update, an equal policy and reference differ only by rounding."""
         return tolerance(self.engine) if self.step == 0 and known_equal(self.engine) else 0.0
 
     def take_step(self) -> dict[str, float]:

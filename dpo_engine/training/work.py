@@ -30,7 +30,7 @@ from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.engine import Engine
 
 BACKWARD = 2
-"""Operations of a backward pass, per operation of a forward pass: each matrix product needs two in the backward pass.
+"""Operations of a backward pass per operation of a forward pass: the gradients of one matrix product need two products.
 
 With adapters, a product with a frozen matrix needs only one product in the backward pass, for the gradient of its
 input."""

@@ -18,9 +18,10 @@ PLANNED_TOGETHER = 512
 """Maximum number of pairs that are planned together. A larger global batch is planned in several parts."""
 
 WORTH_IT = 1.05
-"""``auto`` chooses ``tree`` if ``stacked`` computes at least this many times as many tokens as ``tree``.
+"""``auto`` chooses ``tree`` if ``stacked`` would compute at least `WORTH_IT` times as many tokens as ``tree``.
 
-The log recommends ``data.group_by_prompt`` if it could reduce the tokens in ``tree`` by at least this factor."""
+The log recommends ``data.group_by_prompt`` if that could reduce the tokens in ``tree`` by at least a factor `WORTH_IT`.
+"""
 
 
 def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tuple[str, str]:
@@ -286,8 +287,8 @@ def tree_plan(config: Config, pairs: PairDataset, cost: CostModel, row_tokens: i
 def token_budget(dataset: PairDataset, config: Config) -> int:
     """Return the maximum number of tokens in a micro-batch of trees.
 
-    This is ``batch.tokens_per_micro_batch``. If that is ``auto``, the maximum is the total number of tokens of the
-    ``train.micro_batch_size`` longest pairs.
+    This is ``batch.tokens_per_micro_batch``. If that is ``auto``, the maximum is the total number of tokens of the N
+    longest pairs, where N is ``train.micro_batch_size``.
     """
     if config.batch.tokens_per_micro_batch != "auto":
         return config.batch.tokens_per_micro_batch

@@ -167,7 +167,7 @@ class Plan:
         self._first = -(-(len(dataset) - start.pair) // global_batch_size)  # remaining steps of the first epoch
         every = start.step + self._first + (epochs - start.epoch - 1) * self.steps_per_epoch
         self.num_steps = every if max_steps is None else min(every, max_steps)
-        self._orders: dict[int, np.ndarray] = {}  # orders of at most two epochs; adjacent steps can be in two epochs
+        self._orders: dict[int, np.ndarray] = {}  # at most two: adjacent steps can be in different epochs
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Return the pairs of an epoch, in order, [n]."""

@@ -85,9 +85,9 @@ def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
 def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str) -> str:
     """Return the way out for an unknown key.
 
-    It suggests the first of these that exists: the key with the same name in another section, our equivalent of another
-    system's key, the most similar key of this section, or the most similar key of any section. If none of these exists,
-    it lists the keys of this section.
+    The way out suggests the first of these keys that exists: the key with the same name in another section; the
+    engine's equivalent of another system's key; the most similar key of this section; the most similar key of any
+    section. If none of these exists, the way out lists the keys of this section.
     """
     above = path[: -len(name)]
     elsewhere: dict[str, str] = {}

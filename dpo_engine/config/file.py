@@ -135,7 +135,7 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file. If it has a key `base`, merge it into the mapping of the base file.
+    """Return the mapping in a YAML file. If the mapping has a key `base`, it is merged into the base file's mapping.
 
     below  files that inherit from this file; they are needed to detect a cycle
 
@@ -166,8 +166,8 @@ def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return `own` merged into `base`. Mappings are merged key by key; other values, such as lists, are replaced.
 
     The section `loss` is special, because its options belong to one loss. If `own` names a different loss, its section
-    `loss` replaces the section `loss` of `base`. Otherwise, a key that `own` sets to null is removed from the section,
-    so it gets its default.
+    `loss` replaces the section `loss` of `base`; otherwise, the two sections are merged. In both cases, keys with the
+    value null are removed from the section, so they get their defaults.
     """
     merged = _merged(base, own)
     loss, under = own.get("loss"), base.get("loss") or {}

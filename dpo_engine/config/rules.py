@@ -17,8 +17,8 @@ from dpo_engine.wording import join, show
 def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list[str]:
     """List keys that contradict each other and keys that have no effect, one line per problem.
 
-    broken  keys whose values were invalid and have been replaced or ignored, and keys that the verb does not use; rules
-            that read any of these keys are not checked
+    broken  keys whose values were invalid and have been replaced or ignored, and keys that the current command does not
+            use; rules that read any of these keys are not checked
     """
     found = []
     rules = (

@@ -118,7 +118,7 @@ class Config(Section):
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Config:
-        """Build a `Config` from nested mappings. Raises a `ConfigError` with the problems that :meth:`load` finds."""
+        """Build a `Config` from nested mappings. Like :meth:`load`, raises a `ConfigError` that lists all problems."""
         return _draft(raw, []).finished()
 
     def to_yaml(self) -> str:

@@ -145,8 +145,8 @@ class TrainConfig(Section):
     global_batch_size: Count = 64
     """number of pairs per optimizer step, over all ranks"""
     micro_batch_size: Count | None = None
-    """number of pairs per micro-batch on one data-parallel rank; in the tree layout, a micro-batch may hold more pairs,
-    but its tokens are limited to the total of the micro_batch_size longest pairs of the data; null: as many pairs as
+    """number N of pairs per micro-batch on one data-parallel rank; in the tree layout, N limits tokens instead of
+    pairs: a micro-batch has at most as many tokens as the N longest pairs of the data; null: as many pairs as
     batch.tokens_per_micro_batch allows"""
     epochs: Count = 1
     """number of passes over data.train"""

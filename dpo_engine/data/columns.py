@@ -1,7 +1,7 @@
 """Read the fields of a record other than prompt and responses, after renaming them by `data.columns`.
 
-A record is refused if a field with a known meaning cannot be read. Three kinds of fields are ignored: empty fields,
-fields that do not change the record's meaning, such as a number of images, and fields without a known meaning.
+A record is refused if a field with a known meaning cannot be read. Three kinds of fields are ignored: empty fields;
+fields that do not change the record's meaning, such as a number of images; and fields without a known meaning.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def target_problems(columns: Mapping[str, str | None], format_name: str) -> list
 def renamed(row: dict[str, Any], columns: Mapping[str, str | None] | None) -> dict[str, Any]:
     """Return the record with its fields renamed by `data.columns`.
 
-    columns  maps each new name to the field's name in the record; None leaves out the record's field of the new name
+    columns  maps each new name to the field's name in the record. If it maps a name to None, the record's field with
+             this name is left out
 
     Raises :class:`BadRecord` if a field is missing, or if the record already has another field with the new name.
     """
@@ -163,7 +164,7 @@ def with_system(row: dict[str, Any], prompt: Any, *responses: Any) -> tuple[Any,
 
 
 def opens(part: Any) -> bool:
-    """Return whether a part is a list of messages that starts a conversation, and is not a response alone."""
+    """Return whether a prompt or a response is a list of messages that includes the start of the conversation."""
     first = part[0] if isinstance(part, (list, tuple)) and part else None
     return isinstance(first, dict) and (first.get("role") or first.get("from")) not in (None, *ANSWERING)
 

@@ -44,7 +44,7 @@ class TokenPair(NamedTuple):
                    in the data; nan if not given
     line           place of the pair's record in the source, from :func:`~dpo_engine.data.records.read_rows`; 0 if
                    unknown. If the source is a single file, this is the number of the line, array item or table row,
-                   from 1
+                   counted from 1
     prompt_text    hash of the prompt's text before tokenizing; 0 if unknown
     chosen_mask    [c]  bool, whether each token is scored; at least one token is. None means that all tokens are scored
     rejected_mask  [r]  bool, as `chosen_mask`, but for the rejected response
@@ -85,7 +85,7 @@ def pair_digest(
     chosen_mask: np.ndarray | None = None,
     rejected_mask: np.ndarray | None = None,
 ) -> bytes:
-    """Hash a pair's ids, the boundaries between its parts, and its masks, but not its source, weight or layout."""
+    """Hash a pair's ids, the boundaries between its parts, and its masks. Other fields of the pair are not hashed."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for ids in (prompt, chosen, rejected):
         digest.update(len(ids).to_bytes(8, "little"))
@@ -150,10 +150,10 @@ class PairDataset:
 
     Opening the file reads all of it once, to check its hash. After that, ids are read when a pair is accessed.
 
-    lengths     [n, 3]  int32, tokens of prompt, chosen, rejected
+    lengths     [n, 3]  int32, numbers of tokens in the prompt, the chosen and the rejected response
     weights     [n]     float64
     source_ids  [n]     int32, indices into `sources`
-    scored      [n, 2]  int32, scored tokens of chosen, rejected
+    scored      [n, 2]  int32, numbers of scored tokens in the chosen and the rejected response
     prompt_keys [n]     int64, hash of the prompt's ids; equal for equal prompts
     prompt_texts [n]    int64, hash of the prompt's text before tokenizing
     sources             names of the sources that the pairs come from

@@ -137,9 +137,10 @@ def encode_pairs(
     Conversations: the chat template renders the prompt, with the generation prompt, and both whole conversations. In a
     response of several turns, only assistant turns whose weight is not 0 are scored.
 
-    With `limits.add_eos`, a response ends at the EOS that its text already has. In conversations, it can also end at
-    another end-of-turn token that the chat template wrote, unless `limits.add_eos` is "always". Whitespace after this
-    last token is dropped. If the response does not end with such a token, the EOS is appended.
+    With `limits.add_eos`, each response ends with an end token. The EOS is an end token. In conversations, a control
+    token that the chat template wrote after the response is an end token too, unless `limits.add_eos` is "always".
+    If only whitespace follows the last end token, the whitespace is dropped. If other text follows that token, or if
+    there is no end token, the EOS is appended.
 
     Returns  one result per pair, which is a :class:`BadRecord` if the pair cannot be used
 

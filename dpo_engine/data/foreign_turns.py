@@ -63,7 +63,7 @@ def _add_calls(turns: Turns, here: str, turn: dict[str, Any]) -> None:
     calls = []
     for call in given if isinstance(given, list) else [given]:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise BadRecord(f"{here} must be a tool call with name and arguments, as JSON")
+            raise BadRecord(f"{here} must be a tool call as JSON, with a name and optional arguments")
         arguments = from_json(f"{here}.arguments", call.get("arguments", {}))
         calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
     others = {key: part for key, part in turn.items() if key not in ("role", "content")}

@@ -24,8 +24,8 @@ PROMPT = frozenset(
     "history turn turns utterance utterances ask inquiry human q".split()
 )
 """Words in the names of prompts. A field with one of these words in its name counts as a prompt, whatever text, list or
-object it contains. The exceptions are names whose last word is in `OTHER` or `VAGUE`, such as prompt_id and
-question_type."""
+object it contains. The exceptions are names whose last word is in `OTHER` or `VAGUE`, such as `prompt_id` and
+`question_type`."""
 TEXT = frozenset("text texts content document article passage paragraph sentence post email story title body".split())
 """Words in the names of fields with text, which may or may not be a prompt."""
 VAGUE = frozenset("source sources src origin info note notes topic subject name task goal scenario".split())
@@ -44,7 +44,7 @@ OTHER = frozenset(
 )
 """Words in the names of fields that are not prompts."""
 OF_PROMPTS = frozenset("user chat previous past prior earlier".split())
-"""Other words that occur in the names of prompts, as in user_input and chat_history."""
+"""Other words that occur in the names of prompts, as in `user_input` and `chat_history`."""
 SOURCES = frozenset("document passage article post background knowledge".split())
 """Names of fields that may contain a text to which the prompt refers. A record is refused if such a field is not read,
 and its text is not contained in a field that is read."""
@@ -84,7 +84,7 @@ def hidden_prompt(row: Mapping[str, Any]) -> str | None:
     A field may be the prompt in four cases. First, it has the name of a prompt (see `PROMPT`). Second, its name ends
     with a word of `TEXT` or has only unknown words, and it contains a sentence or a question. Third, its name has a
     word of `VAGUE`, and it contains a sentence that is longer than the common prefix of chosen and rejected. Fourth, it
-    is inside another field, and has the name of a prompt; the other two kinds of names do not count there.
+    is inside another field, and has the name of a prompt. Inside other fields, all other names are accepted.
     """
     if found := prompt_fields(row):
         return found[0]

@@ -107,7 +107,8 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     run it.
 
     Raises :class:`DataError` if the snapshot is not in the cache and cannot be downloaded, if it lacks the config or
-    split that ``base`` names, if it has several and ``base`` names none, or if `datasets` cannot read it.
+    split that ``base`` names, if it has several configs or several splits and ``base`` does not name one, or if
+    `datasets` cannot read it.
     """
     read = data_repo(base)
     if read is None:
@@ -122,7 +123,7 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
 def snapshot(repo: Repo, *, again: bool = False) -> Path:
     """Return the directory of a repository's snapshot; download what the Hub's cache lacks.
 
-    again  whether to contact the Hub even if this process has used the repository before
+    again  whether to contact the Hub even if this process has already used the repository or failed to get it
 
     Ranks of one node take turns: the first one downloads, and the others find the files in the cache.
 
@@ -176,9 +177,10 @@ def commits() -> list[str]:
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Hold the cache's download lock during the ``with`` block, unless HF_HUB_OFFLINE is set.
+    """Hold the cache's download lock during the ``with`` block.
 
-    There is no time limit on the wait for the lock.
+    There is no lock if HF_HUB_OFFLINE is set, or if the lock file cannot be written. There is no time limit on the wait
+    for the lock.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock, disable_progress_bars

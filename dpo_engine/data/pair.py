@@ -76,8 +76,8 @@ def checked(pair: Pair) -> Pair:
 
     Raises :class:`BadRecord` for a text that :func:`check_text` rejects; for conversations that
     :func:`split_conversations` rejects; for responses that are equal up to surrounding whitespace; for tools or
-    template options with plain text, because no chat template renders plain text; for a weight that is not positive,
-    for a positive log-probability, and for a number that is not finite.
+    template options with plain text, because no chat template renders plain text; for a weight that is not positive;
+    for a positive log-probability; and for a number that is not finite.
     """
     prompt, chosen, rejected = parts = (pair.prompt, pair.chosen, pair.rejected)
     if all(isinstance(part, str) for part in parts):

@@ -36,7 +36,7 @@ class Converted(NamedTuple):
 
 
 def conversions(path: str | Path) -> Iterator[Converted]:
-    """Yield conversions of the sentencepiece model at `path`, which differ in their handling of a leading space.
+    """Yield conversions of the sentencepiece model at `path`. They differ in their handling of a leading space.
 
     If the model type is neither BPE nor unigram, there are no conversions.
     """
@@ -54,7 +54,8 @@ def conversions(path: str | Path) -> Iterator[Converted]:
     for variant in [[normalizers.Replace(Regex(r"\A "), ""), prepend], [prepend]] if prefix else [[]]:
         made = Tokenizer(_model(proto, keeps_whole=bool(whole)))
         made.normalizer = normalizers.Sequence([*_cleaning(proto), *variant, normalizers.Replace(" ", SPACE)])
-        # These pieces do not become added tokens, because the text after an added token would get its own space prefix.
+        # User-defined pieces do not become added tokens, because the text after an added token would get its own space
+        # prefix.
         if whole:
             made.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, whole))), "isolated")
         strip = [decoders.Strip(" ", 1, 0)] if prefix else []

@@ -55,9 +55,9 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
 
     allow_faults  whether to return faults of the template instead of raising an error
 
-    Raises :class:`TemplateFault` for a fault that is not in `HARMLESS`, such as lost text or a role in the response,
-    unless `allow_faults`; :class:`BadRecord` if a scored turn cannot be located in the rendered conversation; and the
-    errors of :meth:`Tokenizer.chat`.
+    Raises :class:`TemplateFault` for a fault that is not in `HARMLESS`, such as lost text or a role header in the
+    response, unless `allow_faults`; :class:`BadRecord` if a scored turn cannot be located in the rendered conversation;
+    and the errors of :meth:`Tokenizer.chat`.
     """
     responses = {"chosen": as_turns(pair.chosen), "rejected": as_turns(pair.rejected)}
     header = all(turns[0]["role"] == "assistant" for turns in responses.values())

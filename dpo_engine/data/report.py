@@ -80,7 +80,7 @@ class Report:
         if self.cut:
             lines.append(f"  {counted(self.cut, 'prompt')} truncated on the left")
         if self.merged:
-            lines.append(f"  {counted(self.merged, 'prompt')} shortened by tokens that change when a response follows")
+            lines.append(f"  {counted(self.merged, 'prompt')} without the last tokens, because a response changes them")
         if self.ends:
             lines.append(
                 f"  responses end with {', '.join(f'{name} ({count:,})' for name, count in self.ends.items())}"

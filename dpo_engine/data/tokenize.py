@@ -49,8 +49,8 @@ def build_dataset(
 
     The name of the cache file contains a hash of the files' content, the tokenizer, the formats and every setting that
     affects the ids. The file is written atomically, so the cache stays usable if the process is killed. Several
-    processes may build the same file at once: they write the same bytes, and the last rename wins. `config.workers`
-    processes parse and tokenize; the bytes do not depend on the number of processes.
+    processes may build the same file at once: they write the same bytes, and the last rename wins. `config.workers` is
+    the number of processes that parse and tokenize the records. This number does not affect the content of the file.
 
     max_pairs  stop after this number of usable pairs; None means all pairs
     progress   receives the number of bytes tokenized so far, after each block; it may raise an exception to stop the

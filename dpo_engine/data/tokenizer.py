@@ -186,8 +186,10 @@ class TransformersTokenizer(Tokenizer):
 
 
 def _backend(inner: Any) -> tokenizers.Tokenizer | None:
-    """Return the Rust tokenizer, which encodes faster; None if ``inner`` has none, or if its class overrides the
-    encoding."""
+    """Return the Rust tokenizer of ``inner``, which encodes faster.
+
+    Returns None if ``inner`` has no Rust tokenizer, or if the class of ``inner`` overrides the encoding.
+    """
     plain = transformers.PreTrainedTokenizerFast
     if not isinstance(inner, plain) or any(
         getattr(type(inner), name) is not getattr(plain, name) for name in ("__call__", "_encode_plus")

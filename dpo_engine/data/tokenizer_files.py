@@ -34,8 +34,9 @@ SAMPLES = (
 def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str | None]:
     """Load a tokenizer directory. Code in the directory is never run.
 
-    `AutoTokenizer` may build a tokenizer of the model's own class, which ignores parts of tokenizer.json. If the result
-    and tokenizer.json tokenize `SAMPLES` differently, tokenizer.json is used unchanged, as inference servers use it.
+    `AutoTokenizer` may build a tokenizer of the model's own class, and that class may ignore parts of tokenizer.json.
+    If the result and tokenizer.json tokenize `SAMPLES` differently, tokenizer.json is used unchanged, as it is in
+    inference servers.
 
     Returns  the tokenizer, the names of its vocabulary files, and a line for the log, which is None unless
              `AutoTokenizer` disagrees with tokenizer.json

@@ -33,7 +33,7 @@ QUEUED = 2
 MOST = 32
 """Maximum default number of workers. More workers would only wait for the process that writes the results."""
 WORTH_BYTES = 8 * 2**20
-"""Minimum total size of the files per worker. The imports of a worker take as long as tokenizing 4 MiB."""
+"""Minimum number of bytes to tokenize per worker. The imports of a worker take as long as tokenizing 4 MiB."""
 QUOTA = "/sys/fs/cgroup/cpu.max"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

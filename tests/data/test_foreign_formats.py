@@ -228,8 +228,8 @@ class TestSharegpt:
         ("value", "says"),
         [
             ("tide()", "is text, but not JSON"),
-            ("[1]", "must be a tool call with name and arguments, as JSON"),
-            ("{}", "must be a tool call with name and arguments, as JSON"),
+            ("[1]", "must be a tool call as JSON, with a name and optional arguments"),
+            ("{}", "must be a tool call as JSON, with a name and optional arguments"),
         ],
     )
     def test_a_call_that_is_not_json_is_refused(self, value, says):

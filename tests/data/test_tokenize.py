@@ -86,7 +86,7 @@ class TestIds:
         dataset, report = build([TALK], tokenizer=tokenizer)
         assert tokenizer.decode(dataset[0].prompt).endswith("<|im_start|>assistant\n")
         assert tokenizer.decode(dataset[0].chosen) == "The second.<|im_end|>"
-        assert report.merged == 1 and "1 prompt shortened by tokens that change" in str(report)
+        assert report.merged == 1 and "1 prompt without the last tokens, because a response changes them" in str(report)
 
     def test_prompt_ends_where_either_response_changes_its_tokens(self, tmp_path):
         """The prompt's last letter merges with the response only in the chosen text: "xy" + "z" has a token "yz"."""

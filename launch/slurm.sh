@@ -162,7 +162,7 @@ interrupted() { # "no-progress" if nothing was saved since this start
   fi
   if ((starts >= ${MAX_IDLE_STARTS:-3})); then
     rm -f "$idle_starts"
-    say "not requeued: starts in a row that were interrupted before they made progress: $starts (MAX_IDLE_STARTS);" \
+    say "not requeued: consecutive starts that were interrupted before they made progress: $starts (MAX_IDLE_STARTS);" \
       "request more time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS); $(submit_again)"
     exit 75
   fi

@@ -198,7 +198,7 @@ class Contest:
         plain = [[one for one in side if one.name.endswith(NO_OPTIONS)][:1] for side in sides]
         best = [sorted(side, key=self.median_rate)[-1:] for side in sides]
         needed = [f"{one.name} {self.tflops(one):.1f}" for one in (*plain[0], *best[0])]
-        used = [f"TFLOP/s that the bound counts: {', '.join(dict.fromkeys(needed))}."] if self.gpu and needed else []
+        used = [f"TFLOP/s (the bound's operations): {', '.join(dict.fromkeys(needed))}."] if self.gpu and needed else []
         lines = [("No options", [*plain[0], *plain[1]]), ("The best of each", [*best[0], *best[1]])]
         return [
             f"{title}: {' and '.join(f'{one.name} {self.median_rate(one):.2f} pairs per second' for one in pair)}, a "

@@ -76,10 +76,11 @@ def allowed(requirement: Requirement, bounds: SpecifierSet) -> bool:
 def combine(
     tested: dict[str, Requirement], base: dict[str, Requirement], bounds: dict[str, SpecifierSet], only_compiled: bool
 ) -> tuple[list[str], list[str]]:
-    """Return the lines of the combined constraints, and a line for each version of the base image that they replace.
+    """Return the lines of the combined constraints, and lines about the versions of the base image that were replaced.
 
     bounds          the versions that pyproject.toml allows, by name
-    only_compiled   keep only the base image's packages that are compiled against torch or have no tested version
+    only_compiled   of the base image's versions, keep only those of packages that are compiled against torch or have no
+                    tested version
     """
     kept, replaced = {}, []
     for name, requirement in base.items():
@@ -158,7 +159,7 @@ def main() -> None:
         lines, replaced = combine(tested, base, bounds, only_compiled)
         for line in replaced:
             sys.stdout.write(f"replaced in /opt/venv: {line}\n")
-        kept = "those compiled against torch" if only_compiled else "all that pyproject.toml allows"
+        kept = "those compiled against torch or never tested" if only_compiled else "all that pyproject.toml allows"
         write("/opt/constraints.txt", [f"# {chosen}; packages of the base image that stay: {kept}", *lines])
         problem = pip("-c", "/opt/constraints.txt", f".[{os.environ.get('EXTRAS', '')}]")
         if not problem:

@@ -3,7 +3,7 @@
 # interpreter of that environment.
 #
 #   PYTHON=python3.12       base interpreter                      (default: the first Python 3.10 to 3.13 that works)
-#   VENV=.venv              directory of the environment; none: use PYTHON directly, which must have all packages
+#   VENV=.venv              directory of the environment; VENV=none uses PYTHON itself, which must have all packages
 #   EXTRAS=test             extras of pyproject.toml to install, comma-separated
 #   CONSTRAINTS=FILE        pinned versions                       (default: constraints/megatron-0.16.txt)
 #
@@ -33,7 +33,8 @@ make_environment() {
     python=$base
     return 0
   fi
-  # If this environment is activated, its own interpreter is found first. Rebuilding would delete that interpreter.
+  # If this environment is activated, its own interpreter is found first. Rebuilding would delete that interpreter, so
+  # use the interpreter from which the environment was created.
   if [[ ${base%/*} -ef $venv/bin && -s $venv/interpreter ]]; then base=$(<"$venv/interpreter"); fi
   made_of=$({ echo "$base"; "$base" --version; cat "$constraints" setup.py pyproject.toml; } | sha256sum | cut -c -64)
   if [[ $(cat "$venv/interpreter" 2>/dev/null) != "$base" ]]; then

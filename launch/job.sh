@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2154  # run.sbatch sets $launch, $this_job and $early
 # The body of launch/run.sbatch, which sources this file in the submission directory. It runs in the batch shell, on the
-# first node of the allocation: it starts the ranks with srun, and requeues the job if they were interrupted.
+# first node of the allocation. It starts the ranks with srun, and requeues the job if they were interrupted.
 #
 # Expects $launch, the directory of this file, and the arguments [VERB] RUN.yaml [a.b=c ...]. Never returns.
 

@@ -41,7 +41,7 @@ run_site_hook() {
   set +a
 }
 
-# Without a container, the ranks run the engine of the clone that contains this script, whatever the working directory is.
+# Without a container, the ranks run the engine of the clone that contains this script, in any working directory.
 use_clone() {
   local clone=${launch%/*}
   if [[ $CONTAINER != none ]]; then return 0; fi

@@ -4,7 +4,7 @@
 #   bash launch/quickstart.sh [a.b=c ...]
 #
 # This creates a virtual environment and a small task, runs DPO in 4 processes with TP 2 x PP 2, and shows the result.
-# Overrides apply to examples/quickstart/run.yaml and may change the layout: parallel.tp=1 parallel.pp=4
+# Overrides apply to examples/quickstart/run.yaml and can change the layout, for example: parallel.tp=1 parallel.pp=4
 #
 #   RANKS=8     number of processes (default: 4, or as many as the layout needs; extra processes are data parallel)
 #   PYTHON, VENV, CONSTRAINTS: see launch/environment.sh

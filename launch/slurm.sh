@@ -45,8 +45,8 @@ warning_s() {
   if [[ $asked =~ @([0-9]+)$ ]]; then echo "${BASH_REMATCH[1]}"; else echo 300; fi
 }
 
-# Prints the number of seconds to reserve for the save if Slurm warns the job too early, as soon as the job starts: a
-# third of the limit, but at least a minute (or half of the limit, if that is shorter).
+# Prints the time to reserve for the save, in seconds, for a job that Slurm warns too early: a third of the limit, but
+# at least a minute (or half of the limit, if that is shorter).
 reserve_s() {
   local least=$((limit / 2 < 60 ? limit / 2 : 60))
   echo $((limit / 3 > least ? limit / 3 : least))
@@ -162,7 +162,7 @@ interrupted() { # "no-progress" if nothing was saved since this start
   fi
   if ((starts >= ${MAX_IDLE_STARTS:-3})); then
     rm -f "$idle_starts"
-    say "not requeued: starts in a row that were interrupted before they made progress: $starts (MAX_IDLE_STARTS);" \
+    say "not requeued: consecutive starts that were interrupted before they made progress: $starts (MAX_IDLE_STARTS);" \
       "request more time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS); $(submit_again)"
     exit 75
   fi
@@ -246,7 +246,8 @@ on_termination() {
   if was_requeued; then exclude "${lost[@]}"; fi
 }
 
-# If a node is lost, Slurm requeues the job as soon as it notices the loss, but only if the job still exists.
+# If a node is lost, Slurm requeues the job as soon as it notices the loss, but only if the job still exists. Therefore,
+# this script must wait.
 await_requeue_after_loss() {
   local lost=() probe
   timeout --signal=KILL 60 srun --overlap --ntasks-per-node=1 "--ntasks=$SLURM_NNODES" true &

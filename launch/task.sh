@@ -5,8 +5,8 @@
 #
 # It runs one rank of the engine (LAUNCHER=srun) or a torchrun that starts all ranks of the node, in a container if
 # CONTAINER is podman, docker or apptainer. With pyxis, this script already runs in the container. The first argument is
-# a verb if it is a single lowercase word, unless it is a file and the second argument is not a file. In all other
-# cases, the verb is `train`. The engine itself refuses unknown verbs.
+# the verb if it is a single lowercase word. There is one exception: if the first argument names a file and the second
+# does not, the first is the run's file. Without a verb, the engine trains. The engine itself refuses unknown verbs.
 set -euo pipefail
 
 if ! [[ ${1:-} =~ ^[a-z]+$ ]] || [[ -f $1 && ! -f ${2:-} ]]; then set -- train "$@"; fi
@@ -60,7 +60,7 @@ for volume in "${volumes[@]}"; do
 done
 for variable in "${passed[@]}"; do options+=(--env "$variable"); done
 if [[ $container == docker ]]; then
-  # Without this, all output would belong to root. Rootless podman maps root to the user who starts it.
+  # Without --user, all output would belong to root. Rootless podman maps root to the user who starts it.
   options+=(--user "$(id -u):$(id -g)")
   for group in $(id -G); do options+=(--group-add "$group"); done
   home=${home:-/tmp}

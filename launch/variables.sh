@@ -2,9 +2,9 @@
 # Source this file. It defines which of the job's environment variables are passed to a container: launch/task.sh passes
 # them to podman, docker and apptainer, and launch/job.sh to pyxis. They override variables that the image sets.
 
-# The variables that can affect training. They belong to the job, to devices, networks, libraries that compute or
-# communicate, caches and experiment trackers, or control the access to the internet. All variables that the engine
-# compares between ranks are included.
+# The variables that can affect training. They concern the job, devices, networks, caches, experiment trackers, access
+# to the internet, or libraries for computation or communication. All variables that the engine compares between ranks
+# are included.
 passed_variables='^(SLURM|MASTER|DPO|CUDA|CUDNN|CUBLAS|CUBLASLT|NVIDIA|NVTE|NCCL|UB|GLOO|UCX|UCC|FI|EFA|RDMAV|IBV|SHARP|'
 passed_variables+='PYTORCH|TORCH[A-Z]*|TRITON|ATEN|MKL|DNNL|ONEDNN|OPENBLAS|OMP|KMP|GOMP|NVSHMEM|RAYON|'
 passed_variables+='HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS|TOKENIZERS|DATASETS|WANDB|MLFLOW|TRACKIO|SWANLAB)_|'
@@ -13,7 +13,7 @@ passed_variables+='^PYTHON(PATH|HASHSEED|UNBUFFERED|FAULTHANDLER|WARNINGS|UTF8|N
 passed_variables+='^(SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)$|'
 passed_variables+='^(http|https|ftp|all|no)_proxy$|^(HTTP|HTTPS|FTP|ALL|NO)_PROXY$'
 
-# Not passed: paths of the host's own libraries, and variables that NVIDIA's container runtime sets itself.
+# Exceptions, which are not passed: paths of the host's libraries, and variables that NVIDIA's container runtime sets.
 kept_variables='^(CUDA|CUDNN|NCCL|UCX|UCC|FI|EFA|MKL|NVIDIA|PYTORCH)_(HOME|PATH|DIR|ROOT|ROOT_DIR|VERSION)$|'
 kept_variables+='^CUDA_(TOOLKIT|INC|LIB|BIN)|^NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES|REQUIRE_)'
 

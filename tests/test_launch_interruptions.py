@@ -103,8 +103,8 @@ def test_job_that_makes_no_progress_is_not_requeued_forever(stage, submit):
     assert start("75", "no-progress") == again, "progress resets the count"
     assert start("75", "no-progress") == again
     said = (
-        "not requeued: starts in a row that were interrupted before they made progress: 3 (MAX_IDLE_STARTS); request "
-        "more time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS)"
+        "not requeued: consecutive starts that were interrupted before they made progress: 3 (MAX_IDLE_STARTS); "
+        "request more time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS)"
     )
     assert start("75", "no-progress") == (75, f"{said}; {submit}\n")
     assert requeues(stage) == 4

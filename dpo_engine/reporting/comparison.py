@@ -44,7 +44,7 @@ def _measures(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def report(evaluation: Evaluation) -> dict[str, Any]:
     """Compute means and confidence intervals over all pairs, and over groups of pairs.
 
-    Pairs are grouped by source, if there are several sources, and by the length of the longer response.
+    Pairs are grouped by the length of the longer response and, if there are several sources, also by source.
 
     Returns  a dictionary: ``run`` (the evaluation's facts), ``interval`` (how intervals are computed), and ``groups``
              (a list of dictionaries, one per group). A group has the keys ``by``, ``name``, ``pairs``, ``prompts``,
@@ -86,7 +86,7 @@ def _means(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Any]:
 def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) -> dict[str, Any]:
     """Compare two evaluations on the pairs that both contain. Differences are `first` minus `second`.
 
-    The intervals of the differences are paired.
+    The interval of a difference is computed from the differences of single pairs.
 
     If a pair occurs k times in one evaluation and m times in the other, it counts min(k, m) times. Weights are taken
     from `first`. Each evaluation ranks a pair in one of three ways, from best to worst: correctly, as a tie, or

@@ -73,7 +73,7 @@ class PlainConsole:
         self.say(f"{line}  {self._clock.stamp()}")
 
     def _remaining(self, step: int) -> str:
-        """Estimate the remaining time from the pace since the first printed step. Steps before it are often slower."""
+        """Estimate the remaining time from the pace since the first printed step. Earlier steps are often slower."""
         now = time.monotonic()
         if self._began is None or step <= self._began[0]:
             self._began = (step, now)

@@ -1,4 +1,4 @@
-"""Compute a sign test, and confidence intervals of weighted means from a bootstrap and exact binomial intervals."""
+"""Compute a sign test, and confidence intervals of weighted means by a bootstrap and exact binomial intervals."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Estimate(NamedTuple):
 
 
 SHARE = 0.5
-"""Center for the mean of values that are 0, 1, or 0.5 for a tie."""
+"""Center of a column whose values are 0, 1, or 0.5 for a tie; see ``centers`` of :func:`estimates`."""
 DIFFERENCE = 0.0
-"""Center for the mean of differences between two values that are each 0, 1, or 0.5."""
+"""Center of a column whose values are differences between two numbers that are each 0, 1, or 0.5."""
 
 
 def estimates(

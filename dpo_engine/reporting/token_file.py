@@ -48,7 +48,7 @@ class TokenText:
     side       one of `SIDES`
     token_ids  the tokens
     text       the text of each token; for a prompt, a single text
-    logps, ref_logps   log-probability of each token of a response in nats, nan for a token that is not scored; empty
+    logps, ref_logps   log-probability in nats of each token of a response; nan for a token that is not scored. Empty
                for a prompt. ``ref_logps`` is None if the reference's values are not known
     scored     whether each token of a response is scored; empty for a prompt
     cut        text that was cut from the start of a prompt; empty if nothing was cut; None if the text is not known

@@ -10,8 +10,8 @@ from dpo_engine.version import __version__
 
 EXIT_CODES = """exit codes: 0 success; 1 a failure not listed here, or a difference that parity or rehearse found;
     2 configuration error; 3 data error; 4 checkpoint error; 5 non-finite or wrong numbers; 6 a rank was lost, hangs, or
-    cannot be reached; 75 interrupted; completed steps, if any, were saved. After 6 or 75, run the same command again to
-    resume"""
+    cannot be reached; 75 interrupted (completed steps, if any, were saved). After 6 or 75, run the same command again
+    to resume"""
 
 
 def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
@@ -109,7 +109,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "--to",
         type=_path,
         metavar="FILE",
-        help=".html file to write (default: report.html; in DIR if only one DIR is given)",
+        help=".html file to write (default: report.html in DIR, or in the current directory if there are several DIRs)",
     )
     report.add_argument("--text", action="store_true", help="print the verdict and tables on the terminal instead")
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face format")

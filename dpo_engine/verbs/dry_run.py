@@ -37,8 +37,8 @@ def dry_run(config: Config) -> list[tuple[str, str]]:
 
     Returns  the lines to print, each with its subject
 
-    Raises `ConfigError` with all problems of the loss, the intervals and the trackers, or else `CheckpointError` if
-    `train` would refuse to resume from the newest checkpoint.
+    Raises `ConfigError` with all problems of the loss, the intervals and the trackers. If there are no such problems,
+    raises `CheckpointError` if `train` would refuse to resume from the newest checkpoint.
     """
     options = all_options(config.loss.name, config.loss.options)
     problems = trial_problems(config.loss.name, options)
@@ -110,7 +110,7 @@ def _identity(config: Config, saved: dict[str, Any], position: Position) -> dict
     )
     unknown = {*UNKNOWN, *(("dtype",) if found["dtype"] == "unknown" else ())}
     if any(saved.get(key, MISSING) != found[key] for key in COUNTING if key not in unknown):
-        unknown.add("total_steps")  # a different number of steps is only a consequence of this other change
+        unknown.add("total_steps")  # the difference found here can also change the number of steps
     return {key: value for key, value in found.items() if key not in unknown}
 
 

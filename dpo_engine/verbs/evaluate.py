@@ -39,7 +39,7 @@ def evaluate(
     tokens: int | None = None,
     say: Callable[[str], None] = console.say,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint of a run on held-out pairs, in this run's layout, and write the results.
+    """Evaluate a checkpoint of a run on held-out pairs, in the layout that ``config`` sets, and write the results.
 
     step     step of the checkpoint; None: the newest checkpoint; 0: the weights at model.path
     data     sources of pairs: a string of paths separated by commas, or a list whose items have any form that

@@ -27,7 +27,7 @@ def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]
     problems, directories = [], []
     wanted = hub_ids(config)
     if wanted and constants.HF_HUB_OFFLINE:
-        raise ConfigError("HF_HUB_OFFLINE=1: fetch downloads from the Hub; unset it")
+        raise ConfigError("HF_HUB_OFFLINE=1: forbids the downloads of this verb; unset it")
     for key, (text, repo) in wanted.items():
         try:
             directory = snapshot(repo, again=True)

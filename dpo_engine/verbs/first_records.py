@@ -55,7 +55,7 @@ def record_warnings(config: Config, tokenizer: Tokenizer) -> list[str]:
 
 
 def _encoded(source: Source, tokenizer: Tokenizer, config: Config) -> Iterator[list[Encoded]]:
-    """Yield the usable pairs of each usable record."""
+    """Yield the encoded pairs of each usable record, including pairs that the run would drop."""
     bad, limits = BadLines(skip=config.data.on_bad_line == "skip"), Limits.of(config.data)
     for _, pairs in read_pairs(source.path, source.format, bad, source.columns):
         yield [one for one in encode_pairs(pairs, tokenizer, limits, source=0) if isinstance(one, Encoded)]

@@ -1,10 +1,10 @@
 """``dpo-engine parity``: compare a run in its own layout with the same run in a single process.
 
 Both runs take a few optimizer steps on pairs of the first global batches (:mod:`~dpo_engine.training.short_run`). They
-record the loss, the gradient norm, all metrics, and the log-probabilities of each pair before each step and after the
-last step. One run uses the configured layout. The other run uses a single process, padded rows, and micro-batches of a
-different size. Equal numbers show that these differences do not affect the results. Equal numbers in fp64 show that
-differences in the configured dtype are rounding errors.
+record the loss, the gradient norm and all metrics of each step. They also record the log-probabilities of each pair
+before each step and after the last step. One run uses the configured layout. The other run uses a single process,
+padded rows, and micro-batches of a different size. Equal numbers show that these differences do not affect the results.
+Equal numbers in fp64 show that differences in the configured dtype are rounding errors.
 """
 
 import json

@@ -66,7 +66,7 @@ class Layout:
     tokens     number of tokens in the largest micro-batch
     memory     memory of the rank that needs the most memory
     seconds    predicted time of a step, by cause
-    sent       bytes that a rank sends in a step, by parallel dimension, and the link that carries them
+    sent       for each parallel dimension, the bytes that a rank sends in a step, and the link that carries them
     flops      floating-point operations of a step, over all GPUs
     """
 

@@ -9,7 +9,7 @@ from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, activation,
 
 @ACTIVATIONS.register("relu")
 def relu(x):
-    """Return the positive part of x. The default of Jais 2 is its square, but ``config.json`` can select ``relu``."""
+    """Return the positive part of x. By default, Jais 2 squares it, but ``config.json`` can select ``relu``."""
     return torch.relu(x)
 
 

@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 
 def register_backend(name: str, module: ModuleType | Any) -> None:
-    """Register a backend: an object that has the same functions as ``eager`` for one or more whole ``GROUPS``.
+    """Register a backend: an object that has all functions of one or more ``GROUPS``, like ``eager``.
 
     Raises ``ValueError`` if the name is taken, if a group is incomplete, or if no group is implemented.
     """

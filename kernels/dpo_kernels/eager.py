@@ -1,4 +1,6 @@
-"""The reference implementation of every operation, in plain torch. Tests compare the other backends with it.
+"""The backend ``eager``: the reference implementation in plain torch. Tests compare the other backends with it.
+
+This module implements the output layer and attention, and imports the rest from :mod:`~dpo_kernels.eager_layer`.
 
 Problem. The log-probability of a target is its logit minus the log-sum-exp of all logits. The output layer's weight is
 sharded by vocabulary, so no rank has all logits of a row, and the logits of all rows together need too much memory.

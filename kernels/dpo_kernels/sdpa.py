@@ -30,7 +30,8 @@ class Chain(NamedTuple):
     The tokens of a chain are contiguous in the row. The first segment of a chain is a root or a child that is not a
     first child.
 
-    prefix       the tokens of the chain's ancestors, as pairs (p, t): the first t tokens of the earlier part number p
+    prefix       the tokens of the chain's ancestors, as pairs (p, t): the first t tokens of part p, an earlier part of
+                 the result of :func:`parts`
     start, stop  the range of the chain's tokens
     runs         contiguous runs of queries: (index in ``tree.rows`` of the first query, its token, number of queries)
     """

@@ -298,7 +298,7 @@ def linear_keep(
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
-    """Like :func:`dpo_kernels.eager.linear_kept_grad`. It reads the logits once and then calls a library."""
+    """Like :func:`dpo_kernels.eager.linear_kept_grad`, but read the logits only once, and never overwrite them."""
     d_logits = torch.empty_like(kept.logits, dtype=kept.weight.dtype)
     n, width = d_logits.shape
     if d_logits.numel():

@@ -120,7 +120,7 @@ def test_fetch_reports_every_problem(published, server, tmp_path):
 def test_fetch_offline_is_refused(server, tmp_path, monkeypatch):
     config = Config.load(run_file(tmp_path))
     use_hub(monkeypatch, tmp_path, None)
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE=1: fetch downloads from the Hub; unset it"):
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE=1: forbids the downloads of this verb; unset it"):
         fetch(config)
 
 

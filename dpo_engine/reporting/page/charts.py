@@ -198,9 +198,11 @@ def events(run: RunFiles, place: int | None = None) -> list[Chart]:
 
 
 def best_step(run: RunFiles) -> tuple[int, str] | None:
-    """Return the best evaluated step, and the metric that decides: checkpoint.keep_best.metric, or eval/loss.
+    """Return the best evaluated step, and the metric that decides.
 
-    Return None if there are fewer than two evaluations, or if none of their values is finite.
+    The metric is checkpoint.keep_best.metric if that key is set, otherwise eval/loss.
+
+    Return None if the metric has fewer than two values, or if none of them is finite.
     """
     asked = run.get("checkpoint.keep_best") or {}
     metric = str(asked.get("metric", "eval/loss"))
@@ -220,7 +222,7 @@ def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
     titles = {
         "all": ("held", "Held-out accuracy", f"{measures} with 95% intervals."),
         "source": ("sources", "Accuracy by source", "Bars are 95% intervals."),
-        "length": ("lengths", "Accuracy by length", "By the tokens of the longer response; 95% intervals."),
+        "length": ("lengths", "Accuracy by length", "Length: tokens of the longer response. Bars are 95% intervals."),
     }
     for by, (name, title, note) in titles.items():
         traces, labels = [], set()

@@ -24,7 +24,7 @@ NAMES = {
 
 
 class Row(NamedTuple):
-    """A row of the table: a name, the means of the later run and of the first one, and their difference."""
+    """A row of the table: a name, the mean of the second run (``later``), the mean of the first, and the difference."""
 
     name: str
     later: float

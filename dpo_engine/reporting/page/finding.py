@@ -1,4 +1,4 @@
-"""One sentence of the verdict with its evidence, and constants and functions that several sentences share."""
+"""A finding of the verdict, and the constants and functions that the modules about findings share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Kind = Literal["good", "warn", "bad", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about a run.
+    """A sentence about a run, with its evidence and advice.
 
     kind      ``good``, ``warn``, ``bad``, or ``note`` for a neutral sentence
     title     the sentence

@@ -266,7 +266,7 @@ class Measures:
 
     @cached_property
     def sources(self) -> dict[str, Group]:
-        """A mapping from names of sources to groups, with the largest sources first, and at most `MOST_SOURCES`."""
+        """A mapping from names of sources to groups, largest group first. There are at most `MOST_SOURCES` groups."""
         column = self.column("source").astype(str)
         names, place, counts = np.unique(column, return_inverse=True, return_counts=True)
         return {

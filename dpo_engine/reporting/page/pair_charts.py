@@ -131,7 +131,7 @@ def _lengths(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> Cha
     return {
         "id": "length",
         "title": "Length against reward margin",
-        "note": "A slope means that the reward follows length.",
+        "note": "A slope means that the reward depends on the length.",
         "x": "tokens of chosen minus rejected",
         "y": " or ".join(sorted({m.margin_name for *_, m in known})),
         "whole": True,

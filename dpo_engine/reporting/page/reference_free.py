@@ -10,7 +10,7 @@ from dpo_engine.reporting.page.measures import Measures, pairs_text, percent, si
 
 
 def outcome(m: Measures) -> Finding:
-    """Return the first sentence about a run whose newest evaluation has no reference log-probabilities."""
+    """Return the finding about the accuracy of a run whose newest evaluation has no reference log-probabilities."""
     estimate, change = m.accuracy, m.since_first
     likely = f"the chosen response is more likely{' per token' if m.compares_tokens else ''}"
     share = f"{likely} in {percent(estimate.mean)} of {pairs_text(m.count)}"

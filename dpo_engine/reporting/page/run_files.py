@@ -56,8 +56,8 @@ class RunFiles:
     stopped      whether the last start of the run ended before the last step, without an error
     summaries    the summary of each evaluation, by step; see :func:`~dpo_engine.reporting.comparison.report`
     files        the Parquet file of each evaluation, by step
-    evaluation   the newest evaluation of single pairs, or None
-    tokens       the tokens of the evaluation's pairs that were selected for display
+    evaluation   the newest evaluation whose Parquet file can be read, or None
+    tokens       the tokens of those pairs of the evaluation that were selected for display
     no_tokens    why there are no tokens, and how to write them; empty if there are tokens or there is no evaluation
     problems     error lines about files that cannot be read, except the file of tokens
     """

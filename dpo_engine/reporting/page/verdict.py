@@ -120,7 +120,11 @@ def _displacement(m: Measures) -> Iterator[Finding]:
         f"({interval(fell)})."
     )
     if chosen.high < 0:
-        both = "but rejected ones lost more" if rejected.mean < chosen.mean else "and rejected ones did not lose more"
+        both = (
+            "but rejected ones lost more likelihood"
+            if rejected.mean < chosen.mean
+            else "and rejected ones did not lose more likelihood"
+        )
         yield Finding(
             "warn",
             f"Chosen responses became less likely in {percent(fell.mean)} of the pairs, {both}.",
@@ -266,5 +270,5 @@ def _health(run: RunFiles) -> Iterator[Finding]:
         middle, place = float(np.nanmedian(norm.values)), int(np.nanargmax(norm.values))
         if norm.values[place] > SPIKE * middle > 0:
             evidence = f"{norm.values[place]:.3g} at step {norm.steps[place]}; the median is {middle:.3g}."
-            advice = "Look at the pairs of this step; a longer warmup, or a lower optim.clip_grad, limits its effect."
+            advice = "Look at this step's pairs; a longer warmup or a lower optim.clip_grad limits the spike's effect."
             yield Finding("note", "The gradient norm has a spike.", evidence, advice, "grad_norm")

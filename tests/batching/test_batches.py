@@ -170,7 +170,8 @@ class TestShard:
 class TestWithin:
     """Tests on two rows of four columns.
 
-    Row 0 belongs to pairs 0 and 1, which share the first two of its three predicted tokens. Row 1 belongs to pair 2.
+    Row 0 has three predicted tokens and belongs to pairs 0 and 1, which share the first two of these tokens. Row 1
+    belongs to pair 2.
     """
 
     WHOLE = Scored(

@@ -83,7 +83,7 @@ class TestBlending:
 
     def test_by_hand(self):
         # Source 0 has 2 pairs and weight 1; source 1 has 4 pairs and weight 2. Their shares of the 6 draws of an epoch
-        # are (2 x 1) / 10 and (4 x 2) / 10, which are 1.2 and 4.8 draws.
+        # are (2 x 1) / 10 and (4 x 2) / 10. Before rounding, these are 1.2 and 4.8 draws.
         assert draws_per_source([2, 4], [1.0, 2.0]) == [1, 5]
         # The shares of the three sources are equal up to rounding. Each source gets 2 of the 7 draws, and the first
         # source also gets the remaining draw.
@@ -302,11 +302,11 @@ class TestIntervals:
         assert interval != "1" or due == [plan.steps_per_epoch * (epoch + 1) for epoch in range(epochs)]
 
     def test_another_batch_size_after_resuming(self):
-        """An epoch has 10 pairs, so a quarter has 2.5 pairs. The first two steps use 3 pairs; later steps use 2."""
+        """A quarter of an epoch is 2.5 of 10 pairs. The first two steps use 3 pairs each. Later steps use 2 each."""
         first = plan_of([10], global_batch_size=3, epochs=2)
         plan = plan_of([10], global_batch_size=2, epochs=2, start=first.position(2))
         assert [step for step in (1, 2) if first.due(step, Fraction("0.25"))] == [1, 2]  # after 3 and 6 pairs
-        # These steps end after 8, 10 (the end of the epoch), 12, 14, 16, 18 and 20 pairs.
+        # Steps 3 to 9 end after 8, 10 (the end of the epoch), 12, 14, 16, 18 and 20 pairs.
         due = [step for step in range(3, plan.num_steps + 1) if plan.due(step, Fraction("0.25"))]
         assert due == [3, 4, 6, 7, 8, 9]
 

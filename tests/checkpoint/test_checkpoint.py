@@ -144,7 +144,10 @@ def test_resume_in_the_same_layout_is_bitwise_identical(name, dtype, tiny_hf, tm
     "name", ["dp2", pytest.param("one", marks=pytest.mark.slow), pytest.param("tp2 pp2", marks=pytest.mark.slow)]
 )
 def test_async_save_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
-    """The resumed run is bitwise identical, although later steps change the weights while the checkpoint is written."""
+    """The resumed run is bitwise equal to the uninterrupted run.
+
+    This must hold although later steps change the weights while the checkpoint is written.
+    """
     ranks, layout = LAYOUTS[name]
     config = config_of(tiny_hf("llama"), tmp_path, layout)
     expected = run_ranks(run, ranks, config=config)
@@ -256,7 +259,7 @@ def damaged(saved, tmp_path, change):
     shutil.copytree(folder, tmp_path / "c")
     change(tmp_path / "c" / f"step_{HALF:08d}")
     messages = run_ranks(run, 2, config=config, load_from=HALF, folder=str(tmp_path / "c"))
-    assert messages[0] == messages[1], "ranks disagree"
+    assert messages[0] == messages[1], "all ranks must report the same error"
     return messages[0]
 
 
@@ -437,7 +440,7 @@ def test_resume_keeps_the_exact_reference_and_the_count_of_updates(tiny_hf, tmp_
     config = config_of(model, tmp_path, {}, model={"path": str(model), "dtype": "bf16"}, reference=reference)
     (before, updates), (after, resumed) = run_ranks(resumed_reference, 1, config=config, folder=tmp_path / "c")[0]
     assert updates == resumed == 2
-    assert any(not torch.equal(one, one.bfloat16().float()) for one in before), "some weights must not be bf16 values"
+    assert any(not torch.equal(one, one.bfloat16().float()) for one in before), "some weights must not be exact in bf16"
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 

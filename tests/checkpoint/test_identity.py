@@ -125,7 +125,10 @@ def test_another_model_is_always_refused(arch):
     ],
 )
 def test_state_of_another_optimizer_is_always_refused(optim, says, arch):
-    """Earlier versions did not record these two keys, because they had only AdamW and could not freeze weights."""
+    """Earlier versions had only AdamW and could not freeze weights.
+
+    Their checkpoints therefore contain neither ``optim.optimizer`` nor ``optim.freeze``.
+    """
     changed = identity_of(arch, optim=optim)
     earlier = {key: value for key, value in identity_of(arch).items() if not key.startswith("optim.")}
     assert compare(earlier, identity_of(arch), where="c") == []

@@ -138,8 +138,8 @@ def test_requeued_job_takes_its_own_lease_at_once(tmp_path):
 def test_other_start_on_another_machine_is_watched(tmp_path, facts):
     """This run is the first restart of Slurm job 7.
 
-    The holder has the same job number and restart count, or is a job with this number on another cluster, another job,
-    or a run without Slurm.
+    In the first case, the holder has the same job number and restart count. In the other cases, the holder is a job
+    with this number on another cluster, another job, or a run without Slurm.
     """
     plant(tmp_path, elsewhere(**facts))
     began = time.monotonic()

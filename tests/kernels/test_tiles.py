@@ -110,7 +110,7 @@ def test_sdpa_work_relative_to_the_visible_area():
     [
         ([(4, 3, 3)] * 32, 6),  # six trees fit into a call, which has at most 64 tokens
         ([(30, 20, 14)] * 3, 3),  # exactly 64 tokens
-        ([(30, 20, 15)] * 3, 6),  # 65 tokens: one call for prompt and chosen, one for rejected
+        ([(30, 20, 15)] * 3, 6),  # 65 tokens: each tree takes one call for prompt and chosen, and one for rejected
         ([(4, 3, 3), (200, 20, 20), (4, 3, 3), (4, 3, 3)], 4),
     ],
 )

@@ -26,7 +26,10 @@ TREES = {
 
 
 class DotProductAttention:
-    """A stand-in for Transformer Engine's attention in the format ``thd``, as documented. It computes row by row."""
+    """A stand-in that follows the documentation of Transformer Engine's attention in the format ``thd``.
+
+    It computes row by row.
+    """
 
     def __init__(self, heads, head_dim, *, num_gqa_groups, window_size, softmax_scale, **options):
         assert options == {
@@ -164,8 +167,9 @@ def test_flash_attention_needs_bf16(loaded):
     assert loaded == []
 
 
-# Key: backend of trees, layers, layout, and whether the model's attention is plain. Value: whether flash attention is
-# used, and whether te's attention is used (None: not checked).
+# Each key has the attention backend of trees, the layer spec, the layout, and whether the model's attention is plain.
+# Each value says whether model.flash_attention=3 has an effect, and whether model.attention=te has an effect (None: not
+# checked).
 USED = {
     ("varlen", "native", "tree", True): (True, None),
     ("sdpa", "te", "tree", True): (True, None),

@@ -54,5 +54,5 @@ def test_causal_rows_exchange_the_ends_of_neighboring_chunks():
         plan = _row_share(length, rank, cp).windows(window, CPU)
         received = sum(len(columns) for columns in plan.received)
         # Each chunk needs the end of the previous chunk. Rank 0 has the first chunk, which has no previous chunk. The
-        # two chunks of the last rank are adjacent, so the second one needs nothing from other ranks.
+        # two chunks of the last rank are adjacent, so the second chunk needs nothing from other ranks.
         assert received == (window - 1) * (1 if rank in (0, cp - 1) else 2)

@@ -249,7 +249,10 @@ def test_digest_of_a_known_mixture_never_changes(config_dir):
 
 @pytest.mark.parametrize("case", CASES)
 def test_identity_survives_json(case, tiny_hf):
-    """A checkpoint stores the identity as JSON, without tuples. A resumed run compares it with its own identity."""
+    """A checkpoint stores the identity as JSON, without tuples.
+
+    A resumed run compares the stored identity with its own identity.
+    """
     arch = read_architecture(checkpoint(tiny_hf, case))
     assert json.loads(json.dumps(model_identity(arch))) == model_identity(arch)
 

@@ -138,7 +138,7 @@ def test_memory_without_reference_or_distributed_optimizer(tiny_hf):
 def kept_by_hand(tokens, layers, hidden, heads, kv_heads, dim, ffn):
     """Return the bytes of activations that a GPU keeps in bf16.
 
-    They are the inputs and outputs of norms, and tensors of attention and the MLP.
+    The activations are the inputs and outputs of norms, and tensors of attention and the MLP.
     """
     return 2 * tokens * layers * (4 * hidden + 2 * heads * dim + 2 * kv_heads * dim + 3 * ffn)
 

@@ -393,7 +393,7 @@ def test_new_adapters_have_the_same_bits_in_every_layout(tiny_hf, tmp_path):
     for other in others:
         assert all(torch.equal(other[name], value) for name, value in one.items())
 
-    # New adapters have the same distribution as PEFT's, and the magnitudes are the norms of the rows.
+    # New adapters have the same distribution as those of PEFT, and the magnitudes are the norms of the rows.
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     settings = LoraConfig(r=4, target_modules=list(PROJECTIONS), use_dora=True, task_type="CAUSAL_LM")
     theirs = get_peft_model(base, settings)

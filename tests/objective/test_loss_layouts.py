@@ -36,7 +36,7 @@ NAMES = sorted({id(loss): name for name, loss in sorted(LOSSES.items(), reverse=
 
 
 def sections(name: str, micro_batch_size: int) -> dict:
-    """Return the config sections of a run with this loss, with a reference model only if the loss needs one."""
+    """Return the config sections of a run with this loss. The run has a reference model only if the loss needs it."""
     loss = {"name": name, **OPTIONS.get(name, {})}
     facts = facts_of(LossConfig(**loss))
     return {

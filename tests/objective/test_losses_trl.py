@@ -273,7 +273,8 @@ def summed(batch: dict, logits: torch.Tensor) -> tuple[PairLogps, PairData]:
 def trainer_of(kind, batch: dict, logits: torch.Tensor, **attributes):
     """Run the loss function of the trainer class ``kind`` with a fake model that returns ``logits``.
 
-    The trainer's constructor is not called. The object gets only the attributes that the loss function reads.
+    The trainer's constructor is not called. Instead, an object with only the attributes that the loss function reads
+    replaces the trainer.
     """
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),

@@ -74,7 +74,7 @@ def test_training_matches_autograd(ranks, layout, patterns, tied, recompute, exp
     )
     results = run_ranks(train_steps, ranks, config=config, sizes=SIZES, export=str(tmp_path / "hf"), fp64=True)
     assert [step["grad_norm"] for step in results[0]["steps"]] == pytest.approx(norms, rel=1e-10)
-    assert norms[0] > CLIP, "the test must clip"
+    assert norms[0] > CLIP, "the gradients must be clipped in this test"
     compare(load_weights(tmp_path / "hf"), weights, load_weights(model), patterns, 1e-10)
 
 

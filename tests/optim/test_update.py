@@ -10,7 +10,7 @@ LR, DECAY, BETAS, EPS, LIMIT = 1e-2, 0.5, (0.8, 0.95), 1e-8, 1.0
 
 
 def updated(config, fp64, scale, fused=False):
-    """Update once with gradients that are the weights scaled to the norm ``scale``.
+    """Update once. The gradients are the weights, scaled to the norm ``scale``.
 
     Returns the reported norm, and each parameter before and after the update.
     """

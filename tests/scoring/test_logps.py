@@ -48,9 +48,9 @@ class Case(NamedTuple):
 
     chunk  number of sites whose logits are in memory at the same time
     head   use of the output layer's gradient. ``frozen``: there is no gradient. ``autograd``: the gradient is returned
-           to autograd. In the other cases, it is added to the gradient buffer of Megatron's DDP, and DDP waits for
-           autograd's gradient and ignores it (``buffer``), waits for it and adds it (``tied``), or does not wait for
-           it (``uncounted``)
+           to autograd. In the other cases, the gradient is added to the gradient buffer of Megatron's DDP. These cases
+           differ in the way in which DDP treats autograd's gradient. ``buffer``: DDP waits for it and ignores it.
+           ``tied``: DDP waits for it and adds it. ``uncounted``: DDP does not wait for it
     """
 
     tree: bool = False

@@ -66,9 +66,9 @@ def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
 
 
 def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path):
-    """When a module is called, DDP waits for the module's own gathered parameters, but not for those of its children.
+    """When a module is called, DDP waits only for the gathered parameters that the module itself holds.
 
-    This suffices for an adapter, because an adapter has no child modules.
+    An adapter has no child modules, so DDP waits for all parameters of an adapter.
     """
     model, found = tiny_hf("llama"), {}
     adapter = {"path": str(make_adapter(model, tmp_path / "start", use_dora=True))}

@@ -35,7 +35,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def trained(tiny_hf, tmp_path_factory):
-    """Return a function that trains with PEFT, only once for each combination of arguments.
+    """Return a function that trains with PEFT. It trains only once for each combination of arguments.
 
     The function returns the directories of the model and the initial adapter, the gradient norms, and the final
     tensors of the adapter.
@@ -112,7 +112,7 @@ def test_training_matches_peft(ranks, layout, kind, kv_heads, rows, recompute, f
     results = run_ranks(train_steps, ranks, config=config, sizes=SIZES, export=str(tmp_path / "hf"), fp64=True)
     for result in results:
         assert [step["grad_norm"] for step in result["steps"]] == pytest.approx(norms, rel=1e-9)
-    assert norms[0] > CLIP, "the test must clip"
+    assert norms[0] > CLIP, "the gradients must be clipped in this test"
     found, start = adapter_tensors(tmp_path / "hf_adapter"), adapter_tensors(adapter)
     assert found.keys() == expected.keys() == start.keys()
     for name, value in expected.items():

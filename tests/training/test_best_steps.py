@@ -1,4 +1,4 @@
-"""Tests of saving evaluated steps that are among the best, and of runs that are killed while they save one of them."""
+"""Tests of saving evaluated steps that are among the best, and of runs that are killed while they save such a step."""
 
 import json
 import signal
@@ -61,7 +61,8 @@ def whole(files, tiny_hf, tmp_path_factory):
     assert job.codes == [0, 0], job.said
     values = values_of(folder / "run")
     assert sorted(values, key=values.get)[-2:] == [2, 1] and saved(folder / "run") == [1, 2, 8]
-    # Step 3 must not be saved: it must be compared with step 2, even if step 2 is still being saved.
+    # Step 3 is worse than steps 1 and 2, so it must not be saved, even if step 2 is still being saved when step 3 is
+    # compared with it.
     assert job.output[0].count("saved checkpoints/step_") == 3, job.output[0]
     return folder / "run"
 
@@ -77,7 +78,7 @@ def state_of(output, step, rank):
     "phase, asynchronous", [("eval", False), ("save-shards", True), ("save-manifest", False), ("save-rename", True)]
 )
 def test_killed_while_the_second_best_step_is_saved(phase, asynchronous, whole, files, tiny_hf, tmp_path):
-    """The steps, evaluations and checkpoints of the restarted run are bitwise those of the uninterrupted run."""
+    """The steps, evaluations and checkpoints of the restarted run equal those of the uninterrupted run bitwise."""
     sections = {**BEST, "checkpoint": {**BEST["checkpoint"], "async_save": asynchronous}}
     killed = write_run(tmp_path, "killed", files, tiny_hf, sections)
     job = run_job(["train", str(killed)], 2, tmp_path / "log1", fault=f"{phase}:0:2:kill", timeout_s=60)

@@ -11,7 +11,7 @@ PLACES = [7, 3, 9, 1, 4, 2**24 + 1]
 
 
 def coupled_losses(parts):
-    """Return the losses of this rank's pairs, by the pairs' places in the data set.
+    """Return the losses of this rank's pairs. The keys are the places of the pairs in the data set.
 
     parts   for each rank and each of its micro-batches, the pairs' indices in ``CHOSEN``
     """

@@ -186,8 +186,8 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
     long = run_yaml("long", **{**NO_GAIN, "train": {"eval_interval": "0.25epoch"}, "checkpoint": {"export": False}})
     assert run_job(["train", str(long)], 1, tmp_path / "log0").codes == [0]
     losses = {line["step"]: line["eval/loss"] for line in log_of(tmp_path / "long") if "eval/loss" in line}
-    # An epoch has 22 pairs in batches of 4, so a quarter of an epoch has 5.5 pairs. Each of these steps is the first
-    # step that reaches another multiple of 5.5 pairs.
+    # An epoch has 22 pairs in batches of 4, so a quarter of an epoch has 5.5 pairs. An evaluation follows each step
+    # that is the first to reach another multiple of 5.5 pairs.
     assert sorted(losses) == [2, 3, 5, 6, 8, 9, 11, 12]
     assert losses[2] > losses[3] > losses[5] > losses[6] > losses[8]
 
@@ -235,7 +235,7 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
 @pytest.mark.slow
 @pytest.mark.parametrize("fault, judged", [("step:0:6:term", False), ("eval:0:4:term", True)])
 def test_signal_at_the_evaluation_that_ends_the_run(fault, judged, run_yaml, tmp_path):
-    """A signal stops the run before or during its last evaluation, after step 6.
+    """A signal stops the run before or during its last evaluation, which follows step 6.
 
     The restarted run must not train further steps.
     """
@@ -278,7 +278,7 @@ def test_best_is_chosen_again_after_the_last_evaluation(run_yaml, tmp_path):
 
 @pytest.mark.slow
 def test_metric_that_no_evaluation_reports(run_yaml, tmp_path):
-    """`source/.../loss` is reported only for several sources. The run must end before it reads its data."""
+    """`source/.../loss` is reported only if there are several sources. The run must end before it reads its data."""
     run = run_yaml("run", checkpoint={"keep_best": {"metric": "source/train/loss"}}, train={"eval_interval": 2})
     job = run_job(["train", str(run)], 1, tmp_path / "log")
     assert job.codes == [2]

@@ -62,7 +62,7 @@ def test_step_is_finished_and_saved(numbers, files, tiny_hf, tmp_path):  # noqa:
         return [{k: v for k, v in line.items() if k not in CLOCK} for line in log_of(folder) if "loss" in line]
 
     assert trajectory(tmp_path / "stopped") == trajectory(tmp_path / "whole"), (
-        "no step may be lost, and metrics must be bitwise the same"
+        "no step may be lost, and metrics must be bitwise equal"
     )
 
 

@@ -49,7 +49,7 @@ DEFAULT = ("some layers", "cp2 attention", "pp2 vpp2 larger groups")
 
 
 class Observed(NamedTuple):
-    """The results of a rank, and its actions while it trained.
+    """The results of a rank, and what the rank did while it trained.
 
     calls        number of calls of modules and functions
     chunks       model chunks, in the order of their forward passes
@@ -173,7 +173,7 @@ def other_order(one, usual):
 def aligned(one, usual):
     """In each step, the gathers of both chunks start before the first forward pass.
 
-    Without the option, each gather starts only once its chunk's pass has begun.
+    Without the option, each gather starts only after the forward pass of its chunk has begun.
     """
     starts = [[*pairwise(found)] for found in (one.gathers, usual.gathers)]
     both = [pairs.count(("gather", "gather")) for pairs in starts]
@@ -356,7 +356,7 @@ def test_a_run_with_instances_resumes_bitwise_also_in_another_layout(files, tiny
 def test_reasons_are_about_fields_that_exist():
     """Each field in REFUSED exists in a supported version of Megatron.
 
-    The installed version lacks at most two of the fields of each part.
+    In each part of REFUSED, the installed version lacks at most two of the fields.
     """
     from dataclasses import fields
     from fnmatch import fnmatch

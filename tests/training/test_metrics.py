@@ -1,4 +1,4 @@
-"""Tests of the metrics that are computed from pairs, compared with their definitions, and of the names of sources."""
+"""Tests that metrics match their definitions, and that sources and metrics have the expected names."""
 
 import math
 import statistics

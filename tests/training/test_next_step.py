@@ -88,7 +88,10 @@ class TestOneAhead:
 
 
 def alone(config):
-    """Prepare a step on rank 0 while the other ranks wait, and then on the others. Return the micro-batch count."""
+    """Prepare a step on rank 0 while the other ranks wait. Then prepare the step on these ranks.
+
+    Returns the number of micro-batches.
+    """
     import torch.distributed as dist
 
     from dpo_engine.training.engine import Engine

@@ -1,4 +1,4 @@
-"""Tests of the message that ends a run whose GPU is out of memory, and of the changes that the message suggests."""
+"""Tests of the last message of a run whose GPU is out of memory, and of the changes that the message suggests."""
 
 import io
 import re
@@ -129,7 +129,7 @@ def named(arch, world, dtype="bf16", **sections):
 
 
 def test_changes_are_named_in_the_order_of_their_cost(arch, monkeypatch):
-    """A small `PIECE` makes the buffers of updates in pieces smaller than the gradients, as in a large model."""
+    """With a small `PIECE`, the buffers for updates in pieces are smaller than the gradients, as in a large model."""
     monkeypatch.setattr("dpo_engine.model.memory.PIECE", 1000)
     assert named(arch, 2) == [
         "reference.mode=stored",

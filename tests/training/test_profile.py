@@ -1,4 +1,4 @@
-"""Tests of `logging.profile`: files, marked ranges, refused settings, and steps that compute the same numbers."""
+"""Tests of `logging.profile`: files, marked ranges, refused settings, and unchanged numbers of the profiled steps."""
 
 import contextlib
 import json

@@ -147,7 +147,7 @@ def guarded(config, *, harm=None, facts=None, times=0):
     Then repeat the comparison `times` times. Return the error, or the time that each of the repeated comparisons took.
 
     harm   (rank, local parameter name): one bit of this parameter is flipped on this rank
-    facts  facts by rank: they replace the engine's facts of the same names on this rank
+    facts  for each rank, the facts that replace the engine's facts of the same names
     """
     from dpo_engine.training.engine import Engine
 

@@ -1,7 +1,7 @@
 """Tests of the start of a run.
 
-They cover resuming with the run's own config.yaml and from a checkpoint of an older version, and the choice of
-micro-batches in the log and in checkpoints.
+A run must resume with its own config.yaml, and from a checkpoint of an older version. The choice of micro-batches must
+be in the log and in checkpoints.
 """
 
 import yaml

@@ -188,7 +188,7 @@ def token_statistics(model, prompt, response) -> torch.Tensor:
 def independent_step(directory, reference_directory, name: str, ld_alpha: float, weighted_by_likelihood: bool) -> dict:
     """Return the metrics of a step with a token-weighted loss on 6 pairs from two sources.
 
-    They are computed with transformers and autograd.
+    The metrics are computed with transformers and autograd.
     """
     from transformers import AutoModelForCausalLM
 

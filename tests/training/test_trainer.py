@@ -23,7 +23,7 @@ def test_run_writes_all_outputs(ranks, layout, files, tiny_hf, tmp_path):
         checkpoint={"save_interval": 2, "keep_last": 2},
     )
     summaries = run_ranks(run, ranks, config=config)
-    assert all(summary["step"] == 6 for summary in summaries), "22 pairs in batches of 8, twice: 3 + 3 steps"
+    assert all(summary["step"] == 6 for summary in summaries), "two epochs of 22 pairs in batches of 8 have 3 + 3 steps"
     lines = log_of(tmp_path)
     steps = {line["step"]: line for line in lines if "loss" in line}
     evaluations = {line["step"]: line for line in lines if "eval/loss" in line}
@@ -118,7 +118,7 @@ def run_with_wrong_reference(config):
         original(self, chunks, **kwargs)
         for chunk in chunks:
             for parameter in chunk.parameters():
-                parameter.data.mul_(1.1)  # a change of 1 % could cancel in the mean of a few pairs
+                parameter.data.mul_(1.1)  # a smaller change could cancel in the mean of a few pairs
 
     reference.ResidentReference.__init__ = spoiled
     return run(config)
@@ -261,7 +261,7 @@ def test_throughput_counts_the_whole_global_batch(files, tiny_hf, tmp_path):
 
     indices = Plan(pairs, global_batch_size=8).pairs(2)
     assert line["pairs_per_s"] * line["step_time_s"] == pytest.approx(len(indices))
-    # Each pair is a micro-batch of two rows. Both rows have the length of the longer one.
+    # Each pair is a micro-batch of two rows. Both rows have the length of the pair's longer sequence.
     expected = sum(2 * (len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected))) for i in indices)
     assert line["tokens_per_s"] * line["step_time_s"] == pytest.approx(expected)
     assert line["layout_gain"] == pytest.approx(1)

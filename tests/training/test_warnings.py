@@ -84,7 +84,11 @@ def test_shared_pairs_are_counted_by_their_whole_digest():
 
 
 def told(*steps, evaluations=(), vocab=100):
-    """Return the warnings of a run with the metrics ``steps`` and, after the last step, ``evaluations``."""
+    """Return the warnings of a run.
+
+    steps        the metrics of each step
+    evaluations  the metrics of each evaluation; all evaluations follow the last step
+    """
     lines, callback = [], Warnings()
     seen = SimpleNamespace(
         step=0, engine=SimpleNamespace(arch=SimpleNamespace(vocab_size=vocab)), sinks=SimpleNamespace(say=lines.append)

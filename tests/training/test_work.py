@@ -175,7 +175,10 @@ def tree_attention(shape):
     "name", [pytest.param(name, marks=() if name == "tree, stored" else pytest.mark.slow) for name in STEPS]
 )
 def test_mfu_counts_what_a_whole_step_executes(name, tiny_hf, tmp_path):
-    """For stacked rows, the engine counts attention's backward pass as 2 forward passes; torch's kernel computes 2.5.
+    """Compare the engine's count with torch's count, apart from known differences.
+
+    For stacked rows, the engine counts attention's backward pass as 2 forward passes, but torch's kernel executes as
+    many operations as 2.5 forward passes.
 
     For trees, attention has a mask, and torch counts every (query, key) pair of a row. The test therefore compares only
     the other products with torch, and compares attention with a formula. The engine omits the small products of the

@@ -48,7 +48,7 @@ def raw(checkpoint, tmp_path):
 
 
 def problems(raw: dict, world_size: int | None = None, **changes) -> list[str]:
-    """Check the run after changes by `section__key=value` arguments. Return the problems."""
+    """Change the run by arguments of the form `section__key=value`, and check it. Return the problems."""
     return check(changed(raw, **changes), world_size)
 
 

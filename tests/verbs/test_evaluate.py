@@ -152,7 +152,7 @@ def trained(files, tiny_hf, tmp_path_factory):  # noqa: F811
 
 
 def test_checkpoint_in_another_layout_matches_training(trained, files, tiny_hf, tmp_path):  # noqa: F811
-    """Evaluate the newest checkpoint in one process, and compare with the file that two ranks wrote in training."""
+    """Evaluate the newest checkpoint in one process. The result must match the file that two ranks wrote."""
     config = config_of(files, tiny_hf("llama"), trained)
     seen = trained / "eval/step_00000002.parquet"
     to = tmp_path / "again.parquet"

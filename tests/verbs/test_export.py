@@ -53,7 +53,7 @@ def exported(config, **options):
 
 @pytest.fixture(scope="module")
 def done(files, tiny_hf, tmp_path_factory):
-    """Train 6 steps on conversations with a bare SentencePiece model and a separate chat template.
+    """Train 6 steps on conversations. The tokenizer is a bare SentencePiece model, and the chat template is a file.
 
     Returns the run's configuration and its records.
     """
@@ -125,7 +125,7 @@ def test_best_checkpoint_is_kept_and_chosen(done):
     config, _ = done
     log = {line["step"]: line.get("eval/rewards/accuracies") for line in log_of(config.cache_dir.parent)}
     best = max(log, key=lambda step: (log[step], -step))
-    assert best < 5, "otherwise the test proves nothing: the two newest checkpoints are 5 and 6"
+    assert best < 5, "otherwise the test proves nothing, because the newest two checkpoints are kept anyway"
     kept = sorted(path.name for path in config.checkpoint_dir.iterdir() if path.is_dir())
     assert kept == [f"step_{step:08d}" for step in (best, 5, 6)]
     lines = []

@@ -1,4 +1,4 @@
-"""Tests of `dpo-engine inspect`: the shown parts of pairs with their token counts, terminal colors, and bad records."""
+"""Tests of `dpo-engine inspect`: the shown parts of pairs and their token counts, terminal colors, and bad records."""
 
 import json
 import os

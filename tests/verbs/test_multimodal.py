@@ -52,6 +52,6 @@ def test_run_exports_the_whole_model(model, files, tmp_path):
     for name, value in before.items():
         assert torch.equal(value, after[name]) == name.startswith(OTHERS), name
     assert json.loads((tmp_path / "run" / "hf" / "preprocessor_config.json").read_text()) == {}
-    assert Export(tmp_path / "run" / "hf").refusal(model) is None, "a later export replaces this one"
+    assert Export(tmp_path / "run" / "hf").refusal(model) is None, "a later export must be able to replace this one"
     reread = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "run" / "hf")
     assert reread.config.vision_config.image_size == 28

@@ -24,7 +24,7 @@ from dpo_kernels.dispatch import register_backend, use_backend
 
 
 class Wrong:
-    """Correct on one rank, but wrong on two: every vocabulary shard but the first gets a wrong sum."""
+    """Correct on one rank, but wrong on two: every vocabulary shard except the first gets a wrong sum."""
 
     linear_grad = staticmethod(eager.linear_grad)
     linear_kept_grad = staticmethod(eager.linear_kept_grad)

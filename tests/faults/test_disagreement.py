@@ -1,4 +1,4 @@
-"""Fault tests, group I: one rank has other settings, software or files than the others, or a bit of its weights flips.
+"""Fault tests, group I: one rank differs from the others in settings, software or files, or a bit of its weights flips.
 
 All ranks exit together, and one line reports each difference.
 """
@@ -82,7 +82,7 @@ def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_p
 def old_version():
     from dpo_engine import installation, version
 
-    assert installation.__version__ == version.__version__  # installation, which checks the kernels, has a copy
+    assert installation.__version__ == version.__version__  # `installation` keeps its own copy
     version.__version__ = "0.0.9"
 
 
@@ -158,7 +158,7 @@ def test_different_checkpoint_is_refused(two_nodes, run_yaml, tmp_path):
 
 @slow
 def test_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path):
-    """The command must refuse the checkpoint. It must neither skip nor remove it."""
+    """The command must refuse the checkpoint, and must neither skip nor remove it."""
     run = run_yaml(train={"output_dir": "out"})
     job = run_job(["train", str(run)], 1, tmp_path / "log", before=partial(os.chdir, two_nodes[0]))
     assert job.codes == [0], job.said

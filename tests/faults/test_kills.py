@@ -1,4 +1,4 @@
-"""Fault tests, group A: kill one rank of a run, for each phase and about half of the ranks.
+"""Fault tests, group A: kill one rank of a run in one phase. The tests cover all phases and about half of the ranks.
 
 The other ranks must exit, and a restart must give the metrics of an uninterrupted run.
 """

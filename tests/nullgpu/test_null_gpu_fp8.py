@@ -1,4 +1,4 @@
-"""Tests of linear layers in FP8, with Transformer Engine: number of products, copies of weights, waits and memory.
+"""Tests of FP8 linear layers of Transformer Engine: products, weights, waits, memory, and recipes that are refused.
 
 Transformer Engine's own checks of shapes, types and the GPU are active. Nothing is computed, so numbers cannot be
 compared.

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """Return an object that makes and caches tiny models. It knows the test cases of all families of the engine."""
+    """Return an object that makes and caches tiny models, for the test cases of all families of the engine."""
     return TinyModels(tmp_path_factory.mktemp("models"), CASES)
 
 

@@ -12,7 +12,8 @@ EXTRAS="test"
 source launch/environment.sh
 # Tests start ranks as processes. With one thread each, these processes compete less for the cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# Tests often wait for processes, so there is one worker more than cores. nproc would count OMP_NUM_THREADS as cores.
+# Tests often wait for processes, so there is one worker more than cores. If OMP_NUM_THREADS is set, nproc prints its
+# value instead of the number of cores.
 cores=$(env -u OMP_NUM_THREADS nproc)
 export PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-$((cores + 1))}
 exec "$python" -m pytest -n auto --dist worksteal "$@"

@@ -1,4 +1,4 @@
-"""Tests of the benchmarks: counters equal closed forms, pairs have published lengths, and a whole comparison runs."""
+"""Tests of the benchmarks: operation counts match formulas, pairs have published lengths, and comparisons run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tests of the command line: exit codes, and one line for each problem, which one rank per node prints."""
+"""Tests of the command line: arguments, exit codes, and one line for each problem, which one rank per node prints."""
 
 import json
 import os

@@ -65,7 +65,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def small_task(tmp_path_factory):
-    """Make the files of the quickstart, with a base model that trains for only one step. Return the folder."""
+    """Make the files of the quickstart, with a base model that is trained for only one step. Return the folder."""
     directory = tmp_path_factory.mktemp("task") / "small"
     make_task.make(directory, seed=3, pairs=48, held_out=9, steps=1)
     return directory

@@ -150,7 +150,7 @@ class TestCache:
             finally:
                 tracemalloc.stop()
 
-        peak(8)  # load now what is loaded only once, so that the peaks below do not include it
+        peak(8)  # the first build also loads modules, which the peaks below must not include
         assert peak(400) < 1.2 * peak(100)
 
 

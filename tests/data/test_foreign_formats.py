@@ -1,9 +1,9 @@
 """Tests of records in the documented formats of other systems: the detected format, and the resulting pairs.
 
-Each record has the form of an example in the system's documentation or tests, but its content is invented. Comments
-name the system's files that define the meaning of the fields. The systems' revisions are ColossalAI 4f9953b,
-NeMo-Aligner af2b3bd, NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL f2cd577 and EasyDeL
-090a03b.
+Each record has the form of an example in the documentation or tests of another system, but its content is invented.
+Comments name the files of that system that define the meaning of the fields. The systems' revisions are ColossalAI
+4f9953b, NeMo-Aligner af2b3bd, NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL f2cd577 and
+EasyDeL 090a03b.
 """
 
 import copy
@@ -137,9 +137,9 @@ class TestAlpaca:
 
 
 class TestOrca:
-    # LLaMA-Factory registers Intel/orca_dpo_pairs with alpaca columns (data/dataset_info.json; in ROLL,
-    # mcore_adapter/examples/data/dataset_info.json). ms-swift registers this data set with its own preprocessor for
-    # queries and responses (dataset_info.json). Both systems read the records as chats.
+    # LLaMA-Factory (data/dataset_info.json) and ROLL (mcore_adapter/examples/data/dataset_info.json) register
+    # Intel/orca_dpo_pairs with the columns of Alpaca records. ms-swift (dataset_info.json) registers it with a
+    # preprocessor for queries and responses. All three systems read the records as chats.
     def test_question_is_a_user_turn_after_the_system_turn(self):
         row = {"system": "Be brief.", "question": ASK["content"], "chosen": BEST, "rejected": WORST}
         assert conversation(made("orca", row)) == ([SYSTEM, ASK], BEST, WORST)

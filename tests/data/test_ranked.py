@@ -162,7 +162,7 @@ def test_dataset_and_its_report(build, tmp_path):
 def test_record_with_an_unusable_pair_is_dropped_whole(build, tmp_path):
     """If one pair is unusable, the whole record counts as bad, and all of its pairs are dropped.
 
-    Pairs that are only too long are dropped one by one.
+    If the only problem of a pair is its length, that pair alone is dropped.
     """
     unfit = {**ROW, "responses": [" 5", "<|im_end|>", " 22", " four"]}
     given = source(tmp_path / "a.jsonl", [ROW, unfit, ROW], "ranked_all")

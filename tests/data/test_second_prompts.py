@@ -83,7 +83,7 @@ class TestTwoPrompts:
             assert checked(FORMATS["auto"](whole)).prompt == whole["prompt"]
 
     def test_only_the_field_that_is_a_prompt_alone_is_proposed(self):
-        """The record is like those of argilla/distilabel-intel-orca-dpo-pairs, which also have the judge's prompt."""
+        """Like the records of argilla/distilabel-intel-orca-dpo-pairs, this record also contains the judge's prompt."""
         row = {"input": MORE, "labelling_prompt": [ASK], "chosen": TEXT["chosen"], "rejected": TEXT["rejected"]}
         with pytest.raises(
             BadRecord, match="^'input' may be the prompt; set data.columns={prompt: input}, or format: im"
@@ -110,7 +110,7 @@ class TestTwoPrompts:
         ],
     )
     def test_other_parts_of_a_text_are_refused_by_name(self, field, says):
-        """The first field is as in xinlai/Math-Step-DPO-10K, where responses continue `initial_reason_steps`."""
+        """The responses of xinlai/Math-Step-DPO-10K continue the text of the first field, `initial_reason_steps`."""
         for row in (TEXT, CHAT):
             with pytest.raises(BadRecord, match=says):
                 FORMATS["auto"]({**row, **field})

@@ -253,7 +253,7 @@ def test_adapters_need_the_memory_that_the_page_says(tmp_path):
 
 
 def test_only_one_page_says_that_no_gpu_has_run_the_engine():
-    """After the first run on a GPU, only one sentence has to change. The README links to the page of this sentence."""
+    """After the first run on a GPU, only one sentence has to change. It is on a page to which the README links."""
     said = re.compile(r"(not\s+run\s+on\s+a\s+GPU|No\s+GPU\s+has|on\s+a\s+GPU,?\s+yet)")
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*"), *ROOT.glob("*/README.md")]
     found = {path.name: len(said.findall(path.read_text())) for path in pages if path.is_file()}

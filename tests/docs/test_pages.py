@@ -104,7 +104,7 @@ def test_commands_name_what_exists(page, command):
 
 
 def engine_commands() -> list[tuple[str, str]]:
-    """Return the commands that start dpo-engine, from code blocks without a language, in the form of `lines`."""
+    """Return all commands that start dpo-engine in code blocks without a language, as (name of the page, command)."""
     start = re.compile(r"(DPO_FAULT=\S+ )?(dpo-engine|torchrun) ")
     return [(page, line) for page, line in lines("") if start.match(line)]
 

@@ -29,7 +29,7 @@ PLUGINS = [f"my_lab.{module}" for module in MODULES]
 
 
 def section(title: str, language: str) -> str:
-    """Return the first code block in ``language`` in a section of the page."""
+    """Return the first code block of a language in a section of the page."""
     text = PAGE.read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
     return re.search(f"```{language}\n(.*?)```", text, re.DOTALL)[1]
 

@@ -53,7 +53,7 @@ def job_of(run, log, ranks, *overrides, fault=""):
 
 @pytest.fixture(scope="session")
 def made(run_files, tiny_hf, tmp_path_factory):
-    """Return a function: ``made(name, write, stop=4)`` trains in a layout.
+    """Return a function: ``made(name, write, stop=4)`` trains in the layout ``name``.
 
     The function returns the output directory and the pairs of each step. If ``stop`` is not 0, SIGTERM stops the run in
     that step. The results are cached, so tests must copy the output directory before they resume the run.

@@ -25,7 +25,7 @@ from support.small_run import write_run
 
 
 def record(config_path: str, folder: str) -> list[tuple]:
-    """Train, and return this rank's operations in and on ``folder`` as (start time, operation, path, argument)."""
+    """Train. Return this rank's operations on ``folder`` and inside it as (start time, operation, path, argument)."""
     from dpo_engine.config.run import Config
     from dpo_engine.verbs.train import train
 
@@ -155,7 +155,7 @@ VIEWS = {
 
 
 def chosen(folder: Path) -> int | None:
-    """Return the step of the checkpoint that the loader chooses: None if none exists, -1 if all are damaged."""
+    """Return the step of the checkpoint that the loader chooses: None without checkpoints, -1 if all are damaged."""
     from dpo_engine.checkpoint.directory import Damaged, committed, verify
 
     known = committed(folder)

@@ -23,7 +23,11 @@ SECTIONS = {
 
 
 class Runs(NamedTuple):
-    """A run of six steps with checkpoints of steps 2, 4 and 6, and the metrics of a run of eight steps."""
+    """Two runs: one of six steps, and an uninterrupted one of eight steps.
+
+    yaml      YAML file of the six-step run, which has checkpoints of steps 2, 4 and 6
+    expected  metrics of the eight-step run
+    """
 
     yaml: Path
     expected: list[dict]
@@ -41,7 +45,10 @@ def runs(run_files, tiny_hf, tmp_path_factory):
 
 
 def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
-    """Drop the final evaluation of a run that ended before step ``last``. Uninterrupted runs do not have it."""
+    """Drop all evaluations except that of step ``last``.
+
+    A run that ended at an earlier step has evaluated that step, but an uninterrupted run has not.
+    """
     return [line for line in lines if "loss" in line or line["step"] == last]
 
 

@@ -1,4 +1,4 @@
-"""Fault tests, group I: one rank has other settings, software or files than the others, or a bit of its weights flips.
+"""Fault tests, group I: one rank differs from the others in settings, software or files, or a bit of its weights flips.
 
 All ranks exit together, and one line reports each difference.
 """
@@ -82,7 +82,7 @@ def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_p
 def old_version():
     from dpo_engine import installation, version
 
-    assert installation.__version__ == version.__version__  # installation, which checks the kernels, has a copy
+    assert installation.__version__ == version.__version__  # `installation` keeps its own copy
     version.__version__ = "0.0.9"
 
 
@@ -158,7 +158,7 @@ def test_different_checkpoint_is_refused(two_nodes, run_yaml, tmp_path):
 
 @slow
 def test_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path):
-    """The command must refuse the checkpoint. It must neither skip nor remove it."""
+    """The command must refuse the checkpoint, and must neither skip nor remove it."""
     run = run_yaml(train={"output_dir": "out"})
     job = run_job(["train", str(run)], 1, tmp_path / "log", before=partial(os.chdir, two_nodes[0]))
     assert job.codes == [0], job.said
@@ -212,7 +212,7 @@ def test_different_weights_of_replicas_are_found_at_the_interval(
     assert line.startswith("step 6: copies of policy decoder.layers.") and " on rank 0, " in line
     assert " on rank 1; restart from the last checkpoint" in line
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
-    assert saved == ["step_00000004"], "the changed weights must not have been saved after the difference was found"
+    assert saved == ["step_00000004"], "the changed weights must not be saved"
 
 
 @slow

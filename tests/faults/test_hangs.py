@@ -1,6 +1,6 @@
 """Fault tests: if a rank dies, hangs or fails, the others soon exit, and one line says what happened.
 
-They exit with code 6 unless all ranks report the same error.
+The other ranks exit with code 6 unless all ranks report the same error.
 """
 
 import os
@@ -267,7 +267,7 @@ def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
 
 
 def checks_slowly(rank, seconds, marker):
-    """Return a ``before`` hook: a rank writes `marker`, and its checks before the run take `seconds` longer."""
+    """Return a ``before`` hook: one rank creates the file `marker`, and its checks of the run take `seconds` longer."""
 
     def before():
         from dpo_engine.verbs import check

@@ -1,4 +1,4 @@
-"""Fault tests, group A: kill one rank of a run, for each phase and about half of the ranks.
+"""Fault tests, group A: kill one rank of a run in one phase. The tests cover all phases and about half of the ranks.
 
 The other ranks must exit, and a restart must give the metrics of an uninterrupted run.
 """
@@ -41,8 +41,8 @@ DEFAULT = {
 def victims(layout: str, phase: str) -> set[int]:
     """Return the ranks to kill, each in its own run: about half of the ranks, and those of `DEFAULT`.
 
-    The half consists of the even or the odd ranks, which alternate between layouts and between phases. For each phase,
-    rank 0 is therefore killed in some layouts, but not in all.
+    The half consists of either the even or the odd ranks. This choice alternates between layouts and between phases, so
+    rank 0 is killed in some layouts of each phase, but not in all.
     """
     world = LAYOUTS[layout][0]
     first = [*LAYOUTS].index(layout) + [*PHASES].index(phase)

@@ -14,7 +14,7 @@ WITHIN_S = 5.0
 
 
 def takes(seconds, marker):
-    """Return a ``before`` hook: for each chunk of records, rank 0 writes `marker` and then sleeps for `seconds`."""
+    """Return a ``before`` hook: for each chunk of records, rank 0 creates `marker` and then sleeps for `seconds`."""
 
     def before():
         from dpo_engine.data import encode_block

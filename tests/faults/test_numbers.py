@@ -1,6 +1,7 @@
 """Fault tests, group E: non-finite values, and spikes if `bad_steps.spike_sigma` is set.
 
-All ranks skip the step, no state changes, the log names the pairs, and too many bad steps in a row end the run.
+All ranks skip the step, the state does not change, and the log names the pairs. Too many bad steps in a row end the
+run.
 """
 
 import hashlib

@@ -55,7 +55,10 @@ def last_step(output):
 
 
 def signal_in_save(number, rank=None):
-    """Return a ``before`` hook: at the first fsync while step 4 is saved, ``rank`` or every rank gets the signal."""
+    """Return a ``before`` hook: at the first fsync while step 4 is saved, a rank gets the signal.
+
+    rank  the rank that gets the signal; None: every rank
+    """
 
     def before():
         from dpo_engine.training.trainer import Trainer

@@ -40,7 +40,7 @@ PLACES = (
     r"llama.*/model\.safetensors",
     r"tok\.model",
 )
-"""Patterns of paths. On slow storage, a process's first access to a path that matches a pattern is slow."""
+"""Patterns of paths. For each pattern, only a process's first access to a matching path is slow."""
 
 
 def slow_storage(rank, log, places=PLACES, seconds=SLOW_S):
@@ -130,7 +130,7 @@ WAITS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "victim"), [("save", 0), ("save", 1), ("async save", 1), ("export", 0)])
 def test_death_is_noticed_while_the_others_wait(name, victim, run_yaml, tmp_path):
-    """Rank 0 writes a file for a minute. Meanwhile, rank 0 or the rank that waits for it is killed."""
+    """Rank 0 writes a file for a minute. Meanwhile, either rank 0 or the waiting rank 1 is killed."""
     place, asynchronous = WAITS[name]
     checkpoint = {"save_interval": 2, "async_save": asynchronous, "export": True}
     run, log = run_yaml(**{**SHORT, "checkpoint": checkpoint}), tmp_path / "slow"

@@ -130,7 +130,7 @@ class OneRank:
     """One rank's engine, policy, reference and data, with counts of events for each phase of a step.
 
     parts       device memory of each part of the state (such as weights or gradients), in bytes
-    start_peak  most bytes that were allocated before the first step
+    start_peak  peak of the allocated device memory before the first step, in bytes
     phases      counts of events in each phase of the current step
     """
 
@@ -173,7 +173,7 @@ class OneRank:
         return open_reference(self.engine, self.trained.chunks, pairs=[self.pairs], upcoming=self.upcoming)
 
     def upcoming(self) -> Iterator[list[Any]]:
-        """Yield the micro-batches of the next steps, which an offloaded reference scores ahead, as in the trainer."""
+        """Yield the micro-batches of the next steps. An offloaded reference scores them in advance, as in training."""
         steps = range(self.step, min(self.step + self.config.reference.ahead, len(self.plan)))
         for data in one_ahead(lambda step: step_data(self.engine, self.pairs, self.plan[step]), steps):
             yield data.batches()

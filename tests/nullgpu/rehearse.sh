@@ -12,7 +12,8 @@
 #   PARTS        the parts to run, such as "stack kernels" (default: all)
 #   SCALE        a factor for all time limits (default: 4, because this machine has fewer cores than a GPU's machine)
 #   SHAPE        the model to train, such as tiny, for a short rehearsal (default: 1b)
-#   NULLGPU_MIB, NULLGPU_SM   the GPU's memory and compute capability (default: those of an H200)
+#   NULLGPU_MIB  the GPU's memory in MiB (default: that of an H200)
+#   NULLGPU_SM   the GPU's compute capability, times 10 (default: 90, as for an H200)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHON=${PYTHON:-python3} SCALE=${SCALE:-4} NULLGPU_MIB=${NULLGPU_MIB:-143771} NULLGPU_SM=${NULLGPU_SM:-90} NULLGPU_DEVICES=1

@@ -86,7 +86,7 @@ def test_the_host_waits_once_for_each_layer_of_experts(layout):
 
 
 def test_products_and_launches_of_experts():
-    """cuBLAS multiplies by the experts' matrices. For each matrix, one kernel adds its gradient to the buffer."""
+    """cuBLAS multiplies by the experts' matrices. For each matrix, one kernel adds the gradient to the buffer."""
     few, many = (run(*MIXTURE, "--layers", layers, *STEPS["tp2 ep2"])["last"] for layers in "24")
     layers, local = 2 * many["micro_batches"], 64
     products = (many["counts"]["products"] - few["counts"]["products"]) / layers

@@ -1,4 +1,4 @@
-"""Tests of linear layers in FP8, with Transformer Engine: number of products, copies of weights, waits and memory.
+"""Tests of FP8 linear layers of Transformer Engine: products, weights, waits, memory, and recipes that are refused.
 
 Transformer Engine's own checks of shapes, types and the GPU are active. Nothing is computed, so numbers cannot be
 compared.
@@ -96,7 +96,7 @@ def test_each_pass_rounds_the_weights_once(layout, mode):
 
 
 def test_memory():
-    """The estimate includes the FP8 copies of the weights. It counts activations as without FP8, so it is too high."""
+    """The estimate includes the weights' FP8 copies. It is too high, because it counts activations as without FP8."""
     gib = {}
     for name, keys in {"bf16": (), "tensorwise": TENSORWISE, "blockwise": BLOCKWISE}.items():
         report = run("--model", "llama3_8b", "--world", "8", "model.spec=te", "parallel.tp=2", *keys)

@@ -113,7 +113,7 @@ def collectives(step, tokens):
 
 
 def test_nccl_communicates_less():
-    """Rows have the same size with and without the overlap: all pairs are equal, and a row has one pair."""
+    """All pairs have equal lengths, and each row has one pair, so rows have the same size with and without overlap."""
     keys = (*SHAPE, *layout(tp=2), "batch.layout=tree")
     plain, overlapped = (run(*keys, *more)["last"] for more in ((), (ON,)))
     count, layers = plain["micro_batches"], LAYERS - 1
@@ -168,7 +168,7 @@ def test_a_model_with_norms_of_heads():
 
 @pytest.mark.parametrize("model, shared", [("qwen3_30b_a3b", False), ("qwen2_moe_14b", True)])
 def test_experts(model, shared):
-    """Attention and an MLP that all tokens use run with the overlap. NCCL still exchanges the tokens of experts."""
+    """The overlap covers attention and MLPs that process all tokens. NCCL still exchanges the tokens of experts."""
     keys = ("--model", model, "--layers", "2", "--lengths", "64,32,32", "model.spec=te", "batch.layout=tree")
     last = run(*keys, *layout(tp=2), "parallel.ep=2", ON)["last"]
     found = {name: calls // last["micro_batches"] for name, calls in kernels(last).items()}

@@ -33,7 +33,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_micro_batches_need_no_waits_and_no_plans(layout):
-    """An operation without a deterministic kernel also fails this test, because train.deterministic is true."""
+    """This test also fails if an operation has no deterministic kernel, because train.deterministic is true."""
     report = run(*LAYOUTS[layout])
     last = report["last"]
     assert last["micro_batches"] >= 2 or "cp2" in layout
@@ -76,7 +76,7 @@ def test_transformer_engine_has_deterministic_kernels():
 @requires_transformer_engine
 @pytest.mark.parametrize("more", [(), ("--world", "4", "parallel.tp=2", "parallel.cp=2"), ("model.recompute=full",)])
 def test_trees_with_attention_of_transformer_engine(more):
-    """Transformer Engine rounds sizes up for cuDNN, so a new step rarely needs a plan, although all lengths are new."""
+    """Transformer Engine rounds sizes up for cuDNN, so later steps rarely need new plans for new lengths."""
     keys = ("model.spec=te", "model.attention=te", "train.deterministic=false", "batch.tokens_per_micro_batch=2048")
     steps = run(*SHORT_TREES, *keys, *more, "--steps", "8")["steps"]
     plans = [step["counts"]["cudnn_plans"] for step in steps]

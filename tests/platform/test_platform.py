@@ -45,7 +45,7 @@ def test_installed_host_maps_cuda_to_the_cpu():
         assert torch.empty(3).device.type == "meta", "torch.device contexts must still apply to patched functions"
     installed = torch.zeros
     host.install()
-    assert torch.zeros is installed, "a second call must not wrap again"
+    assert torch.zeros is installed, "a second call must not wrap the functions again"
     with pytest.raises(RuntimeError, match="pinned memory"):
         torch.empty(1, pin_memory=True)
 

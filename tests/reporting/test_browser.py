@@ -193,7 +193,7 @@ def test_single_points_many_runs_and_the_direction_of_text(tmp_path):
             "return [...document.querySelectorAll('#chart-loss .points path, #chart-grad_norm .points path')]"
             ".filter(path => path.getBoundingClientRect().width > 3).length"
         )
-        assert driver.execute_script(points) == 3, "training and held-out loss, and the gradient norm"
+        assert driver.execute_script(points) == 3, "one point each for training loss, held-out loss and norm"
         driver.execute_script("document.querySelector('#pair-table tr.pair').click()")
         ways = driver.execute_script(
             "return [...document.querySelectorAll('.opened .foreign')].map(e => getComputedStyle(e).direction)"

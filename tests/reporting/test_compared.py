@@ -32,7 +32,7 @@ def judged(name, chosen, rejected, wrong=0, **more):
 
 
 def test_a_run_with_a_better_accuracy_that_broke():
-    """The second run ranks four pairs correctly that the first ranks wrongly, which is no clear difference.
+    """The second run ranks four pairs correctly that the first ranks wrongly. Four pairs are no clear difference.
 
     The summary must also say what became worse.
     """

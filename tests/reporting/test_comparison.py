@@ -129,16 +129,16 @@ class TestReport:
         assert lines[7] == f"intervals: 2,000 bootstrap resamples of prompts, seed 0; {exact}".split()
 
     def test_likelihood_accuracies(self):
-        """Compared with the rejected log-probabilities, the four chosen ones are larger, smaller, equal, and smaller.
+        """The chosen log-probability is larger in the first pair, equal in the third, and smaller in the other two.
 
-        Per token, the chosen ones are smaller, equal, equal, and equal.
+        Per token, the chosen log-probability is smaller in the first pair, and equal in the other three.
         """
         chosen, rejected = [-6.0, -9.0, -4.0, -8.0], [-7.0, -8.0, -4.0, -6.0]
         tokens = {"chosen_tokens": [2, 9, 4, 4], "rejected_tokens": [7, 8, 4, 3]}
         found = evaluation([0.0] * 4, weight=[1, 2, 4, 1], chosen_logps=chosen, rejected_logps=rejected, **tokens)
         group = report(found)["groups"][0]
         assert group["likelihood_accuracy"]["mean"] == pytest.approx((1 * 1 + 2 * 0 + 4 * 0.5 + 1 * 0) / 8)
-        # Per token, chosen and rejected have -3 and -1, -1 and -1, -1 and -1, -2 and -2.
+        # Per token, the pairs (chosen, rejected) are (-3, -1), (-1, -1), (-1, -1) and (-2, -2).
         assert group["likelihood_accuracy_per_token"]["mean"] == pytest.approx((1 * 0 + 2 * 0.5 + 4 * 0.5 + 0.5) / 8)
         shifted = evaluation([1.0] * 4, chosen_logps=[-6.0] * 4, rejected_logps=[-7.0] * 4)
         compared = compare(shifted, found, names=("a", "b"))["likelihood_accuracy"]

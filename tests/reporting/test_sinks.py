@@ -293,7 +293,7 @@ def test_mlflow_error_names_a_way_out(run):
 
 
 def test_full_disk_is_reported_once(tmp_path):
-    """Use /dev/full as the metrics file. Every write to it fails (Linux)."""
+    """Use /dev/full as the metrics file. On Linux, every write to /dev/full fails."""
     from dpo_engine.reporting.sinks import JsonlSink
 
     sink = JsonlSink(tmp_path / "metrics.jsonl", 0)

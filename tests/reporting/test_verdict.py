@@ -65,7 +65,7 @@ def free(right, tokens, step, count=40, **more):
     """Return an evaluation without a reference.
 
     Per token, the chosen response is more likely in ``right`` pairs. As a whole, the chosen response is more likely in
-    all pairs, because it has 2 tokens, and the rejected response has ``tokens`` of them.
+    all pairs, because it has only 2 tokens, but the rejected response has ``tokens`` tokens.
     """
     each = np.where(np.arange(count) < right, -1.0, -2.0)
     chosen, rejected = 2 * each, np.full(count, -1.5 * tokens)
@@ -264,10 +264,10 @@ def test_training_pairs_fit_better():
 
 
 def length_case(right_longer, right_shorter, count=40):
-    """Return an evaluation. In 75% of its pairs, the chosen response is longer.
+    """Return an evaluation. In 75% of its pairs, the chosen response is longer; in the others, it is shorter.
 
-    ``right_longer`` and ``right_shorter`` are the shares of correctly ranked pairs among pairs whose chosen response is
-    longer, and among pairs whose chosen response is shorter.
+    right_longer   share of correctly ranked pairs among the pairs whose chosen response is longer
+    right_shorter  share of correctly ranked pairs among the pairs whose chosen response is shorter
     """
     longer = np.arange(count) < 0.75 * count
     right = np.where(longer, np.arange(count) % 10 < 10 * right_longer, np.arange(count) % 10 < 10 * right_shorter)

@@ -81,7 +81,7 @@ write_files() {
     local place
     for place in "${!nodes[@]}"; do echo "$subnet.$((11 + place)) ${nodes[place]}"; done
   } >"$dir/hosts"
-  # Slurm counts each character device in this list as a GPU, although none of them is one.
+  # Slurm counts each character device in this list as a GPU, although none of these devices is a GPU.
   printf 'Name=gpu File=/dev/%s\n' null zero full random >"$dir/gres.conf"
   # No loaded plugin uses this file, but without it, slurmd would look for a cgroup.conf in /etc.
   echo "ConstrainRAMSpace=no" >"$dir/cgroup.conf"

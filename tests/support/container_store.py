@@ -29,7 +29,7 @@ tmp_dir = "{folder}/tmp"
 
 
 class ContainerStore:
-    """Images and containers under one path; `close` removes them. The path is short because it contains sockets."""
+    """Images and containers in one folder, which `close` removes. The folder's path is short, as sockets require."""
 
     def __init__(self):
         if not (sys.platform == "linux" and os.geteuid() == 0):

@@ -56,7 +56,7 @@ def fill_cache(cache: Path, kind: str, name: str, folder: Path, ref: str = "main
 
 
 class HubServer:
-    """The server's repositories, with their commits, and its log of requests.
+    """The server's repositories and their commits, and the server's log of requests.
 
     `server.add("model", "org/name", folder, "main")` adds a commit to a repository.
 

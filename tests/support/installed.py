@@ -8,7 +8,7 @@ import pytest
 
 
 def absent(what: str) -> NoReturn:
-    """Skip the test. With ``CI=true`` in the environment, fail, because `.ci/run` installs everything for tests."""
+    """Skip the test. With ``CI=true`` in the environment, fail it instead, because `.ci/run` installs all programs."""
     if os.environ.get("CI") == "true":
         pytest.fail(what, pytrace=False)
     pytest.skip(what)

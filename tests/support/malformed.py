@@ -11,7 +11,7 @@ RIGHT = {"role": "assistant", "content": "The second."}
 WRONG = {"role": "assistant", "content": "The first."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 LIMIT = 4096
-"""Limit on the bytes of a line, which tests of the kind "endless line" set. Only the malformed line is longer."""
+"""Limit on a line's length in bytes, for tests of the kind "endless line". Only the malformed line is longer."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def between(line: bytes, good: dict = GOOD, also_good: dict = ALSO_GOOD) -> byte
 
 
 def _record(kind: str, says: str | None, **changes: object) -> Malformed:
-    """Return a file whose second record is text with some changed fields. The value `...` removes a field."""
+    """Return a file whose second record is a text pair with some changed fields. The value `...` removes a field."""
     row = {**GOOD, "prompt": "And now?", **changes}
     row = {name: value for name, value in row.items() if value is not ...}
     return Malformed(kind, between(dump(row)), says, kept=3 if says is None else 2)

@@ -8,9 +8,10 @@ from dpo_engine.testing.sharded import open_model, whole_logits
 
 
 def round_trip(directory, layout: dict[str, Any], tokens=None, export=None, dtype: str = "fp32", **options):
-    """Load ``directory``. If ``export`` is given, save the model to this directory, with ``options``.
+    """Load the checkpoint in ``directory``. If ``export`` is given, save the model to the directory ``export``.
 
     The option ``arch_directory`` is the directory whose config.json describes the model; the default is ``directory``.
+    All other ``options`` are passed to `save_hf`.
 
     Tests call this function on each rank. It returns the logits of ``tokens`` on the ranks that have logits, and None
     on the other ranks. Without ``tokens``, it returns None on all ranks.

@@ -145,7 +145,7 @@ def test_check_accepts_the_overlap_without_a_gpu(files, tiny_hf, tmp_path):
     given = {"model": {"spec": "te"}, "megatron": {"transformer": ON}, **TP2}
     assert check(run_of(files, tiny_hf("llama"), tmp_path / "out", **given, **TREE)) == []
     (problem,) = check(run_of(files, tiny_hf("llama"), tmp_path / "out", **given, batch={"layout": "stacked"}))
-    assert problem.startswith(f"{LINE}its buffers have a fixed size")
+    assert problem.startswith(f"{LINE}all rows must have the size of its buffers")
 
 
 @pytest.fixture

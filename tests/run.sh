@@ -16,4 +16,6 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # value instead of the number of cores.
 cores=$(env -u OMP_NUM_THREADS nproc)
 export PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-$((cores + 1))}
+# Without stored bytecode, each of the many processes that tests start would compile all sources again.
+unset PYTHONDONTWRITEBYTECODE
 exec "$python" -m pytest -n auto --dist worksteal "$@"

@@ -30,7 +30,7 @@ works+='|cudnn(GetVersion|GetErrorString|GetCudartVersion|GetProperty|GetLastErr
 works+='|nccl(GetVersion|GetErrorString|GetLastError)|cublasLtGetVersion|cublasGetStatusString)$'
 
 objects=()
-for name in record memory runtime libraries; do
+for name in record memory graphs runtime libraries; do
   "${compile[@]}" -c "src/$name.c" -o "build/$name.o"
   objects+=("build/$name.o")
 done

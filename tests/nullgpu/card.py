@@ -14,6 +14,7 @@ BUILT = Path(__file__).parent / "build" / "libnullgpu.so"
 COUNTERS = (
     "launches", "products", "fp8_products", "cudnn_calls", "cudnn_plans", "collectives", "communicators",
     "stream_waits", "device_waits", "event_waits", "blocking_copies", "pageable_copies", "copies", "allocations",
+    "graphs", "captured", "stray",
 )  # fmt: skip
 WAITS = ("stream_waits", "device_waits", "event_waits", "blocking_copies")
 """Counters of the events in which the host waits for the device."""

@@ -320,7 +320,7 @@ def main() -> int:
             else:
                 figures = rank.examine(step)
         except torch.OutOfMemoryError as error:
-            report["out_of_memory"] = explanation(rank.engine, error)
+            report["out_of_memory"] = explanation(rank.engine, error, scoring=False)
             say(*report["out_of_memory"], sep="\n")
             break
         report["steps"].append(figures)

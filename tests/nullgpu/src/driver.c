@@ -12,6 +12,7 @@ extern int cudaGetDeviceCount(int *);
 extern int cudaMemGetInfo(size_t *, size_t *);
 extern void nullgpu_register_kernel(const void *, const char *);
 extern void nullgpu_count_kernel(const void *);
+extern int nullgpu_capture(const void *);
 extern void *dlsym(void *, const char *);
 
 EXPORT int cuDriverGetVersion(int *version) {
@@ -82,11 +83,15 @@ EXPORT int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *functi
 EXPORT int cuLaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                           unsigned block_y, unsigned block_z, unsigned shared, void *stream, void **arguments,
                           void **more) {
-  nullgpu_count_kernel(function);
+  if (!nullgpu_capture(stream)) nullgpu_count_kernel(function);
   return 0;
 }
-EXPORT int cuLaunchKernelEx(const void *config, void *function, void **arguments, void **more) {
-  nullgpu_count_kernel(function);
+typedef struct {
+  unsigned sizes[7];  // grid, block and shared memory
+  void *stream;
+} Launch;
+EXPORT int cuLaunchKernelEx(const Launch *config, void *function, void **arguments, void **more) {
+  if (!nullgpu_capture(config->stream)) nullgpu_count_kernel(function);
   return 0;
 }
 EXPORT int cuPointerGetAttribute(void *value, int attribute, unsigned long long pointer) {

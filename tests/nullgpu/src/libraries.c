@@ -137,7 +137,7 @@ EXPORT int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a
 }
 #define PRODUCT(function) \
   EXPORT int function(void) { \
-    count(PRODUCTS); \
+    count(capturing() ? CAPTURED : PRODUCTS); \
     return 0; \
   }
 // The layout of a matrix holds the type of its elements, because products of FP8 matrices are also counted separately.
@@ -160,7 +160,7 @@ static int is_fp8(const void *layout) {
 }
 EXPORT int cublasLtMatmul(void *handle, void *operation, const void *alpha, const void *a, void *a_layout,
                           const void *b, void *b_layout) {
-  count(PRODUCTS);
+  count(capturing() ? CAPTURED : PRODUCTS);
   if (is_fp8(a_layout) && is_fp8(b_layout)) count(FP8_PRODUCTS);
   return 0;
 }
@@ -212,7 +212,7 @@ EXPORT int cudnnBackendFinalize(void *descriptor) {
   return 0;
 }
 EXPORT int cudnnBackendExecute(void *handle, void *plan, void *pointers) {
-  count(CUDNN_CALLS);
+  count(capturing() ? CAPTURED : CUDNN_CALLS);
   return 0;
 }
 EXPORT int cudnnBackendGetAttribute(void *descriptor, int name, int type, int64_t wanted, int64_t *found, void *out) {

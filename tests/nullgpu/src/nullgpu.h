@@ -20,6 +20,9 @@ typedef enum {
   PAGEABLE_COPIES,   // copies from or to pageable host memory, which block the host at least in part
   COPIES,            // all copies
   ALLOCATIONS,       // requests of the caching allocator for device memory
+  GRAPHS,            // launches of CUDA graphs
+  CAPTURED,          // operations that were captured in a graph, and not counted otherwise
+  STRAY,             // launches on a stream that is not captured, while another stream is
   COUNTERS
 } Counter;
 
@@ -34,6 +37,13 @@ void count_collective(const char *operation, size_t bytes, int ranks);
 MemoryKind memory_kind(const void *address);
 size_t device_memory(void);        // total memory of the card in bytes
 size_t free_device_memory(void);   // free memory of the card in bytes
+
+int capture(const void *stream);                   // whether a launch on this stream is captured; if so, count it
+unsigned long long capture_of(const void *stream);  // the number of the capture that the stream takes part in, or 0
+int join_capture(void *stream, unsigned long long id);  // return whether waiting for an event of a capture is allowed
+int capturing(void);                               // whether any stream is captured
+// Return an error if the host waits for a stream that is captured; NULL: for the whole device.
+int waits_for(const void *stream, const char *what);
 
 long setting(const char *variable, long otherwise);  // an environment variable's value, or `otherwise`
 

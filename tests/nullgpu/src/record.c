@@ -8,7 +8,8 @@
 
 static const char *const COUNTER_NAMES[COUNTERS] = {
     "launches", "products", "fp8_products", "cudnn_calls", "cudnn_plans", "collectives", "communicators", "stream_waits",
-    "device_waits", "event_waits", "blocking_copies", "pageable_copies", "copies", "allocations",
+    "device_waits", "event_waits", "blocking_copies", "pageable_copies", "copies", "allocations", "graphs",
+    "captured", "stray",
 };
 static long counters[COUNTERS];
 
@@ -86,6 +87,10 @@ static int kinds;
 static pthread_mutex_t collectives_lock = PTHREAD_MUTEX_INITIALIZER;
 
 void count_collective(const char *operation, size_t bytes, int ranks) {
+  if (capturing()) {
+    count(CAPTURED);
+    return;
+  }
   count(COLLECTIVES);
   pthread_mutex_lock(&collectives_lock);
   int i = 0;

@@ -128,23 +128,11 @@ EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
 }
 EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   count(STREAM_WAITS);
-  return cudaSuccess;
+  return waits_for(stream, "cudaStreamSynchronize");
 }
 EXPORT cudaError_t cudaDeviceSynchronize(void) {
   count(DEVICE_WAITS);
-  return cudaSuccess;
-}
-EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-  *status = cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
-                                            unsigned long long *id, cudaGraph_t *graph, const cudaGraphNode_t **nodes,
-                                            const cudaGraphEdgeData **edges, size_t *number) {
-  if (status) *status = cudaStreamCaptureStatusNone;
-  if (id) *id = 0;
-  if (number) *number = 0;
-  return cudaSuccess;
+  return waits_for(NULL, "cudaDeviceSynchronize");
 }
 EXPORT cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function, void *data,
                                          unsigned flags) {
@@ -156,9 +144,13 @@ EXPORT cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function
   return cudaSuccess;
 }
 
-// An event holds the time at which it was recorded, in milliseconds.
+// An event holds the time at which it was recorded, in milliseconds, and the number of the capture, or 0.
+typedef struct {
+  double time;
+  unsigned long long capture;
+} Event;
 EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
-  *event = calloc(1, sizeof(double));
+  *event = calloc(1, sizeof(Event));
   return cudaSuccess;
 }
 EXPORT cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
@@ -169,8 +161,15 @@ EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   struct timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
-  if (event) *(double *)event = (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
+  double time = (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
+  if (event) *(Event *)event = (Event){time, capture_of(stream)};
   return cudaSuccess;
+}
+// A stream that waits for an event of a capture takes part in the capture. As on a GPU, the default stream cannot, and a
+// stream that is captured cannot wait for other work.
+EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+  unsigned long long id = event ? ((Event *)event)->capture : 0;
+  return join_capture(stream, id) ? cudaSuccess : cudaErrorStreamCaptureImplicit;
 }
 EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
   return cudaEventRecord(event, stream);
@@ -180,7 +179,7 @@ EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaSuccess;
 }
 EXPORT cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t from, cudaEvent_t to) {
-  *milliseconds = (float)(*(double *)to - *(double *)from);
+  *milliseconds = (float)(((Event *)to)->time - ((Event *)from)->time);
   return cudaSuccess;
 }
 
@@ -196,8 +195,8 @@ EXPORT void __cudaRegisterFunction(void **binary, const char *host, char *device
 }
 
 // A GPU refuses a launch whose grid or block is empty or too large, so the null GPU does too.
-static cudaError_t launch(const void *kernel, dim3 grid, dim3 block) {
-  count_kernel(kernel);
+static cudaError_t launch(const void *kernel, dim3 grid, dim3 block, cudaStream_t stream) {
+  if (!capture(stream)) count_kernel(kernel);
   int empty = !grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z;
   int large = grid.y > LARGEST_GRID_YZ || grid.z > LARGEST_GRID_YZ || block.x * block.y * block.z > LARGEST_BLOCK;
   if (!empty && !large) return cudaSuccess;
@@ -207,14 +206,14 @@ static cudaError_t launch(const void *kernel, dim3 grid, dim3 block) {
 }
 EXPORT cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                     cudaStream_t stream) {
-  return launch(kernel, grid, block);
+  return launch(kernel, grid, block, stream);
 }
 EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                       cudaStream_t stream) {
-  return launch((const void *)kernel, grid, block);
+  return launch((const void *)kernel, grid, block, stream);
 }
 EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **arguments) {
-  return launch(kernel, config->gridDim, config->blockDim);
+  return launch(kernel, config->gridDim, config->blockDim, config->stream);
 }
 EXPORT cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) {
   *kernel = (cudaKernel_t)host;

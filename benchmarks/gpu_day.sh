@@ -51,10 +51,10 @@ part kernels 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/kernels 
 part model 30 "$python" benchmarks/random_model.py "${SHAPE:-1b}" "$logs/model"
 part train 120 "${compare[@]}" hh-like --pairs 256 "${day[@]}" --trl --ours "${ours[@]}" --ours model.spec=native \
   --ours "${ours[@]}" train.deterministic=false --ours "${ours[@]}" batch.tokens_per_micro_batch=16384 \
-  --ours "${ours[@]}" model.attention=triton
+  --ours "${ours[@]}" model.cuda_graphs=true batch.layout=tree
 part trl 120 "${compare[@]}" hh-like --pairs 256 "${day[@]}" --ours "${ours[@]}" --trl "no options" mb4 mb1
 part engine 90 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py --tb=short \
-  -k "resumes or patched or bf16 or torch"
+  -k "resumes or patched or bf16 or torch or graphs_match"
 part repeats 75 "$python" benchmarks/repeats.py "$logs/model" --ours "${ours[@]}"
 part attention 55 "$python" benchmarks/attention.py --kv-heads 8 --pairs 127,62,52 200,288,288 2048,1024,1024 \
   --row 4 16 --tokens 16384 --backends varlen triton sdpa "${te[@]}"

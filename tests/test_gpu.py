@@ -1,7 +1,7 @@
 """Tests on a CUDA device.
 
 Nothing is patched, training with both layer specs matches training on the CPU, a run resumes bitwise, overlapped
-communication changes no result, and each profiler works.
+communication and CUDA graphs change no result, and each profiler works.
 """
 
 import json
@@ -44,10 +44,19 @@ def train(config, folder, **environment):
     return [line for line in log_of(folder) if "loss" in line]
 
 
-def test_run_resumes_bitwise_from_an_async_save(files, tiny_hf, tmp_path):  # noqa: F811
-    """A thread writes the checkpoint from pinned memory while later steps change the weights."""
-    sections = {"optim": {"schedule": "constant"}, "checkpoint": {"save_interval": 1, "export": False}}
+@pytest.mark.parametrize("graphs", [False, True], ids=["launches", "graphs"])
+def test_run_resumes_bitwise_from_an_async_save(graphs, files, tiny_hf, tmp_path):  # noqa: F811
+    """A thread writes the checkpoint from pinned memory while later steps change the weights.
+
+    With CUDA graphs, the first step after a resume is not a replay, but the same step of the whole run is.
+    """
     model, whole = tiny_hf("llama"), tmp_path / "whole"
+    sections = {
+        "model": {"path": str(model), "tokenizer": files["tokenizer"], "cuda_graphs": graphs},
+        "batch": {"layout": "tree"},
+        "optim": {"schedule": "constant"},
+        "checkpoint": {"save_interval": 1, "export": False},
+    }
     expected = train(config_of(files, model, whole, **sections), whole)
     for stop in (3, 6):
         parts = tmp_path / "parts"
@@ -92,6 +101,30 @@ def test_overlapped_communication_matches_a_single_process(recompute, files, tin
         "parallel": {"tp": 2},
         "batch": {"layout": "tree"},
         "megatron": {"transformer": {"tp_comm_overlap": True}},
+    }
+    report = []
+    assert parity(config_of(files, tiny_hf("llama"), tmp_path / "run", **sections), report.append), report
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}], ids=["weights", "adapter"])
+def test_cuda_graphs_match_a_single_process(adapter, files, tiny_hf, tmp_path):  # noqa: F811
+    """Parity compares three steps, of which two use graphs."""
+    sections = {
+        "model": {"path": str(tiny_hf("llama")), "tokenizer": files["tokenizer"], "cuda_graphs": True},
+        "batch": {"layout": "tree"},
+        **({"adapter": adapter} if adapter else {}),
+    }
+    report = []
+    assert parity(config_of(files, tiny_hf("llama"), tmp_path / "run", **sections), report.append), report
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="requires two CUDA devices")
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_cuda_graphs_on_two_gpus(parallel, files, tiny_hf, tmp_path):  # noqa: F811
+    sections = {
+        "model": {"path": str(tiny_hf("llama")), "tokenizer": files["tokenizer"], "cuda_graphs": True},
+        "parallel": parallel,
+        "batch": {"layout": "tree"},
     }
     report = []
     assert parity(config_of(files, tiny_hf("llama"), tmp_path / "run", **sections), report.append), report

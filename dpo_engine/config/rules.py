@@ -67,6 +67,8 @@ def _model_rules(config: Config) -> Iterator[Rule]:
         )
     if config.model.flash_attention != 2 and config.model.dtype == "fp32":
         yield ("model.flash_attention", "model.dtype"), "requires model.dtype=bf16; set it to 2"
+    if config.model.cuda_graphs:
+        yield from _graph_rules(config)
     if parallel.sequence_parallel is True and parallel.tp == 1:
         yield (
             ("parallel.sequence_parallel", "parallel.tp"),
@@ -85,6 +87,29 @@ def _model_rules(config: Config) -> Iterator[Rule]:
             ("reference.mode", "loss"),
             f"loss {config.loss.name} needs a reference; set reference.mode=resident"
             + (" or loss.reference_free=true" if free else ""),
+        )
+
+
+def _graph_rules(config: Config) -> Iterator[Rule]:
+    key, asked = "model.cuda_graphs", config.megatron
+    if config.batch.layout != "tree":
+        yield (
+            (key, "batch.layout"),
+            f"requires rows of one size, which only trees can have, but batch.layout is {config.batch.layout}; set "
+            "batch.layout=tree, or remove it",
+        )
+    if config.model.recompute != "none":
+        yield (
+            (key, "model.recompute"),
+            f"what a graph computes cannot be recomputed, but model.recompute is {config.model.recompute}; set "
+            "model.recompute=none, or remove it",
+        )
+    if asked.fp8_recipe:
+        yield (key, "megatron.transformer"), "has never been tested with megatron.transformer.fp8; remove one of them"
+    if asked.tp_comm_overlap:
+        yield (
+            (key, "megatron.transformer"),
+            "has never been tested with megatron.transformer.tp_comm_overlap; remove one of them",
         )
 
 

@@ -56,6 +56,9 @@ class ModelConfig(Section):
     flash_attention: Literal[2, 3, 4] = 2
     """version of flash attention that torch uses for stacked rows and for varlen: 2 comes with torch; 3 and 4 need a
     separate package"""
+    cuda_graphs: bool = False
+    """whether to record the work of each layer, except attention, as CUDA graphs, which the host starts faster;
+    requires batch.layout=tree, and pads all rows to one size"""
     head: Text = "auto"
     """kernels for the log-probabilities of the output layer: eager, triton or the name that a plugin registers; auto:
     eager, unless a plugin or the environment variable DPO_KERNELS sets another default"""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dpo_engine.model.activations import ACTIVATIONS
 from dpo_engine.model.attention import indices_on
+from dpo_engine.model.cuda_graphs import ChunkGraphs
 from dpo_engine.model.head_norms import HeadNorm
 from dpo_engine.model.norms import norm_of
 from dpo_engine.model.router_losses import within
@@ -68,7 +69,16 @@ class Attention(SelfAttention):
 
         Returns  [s/cp (/t), r, h], or [q (/t), r, h] with ``columns``
         """
-        query, key, value = self._heads(hidden_states, rotary_pos_emb)
+        heads = self.heads(hidden_states, rotary_pos_emb)
+        return self.linear_proj(self.attend(*heads, attention_mask, columns))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, columns: Tensor | None = None
+    ) -> Tensor:
+        """Return the values that attention mixes, [s/cp or q, r, n/t * d]; arguments as for the other methods.
+
+        *Collectives*: those of core attention over cp.
+        """
         core = partial(self.core_attention, attn_mask_type=self.attn_mask_type)
         if self.sinks is not None:
             core = partial(core, sinks=self.sinks)
@@ -76,10 +86,10 @@ class Attention(SelfAttention):
             query = query[indices_on(query.device, columns)]
             core = partial(core, columns=columns)
         if self.checkpoint_core_attention:
-            return self.linear_proj(checkpoint(core, False, query, key, value, attention_mask))
-        return self.linear_proj(core(query, key, value, attention_mask))
+            return checkpoint(core, False, query, key, value, attention_mask)
+        return core(query, key, value, attention_mask)
 
-    def _heads(self, hidden_states: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, hidden_states: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [s/cp, r, n/t, d], and keys and values, both [s/cp, r, n_kv/t, d].
 
         Queries and keys are rotated if the layer has rotary positions.
@@ -117,6 +127,7 @@ class Layer(TransformerLayer):
     """
 
     last = False
+    graphs: ChunkGraphs | None = None  # recordings of the layer's work; None: it has none
 
     def __init__(self, config: Any, *positional: Any, **megatron: Any):
         super().__init__(config, *positional, **megatron)
@@ -157,22 +168,54 @@ class Layer(TransformerLayer):
         ``hidden_states``, and of the gradient of the selected columns. With experts, also all-to-alls of tokens over
         ep, those of the router and, if experts are sharded, gathers and reduce-scatters over expt_tp.
         """
-        arch, columns = self.arch, context if self.last else None
+        if self.graphs is not None and self.graphs.slot is not None:
+            return self._replayed(self.graphs, hidden_states, attention_mask, rotary_pos_emb), context
+        columns = context if self.last else None
         normed = self.input_layernorm(hidden_states)
         attended = self.self_attention(normed, attention_mask, rotary_pos_emb=rotary_pos_emb, columns=columns)
         before = self._selected(hidden_states, columns)
-        out = _with_bias(*attended)
+        # Normalizing the selected columns again is cheaper than gathering them.
+        shared = normed if columns is None or self.arch.parallel != "one norm" else self.input_layernorm(before)
+        if context_mask is not None and columns is not None:
+            context_mask = within(context_mask, indices_on(hidden_states.device, columns))
+        return self._rest(before, _with_bias(*attended), shared, context_mask), context
+
+    def _replayed(self, graphs: ChunkGraphs, hidden: Tensor, segments: Tensor, tables: Tensor) -> Tensor:
+        """Compute the layer's output. Everything except attention is a replay of recorded work."""
+        graphs.await_weights(self)
+        slot, parameters, number = graphs.slot, [*self.parameters()], self.layer_number
+        given = {f"hidden states of layer {number}": hidden}
+        found = slot.run(f"before attention {number}", self._before, given | {"rotary tables": tables}, parameters)
+        given[f"attention's output of layer {number}"] = self.self_attention.attend(*found[:3], segments)
+        given |= {f"normalized hidden states of layer {number}": normed for normed in found[3:]}
+        return slot.run(f"after attention {number}", self._after, given, parameters)[0]
+
+    def _before(self, hidden: Tensor, tables: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values and, if the MLP has the same input as attention, this input."""
+        normed = self.input_layernorm(hidden)
+        heads = self.self_attention.heads(normed, tables)
+        return (*heads, normed) if self.arch.parallel == "one norm" else heads
+
+    def _after(self, hidden: Tensor, attended: Tensor, normed: Tensor | None = None) -> tuple[Tensor]:
+        return (self._rest(hidden, _with_bias(*self.self_attention.linear_proj(attended)), normed),)
+
+    def _rest(self, before: Tensor, out: Tensor, normed: Tensor | None, entries: Tensor | None = None) -> Tensor:
+        """Return the layer's output.
+
+        before   the hidden states before the layer
+        out      the output of attention
+        normed   input of the MLP if it is the same as that of attention
+        entries  tokens at which router losses are computed, as for :meth:`forward`
+        """
+        arch = self.arch
         hidden = before + self._scaled(self.post_attention_layernorm(out) if arch.post_norms else out)
         if arch.parallel == "one norm":
-            # Normalizing the selected columns again is cheaper than gathering them.
-            into = normed if columns is None else self.input_layernorm(before)
+            into = normed
         else:
             into = self.pre_mlp_layernorm(before if arch.parallel else hidden)
-        if context_mask is not None and columns is not None:
-            context_mask = within(context_mask, indices_on(into.device, columns))
-        args = (into, context_mask)
+        args = (into, entries)
         out = checkpoint(self._mlp_again, False, *args) if self.recompute_mlp else self._mlp(*args)
-        return hidden + self._scaled(self.post_mlp_layernorm(out) if arch.post_norms else out), context
+        return hidden + self._scaled(self.post_mlp_layernorm(out) if arch.post_norms else out)
 
     def _mlp_again(self, hidden: Tensor, entries: Tensor | None = None) -> Tensor:
         # The block turns on FP8 only during its forward pass, but the MLP is computed again during the backward pass.

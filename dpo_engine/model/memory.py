@@ -9,6 +9,7 @@ NCCL need additional memory.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.model.adaptation import Adaptation, LayerAdapters, layer_adapters
 from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.cuda_graphs import graph_numbers
 from dpo_engine.model.fp8 import fp8_layers
 from dpo_engine.model.megatron_options import instances_of
 from dpo_engine.model.parameter_counts import layer_parameters, stage_counts
@@ -54,6 +56,8 @@ class Memory:
                                               during the whole run
     buffers                                   buffers of ``tp_comm_overlap``, also allocated during the whole run; torch
                                               does not count them
+    graphs                                    copies and buffers of ``model.cuda_graphs``. From the second step on, they
+                                              and ``activations`` are allocated during the whole run
     activations                               tensors that forward passes in flight keep for their backward passes
     working                                   logits of one chunk of scored sites and their gradients, or the
                                               activations of a layer that is recomputed, whichever is larger
@@ -72,6 +76,7 @@ class Memory:
     formula: str
     fp8: int = 0
     buffers: int = 0
+    graphs: int = 0
     update: int = 0
     host: dict[str, int] = field(default_factory=dict)
 
@@ -79,10 +84,13 @@ class Memory:
     def parts(self) -> dict[str, int]:
         """The nonzero parts of the peak, by name.
 
-        The peak contains either ``update``, or both ``activations`` and ``working``, whichever is larger.
+        The peak contains either ``update``, or both ``activations`` and ``working``, whichever is larger. With graphs,
+        it contains ``activations``, and either ``update`` or ``working``.
         """
-        last = ("update",) if self.update > self.activations + self.working else ("activations", "working")
-        names = ("weights", "gradients", "optimizer", "reference", "fp8", "buffers", *last)
+        kept = ("activations",) if self.graphs else ()
+        during = ("working",) if self.graphs else ("activations", "working")
+        largest = ("update",) if self.update > sum(getattr(self, name) for name in during) else during
+        names = ("weights", "gradients", "optimizer", "reference", "fp8", "buffers", "graphs", *kept, *largest)
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property
@@ -103,7 +111,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """Largest number of bytes that tensors occupy during a step."""
-        return self.constant + max(self.activations + self.working, self.update)
+        return sum(self.parts.values())
 
     @property
     def needed(self) -> float:
@@ -169,6 +177,8 @@ def _stage_memory(
     # is stored by columns. The resident reference has no backward pass, so it needs only one copy.
     fp8 = sum(sum(layer_parameters(arch, dims, layer)) for layer in own_layers) * (2 + resident)
     buffers = buffer_bytes(config, arch, dims, tokens) if dtype == "bf16" else 0
+    held = _layers_in_flight(config, arch, dims, stage, tokens)
+    graphs = BYTES[dtype] * graph_numbers(config, arch, dims, tokens, held, split=splits_sequence(config, dims))
     if config.adapter is not None:
         own = adapters.parameters  # in fp32, like their gradients and their two moments
         state_bytes, owned = (12 if on_host else 8), -(-own // shards)
@@ -183,6 +193,7 @@ def _stage_memory(
             working=max(logits, recomputed),
             fp8=fp8,
             buffers=buffers,
+            graphs=graphs,
             formula=f"{number:,} frozen parameters x {weight_bytes + reference_bytes} bytes + {own:,} parameters of "
             f"adapters x (4 weight + 4 gradient + {state_bytes} {states}{divided}) bytes",
             host=_host_memory(config, owned) if on_host else {},
@@ -199,6 +210,7 @@ def _stage_memory(
         working=max(logits, recomputed),
         fp8=fp8,
         buffers=buffers,
+        graphs=graphs,
         formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} {states}"
         + divided
         + (f", for {counts.experts:,} of experts / {copies} (their copies)" if counts.experts and distributed else "")
@@ -303,19 +315,35 @@ def _activations(
     """Return the bytes that the micro-batches in flight keep, and the bytes of the layer that is being recomputed."""
     split = splits_sequence(config, dims)
     kept, recomputed = token_bytes(arch, dims, dtype=dtype, split=split, recompute=config.model.recompute)
-    pairs = -(-config.train.global_batch_size // dims.dp)
-    micro_batches = -(-pairs // max(tokens // (2 * config.data.max_length), 1))
-    tokens = -(-tokens // dims.cp)
-    layers = [len(chunk) for chunk in dims.chunk_layers(arch.num_layers)[stage :: dims.pp]]
+    number = len(dims.layers_of(stage, arch.num_layers))
     # The mean over the stage's layers, because possibly only some of them have adapters.
-    attention, mlp = (BYTES[dtype] * more // sum(layers) for more in (adapters.attention, adapters.mlp))
+    attention, mlp = (BYTES[dtype] * more // number for more in (adapters.attention, adapters.mlp))
     again = {"none": 0, "selective": mlp, "full": attention + mlp}[config.model.recompute]
     kept, recomputed = kept + attention + mlp - again, recomputed + again
-    if dims.vpp:
-        # The forward passes before the first backward pass of an interleaved schedule: its warmup, and one more.
-        in_flight = min(2 * (dims.pp - stage - 1) + (dims.vpp - 1) * dims.pp + 1, micro_batches * dims.vpp)
-    else:
-        in_flight = min(dims.pp - stage, micro_batches)
-    # Each chunk computes pp micro-batches before the next chunk begins.
-    held = sum(layers[at // dims.pp % dims.chunks] for at in range(in_flight))
+    held = _layers_in_flight(config, arch, dims, stage, tokens)
+    tokens = -(-tokens // dims.cp)
     return tokens * kept * held, tokens * recomputed
+
+
+def _layers_in_flight(config: Config, arch: Architecture, dims: ParallelDims, stage: int, tokens: int) -> int:
+    """Return the number of layers whose activations a rank keeps at the same time, over all micro-batches in flight.
+
+    With graphs, memory of one chunk is never used for another, so each chunk's largest number counts.
+    """
+    pairs = -(-config.train.global_batch_size // dims.dp)
+    micro_batches = -(-pairs // max(tokens // (2 * config.data.max_length), 1))
+    layers = [len(chunk) for chunk in dims.chunk_layers(arch.num_layers)[stage :: dims.pp]]
+    if not dims.vpp:
+        return min(dims.pp - stage, micro_batches) * layers[0]
+    # The forward passes before the first backward pass of an interleaved schedule: its warmup, and one more.
+    first = 2 * (dims.pp - stage - 1) + (dims.vpp - 1) * dims.pp + 1
+    # Each chunk computes pp micro-batches before the next chunk begins; backward passes begin with the last chunk.
+    forward = [at // dims.pp % dims.vpp for at in range(min(micro_batches, 2 * dims.pp) * dims.vpp)]
+    if not config.model.cuda_graphs:
+        return sum(layers[chunk] for chunk in forward[:first])
+    flying, most = Counter(forward[:first]), Counter(forward[:first])
+    for finished, started in zip(forward, forward[first:], strict=False):
+        flying.subtract([dims.vpp - 1 - finished])
+        flying[started] += 1
+        most |= flying
+    return sum(layers[chunk] * count for chunk, count in most.items())

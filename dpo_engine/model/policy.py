@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import indices_on
+from dpo_engine.model.cuda_graphs import ChunkGraphs
 from dpo_engine.model.rotary import Rotary
 from dpo_engine.model.spec import stage_spec
 from dpo_engine.platform.device import Platform, gradient_fusion
@@ -49,6 +50,7 @@ class Policy(GPTModel):
         self.await_head: Callable[[], None] = lambda: None
         # Whether some weights are frozen. If the embedding is among them, its output does not require a gradient.
         self.frozen_input = False
+        self.graphs: ChunkGraphs | None = None  # recordings of the layers' work; None: there are none
         self.adapted = False  # whether all weights are frozen, and adapters are trained instead
 
     def forward(
@@ -87,6 +89,8 @@ class Policy(GPTModel):
             # a frozen embedding would silently get no gradients. In addition, the backward pass of the first pipeline
             # stage needs an output that requires a gradient.
             hidden.requires_grad_(self.needs_input_gradient)
+        if self.graphs is not None:
+            self.graphs.begin_forward()
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=segments,
@@ -94,6 +98,8 @@ class Policy(GPTModel):
             context_mask=entries,
             rotary_pos_emb=self.rotary(positions),
         )
+        if self.graphs is not None:
+            self.graphs.end_forward()
         if not self.post_process:
             return hidden
         if columns is not None:

@@ -10,6 +10,7 @@ from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.memory import Memory, has_resident_reference, memory
 from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.wording import show
 
 LAYOUT = ("tp", "pp", "cp", "ep")
 
@@ -45,7 +46,7 @@ def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int)
     def changed(key: str, value: Any, tokens: int = tokens) -> Change:
         section, name = key.split(".")
         part = getattr(config, section).model_copy(update={name: value})
-        return Change(f"{key}={value}", config.model_copy(update={section: part}), dims, tokens)
+        return Change(f"{key}={show(value)}", config.model_copy(update={section: part}), dims, tokens)
 
     if has_resident_reference(config):
         yield changed("reference.mode", "stored")
@@ -56,8 +57,11 @@ def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int)
         yield changed("train.micro_batch_size", size, tokens * size // pairs)
     if dtype == "bf16" and config.optim.gradients == "fp32" and config.adapter is None:
         yield changed("optim.gradients", "bf16")
-    for recompute in ("selective", "full")[("none", "selective", "full").index(config.model.recompute) :]:
-        yield changed("model.recompute", recompute)
+    if config.model.cuda_graphs:  # what a graph computes cannot be recomputed
+        yield changed("model.cuda_graphs", False)
+    else:
+        for recompute in ("selective", "full")[("none", "selective", "full").index(config.model.recompute) :]:
+            yield changed("model.recompute", recompute)
     optim = config.optim
     if optim.states == "device" and optim.optimizer == "adamw" and config.parallel.distributed_optimizer:
         yield changed("optim.states", "host")

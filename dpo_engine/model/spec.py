@@ -19,6 +19,7 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
+from dpo_engine.model.cuda_graphs import graph_problems
 from dpo_engine.model.experts import Router
 from dpo_engine.model.fp8 import device_problem, fp8_line, fp8_model_problems
 from dpo_engine.model.head_norms import head_norms_of
@@ -38,12 +39,16 @@ NORMS = {"native": "torch", "te": "Transformer Engine"}
 def choose_layers(
     config: Config, arch: Architecture, dims: ParallelDims, platform: Platform, dtype: torch.dtype
 ) -> str:
-    """Resolve ``model.spec``, and check that the layers can do what ``fp8`` and ``tp_comm_overlap`` request.
+    """Resolve ``model.spec``, and check that the layers can use FP8, ``tp_comm_overlap`` and CUDA graphs, if requested.
 
     Returns  ``native`` or ``te``, like :func:`choose_spec`
 
-    Raises :class:`ConfigError` if the layers, FP8 or the overlap are requested but cannot be used.
+    Raises :class:`ConfigError` if the layers, FP8, the overlap or graphs are requested but cannot be used.
     """
+    if config.model.cuda_graphs and not platform.gpu:
+        raise ConfigError("model.cuda_graphs=true: requires a GPU, but this machine has none; remove it")
+    if problems := graph_problems(config, arch):
+        raise ConfigError(problems)
     spec, asked = choose_spec(config.model.spec, arch, platform, dtype, config.optim.freeze), config.megatron
     names = [*(["fp8"] if asked.fp8_recipe else []), *(["tp_comm_overlap"] if asked.tp_comm_overlap else [])]
     if not names:
@@ -62,7 +67,8 @@ def choose_layers(
 
 def describe_layers(config: Config, arch: Architecture, spec: str, dtype: str) -> str:
     """Describe the implementation and the precision of the layers for the log."""
-    return f"layer spec {spec} ({NORMS[spec]} norms), {dtype}{fp8_line(config, arch)}{overlap_line(config)}"
+    graphs = ", CUDA graphs before and after attention" if config.model.cuda_graphs else ""
+    return f"layer spec {spec} ({NORMS[spec]} norms), {dtype}{fp8_line(config, arch)}{overlap_line(config)}{graphs}"
 
 
 def choose_spec(

@@ -102,6 +102,8 @@ def wrap_policy(
                 if ddp_config.overlap_param_gather:
                     finish_gather = ddp.param_to_bucket_group[chunk.head].finish_param_sync
                     chunk.await_head = partial(finish_gather, skip_next_bucket_dispatch=ddp_config.align_param_gather)
+            if chunk.graphs is not None and ddp_config.overlap_param_gather:
+                chunk.graphs.await_weights = partial(_await_layer, ddp)
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
@@ -116,6 +118,17 @@ def wrap_policy(
 
     config.finalize_model_grads_func = finish
     return wrapped
+
+
+def _await_layer(ddp: DistributedDataParallel, layer: torch.nn.Module) -> None:
+    """Wait until all weights of a layer are gathered, as Megatron's hooks do when the layer's modules are called.
+
+    *Collectives*: the all-gathers of these weights and of the next bucket, over dp_cp.
+    """
+    for parameter in layer.parameters():
+        if parameter in ddp.param_to_bucket_group:
+            finish = ddp.param_to_bucket_group[parameter].finish_param_sync
+            finish(skip_next_bucket_dispatch=ddp.ddp_config.align_param_gather)
 
 
 def _start_gathers(chunk: DistributedDataParallel, *parameters: Any) -> None:

@@ -20,6 +20,8 @@ GPU_SETTINGS = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     # Lengths vary from step to step. With segments of fixed size, about 14% of the allocated memory would be unused.
     "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+    # NCCL registers the buffers of collectives in CUDA graphs, which is unsafe in segments that expand.
+    "NCCL_GRAPH_REGISTER": "0",
 }
 """Environment variables that CUDA and torch read when they first use the GPU. Values set by the user are kept."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,11 +50,15 @@ def gpu_present() -> bool:
     return torch.cuda.is_available()
 
 
-def open_platform(*, deterministic: bool) -> Platform:
+def open_platform(*, deterministic: bool, own_stream: bool = False) -> Platform:
     """Choose this rank's device and prepare Megatron-Core for it.
 
     deterministic   whether to use torch's deterministic kernels; with them, two runs with the same layout and seed have
                     bitwise identical losses
+    own_stream      whether this thread uses a CUDA stream of its own from now on. Work on the default stream cannot be
+                    recorded as a CUDA graph. Autograd runs each operation's backward pass on the stream of its forward
+                    pass, and adds up a parameter's gradient on the stream on which DDP first saw the parameter, so
+                    everything must be on the recorded stream
 
     On a GPU, nothing is patched. Without a GPU, this function calls :func:`dpo_engine.platform.host.install`, which no
     other function of the engine calls.
@@ -77,6 +83,8 @@ def open_platform(*, deterministic: bool) -> Platform:
             importlib.import_module("torch._inductor.config").compile_threads = 1
         index = local_rank() % torch.cuda.device_count()
         torch.cuda.set_device(index)
+        if own_stream:
+            torch.cuda.set_stream(torch.cuda.Stream())
         return Platform(torch.device("cuda", index), "nccl", gpu=True)
     from dpo_engine.platform import host
 

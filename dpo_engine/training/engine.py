@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dpo_engine.batching.batches import Batch
-from dpo_engine.batching.micro_batches import fixed_row, is_settled, share_batches, tree_plan, visible_share
+from dpo_engine.batching.micro_batches import fixed_rows, is_settled, share_batches, tree_plan, visible_share
 from dpo_engine.batching.packing import CostModel
 from dpo_engine.config.run import Config, import_plugins
 from dpo_engine.data.dataset import PairDataset
@@ -23,6 +23,7 @@ from dpo_engine.model.adaptation import Adaptation, adapter_lines, adapter_shape
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.attention import attention_options
 from dpo_engine.model.batch_size import settle_batches
+from dpo_engine.model.cuda_graphs import attach_graphs, close_graphs
 from dpo_engine.model.kernels import choose_kernels, require_effect, trees_are_slow
 from dpo_engine.model.megatron_options import megatron_problems, optimizer_instances
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
@@ -99,7 +100,8 @@ class Engine:
         if problems := problems + router_problems(config, arch) + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
-        dims, platform = parallel_dims(config, arch, world), open_platform(deterministic=config.train.deterministic)
+        dims = parallel_dims(config, arch, world)
+        platform = open_platform(deterministic=config.train.deterministic, own_stream=config.model.cuda_graphs)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels, flash = {"attention": config.model.attention, "head": config.model.head}, config.model.flash_attention
         spec = choose_layers(config, arch, dims, platform, dtype)
@@ -134,7 +136,8 @@ class Engine:
         gc.unfreeze()
         if isinstance(sys.exc_info()[1], Interrupted | None):
             say_unmet()
-            close_buffers()  # after any other error, this could wait for kernels that wait for other ranks
+            close_graphs()  # after any other error, these two could wait for kernels that wait for other ranks
+            close_buffers()
         close_groups()
 
     @property
@@ -223,6 +226,7 @@ class Engine:
         """Load the trainable policy, and create its optimizer and learning rate schedule at step 0."""
         chunks = self.load_start(recompute=self.config.model.recompute)
         freeze(chunks, self.arch, frozen_patterns(self.config, self.arch), self.groups)
+        attach_graphs(chunks, self.config)
         set_router_losses(chunks, self.arch.experts, balance=self.config.loss.balance, z=self.config.loss.router_z)
         asked = self.config.optim.gradients if self.dtype is torch.bfloat16 else "fp32"
         parallel, options = self.config.parallel, self.config.megatron.ddp
@@ -231,8 +235,7 @@ class Engine:
 
     def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
         """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, which can be DDP-wrapped."""
-        plain = [getattr(chunk, "module", chunk) for chunk in chunks]
-        load_hf(plain, self.arch, path, groups=self.groups, key=key)
+        load_hf([getattr(chunk, "module", chunk) for chunk in chunks], self.arch, path, groups=self.groups, key=key)
 
     @property
     def reference_key(self) -> str:
@@ -309,13 +312,10 @@ class Engine:
             slow_trees=trees_are_slow(self.platform),
         )
         require_effect(self.config.model, self.arch, self.spec, self.layout)
-        if self.config.megatron.tp_comm_overlap:
-            self.row_tokens = fixed_row(self.config, dims, self.sequence_parallel, pairs, others)
-            lines.append(f"rows: all padded to {self.row_tokens:,} tokens, the size of tp_comm_overlap's buffers")
+        self.row_tokens, lines = fixed_rows(self.config, dims, self.sequence_parallel, pairs, others, lines)
         if self.layout == "tree":
-            share = visible_share(self.config, pairs, dims.dp)
             plan = tree_plan(self.config, pairs, self.cost, self.row_tokens)
-            lines[0] += f"; attention density {share:.1%}; plan {plan}"
+            lines[0] += f"; attention density {visible_share(self.config, pairs, dims.dp):.1%}; plan {plan}"
         return lines
 
     @property

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
 from dpo_engine.faults import factor, reach
+from dpo_engine.model.cuda_graphs import recordings
 from dpo_engine.model.pipeline import logit_softcap, run_pipeline
 from dpo_engine.model.router_losses import response_tokens, router_metrics, routers_of
 from dpo_engine.objective.losses import (
@@ -124,7 +125,7 @@ def train_step(
         entries = [response_tokens(batch, known.total_weight) for batch in batches]
         for losses in routers_of(trained.chunks):
             losses.reset()
-    with _spoiled_gradients(trained):
+    with _spoiled_gradients(trained) as spoiled, recordings(() if spoiled else trained.chunks):
         sums = run_pipeline(trained.chunks, batches, finish, groups=groups, backward=True, entries=entries)
     learning_rate = trained.schedule.get_lr({})
     reported = objective.reported(known, reference=reference_logps is not None)
@@ -147,8 +148,11 @@ def train_step(
 
 
 @contextmanager
-def _spoiled_gradients(trained: Trained) -> Iterator[None]:
-    """For fault injection, multiply this rank's gradients by a factor before they are accumulated or communicated."""
+def _spoiled_gradients(trained: Trained) -> Iterator[bool]:
+    """For fault injection, multiply this rank's gradients by a factor before they are accumulated or communicated.
+
+    Yields  whether a fault was injected
+    """
     by = factor("gradient")
     parameters = (
         [p for chunk in trained.chunks for p in chunk.parameters() if p.requires_grad] if by is not None else ()
@@ -159,7 +163,7 @@ def _spoiled_gradients(trained: Trained) -> Iterator[None]:
 
     hooks = [parameter.register_hook(spoil) for parameter in parameters]
     try:
-        yield
+        yield bool(hooks)
     finally:
         for hook in hooks:
             hook.remove()

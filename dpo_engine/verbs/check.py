@@ -22,6 +22,7 @@ from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
+from dpo_engine.model.cuda_graphs import graph_problems
 from dpo_engine.model.megatron_options import layout_problems, megatron_problems
 from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import Export
@@ -190,7 +191,7 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
         dims = parallel_dims(config, arch, world)
         # contradictions() already reports parallel.vpp without pipeline stages.
         problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
-        problems += layout_problems(config, arch, dims, ranks=world_size is not None)
+        problems += layout_problems(config, arch, dims, ranks=world_size is not None) + graph_problems(config, arch)
     return problems
 
 

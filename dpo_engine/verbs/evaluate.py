@@ -11,6 +11,7 @@ from dpo_engine.checkpoint.resume import keeps_following
 from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import ConfigError, NumbersError
+from dpo_engine.model.cuda_graphs import without_graphs
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.comparison import compare, report
 from dpo_engine.reporting.pair_file import read_evaluation, write_evaluation, write_json
@@ -68,7 +69,7 @@ def evaluate(
         raise ConfigError(f"--to={to}: must end with .parquet; pass --to FILE.parquet (the summary goes to FILE.json)")
     if tokens is not None and tokens < 1:
         raise ConfigError(f"--tokens={tokens}: must be at least 1; pass a number of pairs")
-    engine = Engine.open(config)
+    engine = Engine.open(without_graphs(config))
     config = engine.config
     try:
         world = engine.groups.world

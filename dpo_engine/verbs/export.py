@@ -10,6 +10,7 @@ from dpo_engine.checkpoint.directory import HISTORY
 from dpo_engine.checkpoint.load import load_checkpoint
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
+from dpo_engine.model.cuda_graphs import without_graphs
 from dpo_engine.platform.long_work import Meter, from_first
 from dpo_engine.reporting.sinks import metrics_file
 from dpo_engine.training.engine import Engine
@@ -44,7 +45,7 @@ def export(
     """
     if best and step is not None:
         raise ConfigError(f"--best: cannot be combined with --step={step}; remove one of them")
-    engine = Engine.open(config)
+    engine = Engine.open(without_graphs(config))
     try:
         if best:
             step = from_first(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import BatchConfig, MegatronConfig, ParallelConfig, ReferenceConfig
 from dpo_engine.errors import EngineError
+from dpo_engine.model.cuda_graphs import without_graphs
 from dpo_engine.model.fp8 import without_fp8
 from dpo_engine.model.megatron_options import WITH_SHARDS
 from dpo_engine.model.tp_overlap import without_overlap
@@ -183,7 +184,7 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
                 return True
         else:
             many = _measure_in_processes(config, ranks, Path(folder) / "many", fp64=fp64)
-        plain = config.model_copy(
+        plain = without_graphs(config).model_copy(
             update={
                 "parallel": alone,
                 "batch": BatchConfig(layout="stacked"),

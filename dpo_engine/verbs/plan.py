@@ -22,6 +22,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.adaptation import matrix_parameters as adapter_matrices
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import largest_micro_batch
+from dpo_engine.model.cuda_graphs import graph_problems
 from dpo_engine.model.memory import BYTES, GIB, Memory, memory, stage_adapter_memory
 from dpo_engine.model.parameter_counts import stage_counts
 from dpo_engine.model.savings import lighter_runs
@@ -153,7 +154,7 @@ def _layouts(
     for sizes in _sizes(arch, gpus):
         uneven = config.parallel.layers == "auto" or arch.num_layers % (sizes.pp * sizes.chunks)
         dims = with_layers(sizes, "auto" if uneven else None, arch, config.data.max_length)
-        problems = dims.problems(arch)
+        problems = dims.problems(arch) + graph_problems(config, arch)
         if dims.tp > per_node:
             problems.append(f"tp {dims.tp}: tensor parallelism is too slow between nodes of {per_node} GPU(s)")
         if dims.dp > config.train.global_batch_size:
@@ -161,7 +162,7 @@ def _layouts(
         if problems:
             reasons.update(problem.partition(";")[0] for problem in problems)
             continue
-        for recompute in RECOMPUTE:
+        for recompute in ("none",) if config.model.cuda_graphs else RECOMPUTE:
             asked = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute})})
             found.append(_predict(asked, arch, dims, per_node, size, gpu))
     return found, sorted(reasons)

@@ -4,6 +4,7 @@ from functools import partial
 
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
+from dpo_engine.model.cuda_graphs import without_graphs
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.fill_store import Say, fill, leave_if_asked, look, open_store, wanted_keys
 from dpo_engine.training.interruption import Interruption
@@ -27,7 +28,7 @@ def score_reference(config: Config, say: Say = console.say, interruption: Interr
     if config.reference_mode != "stored":
         raise ConfigError(f"reference.mode={config.reference_mode}: does not use a store; set reference.mode=stored")
     interruption = interruption or Interruption()
-    engine = Engine.open(config)
+    engine = Engine.open(without_graphs(config))
     config = engine.config
     try:
         leave_if_asked(engine, interruption)

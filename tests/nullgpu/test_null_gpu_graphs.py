@@ -5,6 +5,7 @@ Nothing is computed. ``tests/training/test_cuda_graphs.py`` compares numbers.
 
 import pytest
 
+from dpo_engine.model.memory import RESERVED
 from runs import requires_null_gpu, requires_transformer_engine, run
 
 pytestmark = requires_null_gpu
@@ -31,7 +32,7 @@ CASES = {  # the keys, and the number of layers with recordings
     "adapters": (("adapter.rank=16",), LAYERS - 1),
     "stored reference": (("reference.mode=stored",), LAYERS - 1),
     "offloaded reference": (("reference.mode=offloaded", "reference.ahead=1"), LAYERS - 1),
-    "states on the host": (("optim.states=host",), LAYERS - 1),
+    "states on the host": (("optim.states=host", "--world", "8"), LAYERS - 1),
 }
 TE_CASES = {
     "te": (("model.spec=te",), LAYERS - 1),
@@ -49,7 +50,7 @@ def check_replays(keys, layers):
         assert counts["stray"] == 0, "every launch during a recording is recorded"
         # qkv, output projection and two products of the MLP, forward and twice backward
         assert before["products"] - counts["products"] >= 8 * layers * step["micro_batches"]
-        assert before["launches"] - counts["launches"] > 10 * layers * step["micro_batches"]
+        assert before["launches"] - counts["launches"] > 8 * layers * step["micro_batches"]
     waits = "waits_in_micro_batches"  # in the second step, the host waits while torch's cache is emptied
     assert graphs[2][waits] == plain[2][waits]
     assert graphs[1]["counts"]["captured"] > 0 == graphs[2]["counts"]["captured"]
@@ -89,8 +90,11 @@ def test_collectives_are_recorded():
     ids=" ".join,
 )
 def test_peak_is_what_the_estimate_says(keys):
+    """Memory of intermediate results is reserved for the next replay, but torch does not count it as allocated."""
     report = run(*ROWS, "--layers", "8", *keys, ON)
-    assert report["last"]["peak"] == pytest.approx(report["expected_peak"], rel=0.03)
+    step, expected = report["last"], report["expected_peak"]
+    assert 0.95 * expected <= step["peak"] <= 1.03 * expected
+    assert step["reserved"] <= 1.04 * RESERVED * expected
 
 
 def test_memory_of_the_first_step_is_used_again():

@@ -1,14 +1,14 @@
-"""A recording on a CPU that behaves like a CUDA graph: it repeats torch's operations on the same memory.
+"""A stand-in for CUDA graphs on a CPU: it repeats torch's operations on the same memory.
 
 A CUDA graph reuses memory in ways that depend on the allocator. To find every use of memory that is no longer valid,
-this recording overwrites with NaN what a GPU could overwrite:
+this stand-in overwrites floating-point numbers with NaN where a GPU could have other values:
 
-- after the recording, everything that it allocated, because recording does not run anything;
-- when it runs, everything that later recordings of its pool allocated, because they can have received memory that it
-  uses for intermediate results;
-- when it runs, everything that earlier recordings of its pool had freed when it was recorded.
+- At the end of a recording: in all memory that it allocated. A CUDA graph would not have run the operations.
+- After a replay: in all memory that later recordings of its pool allocated. On a GPU, they can share memory with
+  intermediate results of this recording.
+- After a replay: in all memory that earlier recordings of its pool had already freed when this recording was made.
 
-Tensors that existed before are restored after the recording, also if the recorded work changed them.
+While it records, it runs the operations. If they change tensors that existed before, it restores these tensors.
 """
 
 from collections import Counter
@@ -29,9 +29,8 @@ class Recorder(TorchDispatchMode):
     """Run operations, and remember them with their tensors.
 
     operations  each operation with its arguments and its results
-    own         for each storage that was allocated here, by address: a tensor of all its bytes, and the tensors of this
-                recorder that refer to it
-    before      values of tensors that existed before and were changed
+    own         for each storage that was allocated here, by address: the tensors of this recorder that refer to it
+    before      the tensors that existed before and were changed, with their earlier values
     """
 
     references = Counter()
@@ -66,7 +65,11 @@ class Recorder(TorchDispatchMode):
 
     @staticmethod
     def _waited(result, args):
-        """Wait for a collective. The caller waits for another one, because waiting again can start operations."""
+        """Wait for a collective, and return its result with a handle of a finished broadcast.
+
+        Waiting for some collectives starts operations, such as a copy. Here, they are not recorded. The caller would
+        record them if it waited for the same collective again.
+        """
         group = next(one for one in args if isinstance(one, torch.ScriptObject) and "ProcessGroup" in str(one._type()))
         _, done = torch.ops.c10d.broadcast_([torch.zeros(1)], group, 0, 0)
         return tree_map_only(torch.ScriptObject, lambda work: (work.wait(), done)[1], result)
@@ -88,7 +91,7 @@ class Recorder(TorchDispatchMode):
 
 
 class RecordedOperations:
-    """Replacement of :class:`dpo_engine.model.recording.Recording` on a CPU."""
+    """Replaces :class:`dpo_engine.model.recording.Recording` on a CPU."""
 
     replays = 0
 

@@ -58,7 +58,7 @@ class Shape(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Number of weights in all matrices. Input and output embeddings are counted separately."""
+        """Number of weights in all matrices. The input and the output embedding are two matrices."""
         return self.layers * (self.keys_and_values + self.other_weights) + 2 * self.hidden * self.vocab
 
 

@@ -17,12 +17,12 @@ run=examples/quickstart/run.yaml
 # Each rank is a process. One thread per process avoids oversubscribing the cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-# This command refuses wrong overrides, so it runs before the slower commands.
+# This command refuses wrong overrides, so it runs before the commands that write files.
 started=$("$python" examples/quickstart/ranks.py "$run" "$@")
 "$python" examples/quickstart/make_task.py --out runs/quickstart/task
 read -r ranks output <<<"$started"
 ranks=${RANKS:-$ranks}
-# The quickstart always starts at step 0. Your own runs resume from their newest checkpoint instead.
+# In its own output directory, the quickstart always starts at step 0. Other runs resume from their newest checkpoint.
 if [[ $output == runs/quickstart/dpo ]]; then rm -rf "$output"; fi
 "$python" -m dpo_engine check --world-size "$ranks" "$run" "$@"
 "$python" -m dpo_engine.platform.torchrun --standalone --nproc-per-node "$ranks" -m dpo_engine train "$run" "$@"

@@ -11,10 +11,11 @@ Solution. All micro-batches of a run have the same number of tokens
 output projection, norms and the MLP after it. Everything else runs as without graphs: attention, embedding, the last
 layer (whose sizes vary), output layer and loss.
 
-Several micro-batches in flight. A micro-batch's activations must not change before its backward pass, and a pipeline
-has several micro-batches between their passes. Each has a :class:`Slot` with recordings of its own, which is free again
-after the backward pass of its first piece. A slot is recorded when no other is free. Its forward passes always run in
-the same order, as :mod:`~dpo_engine.model.recording` requires.
+Several micro-batches in flight. A micro-batch's activations must not change before its backward pass. In a pipeline,
+other micro-batches run before this backward pass, so every micro-batch in flight has a :class:`Slot`, which contains
+its own recordings of all layers. Backward passes run in reverse order, so a slot is free again after the backward pass
+of its first piece. If no slot is free, another one is recorded. The pieces of a slot always run in the same order,
+because :mod:`~dpo_engine.model.recording` requires this.
 
 Stream. The whole run uses a stream of its own, because the default stream cannot be recorded
 (:func:`dpo_engine.platform.device.open_platform`).
@@ -23,13 +24,13 @@ Hooks. A replay runs no hooks of modules. Adapters add their results in hooks, a
 before forward passes wait for gathered weights, so :attr:`ChunkGraphs.await_weights` does this before each layer. DDP's
 hooks for gradients are called by autograd, as without graphs.
 
-Which passes. Only passes that train use recordings, and not those of the first step of a process, during which Triton
-compiles and libraries initialize. Other passes (reference, evaluations, scoring for coupled losses) start the same
-kernels one by one.
+Which passes. Forward and backward passes of training use recordings from the second step of a process on. In the first
+step, Triton compiles and libraries initialize, so nothing is recorded. Other passes (reference, evaluations, scoring
+for coupled losses) never use recordings: they start the same kernels one by one.
 
-Not covered. Experts, latent attention, FP8, recomputation and ``tp_comm_overlap``. Numbers on a GPU: no test has
-replayed a recording there. Tests on CPUs repeat recorded operations on the same memory, and overwrite all
-floating-point memory that a GPU could have used again (``tests/support/recorded_operations.py``).
+Not covered. Experts, latent attention, FP8, recomputation and ``tp_comm_overlap`` are refused. No test has replayed a
+recording on a GPU. Instead, tests on CPUs repeat recorded operations of torch on the same memory. Where a GPU could
+have put other values into this memory, they write NaN (``tests/support/recorded_operations.py``).
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def graph_numbers(
     held    number of layers whose activations the rank keeps, over all micro-batches in flight
     split   whether sequence parallelism shards the activations outside the tensor-parallel regions
 
-    For each layer that is held, there is a copy of attention's output. All layers of a chunk share the gradients at
-    both ends of a piece, and the intermediate results of the largest backward pass, that of the MLP: activations and,
-    if weights are trained, their gradients before they are added to ``main_grad``.
+    For each layer that is held, there is a copy of attention's output. All layers of a chunk share two kinds of memory:
+    the buffers for gradients at both ends of a piece, and the intermediate results of a backward pass. The pass of the
+    MLP has most of them. If weights are trained, they include the gradients of the weights, which are then added to
+    ``main_grad``.
     """
     if not config.model.cuda_graphs:
         return 0

@@ -96,7 +96,10 @@ def require_effect(model: ModelConfig, arch: Architecture, spec: str, layout: st
     trees, rows = layout == "tree", f"{layout} rows of {arch.model_type} models"
     ours = trees or spec == "native" or not arch.plain_attention  # Transformer Engine computes all other rows itself
     if model.attention == TE and not ours:
-        raise ConfigError(f"model.attention={TE}: has no effect in {rows}, which te layers compute anyway; remove it")
+        raise ConfigError(
+            f"model.attention={TE}: has no effect in {rows}, because te layers compute them with Transformer Engine's "
+            "attention anyway; remove it"
+        )
     name = backend_name("attention")
     if model.flash_attention != 2 and not (name in ("varlen", "sdpa") if trees else ours):
         kernels = f"model.attention={name}" if trees else "model.spec=te"

@@ -23,7 +23,7 @@ def mark_with(open_range: Open | None) -> None:
 
 
 class MegatronTimers:
-    """Timers that mark the ranges that Megatron's schedules time.
+    """Replaces the timers of Megatron's schedules, and marks the ranges that they measure.
 
     Assign an instance to the field ``timers`` of the model's config. A schedule then calls
     ``timers(name, ...).start(...)`` and later ``timers(name).stop()``.

@@ -1,12 +1,11 @@
 """Store reference log-probabilities on disk, so that values computed in one layout can be used in every other layout.
 
-A store is a directory with one folder for each reference. The folder's name consists of the digest of the weights, the
-dtype, and the layer implementation. A folder contains segments, which are Arrow files that never change. The name of a
-segment consists of a number and the SHA-256 of its content, so that damage is detected. To add rows, a job adds a
-segment. Several jobs can add segments at the same time, because each segment is published with one rename, and two
-segments with the same number but different content have different names. If several segments contain a pair, the values
-in the first of these segments are used.
-"""
+A store is a directory with one folder for each reference. The folder's name consists of the digest of the model, the
+dtype, and the layer implementation with its use of FP8. A folder contains segments, which are Arrow files that never
+change. The name of a segment consists of a number and the SHA-256 of its content, so that damage is detected. To add
+rows, a job adds a segment. Several jobs can add segments at the same time, because each segment is published with one
+rename, and two segments with the same number but different content have different names. If several segments contain a
+pair, the values in the first of these segments are used."""
 
 import hashlib
 import json

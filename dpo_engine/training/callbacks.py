@@ -53,8 +53,8 @@ class Callback:
     """Base class of callbacks. The training loop calls its methods on every rank; a subclass overrides some of them.
 
     ``on_step``, ``on_eval`` and ``on_save`` can return a reason to end the run, such as ``"no gain in 3 evaluations"``.
-    The run then ends after the current step, even if only one rank has returned a reason. A reason from ``on_save``, or
-    from ``on_eval`` before the first step, ends the run after the next step. Like a complete run, the run then has a
+    One rank that returns a reason is enough. The run ends after the current step or, if the reason is from ``on_save``
+    or from ``on_eval`` before the first step, one step later. Like a complete run, the run then has a
     last evaluation, a checkpoint, and an export.
     """
 

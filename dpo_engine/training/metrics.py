@@ -36,7 +36,7 @@ METRICS = {
     "loss": "mean loss; if policy and reference are equal, most losses have a known value at step 1 (ln 2 for "
     "`sigmoid`), and any other value stops the run",
     "loss/NAME": "a term of `loss`, multiplied by its weight; the terms add up to `loss`; reported for losses that are "
-    "sums of terms: for `mix`, NAME is the name of a loss, and for `cpo` and `orpo`, `preference` or `likelihood`",
+    "sums of terms: NAME is the name of a loss for `mix`, and it is `preference` or `likelihood` for `cpo` and `orpo`",
     "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference (without a "
     "reference, beta times the log-probability), summed over tokens, for every loss, as in TRL (`ld_alpha` applies)",
     "rewards/rejected": "reward of the rejected responses",

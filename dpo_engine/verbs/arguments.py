@@ -130,8 +130,8 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     rehearse = verbs.add_parser(
         "rehearse",
         parents=[shared],
-        help="train the first steps on this machine, kill and stop the run, resume it, and compare its metrics with "
-        "those of an uninterrupted run",
+        help="train the first steps on this machine, interrupt and resume the run several times, and compare its "
+        "metrics with those of an uninterrupted run",
     )
     rehearse.add_argument(
         "--world-size", type=int, metavar="N", help="number of ranks to start (default: the minimum of the layout)"

@@ -68,7 +68,7 @@ def rehearsals(last_rank: int) -> list[Rehearsal]:
 
 
 def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], None] = console.say) -> bool:
-    """Train the first steps, kill and stop the run, resume it, and compare it with an uninterrupted run.
+    """Train the first steps, interrupt and resume the run several times, and compare it with an uninterrupted run.
 
     world   number of ranks to start on this machine; None: the smallest number that the layout allows
     say     called with each line of the report

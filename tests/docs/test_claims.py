@@ -69,7 +69,7 @@ def test_losses_declare_the_values_in_the_table(changed):
     for names, _, said, *_ in table(TEXTS["docs/losses.md"], "`loss.name` | per pair"):
         name = re.findall(r"`(\w+)`", names)[0]
         if name == "mix":
-            assert said == "their sum, if known"
+            assert said == "weighted sum of their values, if known"
             continue
         defaults = with_defaults(LOSSES[name], {})
         options = defaults | {key: value for key, value in changed.items() if key in defaults}

@@ -204,8 +204,11 @@ def test_kernels_without_effect_are_refused(case, monkeypatch):
     expected = f"model.flash_attention=3: has no effect in {layout} rows of llama models with {kernels}; remove it"
     assert said == (None if flash else expected)
     if te is not None:
-        expected = "model.attention=te: has no effect in stacked rows of llama models, which te layers compute anyway; "
-        assert refusal("te", 2) == (None if te else expected + "remove it")
+        expected = (
+            "model.attention=te: has no effect in stacked rows of llama models, because te layers compute them with "
+            "Transformer Engine's attention anyway; remove it"
+        )
+        assert refusal("te", 2) == (None if te else expected)
 
 
 def test_the_trial_has_the_heads_dtype_and_options_of_the_run(loaded, monkeypatch):

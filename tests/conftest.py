@@ -23,6 +23,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels or Megatron import Triton
 
 
+def pytest_collection_modifyitems(items):
+    """Put the longest tests first."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
     """Return an object that makes and caches tiny models, for the test cases of all families of the engine."""

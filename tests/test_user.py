@@ -336,6 +336,7 @@ def check_page(page: Path, ranked: re.Match, rewarded: str) -> None:
         assert console(driver) == [] and not [url for url in requests(driver) if url.startswith(("http", "ws"))]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_quickstart_runs_twice(tmp_path):
     for name in ("launch", "examples"):

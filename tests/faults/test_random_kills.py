@@ -12,6 +12,7 @@ from support.jobs import run_job
 from support.outcomes import trajectory
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("kills, seed", [(20, 1), (20, 2), (20, 3), (20, 4)])
 def test_newest_checkpoint_is_intact_after_every_kill(kills, seed, run_yaml, tmp_path):

@@ -116,6 +116,7 @@ def test_settings_for_longer_runs_are_adjusted(run_yaml, forked):
     assert held, said
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_from_the_command_line(run_yaml):
     command = [sys.executable, "-m", "dpo_engine", "rehearse", str(run_yaml()), "--world-size", "2"]

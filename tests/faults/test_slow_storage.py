@@ -93,6 +93,7 @@ VERBS = {
 """For each command, its arguments, the slow places, and the minimum number of slow accesses on rank 0."""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
 def test_every_place_is_slow(asynchronous, run_yaml, tmp_path):

@@ -52,6 +52,7 @@ def nodes(tmp_path):
         process.wait()
 
 
+@pytest.mark.long
 def test_killed_rank_is_restarted_and_the_run_resumes(nodes, run_yaml, tmp_path):
     """Either node can notice the death first, and the nodes' counts of restarts depend on this order."""
     often = {"save_interval": 2}

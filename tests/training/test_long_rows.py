@@ -23,6 +23,7 @@ def one_step(config):
     return train_step(trained, reference, engine.batches(pairs, index), engine.objective, known=known, **sizes)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_long_pair_is_the_same_on_two_ranks(tiny_hf, tmp_path):
     """The model has one layer without a window, and one layer with a window of 256 tokens."""

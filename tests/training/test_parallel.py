@@ -153,7 +153,7 @@ def test_eight_ranks(layout, one_rank, tiny_hf, tmp_path):
     "name, recompute",
     [
         ("tp2 pp2", "selective"),
-        ("cp2", "full"),
+        pytest.param("cp2", "full", marks=pytest.mark.slow),
         pytest.param("tp2 pp2", "full", marks=pytest.mark.slow),
         pytest.param("cp2", "selective", marks=pytest.mark.slow),
     ],
@@ -184,7 +184,9 @@ def test_same_layout_is_bitwise_reproducible(name, tiny_hf, tmp_path):
     assert all(a[key].equal(b[key]) for key in a)
 
 
-@pytest.mark.parametrize("name", ["dp2", "dp2 plain optimizer", "tp2 pp2"])
+@pytest.mark.parametrize(
+    "name", ["tp2 pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dp2", "dp2 plain optimizer"))]
+)
 def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
     """bf16 rounds every intermediate value to 8 significant bits. The tolerances allow for the resulting errors."""
     expected, expected_dir = one_rank()

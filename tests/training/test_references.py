@@ -180,6 +180,9 @@ def with_columns(files, model, folder):
     return made
 
 
+DAMAGES = ["flipped", *(pytest.param(name, marks=pytest.mark.slow) for name in ("truncated", "removed", "foreign"))]
+
+
 class TestStored:
     """Tests of stored log-probabilities.
 
@@ -228,7 +231,7 @@ class TestStored:
         (folder,) = [path for path in (tmp_path / "copy").iterdir() if path.name.endswith("native")]
         return tmp_path / "copy", folder, sorted(folder.glob("0*.arrow"))
 
-    @pytest.mark.parametrize("damage", ["truncated", "flipped", "removed", "foreign"])
+    @pytest.mark.parametrize("damage", DAMAGES)
     def test_damaged_rows_are_refused_or_scored_again(self, damage, store, files, policy, resident, tmp_path, capfd):
         copy, folder, segments = self.copy(store, tmp_path)
         victim = segments[0]

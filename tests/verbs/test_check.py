@@ -254,6 +254,7 @@ def test_valid_keys_are_checked_next_to_broken_ones(raw, tmp_path):
     assert [line.split("=")[0] for line in found.config] == ["optim.decay_steps", "loss.bta", "data.max_length"]
 
 
+@pytest.mark.slow
 def test_check_never_imports_megatron(raw, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(raw))

@@ -50,7 +50,7 @@ def run(job: Job, allocator: str) -> Measured:
 
 
 def first_difference(one: Measured, other: Measured) -> str:
-    """Describe in which step two runs differ for the first time, or that they are equal."""
+    """Return a text with the first step in which two runs differ, or with the statement that they are equal."""
     for step, (ours, theirs) in enumerate(zip(one.metrics, other.metrics, strict=True), 1):
         if ours != theirs:
             return f"differs from step {step}"

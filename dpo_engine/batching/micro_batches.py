@@ -295,13 +295,6 @@ def token_budget(dataset: PairDataset, config: Config) -> int:
     return int(np.sort(pair_tokens(dataset, config, "tree"))[-config.train.micro_batch_size :].sum())
 
 
-def fixed_row_reason(config: Config) -> str | None:
-    """Return the reason why all rows of a run must have the same size, for the log; None if sizes can vary."""
-    if config.megatron.tp_comm_overlap:
-        return "the size of tp_comm_overlap's buffers"
-    return "the size for which CUDA graphs are recorded" if config.model.cuda_graphs else None
-
-
 def fixed_rows(
     config: Config,
     dims: ParallelDims,
@@ -314,7 +307,7 @@ def fixed_rows(
 
     train, others   as for :func:`fixed_row`
     """
-    if (why := fixed_row_reason(config)) is None:
+    if (why := config.fixed_row_reason) is None:
         return None, lines
     tokens = fixed_row(config, dims, sequence_parallel, train, others)
     return tokens, [*lines, f"rows: all padded to {tokens:,} tokens, {why}"]

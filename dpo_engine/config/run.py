@@ -74,6 +74,13 @@ class Config(Section):
         return self.reference.path or self.model.path
 
     @property
+    def fixed_row_reason(self) -> str | None:
+        """The reason why all rows of trees must have the same size, for the log; None if sizes can vary."""
+        if self.megatron.tp_comm_overlap:
+            return "the size of tp_comm_overlap's buffers"
+        return "the size for which CUDA graphs are recorded" if self.model.cuda_graphs else None
+
+    @property
     def reference_mode(self) -> str:
         """The value of `reference.mode`, with `auto` resolved."""
         automatic = "resident" if self.adapter is None else "shared"

@@ -24,7 +24,7 @@ SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
 OPTIONAL = ("weight", *NUMBERS, *SCORES, "system", "tools", "chat_template_kwargs")
 """Fields that every format either reads or refuses."""
 ANSWERING = ("assistant", "gpt", "bot", "function_call", "tool_call", "tool", "observation")
-"""Roles of turns that cannot begin a conversation, as the supported systems name them."""
+"""Names of the roles whose turns cannot begin a conversation, in all formats."""
 EMPTY_JSON = ("", "[]", "{}", "null")
 PART = r"(?:(?:prompt|chosen|rejected|response|completion)_)?"
 MEANINGS = {
@@ -127,7 +127,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
                     f"{name} is not read; set data.columns={{weight: {name}}}, or {{{name}: null}} to leave it out"
                 )
         elif meaning == "train" and value is False:
-            raise BadRecord(f"{name} is false, but is not read; remove the record, or {drop}")
+            raise BadRecord(f"{name} is false, but the engine ignores it; remove the record, or {drop}")
         elif meaning in ("mask", "train", "weight"):
             if isinstance(value, (list, dict)):
                 raise BadRecord(f"{name} is not read; give turns weight 0 instead, or {drop}")

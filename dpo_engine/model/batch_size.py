@@ -16,7 +16,7 @@ from __future__ import annotations
 import bisect
 import math
 
-from dpo_engine.batching.micro_batches import choose_layout, fixed_row_reason, pair_tokens
+from dpo_engine.batching.micro_batches import choose_layout, pair_tokens
 from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.model.architecture import Architecture
@@ -157,6 +157,6 @@ def largest_micro_batch(
     per_step = pair * config.train.global_batch_size / dims.dp
     facts = {"dtype": dtype, "device_memory": device_memory, "longest": pair, "per_step": per_step}
     tokens = choose_tokens(config, arch, dims, **facts)[0]
-    if fixed_row_reason(config):  # every row is padded to the size that was chosen
+    if config.fixed_row_reason:  # every row is padded to the size that was chosen
         return tokens
     return min(tokens, max(pair, math.ceil(per_step)))

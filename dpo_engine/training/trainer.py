@@ -173,7 +173,7 @@ class Trainer:
         if evaluations and not self.last:
             if self.step == 0:
                 leave_before_a_step(self.engine, self.interruption)
-            # The evaluation was due after the checkpoint's step, so a callback can end the run at this step.
+            # The checkpoint was saved before this evaluation, so a callback can still end the run at its step.
             elif signal := self.agree(None):
                 raise stopped_before_a_step(signal)
         while self.step < plan.num_steps and not self.stopped:
@@ -230,7 +230,7 @@ class Trainer:
         groups, interruption = self.engine.groups, self.interruption
         interruption.finish = bool(self.callbacks.asked)
         stop = interruption.agreed(groups.world, self.engine.platform.device, after=after)
-        # If there is also a signal, the agreed number hides a callback's request, which the checkpoint must record.
+        # A signal hides a callback's request in the maximum of all ranks, but the checkpoint must record the request.
         asked: list[Any] = [None] * groups.world.size()
         if interruption.finish or stop:
             dist.all_gather_object(asked, self.callbacks.asked, group=groups.world)
@@ -241,7 +241,7 @@ class Trainer:
         return stop
 
     def tie(self) -> float:
-        """Return ``BatchFacts.tie``. Before the first update, an equal policy and reference differ only by rounding."""
+        """Return ``BatchFacts.tie``. Before the first update, equal models differ only by rounding."""
         return tolerance(self.engine) if self.step == 0 and known_equal(self.engine) else 0.0
 
     def take_step(self) -> dict[str, float]:

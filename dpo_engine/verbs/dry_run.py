@@ -48,8 +48,8 @@ def dry_run(config: Config) -> list[tuple[str, str]]:
     if problems + found:
         raise ConfigError(problems + found)
     coupled = loss_facts(LOSSES[config.loss.name], options).couples_pairs
-    alone = "it couples the pairs of a step" if coupled else "a pair's loss does not depend on the other pair"
-    lines = [("loss", f"called on two example pairs: finite, with gradients, and {alone}")]
+    alone = "couples the pairs of a step" if coupled else "computes each pair alone"
+    lines = [("loss", f"called on two example pairs: is finite, has gradients, and {alone}")]
     lines += [("resume", line) for line in try_resume(config)]
     return lines + [("tracker", line) for line in tracked]
 

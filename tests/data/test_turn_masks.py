@@ -105,7 +105,10 @@ def test_other_fields_of_a_message_reach_the_template():
     [
         ({"loss_weight": 0.5}, r"^loss_weight is not read; set data.columns={weight: loss_weight}, or {loss_weight: n"),
         ({"sampleWeight": 2}, "^sampleWeight is not read; set data.columns={weight: sampleWeight}, or {sampleWeight"),
-        ({"train": False}, "^train is false, but is not read; remove the record, or set data.columns={train: null}"),
+        (
+            {"train": False},
+            "^train is false, but the engine ignores it; remove the record, or set data.columns={train: null}",
+        ),
         ({"trainable": [True]}, "^trainable is not read; give turns weight 0 instead, or set data.columns={trainable"),
     ],
 )

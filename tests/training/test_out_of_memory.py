@@ -129,7 +129,7 @@ def named(arch, world, dtype="bf16", **sections):
 
 
 def test_changes_are_named_in_the_order_of_their_cost(arch, monkeypatch):
-    """With a small `PIECE`, the buffers for updates in pieces are smaller than the gradients, as in a large model."""
+    """As in a large model, the buffers of one `PIECE` are smaller than the gradients, because `PIECE` is small here."""
     monkeypatch.setattr("dpo_engine.model.memory.PIECE", 1000)
     assert named(arch, 2) == [
         "reference.mode=stored",

@@ -106,7 +106,7 @@ def test_what_was_tried(saved_run, monkeypatch):
     lines = dry_run(config)
     assert lines[0] == (
         "loss",
-        "called on two example pairs: finite, with gradients, and a pair's loss does not depend on the other pair",
+        "called on two example pairs: is finite, has gradients, and computes each pair alone",
     )
     assert lines[2:] == [
         ("tracker", "tensorboard: opened in a temporary directory, without a connection to a server"),

@@ -8,7 +8,7 @@ LAYER = "gpt_neox.layers.{l}."
 
 @FAMILIES.register("gpt_neox")
 class GptNeoX:
-    """Layer norms, biases everywhere, an MLP without a gate, and a quarter of each head rotated.
+    """Layer norms, biases, an MLP without a gate, and by default a quarter of each head rotated.
 
     Attention and MLP have separate norms of the same hidden states, or the MLP follows attention. The rows for queries,
     keys and values are stored head by head, as in Megatron.

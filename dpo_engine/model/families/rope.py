@@ -53,8 +53,8 @@ def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) 
     top level are for the layers without a window.
 
     theta    base for the layers without a window if ``config.json`` omits ``rope_theta``
-    sliding  name and default of the field that gives the base for the layers with a window in older files; the name
-             is None if older files have no such field
+    sliding  for older files, the field that gives the base for the layers with a window: its name and its default. The
+             name is None if older files have no such field
 
     Returns the rotary fields of ``Architecture``. Those for layers with a window are omitted if they equal the others.
     """
@@ -133,7 +133,9 @@ def _yarn(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[st
 
 
 def mscale(config: HFConfig) -> float:
-    """Return the factor of queries and keys in DeepSeek models with YaRN; 1 without ``mscale_all_dim``.
+    """Return the factor by which queries and keys of DeepSeek models with YaRN are multiplied.
+
+    It is 1 without ``mscale_all_dim``.
 
     *Source*: the function ``yarn_get_mscale`` in DeepSeek-V2's release.
     """

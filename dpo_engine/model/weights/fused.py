@@ -3,8 +3,8 @@
 The weight table has tensors for each expert. Some checkpoints have one tensor for all experts of a layer instead:
 checkpoints of gpt-oss, and checkpoints that transformers saves with ``save_original_format=False``. A part of a fused
 tensor is read like a tensor of its own, without the other parts. The published checkpoints of gpt-oss also store the
-matrices of experts in the format MXFP4. These matrices are dequantized when they are read; every value that is finite
-in bf16 is exact.
+matrices of experts in the format MXFP4. These matrices are dequantized when they are read. The results are
+exact, unless a value is too large for bf16.
 
 *Source*: OCP Microscaling Formats (MX) Specification 1.0, sections 5.2 and 6.3.
 """
@@ -72,7 +72,7 @@ class Place(NamedTuple):
         return None if rows % self.parts else (rows // self.parts, *columns)
 
     def slices(self, stored: Sequence[Any]) -> Any:
-        """Return an object whose slices are the tensor's slices, given such objects for the tensors in the files."""
+        """Return a lazy tensor, of which slices can be read, for lazy tensors ``stored`` of the files."""
         if self.expert is None:
             return stored[0]
         return _Packed(*stored, self) if self.packed else _Part(stored[0], self)
@@ -117,7 +117,7 @@ class _Packed:
 
 
 def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Return the values of a matrix in MXFP4. Each value that is finite in bf16 is exact.
+    """Return the values of a matrix in MXFP4, which are exact unless they are too large for bf16.
 
     blocks   [..., g, 16]  uint8, two values per byte
     scales   [..., g]      uint8, exponents of two, plus 127

@@ -28,6 +28,20 @@ def kernels_at(folder: Path, version: str | None) -> Path:
     return folder
 
 
+def test_activated_environment_is_kept(tmp_path):
+    """Its own interpreter comes first on PATH. If the environment was made from another one, it is still used."""
+    venv = tmp_path / "venv"
+    base = Path(sys.executable).resolve()
+    subprocess.run([base, "-m", "venv", "--without-pip", venv], check=True)
+    (venv / "interpreter").write_text(f"{base}\n")
+    path = f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    script = "source launch/environment.sh"  # it cannot install packages, because this environment has no pip
+    subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env={**os.environ, "PATH": path, "VENV": venv, "PYTHON": "python3"}
+    )
+    assert (venv / "bin/python3").exists() and (venv / "interpreter").read_text() == f"{base}\n"
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """Return the folder that contains a copy of the engine without kernels."""

@@ -296,21 +296,16 @@ def token_budget(dataset: PairDataset, config: Config) -> int:
 
 
 def fixed_rows(
-    config: Config,
-    dims: ParallelDims,
-    sequence_parallel: bool,
-    train: PairDataset,
-    others: Sequence[PairDataset],
-    lines: list[str],
+    config: Config, dims: ParallelDims, sequence_parallel: bool, train: PairDataset, others: Sequence[PairDataset]
 ) -> tuple[int | None, list[str]]:
-    """Return the number of tokens of every row, or None if sizes can vary; and ``lines``, with a line about the size.
+    """Return the number of tokens of every row and a line for the log, or None and no line if sizes can vary.
 
     train, others   as for :func:`fixed_row`
     """
     if (why := config.fixed_row_reason) is None:
-        return None, lines
+        return None, []
     tokens = fixed_row(config, dims, sequence_parallel, train, others)
-    return tokens, [*lines, f"rows: all padded to {tokens:,} tokens, {why}"]
+    return tokens, [f"rows: all padded to {tokens:,} tokens, {why}"]
 
 
 def fixed_row(

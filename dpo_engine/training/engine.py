@@ -86,7 +86,7 @@ class Engine:
         arm(rank, world)
         models = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
         models |= {"adapter.path": config.adapter.path} if config.adapter else {}
-        parallel = config.parallel
+        parallel, loss, entropy = config.parallel, config.loss, config.logging.entropy
         with preparing(parallel.timeout_s):
             for key, path in (models | {"reference.path": config.reference.path}).items():
                 if path is not None:  # a download must not begin later, while other ranks wait in a collective
@@ -109,7 +109,6 @@ class Engine:
         choose_kernels(kernels, arch, platform, dtype, needs, tp=dims.tp, cp=dims.cp, spec=spec, flash=flash)
         if fp64 and "triton" in kernels_in_use():
             raise ConfigError("kernels=triton: Triton computes sums in fp32, but --fp64 needs fp64; use eager and sdpa")
-        loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
         facts = rank_facts(config, arch, platform, spec)
         facts["model"] |= adapter_facts(adaptation, start)
@@ -134,10 +133,10 @@ class Engine:
         """Leave the process groups."""
         reach("shutdown")
         gc.unfreeze()
+        close_graphs()
         if isinstance(sys.exc_info()[1], Interrupted | None):
             say_unmet()
-            close_graphs()  # after any other error, these two could wait for kernels that wait for other ranks
-            close_buffers()
+            close_buffers()  # after any other error, this could wait for kernels that wait for other ranks
         close_groups()
 
     @property
@@ -312,7 +311,8 @@ class Engine:
             slow_trees=trees_are_slow(self.platform),
         )
         require_effect(self.config.model, self.arch, self.spec, self.layout)
-        self.row_tokens, lines = fixed_rows(self.config, dims, self.sequence_parallel, pairs, others, lines)
+        self.row_tokens, fixed = fixed_rows(self.config, dims, self.sequence_parallel, pairs, others)
+        lines += fixed
         if self.layout == "tree":
             plan = tree_plan(self.config, pairs, self.cost, self.row_tokens)
             lines[0] += f"; attention density {visible_share(self.config, pairs, dims.dp):.1%}; plan {plan}"

@@ -326,7 +326,7 @@ def main() -> int:
         report["steps"].append(figures)
         sizes = ", ".join(f"{name} {figures[name] / GIB:.2f}" for name in ("peak", "reserved", "after"))
         named = ("micro_batches", "waits_in_micro_batches", "waits_besides", "model_launches", "attention_launches")
-        say(f"step {step}: GiB {sizes};", {name: figures[name] for name in named})
+        say(f"step {step}: {figures['host_s']:.2f} s, GiB {sizes};", {name: figures[name] for name in named})
         say("  ", {name: number for name, number in figures["counts"].items() if number})
     for place, number in report.get("waits_by_line", {}).items():
         say(f"  {number:4d} x wait at {place}")

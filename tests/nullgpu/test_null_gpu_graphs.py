@@ -48,7 +48,8 @@ def check_replays(keys, layers):
         counts, before = step["counts"], plain[-1]["counts"]
         assert counts["graphs"] == 4 * layers * step["micro_batches"], "two forward and two backward pieces in a layer"
         assert counts["stray"] == 0, "every launch during a recording is recorded"
-        # qkv, output projection and two products of the MLP, forward and twice backward
+        # Two products of attention and two of the MLP: forward, and backward for the inputs. If weights are trained,
+        # there are four more.
         assert before["products"] - counts["products"] >= 8 * layers * step["micro_batches"]
         assert before["launches"] - counts["launches"] > 8 * layers * step["micro_batches"]
     waits = "waits_in_micro_batches"  # in the second step, the host waits while torch's cache is emptied

@@ -9,8 +9,8 @@ import torch
 
 from dpo_engine.config.rules import contradictions
 from dpo_engine.config.run import Config
-from dpo_engine.errors import ConfigError
-from dpo_engine.model import cuda_graphs
+from dpo_engine.errors import ConfigError, NumbersError
+from dpo_engine.model import cuda_graphs, recording
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.cuda_graphs import graph_problems
 from dpo_engine.model.memory import stage_memory
@@ -21,9 +21,12 @@ from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.testing.comparison import assert_same_numbers, assert_same_weights
 from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.testing.trajectory import run_config, train_steps
+from dpo_engine.training import engine as engine_module
+from dpo_engine.training.engine import Engine
+from dpo_engine.verbs import evaluate, export, reference
 from support.family_cases import CASES
 from support.layouts import LAYOUTS, world
-from support.recorded_operations import RecordedOperations, replace_recordings
+from support.recorded_operations import Pool, RecordedOperations, replace_recordings
 
 SIZES = [6, 5, 7]
 ROW = 128
@@ -39,10 +42,10 @@ def config_for(start, out, /, *, graphs=True, **sections):
 def fixed_rows(config, *, spoil=None, **arguments):
     """Train on a CPU with rows of a fixed size.
 
-    Returns  the results, and the number of replays of each chunk's first slot
+    spoil    called before the run, to plant a bug
+    Returns  the results, and the number of replays on this rank
     """
     from dpo_engine.batching.blocks import padded_length
-    from dpo_engine.training import engine as engine_module
 
     replace_recordings()
     if spoil:
@@ -149,7 +152,6 @@ def test_graphs_change_no_bit(name, tiny_hf, tmp_path):
 def replays_and_slots(config, pairs):
     """Train for three steps; return the number of replays and of slots after each step."""
     from dpo_engine.testing.pairs import RandomPairs
-    from dpo_engine.training import engine as engine_module
     from dpo_engine.training.engine import batch_facts
     from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
@@ -171,15 +173,16 @@ def replays_and_slots(config, pairs):
     return found, len(batches)
 
 
-def in_flight(config):
-    return fixed_rows(config, sizes=[12, 12, 12])
-
-
 def test_slots_are_used_again_while_others_are_in_flight(tiny_hf, tmp_path):
     """In an interleaved schedule, a stage has several micro-batches of each chunk in flight."""
     sections = {"parallel": {"pp": 2, "vpp": 2}, "train": {"micro_batch_size": 1}, "batch": {"layout": "tree"}}
     plain, recorded = (
-        run_ranks(in_flight, 2, config=config_for(tiny_hf("llama"), tmp_path, graphs=graphs, **sections))
+        run_ranks(
+            fixed_rows,
+            2,
+            config=config_for(tiny_hf("llama"), tmp_path, graphs=graphs, **sections),
+            sizes=[12, 12, 12],
+        )
         for graphs in (False, True)
     )
     assert [result for result, _ in recorded] == [result for result, _ in plain]
@@ -211,8 +214,6 @@ def test_replays_and_slots(parallel, slots, tiny_hf, tmp_path):
 
 
 def keep_nothing():
-    from dpo_engine.model import recording
-
     made = recording.Piece.__init__
 
     def make(piece, *given, kept, **named):
@@ -242,8 +243,8 @@ def one_slot():
     cuda_graphs.ChunkGraphs.begin_forward = reuse
 
 
-def record_the_first_step():
-    """Record in the first step, in which the values of a recording are not yet known."""
+def use_without_a_replay():
+    """Use the results of each recording once without a replay, although recording computes nothing."""
     from dpo_engine.model.recording import Piece
 
     call = Piece.__call__
@@ -269,7 +270,7 @@ def share_gradients():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, parallel",
-    [(keep_nothing, {}), (load_once, {}), (one_slot, {"pp": 2}), (record_the_first_step, {}), (share_gradients, {})],
+    [(keep_nothing, {}), (load_once, {}), (one_slot, {"pp": 2}), (use_without_a_replay, {}), (share_gradients, {})],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_memory_that_is_no_longer_valid_is_noticed(spoil, parallel, tiny_hf, tmp_path):
@@ -283,9 +284,10 @@ def test_memory_that_is_no_longer_valid_is_noticed(spoil, parallel, tiny_hf, tmp
     assert right != wrong
 
 
-def test_rows_of_another_size_are_refused():
-    slot = cuda_graphs.Slot.__new__(cuda_graphs.Slot)
-    slot._inputs, slot._outputs, slot._loaded = {"x": torch.zeros(3)}, set(), set()
+def test_rows_of_another_size_are_refused(monkeypatch):
+    monkeypatch.setattr(recording, "new_pool", Pool)
+    slot = cuda_graphs.Slot(recording.SharedMemory())
+    slot._load("x", torch.zeros(3))
     with pytest.raises(RuntimeError, match=r"^x: the shape is \[2\], but \[3\] was recorded$"):
         slot._load("x", torch.zeros(2))
 
@@ -332,8 +334,34 @@ def test_accepted_settings():
     assert contradictions(parsed(model=ON)) == []
 
 
-def test_verbs_that_do_not_train_need_no_graphs():
-    assert not cuda_graphs.without_graphs(parsed(model=ON)).model.cuda_graphs
+@pytest.mark.parametrize("verb", [evaluate.evaluate, export.export, reference.score_reference])
+def test_verbs_that_do_not_train_use_no_graphs(verb, monkeypatch):
+    """Otherwise, a machine without a GPU could not run them, and all rows would be padded for nothing."""
+    opened = []
+
+    def stop(config):
+        opened.append(config)
+        raise ConfigError("stopped")
+
+    monkeypatch.setattr(Engine, "open", stop)
+    sections = {"reference": {"mode": "stored"}, "data": {"train": "t", "validation": "v"}}
+    with pytest.raises(ConfigError, match="stopped"):
+        verb(parsed(model=ON, **sections))
+    (config,) = opened
+    assert config == parsed(**sections)
+
+
+def test_graphs_are_freed_after_an_error(monkeypatch):
+    """If all ranks have the same error, they destroy their process groups, and NCCL would wait for the graphs."""
+    freed = []
+    monkeypatch.setattr(engine_module, "close_graphs", lambda: freed.append("graphs"))
+    monkeypatch.setattr(engine_module, "close_groups", lambda: freed.append("groups"))
+    with pytest.raises(NumbersError):
+        try:
+            raise NumbersError("not finite")
+        finally:
+            Engine.close(None)
+    assert freed == ["graphs", "groups"]
 
 
 def test_savings_can_be_set(tiny_hf):

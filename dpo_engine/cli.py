@@ -21,7 +21,7 @@ from pathlib import Path
 from dpo_engine.checkpoint.lease import refuse_if_held
 from dpo_engine.config.run import Config, draft
 from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError
-from dpo_engine.installation import check_installation, prepare_for_user
+from dpo_engine.installation import check_installation, importing, prepare_for_user
 from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.training.interruption import SIGNALS, Interruption
 from dpo_engine.verbs import console
@@ -54,24 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EngineError as error:
         return console.fail(error, debug=asked.debug, alone=error.alone)
     except Exception as error:
-        if (known := _users(error)) is None:
+        if (known := console.known(error)) is None:
             raise
         return console.fail(known, debug=asked.debug, alone=not isinstance(known, PeerError))
-
-
-def _users(error: Exception) -> EngineError | None:
-    """Convert a failed operation on a named file, or a failed communication between ranks, to an error that a user can
-    act on.
-
-    Return ``None`` for any other exception.
-    """
-    if isinstance(error, OSError) and error.filename is not None:
-        return EngineError(f"{error.filename}: {error.strerror}")
-    if "torch.distributed" not in sys.modules:
-        return None
-    from dpo_engine.platform.parallel import communication_error
-
-    return communication_error(error)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -295,7 +280,8 @@ def _checked(asked: argparse.Namespace) -> Config:
     world = _world(asked)
     if asked.verb == "train" and not read.problems:
         refuse_if_held(Path(read.config.train.output_dir))
-    from dpo_engine.verbs.check import examine
+    with importing():
+        from dpo_engine.verbs.check import examine
 
     command = " ".join(["-m dpo_engine", asked.verb, *([asked.run] if asked.run else []), *asked.overrides])
     with _others_wait(asked.verb, read.config):
@@ -304,6 +290,9 @@ def _checked(asked: argparse.Namespace) -> Config:
         raise ConfigError([*read.problems, *found.config, *found.data])
     if found.data:
         raise DataError(found.data)
+    if asked.verb in CONNECTING:
+        with importing():
+            import dpo_engine.training.engine  # noqa: F401  imports Megatron, which the verbs use
     return read.config
 
 

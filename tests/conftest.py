@@ -3,6 +3,7 @@
 Every test process uses one intra-op thread, like the ranks that tests start.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from support.tiny_tokenizers import piece_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; tests of the Hub use a local server
 torch.set_num_threads(1)
+gc.disable()  # until all tests are collected: collections would scan the imported objects again and again
 settings.register_profile("patient", deadline=None)  # no test may fail only because the machine is slow
 settings.load_profile("patient")
 if not torch.cuda.is_available():
@@ -26,6 +28,12 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items):
     """Put the longest tests first."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish():
+    """Exempt the imported objects from garbage collections, and enable these."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

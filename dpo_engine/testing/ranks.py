@@ -36,9 +36,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240
         raise RuntimeError("these ranks are forked and run on CPUs; set CUDA_VISIBLE_DEVICES= before Python starts")
     open_platform(deterministic=True)
     with tempfile.TemporaryDirectory() as folder:
-        gc.freeze()  # garbage collection in a child would write to all shared pages, and so copy them
         children = [_fork(rank, world_size, folder, fn, kwargs) for rank in range(world_size)]
-        gc.unfreeze()
         failed = _wait(children, timeout_s)
         results = []
         for rank in [failed] if failed is not None else range(world_size):
@@ -58,6 +56,7 @@ def _fork(rank: int, world_size: int, folder: str, fn: Callable[..., Any], kwarg
     pid = os.fork()
     if pid:
         return pid
+    gc.freeze()  # garbage collections would write to all pages that are shared with the parent, and so copy them
     status = 1
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))

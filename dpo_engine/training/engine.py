@@ -1,6 +1,5 @@
 """Build one rank's platform, process groups, models, objective, and micro-batches from the configuration."""
 
-import gc
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -126,13 +125,11 @@ class Engine:
         release()
         choose_progress(config.logging.progress)
         config = with_template_date(config, groups.world)
-        gc.freeze()  # imported objects live until the end, so garbage collections need not scan them
         return cls(config, platform, groups, arch, dtype, spec, objective, adaptation, start, facts)
 
     def close(self) -> None:
         """Leave the process groups."""
         reach("shutdown")
-        gc.unfreeze()
         close_graphs()
         if isinstance(sys.exc_info()[1], Interrupted | None):
             say_unmet()

@@ -76,6 +76,21 @@ def outcome(config: Config, summary: Mapping[str, Any]) -> list[str]:
     return [*lines, f"model: {summary['hf']}"] if summary.get("hf") else lines
 
 
+def known(error: Exception) -> EngineError | None:
+    """Convert a failed operation on a named file, or a failed communication between ranks, to an error that a user can
+    act on.
+
+    Return ``None`` for any other exception.
+    """
+    if isinstance(error, OSError) and error.filename is not None:
+        return EngineError(f"{error.filename}: {error.strerror}")
+    if "torch.distributed" not in sys.modules:
+        return None
+    from dpo_engine.platform.parallel import communication_error
+
+    return communication_error(error)
+
+
 def fail(error: EngineError, *, debug: bool, alone: bool = False) -> int:
     """Print an error to stderr and return its exit code.
 

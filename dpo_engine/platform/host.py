@@ -10,10 +10,12 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 from dpo_engine.platform.host_operations import (
@@ -29,6 +31,7 @@ KERNELS = torch.library.Library("aten", "IMPL", "CPU")
 """The CPU kernels that :func:`install` registers for torch operators. They stay registered while this object exists."""
 
 GATHER = "megatron.core.tensor_parallel.mappings._gather_along_first_dim"
+GROUP = "megatron.core.parallel_state.create_group"
 FACTORIES = "empty zeros ones full tensor as_tensor arange rand randn randint empty_like zeros_like ones_like full_like"
 
 
@@ -107,6 +110,23 @@ def answers(value: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: value(*args, **kwargs)
 
 
+def one_for_equal_ranks(create_group: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a version of ``create_group`` that creates one process group for each set of ranks.
+
+    Each rank must ask for the groups of its ranks in the same order, which ``create_group`` requires too.
+    """
+    groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(create_group)
+    def create(ranks: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        existing = groups.setdefault(dist.group.WORLD, {})
+        if tuple(ranks) not in existing:
+            existing[tuple(ranks)] = create_group(ranks, *args, **kwargs)
+        return existing[tuple(ranks)]
+
+    return create
+
+
 def _same(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     return tensor
 
@@ -180,6 +200,12 @@ def replacements() -> list[Replacement]:
             counts_on_host,
             "all_to_all_single rejects token counts that are tensors, but Megatron converts such counts only if they "
             "are on a GPU",
+        ),
+        Replacement(
+            GROUP,
+            one_for_equal_ranks(_current(GROUP)),
+            "Megatron creates about 20 groups, many with the same ranks; for each group, gloo opens connections and "
+            "starts a thread that wakes up 100 times per second",
         ),
         Replacement(
             GATHER,

@@ -8,10 +8,13 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.platform import device, host, host_operations
 from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.platform.parallel import close_groups, open_groups
+from dpo_engine.testing.ranks import run_ranks
 
 CHECK_IMPORT = """
 import torch
@@ -48,6 +51,30 @@ def test_installed_host_maps_cuda_to_the_cpu():
     assert torch.zeros is installed, "a second call must not wrap the functions again"
     with pytest.raises(RuntimeError, match="pinned memory"):
         torch.empty(1, pin_memory=True)
+
+
+def open_twice():
+    """Open the groups of TP 2 on 4 ranks twice; return whether groups are the same objects, and a sum over TP."""
+    dims = ParallelDims(tp=2, world=4)
+    platform = device.open_platform(deterministic=True)
+    groups = open_groups(dims, platform, seed=1, timeout_s=60)
+    same = {
+        "dp and dp_cp": groups.dp is groups.dp_cp,
+        "tp and dp": groups.tp is groups.dp,
+    }
+    close_groups()
+    store = dist.FileStore(os.environ["SECOND_STORE"], 4)
+    dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=4)
+    again = open_groups(dims, platform, seed=1, timeout_s=60)
+    total = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(total, group=again.tp)
+    return same | {"first and second": groups.tp is again.tp}, total.item()
+
+
+def test_groups_of_the_same_ranks_are_one_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECOND_STORE", str(tmp_path / "store"))
+    same = {"dp and dp_cp": True, "tp and dp": False, "first and second": False}
+    assert run_ranks(open_twice, 4) == [(same, 1.0), (same, 1.0), (same, 5.0), (same, 5.0)]
 
 
 def test_missing_target_is_an_error(monkeypatch):

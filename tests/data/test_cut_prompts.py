@@ -1,4 +1,4 @@
-"""Tests of finding the tokens that were cut from prompts: the cut and the remaining tokens form the whole prompt."""
+"""Tests of finding the tokens that were cut from a prompt: with the remaining tokens, they form the whole prompt."""
 
 import json
 

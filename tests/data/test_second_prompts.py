@@ -110,7 +110,7 @@ class TestTwoPrompts:
         ],
     )
     def test_other_parts_of_a_text_are_refused_by_name(self, field, says):
-        """The responses of xinlai/Math-Step-DPO-10K continue the text of the first field, `initial_reason_steps`."""
+        """The responses of xinlai/Math-Step-DPO-10K continue the text of the field `initial_reason_steps`."""
         for row in (TEXT, CHAT):
             with pytest.raises(BadRecord, match=says):
                 FORMATS["auto"]({**row, **field})

@@ -1,4 +1,4 @@
-"""Tests of tokenizing in worker processes: bytes and errors are the same as in one process, and no process remains."""
+"""Tests of tokenizing in worker processes: the cache and the errors are as with one process, and no worker remains."""
 
 import gzip
 import hashlib

@@ -129,9 +129,9 @@ class TestReport:
         assert lines[7] == f"intervals: 2,000 bootstrap resamples of prompts, seed 0; {exact}".split()
 
     def test_likelihood_accuracies(self):
-        """The chosen log-probability is larger in the first pair, equal in the third, and smaller in the other two.
+        """The chosen response is more likely in pair 1, equally likely in pair 3, and less likely in pairs 2 and 4.
 
-        Per token, the chosen log-probability is smaller in the first pair, and equal in the other three.
+        Per token, it is less likely in pair 1, and equally likely in the other three pairs.
         """
         chosen, rejected = [-6.0, -9.0, -4.0, -8.0], [-7.0, -8.0, -4.0, -6.0]
         tokens = {"chosen_tokens": [2, 9, 4, 4], "rejected_tokens": [7, 8, 4, 3]}

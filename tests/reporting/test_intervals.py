@@ -83,7 +83,7 @@ def tail(hits, count, share):
 
 @pytest.mark.parametrize(("hits", "count"), [(255, 255), (251, 255), (0, 12), (7, 10)])
 def test_intervals_of_shares_contain_the_exact_ones(hits, count):
-    """At each end of the Clopper-Pearson interval, the tail beyond the observed count has a probability of 2.5%."""
+    """At each end of the Clopper-Pearson interval, the tail that includes the observed count has probability 2.5%."""
     values = np.arange(count) < hits
     found, bootstrap = one(values, centers=[SHARE]), one(values)
     assert found.low <= bootstrap.low and found.high >= bootstrap.high

@@ -319,7 +319,7 @@ def test_size_time_and_memory(tmp_path):
     script = (
         "import re, sys, time\nfrom dpo_engine.reporting.page.write import write_page\n"
         "write_page([sys.argv[1]], sys.argv[2])\n"
-        # The resource module would return the peak of the parent process if that peak is larger.
+        # The resource module would return the peak of the parent process if that peak were larger.
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]\n"
         "print(time.process_time(), int(peak) * 1024)"
     )

@@ -65,7 +65,7 @@ def free(right, tokens, step, count=40, **more):
     """Return an evaluation without a reference.
 
     Per token, the chosen response is more likely in ``right`` pairs. As a whole, the chosen response is more likely in
-    all pairs, because it has only 2 tokens, but the rejected response has ``tokens`` tokens.
+    all pairs, because it has only 2 tokens. The rejected response has ``tokens`` tokens.
     """
     each = np.where(np.arange(count) < right, -1.0, -2.0)
     chosen, rejected = 2 * each, np.full(count, -1.5 * tokens)

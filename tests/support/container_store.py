@@ -76,7 +76,7 @@ class ContainerStore:
 
 
 def debian_base() -> Path:
-    """Return a tar file of a minimal Debian of this machine's release. The file is in the user's cache directory."""
+    """Return a tar file with a minimal system of this machine's Debian release. The file is cached."""
     release = platform.freedesktop_os_release()
     if release["ID"] != "debian":
         pytest.skip(f"requires Debian, from which the base image is made; this machine has {release['ID']}")

@@ -56,7 +56,7 @@ def run_job(
     fault       value of ``DPO_FAULT``
     during      called once with the ranks' process ids after all ranks have started, for example to send signals
     before      called on every rank before the command line runs
-    own         by rank, additional arguments for this rank only; they follow ``arguments``
+    own         maps a rank to additional arguments that only this rank gets, after ``arguments``
     ends_with   called repeatedly with the exit codes so far; if it returns true, the remaining ranks are killed
 
     Ranks that have not exited after ``timeout_s`` seconds are killed too. A killed rank has the exit code -9.

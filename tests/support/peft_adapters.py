@@ -31,7 +31,7 @@ def make_adapter(model, directory, *, up=0.1, **settings):
 
 
 def load_adapted(model, adapter, *, trainable=False):
-    """Load a checkpoint and its adapter with PEFT, computing in fp64."""
+    """Load a checkpoint and its adapter with PEFT, in fp64."""
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(in_fp64(model), adapter, is_trainable=trainable, autocast_adapter_dtype=False)

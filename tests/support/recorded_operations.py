@@ -3,12 +3,15 @@
 A CUDA graph reuses memory in ways that depend on the allocator. To find every use of memory that is no longer valid,
 this stand-in overwrites floating-point numbers with NaN where a GPU could have other values:
 
-- At the end of a recording: in all memory that it allocated. A CUDA graph would not have run the operations.
-- After a replay: in all memory that later recordings of its pool allocated. On a GPU, they can share memory with
-  intermediate results of this recording.
-- After a replay: in all memory that earlier recordings of its pool had already freed when this recording was made.
+- At the end of a recording: in all memory that the recording allocated. While a CUDA graph records operations, they do
+  not run.
+- After a replay: in all memory that later recordings of the same pool allocated. On a GPU, later recordings can share
+  memory with intermediate results of the replayed recording.
+- After a replay: in all memory that earlier recordings of the same pool had already freed when the replayed recording
+  was made.
 
-While it records, it runs the operations. If they change tensors that existed before, it restores these tensors.
+Unlike a CUDA graph, the stand-in runs the operations while it records them. If they change tensors that existed before
+the recording, the stand-in restores these tensors.
 """
 
 from collections import Counter
@@ -29,8 +32,8 @@ class Recorder(TorchDispatchMode):
     """Run operations, and remember them with their tensors.
 
     operations  each operation with its arguments and its results
-    own         for each storage that was allocated here, by address: the tensors of this recorder that refer to it
-    before      the tensors that existed before and were changed, with their earlier values
+    own         maps the address of each storage that the operations allocated to this recorder's tensors on the storage
+    before      the tensors that existed before the recording and were changed, with their earlier values
     """
 
     references = Counter()
@@ -65,10 +68,10 @@ class Recorder(TorchDispatchMode):
 
     @staticmethod
     def _waited(result, args):
-        """Wait for a collective, and return its result with a handle of a finished broadcast.
+        """Wait for a collective. Return its result, in which the handle of a finished broadcast replaces the original.
 
-        Waiting for some collectives starts operations, such as a copy. Here, they are not recorded. The caller would
-        record them if it waited for the same collective again.
+        Waiting for some collectives starts operations, such as a copy. These operations are not recorded here, but they
+        would be recorded if the caller waited for the same collective again.
         """
         group = next(one for one in args if isinstance(one, torch.ScriptObject) and "ProcessGroup" in str(one._type()))
         _, done = torch.ops.c10d.broadcast_([torch.zeros(1)], group, 0, 0)

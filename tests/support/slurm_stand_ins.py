@@ -22,7 +22,7 @@ fi
 """
 STAND_INS = {
     # This fake srun also runs the command after its options, `bash launch/task.sh ...`, as the first task of the first
-    # node. Because the command replaces the script, USR1 reaches the command, as with the real srun.
+    # node. The command replaces the process of the fake srun, so USR1 reaches the command, as with the real srun.
     "srun": "while [[ $1 == -* ]]; do shift; done\n"
     '[[ $1 != true || -n ${NODES_ANSWER-yes} ]] || exit 1\nSLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 exec "$@"\n',
     "scontrol": 'if [[ $1 == show && $2 == hostnames ]]; then printf "n1\\nn2\\n"; fi\n'

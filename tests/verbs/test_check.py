@@ -308,8 +308,8 @@ def test_summary_of_micro_batches_whose_size_is_chosen(raw, monkeypatch):
         "batch.tokens_per_micro_batch: 16,384 on a GPU with enough memory, 4,096 on a CPU; fewer if pipeline "
         "stages would wait, but at least the longest pair; this machine has no GPU\n"
     ) in text
-    # On an unknown GPU, micro-batches have room for at least the longest pair of 2 x 128 tokens. A rank has 2 such
-    # pairs in a step.
+    # On an unknown GPU, a micro-batch has room for at least the longest pair, which has 2 x 128 tokens. On a CPU, it
+    # has room for the 2 such pairs that a rank has in a step.
     assert "bf16: " in text and "; rows of 256 tokens per micro-batch at least; " in text
     assert "fp32: " in text and "; rows of 512 tokens per micro-batch; " in text
     monkeypatch.setattr("dpo_engine.verbs.summary.gpu_present", lambda: True)

@@ -1,6 +1,6 @@
 """Tests of `dpo-engine eval` and `compare`.
 
-The numbers of every pair are those of transformers in every layout, and the right checkpoint is evaluated.
+In every layout, the numbers of every pair must be those of transformers. The right checkpoint must be evaluated.
 """
 
 import json

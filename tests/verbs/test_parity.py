@@ -61,7 +61,7 @@ def parity(config, folder, *overrides, ranks=None):
 
 @pytest.mark.slow
 def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
-    # The run in one process has its optimizer states on the device.
+    # The run in one process, with which parity compares, has its optimizer states on the device.
     more = {"parallel": {"tp": 2}, "batch": {"layout": "tree"}, "optim": {"states": "host"}}
     done = parity(config_of(files, tiny_hf("llama"), tmp_path, **more), tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -110,8 +110,8 @@ def test_windows_reduce_the_operations(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(narrow))
     saved = 65536 / 2 - (4096 - 4096**2 / (2 * 65536))
     tokens = 2 * 65536 * 64
-    # The first factor counts forward passes: one of the policy, two for its backward pass, and one of the reference.
-    # The tolerance allows for the report's three digits.
+    # The first factor is the work in units of a forward pass: 1 for the policy's forward pass, 2 for its backward pass,
+    # and 1 for the reference. The tolerance allows for the report's three digits.
     assert full - operations() == pytest.approx(4 * 4 * 32 * 4096 * saved * tokens / 1e15, rel=0.02)
 
 

@@ -18,8 +18,8 @@ from support.tiny_tokenizers import piece_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; tests of the Hub use a local server
 torch.set_num_threads(1)
-gc.disable()  # until all tests are collected: collections would scan the imported objects again and again
-settings.register_profile("patient", deadline=None)  # no test may fail only because the machine is slow
+gc.disable()  # until pytest has found all tests, because each garbage collection would scan all imported objects
+settings.register_profile("patient", deadline=None)  # a slow machine must not make a test fail
 settings.load_profile("patient")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels or Megatron import Triton
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Exempt the imported objects from garbage collections, and enable these."""
+    """Exempt the imported objects from garbage collection, and enable it."""
     gc.freeze()
     gc.enable()
 

@@ -48,7 +48,7 @@ def train(config, folder, **environment):
 def test_run_resumes_bitwise_from_an_async_save(graphs, files, tiny_hf, tmp_path):  # noqa: F811
     """A thread writes the checkpoint from pinned memory while later steps change the weights.
 
-    With CUDA graphs, the first step after a resume is not a replay, but the same step of the whole run is.
+    With CUDA graphs, the first step after a resume is not a replay, but the same step of the uninterrupted run is one.
     """
     model, whole = tiny_hf("llama"), tmp_path / "whole"
     sections = {

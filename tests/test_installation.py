@@ -29,7 +29,7 @@ def kernels_at(folder: Path, version: str | None) -> Path:
 
 
 def test_activated_environment_is_kept(tmp_path):
-    """Its own interpreter comes first on PATH. If the environment was made from another one, it is still used."""
+    """The activated environment's interpreter is found first, but it must not be used to make the environment again."""
     venv = tmp_path / "venv"
     base = Path(sys.executable).resolve()
     subprocess.run([base, "-m", "venv", "--without-pip", venv], check=True)

@@ -1,4 +1,4 @@
-"""Tests of the Python interface: its public names, the modules that their import loads, and a run from Python."""
+"""Tests of the Python interface: its public names, the modules loaded by importing them, and a run from Python."""
 
 import json
 import subprocess

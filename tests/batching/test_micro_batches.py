@@ -95,8 +95,8 @@ def test_visible_share_of_full_rows(share, each, tmp_path):
     asked = config(tmp_path, batch={"layout": "tree", "share": share, "tokens_per_micro_batch": tree.n})
     many = of_lengths(*[(60, 25, 10)] * 4 * each)
     assert visible_share(asked, many, 1) == pytest.approx(expected)
-    # With a larger budget, one row holds all pairs of the data set, or all pairs that a rank gets from a global batch
-    # if these are fewer.
+    # With a larger budget, one row holds all pairs of the data set. If a rank gets fewer pairs from a global batch, one
+    # row holds only the rank's pairs.
     wide = {"layout": "tree", "share": share, "tokens_per_micro_batch": 100 * tree.n}
     few = of_lengths(*[(60, 25, 10)] * each)
     assert visible_share(config(tmp_path, batch=wide), few, 1) == pytest.approx(expected)

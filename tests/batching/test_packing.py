@@ -262,8 +262,8 @@ def check_balance(lengths, parts, contiguous=1.0):
     """Check the distribution of 128 pairs over 8 ranks.
 
     Checks the largest cost of a rank relative to the mean cost, and the number of tokens relative to the number of
-    tokens of unsplit trees. Returns the imbalance that a distribution of consecutive pairs would have. This
-    imbalance must exceed ``contiguous``.
+    tokens of unsplit trees. Returns the imbalance (the largest cost divided by the mean cost) that would result if each
+    rank got consecutive pairs. This imbalance must exceed ``contiguous``.
     """
     dealt = deal_trees(np.arange(128), lengths, parts, cost=LLAMA_8B, dp_size=8, tokens_per_micro_batch=8192)
     ranks = [np.concatenate(rank) for rank in dealt]

@@ -34,7 +34,7 @@ def random(*shape, seed=0):
 
 
 def turned(states, angles, interleaved):
-    """Multiply pairs of dimensions, as complex numbers, by exp(i angle). Angles are [s, number of pairs]."""
+    """Multiply pairs of dimensions, as complex numbers, by exp(i angle). `angles` is [s, number of pairs]."""
     half = angles.shape[-1]
     first, second = (
         (states[..., 0 : 2 * half : 2], states[..., 1 : 2 * half : 2])

@@ -161,7 +161,7 @@ def test_varlen_refuses_a_soft_cap():
 
 
 def test_sinks_are_added_to_flash_attention(monkeypatch):
-    """Flash attention runs only on GPUs. The test replaces its passes with functions that also lack sinks."""
+    """Replace the passes of flash attention, which needs a GPU, with CPU functions that do not support sinks either."""
     tree = Tree.of(*TREES["pairs"])
     window = 7
     inputs, grad = tensors(tree, 4, 2, 8, 8, torch.float64)

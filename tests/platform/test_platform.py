@@ -54,7 +54,7 @@ def test_installed_host_maps_cuda_to_the_cpu():
 
 
 def open_twice():
-    """Open the groups of TP 2 on 4 ranks twice; return whether groups are the same objects, and a sum over TP."""
+    """Open the groups for tp 2 on 4 ranks twice. Return which groups are one object, and a sum over the group `tp`."""
     dims = ParallelDims(tp=2, world=4)
     platform = device.open_platform(deterministic=True)
     groups = open_groups(dims, platform, seed=1, timeout_s=60)

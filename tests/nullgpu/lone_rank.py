@@ -99,7 +99,7 @@ def replace_numbers(*, weights: bool = False) -> None:
     def reduce(tensor: torch.Tensor, *rest: Any, **named: Any) -> Any:
         work = real_reduce(tensor, *rest, **named)
         if tensor.numel() <= MOST_FLAGS:
-            # The null GPU executes this small copy. It sets flags to 0, and it sets counts, which are in fp64, to 1,
+            # The null GPU executes this small copy. The copy sets flags to 0. It sets counts, which are in fp64, to 1,
             # because the engine divides by counts.
             value = float(tensor.dtype is torch.float64)
             values = torch.full(tensor.shape, value, dtype=tensor.dtype, pin_memory=True)
@@ -117,7 +117,7 @@ def replace_numbers(*, weights: bool = False) -> None:
 
 
 def _distribute_tokens_equally() -> None:
-    """Make each rank send equally many tokens to all experts. The host derives tensor sizes from these numbers."""
+    """Make each rank send equally many tokens to all experts. The host derives tensor sizes from the token counts."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
 
     real = Dispatcher.preprocess

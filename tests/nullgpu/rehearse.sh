@@ -5,12 +5,12 @@
 # arbitrary (see rehearsal/). The rehearsal fails if a part fails, with one exception: TRL's own process in the part
 # "trl". TRL selects tokens by masks on the device, so its shapes depend on the arbitrary numbers.
 #
-# Triton compiles its kernels for the GPU's generation into gpu-day/triton, where gpu_day.sh looks for them. Copy that
-# folder to the machine with the GPU if that machine has the same versions of torch and Triton.
+# Triton compiles its kernels for the GPU's generation, and stores them in gpu-day/triton, where gpu_day.sh looks for
+# them. Copy that folder to the machine with the GPU if that machine has the same versions of torch and Triton.
 #
 #   PYTHON       an interpreter, as in run.sh
 #   PARTS        the parts to run, such as "stack kernels" (default: all)
-#   SCALE        a factor for all time limits (default: 4, because this machine has fewer cores than a GPU's machine)
+#   SCALE        a factor for all time limits (default: 4, for machines with fewer cores than the GPU's machine)
 #   SHAPE        the model to train, such as tiny, for a short rehearsal (default: 1b)
 #   NULLGPU_MIB  the GPU's memory in MiB (default: that of an H200)
 #   NULLGPU_SM   the GPU's compute capability, times 10 (default: 90, as for an H200)

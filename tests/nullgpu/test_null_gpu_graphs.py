@@ -15,7 +15,7 @@ SHAPE = ("--model", "llama3_8b", "--layers", str(LAYERS), "batch.layout=tree", "
 SHORT = (*SHAPE, "--lengths", "250,120,101", "--pairs", "4", "--vary", "train.micro_batch_size=2")
 ON = "model.cuda_graphs=true"
 ROWS = (*SHAPE, "--lengths", "2,2048,2048", "--pairs", "2")
-"""Rows of 4,098 tokens. A pair shares no prompt, so a row is as long as the estimate assumes."""
+"""Rows of 4,098 tokens. The estimate assumes 4,100 tokens, because it counts the prompt once for each response."""
 
 CASES = {  # the keys, and the number of layers with recordings
     "one rank": ((), LAYERS - 1),
@@ -48,8 +48,8 @@ def check_replays(keys, layers):
         counts, before = step["counts"], plain[-1]["counts"]
         assert counts["graphs"] == 4 * layers * step["micro_batches"], "two forward and two backward pieces in a layer"
         assert counts["stray"] == 0, "every launch during a recording is recorded"
-        # Two products of attention and two of the MLP: forward, and backward for the inputs. If weights are trained,
-        # there are four more.
+        # A layer's forward pass has two products of attention and two of the MLP. Its backward pass has four products
+        # for the gradients of inputs. If weights are trained, it has four more for their gradients.
         assert before["products"] - counts["products"] >= 8 * layers * step["micro_batches"]
         assert before["launches"] - counts["launches"] > 8 * layers * step["micro_batches"]
     waits = "waits_in_micro_batches"  # in the second step, the host waits while torch's cache is emptied
@@ -72,7 +72,8 @@ def test_collectives_are_recorded():
     keys = (*SHORT, "--world", "2", "parallel.tp=2")
     plain, graphs = run(*keys)["last"], run(*keys, ON)["last"]
     layers = (LAYERS - 1) * graphs["micro_batches"]
-    # Forward: two gathers and two sums. Backward: the same, and the inputs are gathered once more for two weights.
+    # A layer's forward pass has two gathers and two sums. Its backward pass has the same collectives, and gathers the
+    # inputs once more for the gradients of two weights.
     assert plain["counts"]["collectives"] - graphs["counts"]["collectives"] == layers * (4 + 4 + 2)
 
 

@@ -68,7 +68,7 @@ def test_adamw_needs_no_temporary_copy():
 def test_states_on_the_host_leave_the_device():
     """The device needs 12 bytes less per owned parameter, but it also needs two more fp32 buffers.
 
-    For each piece, the update waits for the gradients and for a free buffer.
+    The update processes the parameters in pieces. For each piece, it waits for the gradients and for a free buffer.
     """
     device, host = run(*LLAMA_8B, "reference.mode=stored"), run(*LLAMA_8B_HOST)
     owned = 8_030_261_248 // 8

@@ -138,7 +138,7 @@ def test_every_row_has_the_size_of_the_buffers():
 
 
 def test_memory():
-    """The buffers are outside of torch's allocator; the workspaces for three matrix products are inside."""
+    """The communication buffers are outside of torch's allocator. The workspaces of three products are inside it."""
     keys = ("--model", "llama3_8b", "--layers", "4", "--lengths", "1024,512,512", "model.spec=te", "batch.layout=tree")
     flags, workspaces = 16 << 20, 3 << 25
     for precision, each in ((), 12 * 2), (TENSORWISE, 8 + 4 * 2), ((*TENSORWISE, SOME_IN_BF16), 12 * 2 + 8 + 4 * 2):

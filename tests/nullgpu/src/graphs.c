@@ -32,7 +32,7 @@ int capture(const void *stream) {
 }
 int capturing(void) { return __atomic_load_n(&active, __ATOMIC_RELAXED) != 0; }
 
-// A GPU ends the capture with an error if the host waits for it.
+// If the host waits for a stream that is captured, a GPU ends the capture with an error.
 int waits_for(const void *stream, const char *what) {
   if (!(stream ? capture_of(stream) : active)) return cudaSuccess;
   fprintf(stderr, "nullgpu: %s during the capture of a graph\n", what);

@@ -21,8 +21,8 @@ typedef enum {
   COPIES,            // all copies
   ALLOCATIONS,       // requests of the caching allocator for device memory
   GRAPHS,            // launches of CUDA graphs
-  CAPTURED,          // operations that were captured in a graph, and not counted otherwise
-  STRAY,             // launches on a stream that is not captured, while another stream is
+  CAPTURED,          // operations captured in a graph; of the other counters, only FP8_PRODUCTS counts them
+  STRAY,             // launches on a stream that is not captured, while another stream is captured
   COUNTERS
 } Counter;
 
@@ -40,9 +40,10 @@ size_t free_device_memory(void);   // free memory of the card in bytes
 
 int capture(const void *stream);                   // whether a launch on this stream is captured; if so, count it
 unsigned long long capture_of(const void *stream);  // the number of the capture that the stream takes part in, or 0
-int join_capture(void *stream, unsigned long long id);  // return whether waiting for an event of a capture is allowed
+// Let a stream that waits for an event of capture `id` take part in that capture. Return whether this wait is allowed.
+int join_capture(void *stream, unsigned long long id);
 int capturing(void);                               // whether any stream is captured
-// Return an error if the host waits for a stream that is captured; NULL: for the whole device.
+// Return an error if the host waits for a stream that is captured. If `stream` is NULL, the host waits for the device.
 int waits_for(const void *stream, const char *what);
 
 long setting(const char *variable, long otherwise);  // an environment variable's value, or `otherwise`

@@ -144,7 +144,7 @@ EXPORT cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function
   return cudaSuccess;
 }
 
-// An event holds the time at which it was recorded, in milliseconds, and the number of the capture, or 0.
+// An event holds the time at which it was recorded, in milliseconds, and the number of its capture (0 without one).
 typedef struct {
   double time;
   unsigned long long capture;
@@ -165,8 +165,8 @@ EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (event) *(Event *)event = (Event){time, capture_of(stream)};
   return cudaSuccess;
 }
-// A stream that waits for an event of a capture takes part in the capture. As on a GPU, the default stream cannot, and a
-// stream that is captured cannot wait for other work.
+// A stream that waits for an event of a capture takes part in the capture. As on a GPU, the default stream cannot take
+// part in a capture, and a stream that is captured cannot wait for other work.
 EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
   unsigned long long id = event ? ((Event *)event)->capture : 0;
   return join_capture(stream, id) ? cudaSuccess : cudaErrorStreamCaptureImplicit;

@@ -62,7 +62,7 @@ class Case:
 
 
 def measure(asked: argparse.Namespace, name: str) -> list[str]:
-    """Return one line of the table for these kernels."""
+    """Return the line of the table for the kernels ``name``, a key of ``KERNELS``."""
     backend, deterministic = KERNELS[name]
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -1,4 +1,4 @@
-"""Print the versions on a GPU, whether Transformer Engine works, and the time to create a rank's process groups."""
+"""Print versions, whether Transformer Engine works (only on a GPU), and the time to create a rank's process groups."""
 
 import importlib
 import importlib.metadata

@@ -154,7 +154,7 @@ def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:
 
 
 def _in_shard(targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor]:
-    """Return whether each target is among the valid columns [n], and its column index clamped to a valid one [n, 1]."""
+    """Return, for each target, whether its column is valid [n], and the column, clamped to the valid ones [n, 1]."""
     local = targets - start
     return (local >= 0) & (local < valid), local.clamp(0, valid - 1)[:, None]
 

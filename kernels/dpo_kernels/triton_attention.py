@@ -284,7 +284,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 class _Launch:
-    """The arguments that the three kernels share, except for their input and output tensors."""
+    """The arguments that the three kernels share. These do not include the input and output tensors."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, tree: Tree, options: Options):
         d, d_v = query.shape[-1], value.shape[-1]

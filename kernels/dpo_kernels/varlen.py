@@ -9,10 +9,10 @@ query sees, and its own key. A run is therefore a causal row, if the keys that i
 each other. All runs of all trees of a micro-batch are computed by one call. The backward pass adds the gradients of a
 key's copies in a fixed order and in fp32, without atomics, so results do not change from call to call.
 
-Why this way. Keys and values are smaller than queries if heads share them. If every token is a query, only tokens on
-several paths are copied more than once; the prompt of a pair is copied twice. Any subset of a row's tokens can be
-queries, so context parallelism, and a last layer that computes only some tokens, need no special code. However, each
-run of a subset needs its own copy of the keys that its queries see.
+Why this way. Copies of keys and values are small if several query heads share a key head. If every token is a query,
+only tokens on several paths are copied more than once; the prompt of a pair is copied twice. Any subset of a row's
+tokens can be queries, so context parallelism, and a last layer that computes only some tokens, need no special code.
+However, each run of a subset needs its own copy of the keys that its queries see.
 
 With a window, a run has only the keys that at least one of its queries sees. Sinks are added afterwards: a sink scales
 a query's output by 1 / (1 + exp(sink - lse)). With this output, and a log-sum-exp that includes the sink, flash

@@ -11,8 +11,8 @@ If the engine trains only a part of each model of the family, the class has a th
 
 The class of a mixture-of-experts family can have two more members:
 
-``fused``                  the tensors that contain all experts of a layer, each a ``Fused``
-``packed``                 the ``quant_method`` of quantized experts that the engine reads
+``fused``                  a ``Fused`` for each tensor that contains all experts of a layer
+``packed``                 the ``quant_method`` of the quantized experts that the engine can read
 """
 
 from dpo_engine.model.architecture import FAMILIES as FAMILIES

@@ -12,7 +12,7 @@ HF_LAYER = "model.layers.{l}."
 
 
 def vector(parameter: str, tensor: str, rows: str, **facts: Any) -> Rule:
-    """Return the rule for a norm weight of the transformer layers, which is replicated on all tensor-parallel ranks.
+    """Return the rule for a norm weight of the transformer layers. All tensor-parallel ranks have the whole weight.
 
     facts   other fields of the rule, such as ``when``
     """
@@ -23,7 +23,7 @@ def norm(parameter: str, tensor: str, *, inside: str = HF_LAYER, when: str | Non
     """Return the rules for the weight and the bias of a norm of hidden states.
 
     inside  first part of the tensors' names; empty for a norm outside of the layers
-    when    condition for both rules, as in :class:`Rule`; only for families whose norms always have biases. None: the
+    when    condition for both rules, as in :class:`Rule`. Set it only if all norms of the family have biases. None: the
             model always has the weight, and has the bias if ``norm_bias`` is true
     """
     name = f"{LAYER if inside else ''}{parameter}"
@@ -151,7 +151,10 @@ SINKS = (
 
 
 def qk_norm(query: str, key: str, sizes: tuple[str, str] = ("head_dim", "head_dim")) -> tuple[Rule, ...]:
-    """Return the rules for the norms of queries and keys; ``sizes`` are the Architecture attributes of their sizes."""
+    """Return the rules for the norms of queries and keys.
+
+    sizes   Architecture attributes with the sizes of the two norms
+    """
     return (
         vector("self_attention.q_layernorm", f"self_attn.{query}", sizes[0], when="qk_norms"),
         vector("self_attention.k_layernorm", f"self_attn.{key}", sizes[1], when="qk_norms"),
@@ -213,7 +216,7 @@ HF_ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
-"""Names of activations in ``config.json`` and in :class:`~dpo_engine.model.architecture.Architecture`."""
+"""Maps names of activations in ``config.json`` to names in :class:`~dpo_engine.model.architecture.Architecture`."""
 
 
 def activation(config: HFConfig, name: str = "hidden_act", default: str = "silu") -> str:
@@ -275,8 +278,8 @@ def dense(
 
     The defaults are used if ``config.json`` omits a field. They must be the family's defaults in transformers.
 
-    head_dim       None: hidden_size / num_attention_heads
-    num_kv_heads   None: num_attention_heads
+    head_dim       default of this field; None: hidden_size / num_attention_heads
+    num_kv_heads   default of ``num_key_value_heads``; None: num_attention_heads
     eps            name and default of the field for the norms' epsilon
     tied           default of ``tie_word_embeddings``
     theta, partial defaults of ``rope_theta`` and ``partial_rotary_factor``

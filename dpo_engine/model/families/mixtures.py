@@ -73,7 +73,10 @@ def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DO
 
 
 def named_count(config: HFConfig, *names: str, default: int | None = None) -> int:
-    """Read a count that can have any of several names. If none is present, use the default or report the first name."""
+    """Read a count that can have any of several names.
+
+    If no name is present, return the default or, without a default, record the problem that the first name is missing.
+    """
     given = next((name for name in names if config.get(name) is not None), names[0])
     return config.count(given, default)
 

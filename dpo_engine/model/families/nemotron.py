@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, activation,
 
 @FAMILIES.register("nemotron")
 class Nemotron:
-    """Layer norms that multiply by 1 plus the stored weight, squared ReLU without a gate; half of each head rotated."""
+    """Layer norms multiply by 1 plus the stored weight; squared ReLU without a gate; half of each head is rotated."""
 
     rules = ROOT + NORMS + ATTENTION + plain_mlp("mlp.up_proj", "mlp.down_proj")
 

@@ -82,9 +82,9 @@ class Rule:
         return [(layer, expert) for layer in layers for expert in experts]
 
     def uses(self, arch: Architecture) -> int:
-        """Return the number of this rule's parameters that a token uses.
+        """Return the number of this rule's parameters that a token uses. The rule must be for parameters of layers.
 
-        In each layer, this is one parameter or, if the parameters belong to experts, one for each chosen expert.
+        In each layer, a token uses one parameter or, if the parameters belong to experts, one for each chosen expert.
         """
         return len(arch.layers(self.layers)) * (arch.experts.chosen if self.expert else 1)
 

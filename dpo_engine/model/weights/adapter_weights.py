@@ -105,7 +105,7 @@ def stage_adapters(chunks: Sequence[nn.Module], arch: Architecture, groups: Para
 
     Only one rank of the stage, with tp, dp and cp rank 0, returns tensors. The other ranks return an empty dictionary.
 
-    *Collectives* on dp and cp rank 0: one gather per sharded parameter over tp.
+    *Collectives* on the ranks with dp and cp rank 0: one gather over tp for each sharded parameter of an adapter.
     Raises :class:`~dpo_engine.errors.NumbersError` on the rank that returns tensors, after all gathers, if a value is
     not finite.
     """

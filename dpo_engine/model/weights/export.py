@@ -163,9 +163,9 @@ class Export:
         return stranger and f"is occupied by {stranger}, which was not written by an export"
 
     def _stranger(self) -> str | None:
-        """Return the name of a file in the target directory that was not written by an export of ours, or None.
+        """Return the name of a file in the target directory that no export of the engine wrote.
 
-        If the target is not a directory, return ``a regular file``.
+        Return None if there is no such file. If the target is not a directory, return ``a regular file``.
         """
         if self.directory.exists() and not self.directory.is_dir():
             return "a regular file"

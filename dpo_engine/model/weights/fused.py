@@ -1,8 +1,8 @@
 """Read tensors that contain all experts of a layer, and quantized tensors, as tensors of single experts.
 
-The weight table has tensors for each expert. Some checkpoints have one tensor for all experts of a layer instead:
+The weight table has tensors for each expert. Some checkpoints have one fused tensor for all experts of a layer instead:
 checkpoints of gpt-oss, and checkpoints that transformers saves with ``save_original_format=False``. A part of a fused
-tensor is read like a tensor of its own, without the other parts. The published checkpoints of gpt-oss also store the
+tensor is read like a separate tensor, without the other parts. The published checkpoints of gpt-oss also store the
 matrices of experts in the format MXFP4. These matrices are dequantized when they are read. The results are
 exact, unless a value is too large for bf16.
 
@@ -72,7 +72,7 @@ class Place(NamedTuple):
         return None if rows % self.parts else (rows // self.parts, *columns)
 
     def slices(self, stored: Sequence[Any]) -> Any:
-        """Return a lazy tensor, of which slices can be read, for lazy tensors ``stored`` of the files."""
+        """Return a lazy tensor, of which slices can be read. ``stored`` contains the lazy tensors of the files."""
         if self.expert is None:
             return stored[0]
         return _Packed(*stored, self) if self.packed else _Part(stored[0], self)

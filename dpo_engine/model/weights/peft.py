@@ -217,7 +217,7 @@ class AdapterFiles(CheckpointFiles):
         raise self.fail(f"has no {ADAPTER}; set it to the directory of a PEFT adapter")
 
     def check(self, adaptation: Adaptation, arch: Architecture) -> None:
-        """Check that the file has the tensors of these adapters, and no others. Only the header is read.
+        """Check that the file has all tensors of the engine's adapters, and no others. Only the header is read.
 
         Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
         """
@@ -247,7 +247,7 @@ class AdapterFiles(CheckpointFiles):
 
 
 def adapter_digest(directory: str | Path) -> str:
-    """Return a digest of an adapter's settings and tensors, which does not depend on its path.
+    """Return a digest of an adapter's settings and tensors. The digest does not depend on the adapter's path.
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the tensors cannot be read.
     """

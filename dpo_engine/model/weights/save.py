@@ -192,7 +192,7 @@ def _collect(
 ) -> Exception | None:
     """Gather parameters on the first rank that has a shard, and add their tensors to ``shards`` there, without writing.
 
-    joined  tensors with all experts of a layer that are incomplete, because only some experts have been gathered
+    joined  incomplete tensors for all experts of a layer, of which only some experts have been gathered
 
     *Collectives*: for each parameter, those of :func:`gather_shards` or, for experts that are exported together, of
     :func:`gather_experts`. After an error, the remaining gathers still run, because the other ranks take part in them.

@@ -65,7 +65,8 @@ class Exported(NamedTuple):
 def exported_tokenizer(files: Mapping[str, Path], config: str, tokenizer: Tokenizer) -> Exported:
     """Return the files of the run's tokenizer, in a form from which transformers reproduces the tokenizer.
 
-    If there is no such form, return the tokenizer's own files, with a note about the first difference.
+    If there is no such form, return the tokenizer's own files. If `AutoTokenizer` cannot reproduce the tokenizer from
+    any form, a note describes the first difference.
 
     files      the tokenizer's own files, by their name in the export
     config     content of the export's config.json

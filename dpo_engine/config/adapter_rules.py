@@ -10,7 +10,7 @@ Rule = tuple[tuple[str, ...], str]
 
 
 def adapter_rules(config: Config) -> Iterator[Rule]:
-    """Yield, for each broken rule, the keys that the rule reads, and the text of the problem with the first key."""
+    """For each broken rule, yield the keys that the rule reads, and the text of what is wrong with the first key."""
     adapter, reference = config.adapter, config.reference
     if adapter is None:
         if reference.mode == "shared":

@@ -150,7 +150,8 @@ def _default(field: FieldInfo, keys: Sequence[str | int]) -> str:
 def erase(raw: dict[str, Any], problem: SchemaProblem) -> None:
     """Remove the key that caused the problem from the nested mappings, so that the rest can still be validated.
 
-    A required key is set to "?" instead of being removed. A list with a wrong item is removed as a whole.
+    A key in `REQUIRED` is set to "?" instead of being removed. A list with a wrong item is removed as a whole, and so
+    is an optional section that lacks a required key.
     """
     keys = list(problem.keys)
     keys = keys[: next((depth for depth, key in enumerate(keys) if isinstance(key, int)), len(keys))]

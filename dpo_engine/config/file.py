@@ -135,7 +135,7 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file. If the mapping has a key `base`, it is merged into the base file's mapping.
+    """Return the mapping in a YAML file. If the mapping has a key `base`, merge the mapping into that of the base file.
 
     below  files that inherit from this file; they are needed to detect a cycle
 

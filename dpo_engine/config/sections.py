@@ -57,8 +57,8 @@ class ModelConfig(Section):
     """version of flash attention that torch uses for stacked rows and for varlen: 2 comes with torch; 3 and 4 need a
     separate package"""
     cuda_graphs: bool = False
-    """whether to record the work of each layer, except attention, as CUDA graphs, which the host starts faster;
-    requires batch.layout=tree, and pads all rows to one size"""
+    """whether to record the work of each layer, except attention, as CUDA graphs, which the host starts faster than
+    single kernels; requires batch.layout=tree, and pads all rows to one size"""
     head: Text = "auto"
     """kernels for the log-probabilities of the output layer: eager, triton or the name that a plugin registers; auto:
     eager, unless a plugin or the environment variable DPO_KERNELS sets another default"""
@@ -320,7 +320,8 @@ class LoggingConfig(Section):
     mlflow: MlflowConfig | None = None
     """settings for logging to MLflow; null: off"""
     sinks: dict[Text, dict[str, Any]] = {}
-    """registered metric sinks, by name, each with its options: trackio, swanlab, or one that a plugin registers"""
+    """mapping from the names of metric sinks to their options; the sinks are trackio, swanlab, and those that plugins
+    register"""
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     """console output: rich (progress bar), plain (text lines) or off; auto: rich on a terminal, plain otherwise"""
     page: bool = True

@@ -167,7 +167,7 @@ DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312
 def peak_flops(platform: Platform, dtype: torch.dtype) -> float | None:
     """Return the peak FLOP/s of dense bf16 products on this GPU, according to its data sheet.
 
-    Return ``None`` without a GPU, for a GPU that is not in :data:`DENSE_BF16_FLOPS`, and for other dtypes.
+    Return ``None`` without a GPU, for a GPU that is not in :data:`DENSE_BF16_FLOPS`, and for dtypes other than bf16.
     """
     if not platform.gpu or dtype is not torch.bfloat16:
         return None

@@ -55,7 +55,7 @@ def host_device(device: Any) -> Any:
 
 
 def on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return a version of ``factory`` that creates on the CPU what is requested on a GPU, and rejects pinned memory."""
+    """Return a version of ``factory`` that creates every GPU tensor on the CPU instead, and rejects pinned memory."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -113,7 +113,7 @@ def answers(value: Callable[..., Any]) -> Callable[..., Any]:
 def one_for_equal_ranks(create_group: Callable[..., Any]) -> Callable[..., Any]:
     """Return a version of ``create_group`` that creates one process group for each set of ranks.
 
-    Each rank must ask for the groups of its ranks in the same order, which ``create_group`` requires too.
+    All ranks must create their common groups in the same order, which ``create_group`` itself also requires.
     """
     groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], Any]] = weakref.WeakKeyDictionary()
 

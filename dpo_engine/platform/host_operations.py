@@ -67,9 +67,10 @@ def counts_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = Fa
 
 
 def gather_rows(gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Extend Megatron's ``gather`` along the first axis to parts of different sizes.
+    """Return a version of ``gather`` that accepts parts of different sizes.
 
-    The parts are padded to equal sizes and gathered, and the padding is removed from the result.
+    ``gather`` is Megatron's all-gather along the first axis, which gloo supports only for parts of equal size. The
+    returned function pads the parts to the largest size, gathers them, and removes the padding from the result.
 
     *Collectives* of the returned function: the all-gather of ``gather``, with each part padded to the largest size.
     """

@@ -70,7 +70,7 @@ class Meter:
         self.done += size
 
     def open(self, key: str) -> None:
-        """Begin a wait. The byte counts of all waits of this meter are added up in the store, under the first key."""
+        """Begin a wait. The byte counts of all waits of this meter are added up under the first wait's key."""
         self._key = self._key or key
         if time.monotonic() - self._ended > FIRST_S:
             self._line.wait()
@@ -190,7 +190,8 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
 def _store() -> Iterator[dist.Store | None]:
     """Yield the store that all ranks share; None if it was lost.
 
-    If the launcher's store is lost, the ranks continue to work, but they can wait for each other only in collectives.
+    A RuntimeError in the block means that the store is lost, and is not raised. If the launcher's store is lost, the
+    ranks continue to work, but they can wait for each other only in collectives.
     """
     global _lost
     store = dist.distributed_c10d._get_default_store()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NCCL_AFTER_S = 10.0
-"""Extra seconds in NCCL's timeout. NCCL's watchdog aborts the process; ours sets an exit code and must act first."""
+"""Extra seconds in NCCL's timeout. NCCL's watchdog aborts the process. The engine's watchdog sets an exit code, so it
+must act first."""
 _COMMUNICATION = re.compile(r"gloo|nccl|TCPStore|Connection (closed|reset|refused)|Timed out waiting|Broken pipe", re.I)
 _TIMEOUT = re.compile(r"timed? ?out", re.I)
 _lifeline: Lifeline | None = None
@@ -53,11 +54,11 @@ class ParallelGroups:
     megatron: Any  # a ProcessGroupCollection, the form in which Megatron's modules take the groups
 
     def shards(self, expert: bool) -> dist.ProcessGroup:
-        """Return the ranks over which matrices are split: experts' matrices, or (if not ``expert``) all others."""
+        """Return the ranks over which matrices are split. ``expert`` says whether these are the matrices of experts."""
         return self.expt_tp if expert else self.tp
 
     def copies(self, expert: bool) -> dist.ProcessGroup:
-        """Return the ranks that hold the same shard of experts, or (if not ``expert``) of all other parameters."""
+        """Return the ranks with the same shard of parameters. ``expert`` says whether these are parameters of experts."""
         return self.expt_dp if expert else self.dp_cp
 
     @property
@@ -67,7 +68,7 @@ class ParallelGroups:
 
     @property
     def waits_for_others(self) -> bool:
-        """Whether ranks can wait inside a step for a rank that has failed with an error that they do not have.
+        """Whether an error that occurs only on some ranks can leave the other ranks waiting inside the step.
 
         This applies to pipeline stages, because only the last stage computes the loss, and to ranks with different
         pairs that share experts.
@@ -146,7 +147,7 @@ def open_groups(
     if not dist.is_initialized():
         device = platform.device if platform.gpu else None
         # This watchdog enforces the timeout. If the first rank is lost, torch itself would try to connect for several
-        # times as long.
+        # times the timeout.
         clock = Lifeline(rank, {}, timeout_s)
         try:
             with clock.working():

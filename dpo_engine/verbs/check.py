@@ -247,7 +247,7 @@ def _trackers(config: Config) -> list[str]:
 
 
 def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> Tokenizer | None:
-    """Load the tokenizer and check that it fits the model. Return None if no tokenizer can encode the records."""
+    """Load the tokenizer and check that it fits the model. Return None if the records cannot be encoded."""
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         found.config.append(f"data.chat_template={template}: no such file; set the path of a Jinja template")

@@ -1,4 +1,4 @@
-"""Print the verbs' lines on rank 0, and print errors. An error of all ranks is printed once per job or per node."""
+"""Print the verbs' lines on rank 0, and print errors. An error that all ranks raise is printed once per job or node."""
 
 from __future__ import annotations
 

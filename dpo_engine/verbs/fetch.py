@@ -46,7 +46,7 @@ def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]
 
 
 def hub_ids(config: Config) -> dict[str, tuple[str, Repo]]:
-    """Return the keys of a run that hold Hub ids, each with its value and the repository that it names."""
+    """Return the keys of a run that hold Hub ids, each with its value and the repository that the value names."""
     models = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     models |= {"reference.path": config.reference.path, "adapter.path": config.adapter and config.adapter.path}
     found = {key: (path, model_repo(path, key)) for key, path in models.items() if path is not None}

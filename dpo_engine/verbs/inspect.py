@@ -1,4 +1,4 @@
-"""Show how a run's pairs are tokenized, as text or tokens. Each token is marked by its kind, such as cut or scored."""
+"""Show how a run's pairs are tokenized, as text or tokens. Each token has a kind, such as `cut` or `scored`."""
 
 from __future__ import annotations
 

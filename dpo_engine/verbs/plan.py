@@ -2,10 +2,10 @@
 
 The prediction needs neither a GPU nor Megatron. Memory is computed by :mod:`~dpo_engine.model.memory`. Time is the sum
 of these parts: the operations of the slowest stage at `EFFICIENCY` times the GPU's peak FLOP/s, the bytes of each kind
-of communication at the speed of its link, an update on the host, and the pipeline bubble. Use the prediction to compare
-layouts; it is not the exact time of a step. All rows are assumed to have ``data.max_length`` tokens, which is the worst
-case. In layers with a sliding window, each token attends only to the keys within the window. The communication between
-context-parallel ranks is predicted as if no layer had a window.
+of communication at the speed of its link, the optimizer's update if it runs on the host, and the pipeline bubble. Use
+the prediction to compare layouts; it is not the exact time of a step. All rows are assumed to have ``data.max_length``
+tokens, which is the worst case. In layers with a sliding window, each token attends only to the keys within the window.
+The communication between context-parallel ranks is predicted as if no layer had a window.
 """
 
 from __future__ import annotations

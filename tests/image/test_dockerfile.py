@@ -106,7 +106,7 @@ def test_python_without_tested_versions_is_refused(install, monkeypatch):
 
 @pytest.fixture
 def main(install, monkeypatch, tmp_path):
-    """Return a function that installs with a fake pip. The function returns pip's arguments and the constraints."""
+    """Return a function that runs install.py with a fake pip, and returns pip's arguments and the constraints."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(install, "write", lambda path, lines: written.append(lines))
     written, calls = [], []

@@ -4,7 +4,7 @@
 #
 #   cluster.sh install     install the necessary Debian packages
 #   cluster.sh start       start the controller and the nodes, unless they are running; restart lost nodes
-#   cluster.sh env         print the variable with which sbatch finds the cluster: eval "$(cluster.sh env)"
+#   cluster.sh env         print the variable with which sbatch finds the cluster; usage: eval "$(cluster.sh env)"
 #   cluster.sh status      print one line for each daemon, and then Slurm's list of the nodes
 #   cluster.sh lose NODE   kill all processes of the node at once, as in a power failure
 #   cluster.sh stop        cancel all jobs, and end all processes that this script has started

@@ -192,7 +192,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def from_json(name: str, value: Any) -> Any:
-    """Parse a text as JSON, and return None for blank text. Return a value that is not text unchanged.
+    """Parse a text as JSON, and return None for blank text. A value that is not text is returned unchanged.
 
     Raises :class:`BadRecord` if a text is not JSON.
     """

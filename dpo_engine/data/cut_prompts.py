@@ -33,7 +33,8 @@ def cut_prompts(
 ) -> dict[int, list[int] | None]:
     """Return the ids that were cut from the prompts of held-out pairs.
 
-    If a pair reaches a limit, its record is read and tokenized again. Sources without such pairs are not read.
+    If a pair reaches a limit, its record is read and tokenized again. A source is not read if none of its pairs reaches
+    a limit.
 
     pairs    held-out pairs
     indices  indices of pairs in ``pairs``
@@ -86,7 +87,7 @@ def _cut(whole: object, fitted: object, bos_id: int | None) -> tuple[str, list[i
     if not (isinstance(whole, Encoded) and isinstance(fitted, Encoded)) or whole.pair is None or fitted.pair is None:
         return None
     prompt, kept = whole.pair.prompt, fitted.pair
-    # With `data.score: all`, the stored response begins with the prompt, so the lengths of both are added.
+    # With `data.score: all`, the stored response begins with the rest of the prompt, so both lengths are added.
     count = len(prompt) + len(whole.pair.chosen) - len(kept.prompt) - len(kept.chosen)
     first = int(prompt[0] == bos_id and kept.prompt[0] == bos_id)
     return kept.digest, np.asarray(prompt[first : first + count]).tolist()

@@ -61,7 +61,7 @@ class EncodeBlock:
     """Callable that converts blocks of raw records of one source to token pairs, in this process or in a worker.
 
     number  index of the source
-    chunk   number of pairs to tokenize together; the pairs of the last record may bring a chunk above this number
+    chunk   number of pairs to tokenize together; a chunk can have more pairs, because a record is never split
     """
 
     tokenizer: Tokenizer
@@ -99,7 +99,7 @@ class EncodeBlock:
 
 
 def _chunks(records: Iterator[tuple[int, list[Pair]]], most: int) -> Iterator[list[tuple[int, list[Pair]]]]:
-    """Group records into chunks. A chunk ends with the record that brings its pairs or its characters to a limit."""
+    """Group records into chunks. A chunk ends when its number of pairs or of characters has reached a limit."""
     chunk: list[tuple[int, list[Pair]]] = []
     size = characters = 0
     for line, pairs in records:

@@ -204,7 +204,7 @@ def _is_colossalchat(row: dict[str, Any]) -> bool:
 
 
 def _is_answered(name: str, *others: str) -> Callable[[dict[str, Any]], bool]:
-    """Return a test for records with a question or instruction `name`, and two text responses that do not repeat it."""
+    """Return a test for records whose field `name` is a question or instruction that neither response repeats."""
 
     def fits(row: dict[str, Any]) -> bool:
         asked, responses = row.get(name), [row.get(part) for part in RESPONSES]
@@ -239,7 +239,7 @@ def _single(row: dict[str, Any], prompt: Turns, chosen: str, rejected: str) -> P
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Return :func:`facts` of a record, with each bare tool wrapped as {type: function, function: ...}."""
+    """Return :func:`facts` of a record. A tool that is only a function becomes {type: function, function: ...}."""
     found = facts(row, conversation=True)
     if "tools" in found:
         found["tools"] = tuple(

@@ -90,8 +90,8 @@ def detect(row: dict[str, Any]) -> Format:
     Human or Assistant turns; otherwise "implicit".
 
     Raises :class:`BadRecord` if `chosen` or `rejected` is missing, if they only name the fields that contain the
-    responses, if they repeat a prompt that is a dialogue or the header at the end of a prompt, or if the format would
-    ignore a field that may be the prompt.
+    responses, if they repeat a prompt that is a dialogue, if they repeat the header at the end of a prompt, or if the
+    format would ignore a field that may be the prompt or may come before it.
     """
     read = _detected(row)
     refuse_second_prompt(row, [*read.fields, *EARLIER])

@@ -82,9 +82,10 @@ def hidden_prompt(row: Mapping[str, Any]) -> str | None:
     """Return the dotted name of a field that may be the prompt, or None.
 
     A field may be the prompt in four cases. First, it has the name of a prompt (see `PROMPT`). Second, its name ends
-    with a word of `TEXT` or has only unknown words, and it contains a sentence or a question. Third, its name has a
-    word of `VAGUE`, and it contains a sentence that is longer than the common prefix of chosen and rejected. Fourth, it
-    is inside another field, and has the name of a prompt. Inside other fields, all other names are accepted.
+    with a word of `TEXT` or has only unknown words, and the field contains a sentence or a question. Third, its name
+    has a word of `VAGUE`, and the field contains a sentence that is longer than the common prefix of chosen and
+    rejected. Fourth, it is inside another field, and has the name of a prompt. Inside other fields, all other names are
+    accepted.
     """
     if found := prompt_fields(row):
         return found[0]

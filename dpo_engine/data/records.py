@@ -88,7 +88,7 @@ class Block:
 
     path      the source
     first     place of the first record; see :func:`read_rows`
-    lines     records, each after its place. A record is the bytes of a JSON record that is not parsed yet, a parsed
+    lines     records, as (place, record). A record is the bytes of a JSON record that is not parsed yet, a parsed
               row or, if it is unusable, a :class:`BadRecord`
     rows      rows of a table that are not converted yet; None if there are none
     passed    number of bytes of the source that have been read, including this block; for a table, an estimate from the

@@ -77,7 +77,7 @@ def reads_clock(tokenizer: str | Path, chat_template: str | Path | None) -> bool
 
 
 def stop_clock(source: str, date: datetime.date) -> None:
-    """Set the time that templates with this source read in this process to noon of ``date``.
+    """Make noon of ``date`` the current time for all templates of this process that have this source.
 
     transformers passes only plain data to templates, so the function that reads the date cannot be passed as a
     variable. Instead, it is replaced in the compiled template, which transformers caches by source.

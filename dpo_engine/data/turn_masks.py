@@ -1,4 +1,4 @@
-"""Read the fields of a message that exclude a turn from the loss, as this and other systems name them."""
+"""Read the fields of a message that exclude a turn from the loss, under the names that various systems use."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def is_mask(name: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _kinds(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return the fields that may be masks, each with the meaning of 1: "scored", "masked" or "unknown"."""
+    """Return the fields that may be masks, each with the meaning of the value 1: "scored", "masked" or "unknown"."""
     return tuple((name, kind) for name in names if (kind := _kind(plain_name(name))))
 
 

@@ -77,7 +77,10 @@ class Workers:
             raise
 
     def load(self, function: Callable[[Any], Any]) -> None:
-        """Send the function for the next :meth:`map` to all workers. Raises :class:`Unsuited` if one cannot load it."""
+        """Send the function for the next :meth:`map` to all workers.
+
+        Raises :class:`Unsuited` if a worker cannot load the function.
+        """
         try:
             packed = pickle.dumps((True, function))
         except Exception as error:  # pickling an object can raise any exception

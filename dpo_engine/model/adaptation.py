@@ -47,7 +47,8 @@ class Adaptation:
     layers         indices of the adapted layers; None: all layers. A target that is the whole name of a projection is
                    adapted even if its layer is not listed
     rank_pattern   pairs of a regular expression and a rank. A projection gets the rank of the first pair whose
-                   expression matches the projection's name, or the end of this name; without a match, it gets ``rank``
+                   expression matches the projection's name, or the end of this name. A projection without a match gets
+                   ``rank``
     alpha_pattern  pairs of a regular expression and an alpha, which is chosen in the same way
     """
 
@@ -77,7 +78,7 @@ class Adaptation:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The settings in a form that can be compared: names and layers are sorted, as their order has no meaning."""
+        """The settings in a form that can be compared: targets and layers are sorted, as their order has no meaning."""
         targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
         return {**asdict(self), "targets": targets, "layers": self.layers and sorted(self.layers)}
 
@@ -94,7 +95,7 @@ class Adaptation:
         return AdapterShape(rank, alpha / (math.sqrt(rank) if self.rslora else rank))
 
     def setting(self, name: str, projection: str) -> Any:
-        """Return ``rank`` or ``alpha`` for a projection: the first matching pattern's value, or else the default."""
+        """Return ``rank`` or ``alpha`` of a projection: the value of the first matching pattern, or else the field."""
         patterns: Sequence[tuple[str, Any]] = getattr(self, f"{name}_pattern")
         return next((value for pattern, value in patterns if matches(pattern, projection)), getattr(self, name))
 
@@ -108,7 +109,7 @@ class Adaptation:
 
 
 def ending(pattern: str) -> str:
-    """Return the regular expression that PEFT builds from a pattern. It also matches the end of a name, after a dot."""
+    """Return PEFT's regular expression for a pattern. The expression also matches the end of a name, after a dot."""
     return rf"(.*\.)?({pattern})$"
 
 
@@ -275,7 +276,7 @@ def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: i
             outputs = sum(tensor.shape[0] for tensor in tensors) // (tp if split else up)
             kept[part] += sum(shape.rank for shape in shapes if shape) + adaptation.dora * outputs
         elif rule.cut == 0 or part == "mlp":
-            # A frozen linear does not keep its input. Attention's output projection is excluded: core attention keeps
-            # that projection's input anyway, as its own output.
+            # A frozen linear does not keep its input. Attention's output projection is excluded, because its input is
+            # the output of core attention, which core attention keeps anyway.
             kept[part] -= tensors[0].shape[1] // (tp if split else down)
     return LayerAdapters(parameters, **kept)

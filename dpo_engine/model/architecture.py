@@ -151,7 +151,7 @@ class Architecture:
 
     @property
     def plain_attention(self) -> bool:
-        """Whether attention is causal, without windows, soft caps and sinks, in all layers."""
+        """Whether attention is causal in all layers, and no layer has a window, a soft cap or sinks."""
         return not (self.has_windows or self.attention_softcap or self.attention_sinks)
 
     @property
@@ -270,7 +270,7 @@ def read_architecture(directory: str | Path, key: str = "model.path") -> Archite
 
     key   configuration key whose value is the directory, for error messages
 
-    The model family that is registered for the checkpoint's ``model_type`` reads the file.
+    The model family that is registered for the checkpoint's ``model_type`` reads ``config.json``.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with all problems: an unknown ``model_type``, values out of range,
     and features that the engine's layers do not support.

@@ -2,8 +2,8 @@
 
 Problem. Attention is the only operation of a layer that mixes the columns (token positions) of a row, so it must
 communicate if CP splits a row over ranks. The work for a column is proportional to the number of keys that it attends
-to. If each rank had a contiguous slice of a causal row, the last rank would do nearly twice the average work. Trees
-have irregular attention patterns as well: in ``[prompt | chosen | rejected]``, the rejected response must not attend to
+to. If each rank had a contiguous slice of a causal row, the last rank would do nearly twice the average work. In rows
+of trees, attention is not simply causal: in ``[prompt | chosen | rejected]``, the rejected response must not attend to
 the chosen one.
 
 Solution. :func:`dpo_engine.batching.shares.share_columns` gives every rank the same number of columns and nearly the

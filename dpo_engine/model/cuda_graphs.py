@@ -1,9 +1,10 @@
-"""CUDA graphs of layers: the host starts the work before attention with one call, and the work after it with another.
+"""CUDA graphs of layers: the host starts the work before attention with one call, and the work after it with one more.
 
 Problem. For each layer of a micro-batch, the host starts about 50 operations besides attention, and over 100 with
-adapters. With tensor parallelism, adapters or small micro-batches, they are so short that the GPU waits for the host. A
-CUDA graph is a recording of kernels that is started with one call, but it repeats the same kernels on the same memory.
-Attention in rows of trees starts other kernels for each micro-batch, so a whole layer cannot be recorded.
+adapters. With tensor parallelism, adapters or small micro-batches, these operations are so short that the GPU waits for
+the host. A CUDA graph is a recording of kernels that is started with one call, but it repeats the same kernels on the
+same memory. Attention in rows of trees starts different kernels in each micro-batch, so a whole layer cannot be
+recorded.
 
 Solution. All micro-batches of a run have the same number of tokens
 (:func:`dpo_engine.batching.micro_batches.fixed_row`). Each layer has two pieces
@@ -14,7 +15,7 @@ layer (whose sizes vary), output layer and loss.
 Several micro-batches in flight. A micro-batch's activations must not change before its backward pass. In a pipeline,
 other micro-batches run before this backward pass, so every micro-batch in flight has a :class:`Slot`, which contains
 its own recordings of all layers. Backward passes run in reverse order, so a slot is free again after the backward pass
-of its first piece. If no slot is free, another one is recorded. The pieces of a slot always run in the same order,
+of its first piece. If no slot is free, another slot is recorded. The pieces of a slot always run in the same order,
 because :mod:`~dpo_engine.model.recording` requires this.
 
 Stream. The whole run uses a stream of its own, because the default stream cannot be recorded
@@ -30,7 +31,7 @@ for coupled losses) never use recordings: they start the same kernels one by one
 
 Not covered. Experts, latent attention, FP8, recomputation and ``tp_comm_overlap`` are refused. No test has replayed a
 recording on a GPU. Instead, tests on CPUs repeat recorded operations of torch on the same memory. Where a GPU could
-have put other values into this memory, they write NaN (``tests/support/recorded_operations.py``).
+have put other values into this memory, the tests write NaN (``tests/support/recorded_operations.py``).
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def graph_numbers(
     split   whether sequence parallelism shards the activations outside the tensor-parallel regions
 
     For each layer that is held, there is a copy of attention's output. All layers of a chunk share two kinds of memory:
-    the buffers for gradients at both ends of a piece, and the intermediate results of a backward pass. The pass of the
-    MLP has most of them. If weights are trained, they include the gradients of the weights, which are then added to
-    ``main_grad``.
+    the buffers for gradients at both ends of a piece, and the intermediate results of a backward pass. The backward
+    pass of the MLP has the most intermediate results. If weights are trained, their gradients are intermediate results
+    too, because they are then added to ``main_grad``.
     """
     if not config.model.cuda_graphs:
         return 0

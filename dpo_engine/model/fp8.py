@@ -8,10 +8,10 @@ scale may depend on what a run did before.
 What runs in FP8. The linear layers of attention, of the MLP and of the experts compute their products in FP8. Inputs
 and output gradients are rounded to FP8 just before their product, and weights once for several micro-batches (see
 below). Megatron's transformer block turns FP8 on for each layer separately. Embedding, norms, attention itself, router,
-adapters and output layer remain in bf16, and so do weights, and activations between linear layers. Weights are loaded,
-saved and exported as without FP8. Transformer Engine keeps FP8 copies of the weights for all micro-batches of one call
-of a schedule. Megatron's schedules renew the copies at the first micro-batch of every call, because the weights can
-have changed since the previous call.
+adapters and output layer run as without FP8. Weights, and the activations between linear layers, remain in bf16.
+Weights are loaded, saved and exported as without FP8. Transformer Engine keeps FP8 copies of the weights for all
+micro-batches of one call of a schedule. Megatron's schedules renew the copies at the first micro-batch of every call,
+because the weights can have changed since the previous call.
 
 Recipes. ``tensorwise`` has one scale for each tensor, from the largest value of all tokens of a micro-batch, so a
 token's numbers depend on the other tokens. ``blockwise`` has a scale for every 128 numbers of a token, and ``mxfp8``

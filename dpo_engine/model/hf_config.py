@@ -13,7 +13,7 @@ LARGEST = 2**24
 
 
 class HFConfig:
-    """Typed access to the fields of a ``config.json``. It collects all problems instead of raising the first.
+    """Typed access to the fields of a ``config.json``. It collects all problems instead of raising an error at once.
 
     A field that is absent or null gets its default; a field without a default is required. If a field has a problem,
     its accessor returns a placeholder, and :meth:`finish` raises the error later.

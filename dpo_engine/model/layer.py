@@ -75,7 +75,7 @@ class Attention(SelfAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, columns: Tensor | None = None
     ) -> Tensor:
-        """Return the values that attention mixes, [s/cp or q, r, n/t * d]; arguments as for the other methods.
+        """Return the output of core attention, [s/cp or q, r, n/t * d]; arguments as for the other methods.
 
         *Collectives*: those of core attention over cp.
         """
@@ -204,7 +204,7 @@ class Layer(TransformerLayer):
 
         before   the hidden states before the layer
         out      the output of attention
-        normed   input of the MLP if it is the same as that of attention
+        normed   input of attention; read only if the MLP has the same input
         entries  tokens at which router losses are computed, as for :meth:`forward`
         """
         arch = self.arch

@@ -85,7 +85,7 @@ class LocalExpert(nn.Module):
             set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=True, dim=0, stride=1)
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Compute the expert's output (if it is sharded, this rank's partial sum) times the tokens' weights.
+        """Compute the expert's output times the tokens' weights; if the expert is sharded, this rank's partial sum.
 
         tokens   [n, h]       weights  [n] in at least fp32
         Returns  [n, h]

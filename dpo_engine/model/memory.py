@@ -296,7 +296,8 @@ def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split:
     experts = arch.experts
     # Tokens that a rank sends to experts, per token of the row. The rank's own experts receive the same number.
     tokens = 1 / (dims.tp if split else 1)
-    # If an expert is sharded, each of its ranks gets all of the expert's tokens, but has only a part of its width.
+    # If an expert is sharded, each of its ranks gets all of the expert's tokens, but has only a part of the expert's
+    # width.
     copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)
     shared = 3 * (experts.shared_size or 0) // dims.tp
@@ -328,7 +329,7 @@ def _activations(
 def _layers_in_flight(config: Config, arch: Architecture, dims: ParallelDims, stage: int, tokens: int) -> int:
     """Return the number of layers whose activations a rank keeps at the same time, over all micro-batches in flight.
 
-    With graphs, memory of one chunk is never used for another, so each chunk's largest number counts.
+    With graphs, a chunk's memory is never used for another chunk, so the largest numbers of all chunks are added.
     """
     pairs = -(-config.train.global_batch_size // dims.dp)
     micro_batches = -(-pairs // max(tokens // (2 * config.data.max_length), 1))

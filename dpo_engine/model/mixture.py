@@ -19,13 +19,14 @@ class Experts:
     bias             whether experts are chosen by score plus a bias of each expert; the biases are not trained
     groups           number of groups of experts; 1: there are no groups
     chosen_groups    number of groups from which a token's experts are chosen
-    group_best       groups are ranked by the sum of their highest scores; this is the number of scores in the sum
+    group_best       number of scores whose sum ranks a group; they are the highest scores in the group
     shared_size      width of an MLP that every token uses in addition to its experts; None: there is no such MLP
-    shared_gate      whether the output of this MLP is multiplied by the sigmoid of a linear function of its input
+    shared_gate      whether the output of the MLP with ``shared_size`` is multiplied by the sigmoid of a linear
+                     function of its input
 
     The following fields are not part of the architecture's digest if they have their defaults.
 
-    router_bias      whether the router's logits have a bias, which is trained like its weight
+    router_bias      whether the router's logits have a bias, which is trained like the router's weight
     biases           whether the matrices of experts have biases
     clamp            None: experts compute ``silu(gate) * up``. Otherwise, they limit ``gate`` to at most ``clamp``,
                      limit ``up`` to between ``-clamp`` and ``clamp``, and then compute ``gate * sigmoid(slope * gate) *

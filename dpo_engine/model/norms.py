@@ -19,8 +19,8 @@ NORMS = Registry("norm")
 """Classes of norms, by the names in the field ``norm`` of :class:`~dpo_engine.model.architecture.Architecture`.
 
 A class is called with Megatron's configuration, the size of the normalized axis, and ``eps``; the configuration's field
-``arch`` is the architecture. A class must create its parameters with :func:`norm_parameter`, and the family's table
-must have rules for them."""
+``arch`` is the architecture. A class must create its parameters with :func:`norm_parameter`, and the model family's
+weight table must have rules for these parameters."""
 
 
 def norm_parameter(config: Any, size: int, value: float) -> nn.Parameter:

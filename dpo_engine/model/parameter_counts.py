@@ -50,7 +50,7 @@ def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
 
 @lru_cache(maxsize=4096)
 def stage_counts(arch: Architecture, dims: ParallelDims, stage: int) -> Parameters:
-    """Return the numbers of parameters on one rank of a pipeline stage, over all model chunks, with padded vocabulary.
+    """Return the numbers of parameters of one rank of a pipeline stage, for all its chunks and the padded vocabulary.
 
     If embeddings are tied and there are several stages, the first and the last stage both store the embeddings.
     """

@@ -320,7 +320,7 @@ def build_chunks(
 
 
 def mark_experts(chunk: torch.nn.Module) -> None:
-    """Set the attributes by which Megatron reduces the gradients of experts, and counts them in the gradient norm."""
+    """Set the attributes that tell Megatron how to reduce experts' gradients and count them in the gradient norm."""
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
             # Sum the gradient over the copies of the expert. Megatron-Core 0.16 sums it only if ep > 1, but tp ranks

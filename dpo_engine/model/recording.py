@@ -1,15 +1,15 @@
 """Record a part of a layer's work as two CUDA graphs, one for its forward pass and one for its backward pass.
 
-A recording is a list of kernels with their arguments. A replay starts all of them with one call: on the same memory,
-and without any Python code. :class:`Piece` makes a part of the work, which can have parameters, usable in autograd. Its
-memory follows three rules.
+A recording is a list of kernels with their arguments. A replay starts all of them with one call. They use the same
+memory as before, and no Python code runs. :class:`Piece` makes a part of the work, which can have parameters, usable in
+autograd. The memory of pieces follows three rules.
 
 Inputs. The caller copies them to tensors that never move, before each forward pass.
 
 Activations. Memory that is freed while a recording is made is used again by later recordings of the same pool. If all
-pieces that share a pool run in the order in which they were recorded, such memory is never read later. But autograd
-frees what a forward pass saved as soon as the backward pass has been recorded, although every replay of the backward
-pass reads it. ``kept`` therefore refers to everything that is saved.
+pieces that share a pool run in the order in which they were recorded, no piece reads what another piece has
+overwritten. But autograd frees what a forward pass saved as soon as the backward pass has been recorded, although every
+replay of the backward pass reads it. ``kept`` therefore refers to everything that is saved.
 
 Gradients. All backward passes share one pool, and the buffers of :class:`SharedMemory`, so nothing in them is valid
 after the next backward pass begins. Gradients of inputs are copied out after each replay. Gradients of parameters are
@@ -49,7 +49,7 @@ class Recording:
         try:
             self.result = work()
         except BaseException:
-            with suppress(RuntimeError):  # of the incomplete recording; it would hide the error of the work
+            with suppress(RuntimeError):  # an error of the incomplete recording would hide the error of the work
                 self._graph.capture_end()
             raise
         self._graph.capture_end()
@@ -59,7 +59,7 @@ class Recording:
         self._graph.replay()
 
     def reset(self) -> None:
-        """Free the recording. It cannot be replayed any more."""
+        """Free the recording. It cannot be replayed afterwards."""
         self._graph.reset()
 
 
@@ -83,7 +83,7 @@ class SharedMemory:
         self._buffers: dict[Any, Tensor] = {}
 
     def buffers(self, use: str, like: Sequence[Tensor]) -> list[Tensor]:
-        """Return a buffer for each of these tensors, with the same size. Buffers for different uses are different."""
+        """Return a buffer for each tensor in ``like``, of the same shape, strides and dtype. Each use has its own."""
         counts: Counter[Any] = Counter()
         found = []
         for tensor in like:
@@ -119,12 +119,12 @@ def saved_tensors(outputs: Sequence[Tensor]) -> list[Tensor]:
 class Piece:
     """A part of the work, as a function of tensors for autograd.
 
-    work        the work: computes a tuple of tensors from ``inputs``
+    work        function that computes a tuple of tensors from ``inputs``
     inputs      tensors that never move, from which the forward pass reads
     parameters  parameters that the work can use, with DDP's attributes
     pool        pool of the forward pass
-    kept        list to which everything is added that the forward pass saves for the backward pass: Transformer Engine
-                frees it during the backward pass, and autograd afterwards
+    kept        list to which this class adds all tensors that the forward pass saves for the backward pass. Otherwise,
+                Transformer Engine would free them during the backward pass, or autograd would free them afterwards
     shared      memory of the backward pass
 
     outputs     results of the forward pass. A replay overwrites them
@@ -185,7 +185,7 @@ class Piece:
         return _Replay.apply(self, *given, *self._reached)
 
     def gradients(self, arriving: Sequence[Tensor]) -> list[Tensor | None]:
-        """Run the backward pass, and return a gradient for each argument of :meth:`__call__` and reached parameter.
+        """Run the backward pass. Return a gradient for each input, and one for each parameter that the pass reaches.
 
         A parameter's gradient is already in ``main_grad``, and the tensor returned for it is never read. It is returned
         because DDP's hooks, which start reductions, are called only if autograd gets a gradient.

@@ -1,9 +1,9 @@
 """Losses on the load balance and the logits of routers, and router metrics. All values are the same in every layout.
 
 Problem. Losses for load balancing are usually means over the tokens of a micro-batch, or products of two such means.
-They depend on which pairs share a micro-batch, on padding, on the number of copies of a prompt in the micro-batch, and
-on the layout. Megatron's losses also assume that gradients are later divided by the number of tokens, which does not
-happen here.
+Such losses depend on which pairs share a micro-batch, on padding, on the number of copies of a prompt in the
+micro-batch, and on the layout. Megatron's losses also assume that gradients are later divided by the number of tokens,
+which does not happen here.
 
 Solution. The losses are computed for each response, at the n tokens that predict the response's scored tokens::
 
@@ -82,7 +82,8 @@ class RouterLosses:
     split       whether sequence parallelism splits the tokens over tp
     layer       number of the layer in the whole model
     sums        [2] fp64, this rank's contribution to both losses, summed over the micro-batches of the step
-    counts      [experts] fp64, number of this rank's tokens in the step that use each expert
+    counts      [experts] fp64, number of tokens that use each expert, over the tokens of this rank in the step at which
+                losses are computed
     """
 
     def __init__(self, groups: Any, count: int, *, split: bool):

@@ -1,7 +1,7 @@
 """Overlap of tensor-parallel communication with matrix products, by Transformer Engine's communication buffers.
 
 Problem. With tensor and sequence parallelism, a linear layer gathers its input from the other ranks before its product,
-or sums its output over these ranks afterwards. Meanwhile, the GPU's matrix units wait. Megatron's field
+or sums its output over these ranks afterwards. The GPU's matrix units wait for this communication. Megatron's field
 ``tp_comm_overlap`` lets Transformer Engine cut the communication and the product into pieces, and communicate one piece
 while it multiplies another. NCCL does not take part: each rank writes to buffers in the memory of the other ranks.
 These buffers are created once, with a fixed size, and Transformer Engine refuses every input of another size.
@@ -12,7 +12,7 @@ Padding is never scored, and no other token sees it. The policy, the reference a
 turn.
 
 Last layer. The model's last layer computes selected columns only, so its sizes vary. It is built without the overlap
-(:class:`~dpo_engine.model.layer.LastLayer`), which is cheaper than computing all columns.
+(:class:`~dpo_engine.model.layer.LastLayer`), because this costs less than computing all columns.
 
 Frozen weights. Transformer Engine fuses some linear layers with the norm before them. While it computes the gradient
 of a fused layer's weight, it sums the gradient of the layer's input over ranks. If the weight is frozen, it does

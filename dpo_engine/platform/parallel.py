@@ -58,7 +58,7 @@ class ParallelGroups:
         return self.expt_tp if expert else self.tp
 
     def copies(self, expert: bool) -> dist.ProcessGroup:
-        """Return the ranks with the same shard of parameters. ``expert`` says whether these are parameters of experts."""
+        """Return the ranks with the same shard of parameters. ``expert`` says whether the parameters are experts'."""
         return self.expt_dp if expert else self.dp_cp
 
     @property

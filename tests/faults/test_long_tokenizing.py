@@ -33,7 +33,10 @@ def takes(seconds, marker):
 
 
 def once(marker, act):
-    """Return a ``during`` hook of ``run_job``: call `act` with the process ids once `marker` exists and peers wait."""
+    """Return a ``during`` hook of ``run_job``: it calls `act` with the process ids half a second after `marker` exists.
+
+    By then, the other ranks wait for rank 0.
+    """
 
     def during(pids):
         deadline = time.monotonic() + 60

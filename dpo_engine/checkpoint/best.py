@@ -76,7 +76,7 @@ def must_save(folder: Path, step: int, history: Path, *, keep_best: KeepBest, da
 def best_saved(config: Config, say: Callable[[str], None] = lambda line: None) -> int:
     """Return the step of the run's best checkpoint according to :func:`criterion`.
 
-    say  called with a line about the choice, and with a line if a better step has no checkpoint
+    say  called with a line about the choice, and with another line if a better step has no checkpoint
 
     Raises :class:`~dpo_engine.errors.CheckpointError` if no step with a checkpoint has a value of the metric.
     """

@@ -8,7 +8,7 @@ checkpoints/
     rank_00000.safetensors     one shard per rank
     metrics.jsonl              the run's metrics up to this step
     manifest.json              the size and SHA-256 of every other file, and the SHA-256 of the manifest itself
-  step_00000008.2/             step 8, saved again because the first checkpoint is damaged; loading tries this one first
+  step_00000008.2/             step 8, saved again because step_00000008 is damaged; loading tries this directory first
   step_00000012.tmp.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is writing
   step_00000004.old.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is removing
   latest                       the name of the newest checkpoint, for people; the engine never reads this file
@@ -158,7 +158,7 @@ def point(folder: Path, newest: Path, best: Path | None) -> None:
 
 
 def intact(folder: Path, damaged: Collection[str]) -> dict[int, Path]:
-    """Return the newest published checkpoint of each step, by step, without checkpoints that are known to be damaged.
+    """Return a mapping from each step to its newest published checkpoint that is not known to be damaged.
 
     damaged    names of checkpoints known to be damaged
     """

@@ -107,7 +107,7 @@ def frozen(config: Config) -> list[str]:
 
 
 def _optim(optim: OptimConfig) -> dict[str, Any]:
-    """Return the settings of the optimizer and the schedule, except those that are identity keys of their own.
+    """Return the settings of the optimizer and the schedule, except the settings that have their own identity keys.
 
     ``optim.states`` is left out, because it does not change results, and checkpoints do not depend on it.
 

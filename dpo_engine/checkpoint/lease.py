@@ -53,7 +53,7 @@ RENEW_S = 3.0
 WATCH_S = 30.0
 """Seconds without a renewal after which a holder on another machine counts as dead."""
 SLOWEST_READS = 3
-"""The watch is extended by this many times the slowest read, because the holder's storage may be as slow."""
+"""The watch is extended by this number times the duration of the slowest read; the holder's storage may be as slow."""
 POLL_S = (0.02, 1.0)
 """Initial and maximum number of seconds between two reads of another run's lease."""
 QUIET_S = 1.0
@@ -242,7 +242,7 @@ def take(
             with HashedFile(mine) as file:
                 file.write(_text(me))
         except FileExistsError:
-            found = mine  # another run was faster; a directory that NFS has cached may not show its file yet
+            found = mine  # another run was faster; a directory that NFS has cached may not show the file yet
             continue
         except OSError:
             mine.unlink(missing_ok=True)
@@ -280,7 +280,7 @@ def _refusal(name: str, holder: Holder | str) -> CheckpointError:
 def _living(
     path: Path, me: Holder, watch_s: float, say: Callable[[str], None], between: Callable[[], None]
 ) -> Holder | str | None:
-    """Return the lease's holder (as text if it is unknown); None if it is dead or has released the lease."""
+    """Return the lease's holder (as text if unknown), or None if the holder is dead or has released the lease."""
     pause, longest = POLL_S
     first, since, slowest, told = None, 0.0, 0.0, False
     while True:

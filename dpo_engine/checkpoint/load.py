@@ -139,7 +139,8 @@ def load_checkpoint(
 
     following  model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
                their weights are loaded, too
-    random     whether to restore the states of the random number generators, if the checkpoint was saved in this layout
+    random     whether to restore the states of the random number generators; ignored if the checkpoint was saved in a
+               different layout, because its states then do not fit
 
     *Collectives*: an all-gather of objects over all ranks before the tensors are read, and another after they are read;
     reading has no time limit. Then the collectives of :func:`~dpo_engine.optim.state.after_load`.

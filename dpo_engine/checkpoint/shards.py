@@ -70,7 +70,7 @@ def write_shard(
 def copy_to_host(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copy ``tensors`` to ``buffers`` in host memory, and return the buffers.
 
-    A buffer that is missing or has a different shape is allocated.
+    If a tensor has no buffer, or a buffer of a different shape, a new buffer is allocated.
     """
     for key, tensor in tensors.items():
         if key not in buffers or buffers[key].shape != tensor.shape:

@@ -54,9 +54,10 @@ class PairLogps(NamedTuple):
     chosen_tokens, rejected_tokens  [b]  number of tokens in each sum
     chosen_shared, rejected_shared  [b]  nats, summed over the first k tokens, where k is the length of the shorter
                                          response; None if only sums over whole responses are known
-    chosen_entropy, rejected_entropy      [b]  nats, entropy of each token's distribution, summed
+    chosen_entropy, rejected_entropy      [b]  nats, entropy of each token's distribution, summed; None
+                                               unless requested
     chosen_collision, rejected_collision  [b]  nats, collision entropy ``-log sum_v p_v^2`` of each token's
-                                               distribution, summed. The entropies are None unless requested
+                                               distribution, summed; None unless requested
     """
 
     chosen: Tensor

@@ -1,4 +1,4 @@
-"""Alignment by optimal transport (AOT): shift one distribution, with a value for each pair, above another distribution.
+"""Alignment by optimal transport (AOT): shift one distribution above another. Both contain a value for each pair.
 
 In these losses, pairs depend on each other: the loss is a mean over the quantiles of all pairs. If all pairs have the
 same weight, the loss compares two sorted lists element by element. Otherwise, each pair covers a range of quantiles

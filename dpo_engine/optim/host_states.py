@@ -37,7 +37,8 @@ class HostAdamW(PiecewiseAdamW):
         locked = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self._scaled, self._received, self._sent = buffers(device=device), buffers(**locked), buffers(**locked)
         self._out, self._back = torch.cuda.Stream(), torch.cuda.Stream()
-        self._free = [self._back.record_event() for _ in range(2)]  # events: a copy from a buffer `_sent` has ended
+        # One event for each buffer in `_sent`: the last copy from this buffer has ended.
+        self._free = [self._back.record_event() for _ in range(2)]
 
     def _update_all(self) -> None:
         self._out.wait_stream(torch.cuda.current_stream())

@@ -26,7 +26,7 @@ class Slice(NamedTuple):
 
     device   the tensor that Megatron would update, whose ``grad`` is the gradient. For a bf16 parameter, it has the
              slice's shape and the dtype of gradients, but only one element of memory
-    weights  the slice of the model's parameter, a flat view
+    weights  flat view of this slice in the model's parameter
     main     main weights in fp32, flat; the same memory as ``weights`` if these are in fp32 and ``on_host`` is false
     """
 

@@ -37,7 +37,7 @@ class HostAdamW(PiecewiseAdamW):
         locked = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self._scaled, self._received, self._sent = buffers(device=device), buffers(**locked), buffers(**locked)
         self._out, self._back = torch.cuda.Stream(), torch.cuda.Stream()
-        # The events after which each buffer in `_sent` can be written again, because the last copy from it has ended.
+        # One event for each buffer in `_sent`: the last copy from this buffer has ended.
         self._free = [self._back.record_event() for _ in range(2)]
 
     def _update_all(self) -> None:

@@ -64,7 +64,7 @@ sgd.problems = _sgd_problems
 
 
 def optimizer_problems(config: Config) -> list[str]:
-    """List the problems with ``optim.optimizer``, with its options, and with settings that it ignores or rejects."""
+    """List the problems with ``optim.optimizer``, its options, and settings that the optimizer ignores or rejects."""
     optim, name = config.optim, config.optim.optimizer
     if name not in OPTIMIZERS:
         return [name_problem(OPTIMIZERS, name, f"optim.optimizer={show(name)}", plugins=bool(config.plugins))]

@@ -26,7 +26,7 @@ class Slice(NamedTuple):
 
     device   the tensor that Megatron would update, whose ``grad`` is the gradient. For a bf16 parameter, it has the
              slice's shape and the dtype of gradients, but only one element of memory
-    weights  view of the model's parameter, flat
+    weights  flat view of this slice in the model's parameter
     main     main weights in fp32, flat; the same memory as ``weights`` if these are in fp32 and ``on_host`` is false
     """
 
@@ -150,7 +150,7 @@ class PiecewiseAdamW:
 
 
 def update_in_pieces(optimizer: Any, kind: type[PiecewiseAdamW]) -> None:
-    """Replace the torch optimizer inside each of Megatron's distributed optimizers with one of the class ``kind``.
+    """Replace the torch optimizer inside each of Megatron's distributed optimizers with an instance of ``kind``.
 
     Megatron must have built its distributed optimizers without main weights.
     """

@@ -5,9 +5,9 @@ A schedule describes the learning rate after the warmup. It is a pure function `
 step         number of steps since the warmup, from 0 to ``total_steps``
 total_steps  number of steps of the run after the warmup
 
-It returns a factor from 0 to 1. The learning rate is ``min_lr + (lr - min_lr) * factor``. The engine itself handles the
-linear warmup. Therefore ``optim.warmup_steps`` and ``optim.warmup_ratio`` work with every schedule. Megatron's
-scheduler computes the engine's own five schedules.
+The function returns a factor from 0 to 1. The learning rate is ``min_lr + (lr - min_lr) * factor``. The engine itself
+handles the linear warmup. Therefore ``optim.warmup_steps`` and ``optim.warmup_ratio`` work with every schedule.
+Megatron's scheduler computes the engine's own five schedules.
 """
 
 from __future__ import annotations

@@ -236,8 +236,8 @@ class OffloadedReference:
 
         If ``batches`` have not been scored yet, swap the weights, and score ``batches`` and all upcoming batches.
 
-        *Collectives*: those of scoring. If ranks with different batches share experts, there is also one MIN of a
-        number over world for ``batches`` and, if ``batches`` must be scored, for each item of ``upcoming``.
+        *Collectives*: those of scoring. If ranks with different batches share experts, also MINs of a number over
+        world: one in any case and, if ``batches`` must be scored, one more and one for each item of ``upcoming``.
         """
         wanted = _name(batches)
         if not self._is_ready(wanted):

@@ -46,7 +46,7 @@ def token_logps(
     batches  the micro-batches of the pairs ``indices``
     indices  [n]  indices of pairs in ``pairs``, ascending, without duplicates
 
-    In every layout, ``Batch.positions`` has the position of each column in its sequence. A site predicts the token at
+    In every layout, ``Batch.positions`` gives the position of each column in its sequence. A site predicts the token at
     the next position. The index of this token in the response is ``position + 1 - len(prompt)``.
 
     Returns  on every rank, one value per response token, in nats: for each pair in turn, first the tokens of the chosen

@@ -1,4 +1,4 @@
-"""Callbacks: objects that the training loop calls at the start and end, and after steps, evaluations and saves.
+"""Callbacks: objects that the training loop calls at its start and end, and after steps, evaluations and saves.
 
 A callback observes a run and can end it. It does not change what a step computes: the weights after a step are the
 same with and without callbacks, unless a callback writes to the weights.
@@ -53,8 +53,8 @@ class Callback:
     """Base class of callbacks. The training loop calls its methods on every rank; a subclass overrides some of them.
 
     ``on_step``, ``on_eval`` and ``on_save`` can return a reason to end the run, such as ``"no gain in 3 evaluations"``.
-    One rank that returns a reason is enough. The run ends after the current step or, if the reason is from ``on_save``
-    or from ``on_eval`` before the first step, one step later. Like a complete run, the run then has a
+    One rank that returns a reason is enough. The run then ends after the current step. If the reason comes from
+    ``on_save``, or from an evaluation before the first step, the run ends one step later. Like a complete run, it has a
     last evaluation, a checkpoint, and an export.
     """
 

@@ -145,7 +145,7 @@ class Reported:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Three numbers of sums: over all pairs, over all tokens, and over the pairs from each source."""
+        """The numbers of sums over all pairs, over all tokens, and over the pairs from each source."""
         by_source = len(self.sources) * (2 + len(SOURCE_METRICS)) if len(self.sources) > 1 else 0
         return len(self.weighted), 2 * len(ENTROPIES) * self.entropy, by_source
 
@@ -269,8 +269,8 @@ def source_names(paths: Sequence[str | Path]) -> tuple[str, ...]:
 
     The name is the last part of the source's path, without a slice and without the suffix of a known file type.
     Characters other than letters, digits, ``_``, ``.`` and ``-`` are replaced by ``_``. If the last part has no letter
-    or digit, the last part that has one is used instead; without such a part, the name is ``data``. If several sources
-    have the same name, a number is appended to all of these names but the first.
+    or digit, the last part with a letter or digit is used instead; if there is none, the name is ``data``. If several
+    sources have the same name, a number is appended to all of these names but the first.
 
     >>> source_names(["a/train.jsonl", "b/train.jsonl.gz[:10%]", "b/more pairs.parquet", "org/set:train"])
     ('train', 'train_2', 'more_pairs', 'set_train')

@@ -19,7 +19,7 @@ SHOWN = 6
 
 
 SCORING = ("reference.", "train.micro_batch_size", "batch.", "parallel.")
-"""Prefixes of names of changes that also help a command that only scores pairs and has no gradients or optimizer."""
+"""Changes whose names have these prefixes also help commands that only score pairs, without gradients or optimizer."""
 
 
 @contextmanager

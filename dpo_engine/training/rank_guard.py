@@ -62,7 +62,7 @@ SWITCHES = {
     "NCCL_M??_NCHANNELS": "a mismatch makes ranks hang",
     "NCCL_M??_CTAS": "a mismatch makes ranks hang",
     "NCCL_BUFFSIZE": "a mismatch makes ranks hang",
-    "NCCL_IB_DISABLE": "a rank without InfiniBand cannot reach one that uses it",
+    "NCCL_IB_DISABLE": "a rank without InfiniBand cannot reach a rank that uses InfiniBand",
     "NCCL_NET": "ranks that use different networks cannot reach each other",
     "TORCH_DISTRIBUTED_DEBUG": "DETAIL adds extra collectives to every collective",
     "TORCH_NCCL_*": "it affects when a rank waits for its collectives",

@@ -32,8 +32,8 @@ def write_results(run: Run, evaluator: Evaluator | None, identity: dict[str, Any
     *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`, of exporting, and of
     :func:`~dpo_engine.training.evaluation_files.write_run_page`; over world, two all-gathers of objects; with
     ``checkpoint.export: best``, also those of choosing and loading a checkpoint. Writing has no time limit.
-    Raises :class:`~dpo_engine.errors.EngineError` on all ranks. Unless a rank was lost or numbers are not finite, the
-    message says how to write the file later.
+    Raises :class:`~dpo_engine.errors.EngineError` on all ranks if a result cannot be written. Unless a rank was lost or
+    numbers are not finite, the message says how to write the file later.
     """
     written = {}
     if evaluator:

@@ -154,8 +154,8 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
 def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
     """Return a line for each setting of micro-batches that differs from the checkpoint's setting.
 
-    The values can differ even if the setting is still ``auto``, because its choice depends on the devices. Checkpoints
-    of earlier versions do not record the values. For such a checkpoint, there is no line.
+    The values can differ even if the setting is still ``auto``, because the value that replaces ``auto`` depends on
+    the devices. Checkpoints of earlier versions do not record the values. For such a checkpoint, there is no line.
     """
     now = config.batch.model_dump(include={"layout", "tokens_per_micro_batch"})
     return [

@@ -173,7 +173,7 @@ class Trainer:
         if evaluations and not self.last:
             if self.step == 0:
                 leave_before_a_step(self.engine, self.interruption)
-            # The checkpoint was saved before this evaluation, so a callback can still end the run at its step.
+            # The checkpoint was saved before this evaluation, so a callback can still end the run at the saved step.
             elif signal := self.agree(None):
                 raise stopped_before_a_step(signal)
         while self.step < plan.num_steps and not self.stopped:

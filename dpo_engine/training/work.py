@@ -2,7 +2,7 @@
 
 Only matrix products count: for each token, 2 operations per matrix parameter (without the experts that the token does
 not use), and for each attention head, 4 times the head size per visible (query, key) pair. Pairs that are not visible
-do not count, because a kernel skips them; in a layer with a sliding window, these include the pairs outside the window.
+do not count, because a kernel skips them. In a layer with a sliding window, pairs outside the window are not visible.
 Recomputed activations (`model.recompute`) do not count either.
 """
 

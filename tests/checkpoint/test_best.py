@@ -1,4 +1,4 @@
-"""Tests of choosing a run's best steps by a held-out metric, and of keeping their checkpoints."""
+"""Tests of choosing a run's best steps by an evaluation metric, and of keeping their checkpoints."""
 
 import json
 

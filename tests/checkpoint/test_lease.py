@@ -139,7 +139,7 @@ def test_other_start_on_another_machine_is_watched(tmp_path, facts):
     """This run is the first restart of Slurm job 7.
 
     In the first case, the holder has the same job number and restart count. In the other cases, the holder is a job
-    with this number on another cluster, another job, or a run without Slurm.
+    with this number on another cluster, a job with another number, or a run without Slurm.
     """
     plant(tmp_path, elsewhere(**facts))
     began = time.monotonic()
@@ -244,7 +244,7 @@ def test_former_holder_notices_before_it_writes(tmp_path):
 
 
 def test_file_that_a_cached_directory_does_not_show_is_found_by_its_number(tmp_path, monkeypatch):
-    """NFS can show an old listing that lacks a file. Creating this file then fails, because it exists."""
+    """NFS can show an old listing that lacks a file. Creating the file then fails, because it already exists."""
     holder = take(tmp_path)
     monkeypatch.setattr(leases, "_newest", lambda folder: None)
     refused(tmp_path, os.uname().nodename, os.getpid())

@@ -56,7 +56,7 @@ def made(run_files, tiny_hf, tmp_path_factory):
     """Return a function: ``made(name, write, stop=4)`` trains in the layout ``name``.
 
     The function returns the output directory and the pairs of each step. If ``stop`` is not 0, SIGTERM stops the run in
-    that step. The results are cached, so tests must copy the output directory before they resume the run.
+    step ``stop``. The results are cached, so tests must copy the output directory before they resume the run.
     """
     kept = {}
 

@@ -1,12 +1,13 @@
 """Replay recorded operations on a checkpoint folder: once a checkpoint is published, the loader must always find one.
 
-After every operation, the test rebuilds three states in which a crash can leave the disk. A process that is killed
-leaves the state `as written`. A machine that loses power can leave the other two states:
+After every operation, the test rebuilds three states in which a crash can leave the disk:
 
 - `as written`: all operations up to the crash have taken effect.
 - `names first`: files have only the content that was synced, but names are as if all directories had been synced.
 - `only what was synced`: files have only the content that was synced. A new name exists only if its directory was
   synced afterwards, and a removed name still exists if its directory was not synced afterwards.
+
+A process that is killed leaves the state `as written`. A machine that loses power can leave any of the three states.
 """
 
 import builtins
@@ -155,7 +156,7 @@ VIEWS = {
 
 
 def chosen(folder: Path) -> int | None:
-    """Return the step of the checkpoint that the loader chooses: None without checkpoints, -1 if all are damaged."""
+    """Return the step that the loader chooses, None if there is no checkpoint, or -1 if all checkpoints are damaged."""
     from dpo_engine.checkpoint.directory import Damaged, committed, verify
 
     known = committed(folder)
@@ -218,7 +219,7 @@ def test_loader_finds_an_intact_checkpoint_after_every_cut(view, operations, tmp
 
 
 def test_replay_detects_a_missing_sync(tmp_path):
-    """Check the replay itself: without one of the syncs, at least one of the three states has no intact checkpoint."""
+    """Check the replay itself: if any sync is missing, at least one of the three states has no intact checkpoint."""
     from dpo_engine.checkpoint.directory import digest
 
     manifest = {

@@ -23,7 +23,7 @@ SECTIONS = {
 
 
 class Runs(NamedTuple):
-    """Two runs: one of six steps, and an uninterrupted one of eight steps.
+    """Two runs: a run of six steps, and an uninterrupted run of eight steps.
 
     yaml      YAML file of the six-step run, which has checkpoints of steps 2, 4 and 6
     expected  metrics of the eight-step run

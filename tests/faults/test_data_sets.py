@@ -24,7 +24,7 @@ def pairs(count, **fields):
 def job(run_yaml, tmp_path):
     """Return a function: ``job(rows)`` trains on the rows, on two ranks and with a global batch of 8.
 
-    ``job(None)`` uses the existing file.
+    ``job(None)`` trains on the ``pairs.jsonl`` that already exists.
     """
 
     def run(rows, *, before=None, epochs=1, verb="train", **data):

@@ -1,6 +1,6 @@
 """Fault tests, group I: one rank differs from the others in settings, software or files, or a bit of its weights flips.
 
-All ranks exit together, and one line reports each difference.
+All ranks exit together, and report each difference in one line.
 """
 
 import os
@@ -82,7 +82,7 @@ def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_p
 def old_version():
     from dpo_engine import installation, version
 
-    assert installation.__version__ == version.__version__  # `installation` keeps its own copy
+    assert installation.__version__ == version.__version__  # `installation` keeps its own copy of the version
     version.__version__ = "0.0.9"
 
 

@@ -39,7 +39,7 @@ DEFAULT = {
 
 
 def victims(layout: str, phase: str) -> set[int]:
-    """Return the ranks to kill, each in its own run: about half of the ranks, and those of `DEFAULT`.
+    """Return the ranks to kill, each in its own run: about half of the ranks, and the ranks in `DEFAULT`.
 
     The half consists of either the even or the odd ranks. This choice alternates between layouts and between phases, so
     rank 0 is killed in some layouts of each phase, but not in all.

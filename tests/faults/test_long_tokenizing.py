@@ -33,7 +33,10 @@ def takes(seconds, marker):
 
 
 def once(marker, act):
-    """Return a ``during`` hook of ``run_job``: call `act` with the process ids once `marker` exists and peers wait."""
+    """Return a ``during`` hook of ``run_job``. The hook waits until the file `marker` exists, and half a second more.
+
+    By then, the other ranks wait for rank 0. The hook then calls `act` with the process ids.
+    """
 
     def during(pids):
         deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""Tests of storage that is slower than `parallel.timeout_s`, and of ranks that die or fail while others wait for it."""
+"""Tests of storage that is slower than `parallel.timeout_s`, and of ranks that die or fail while others wait."""
 
 import builtins
 import errno

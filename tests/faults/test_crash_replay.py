@@ -7,7 +7,7 @@ After every operation, the test rebuilds three states in which a crash can leave
 - `only what was synced`: files have only the content that was synced. A new name exists only if its directory was
   synced afterwards, and a removed name still exists if its directory was not synced afterwards.
 
-A process that is killed leaves the state `as written`. A machine that loses power can leave each of the three states.
+A process that is killed leaves the state `as written`. A machine that loses power can leave any of the three states.
 """
 
 import builtins
@@ -156,7 +156,7 @@ VIEWS = {
 
 
 def chosen(folder: Path) -> int | None:
-    """Return the step of the checkpoint that the loader chooses, None if there is none, or -1 if all are damaged."""
+    """Return the step that the loader chooses, None if there is no checkpoint, or -1 if all checkpoints are damaged."""
     from dpo_engine.checkpoint.directory import Damaged, committed, verify
 
     known = committed(folder)

@@ -67,7 +67,7 @@ def linked(manifest, checkpoint):
 
 
 def tensors(**entries) -> bytes:
-    """Return a safetensors file with the tensors ``entries``, all zeros. In their names, ``__`` stands for ``|``."""
+    """Return the bytes of a safetensors file with the tensors ``entries``, all zeros. In names, ``__`` means ``|``."""
     header, at = {}, 0
     for name, (dtype, shape, size) in entries.items():
         header[name.replace("__", "|")] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}

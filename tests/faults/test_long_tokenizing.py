@@ -33,9 +33,9 @@ def takes(seconds, marker):
 
 
 def once(marker, act):
-    """Return a ``during`` hook of ``run_job``: it calls `act` with the process ids half a second after `marker` exists.
+    """Return a ``during`` hook of ``run_job``. The hook waits until the file `marker` exists, and half a second more.
 
-    By then, the other ranks wait for rank 0.
+    By then, the other ranks wait for rank 0. The hook then calls `act` with the process ids.
     """
 
     def during(pids):

@@ -94,7 +94,7 @@ def test_transformer_engine_gets_the_rows_of_a_tree(name, window, value_width, i
 
 
 def test_te_is_registered_once_it_has_computed_a_tree(installed):
-    for _ in range(2):  # parity opens the engine several times in one process
+    for _ in range(2):  # the verb `parity` opens the engine several times in one process
         choose_kernels(TE, ARCH, GPU, torch.bfloat16, ["window"], tp=2, spec="te")
     assert dispatch.backend_name("attention") == "te"
 

@@ -366,7 +366,7 @@ def test_loading_and_saving_hold_one_file_and_one_tensor(tiny_hf, tmp_path):
     assert total > 125e6
     allowed = (
         2 * 16e6 + 3 * 2 * 2048 * 512 * 4
-    )  # two files, because a layer can span two; two copies of one fused tensor; and a third copy as a margin
+    )  # two files, because a layer can span two files; two copies of one fused tensor; and a third copy as a margin
     assert loading < allowed and saving < allowed, f"{loading / 1e6:.0f} MB, {saving / 1e6:.0f} MB of {total / 1e6:.0f}"
 
 

@@ -45,7 +45,10 @@ CASES = [
 
 
 def scored(seed: int = 0):
-    """Return log-probabilities [2 PAIRS, LENGTH - 1], response masks [2 PAIRS, LENGTH], and the reference's sums."""
+    """Return the log-probabilities of tokens [2 PAIRS, LENGTH - 1] and the response masks [2 PAIRS, LENGTH].
+
+    The third value has the reference's log-probabilities, summed over each response [2 PAIRS].
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(PROMPT + 1, LENGTH + 1, (2 * PAIRS, 1), generator=generator)
     places = torch.arange(LENGTH)
@@ -156,7 +159,7 @@ def by_response(tokens, mask) -> list[list[torch.Tensor]]:
 
 
 def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
-    """Return the sums that the engine's scoring would compute from the same values, pair by pair."""
+    """Return the sums that the engine's scoring would compute from ``logps``, pair by pair."""
     pairs = by_response(logps, mask)
     shared = [[response[: min(map(len, pair))] for response in pair] for pair in pairs]
     columns = [[[response.sum() for response in pair] for pair in kind] for kind in (pairs, shared)]

@@ -1,4 +1,4 @@
-"""Tests of learning-rate schedules against their formulas, of the warmup's length, and of each group's weight decay."""
+"""Tests of the formulas of learning-rate schedules, the warmup's length, and the weight decay of parameter groups."""
 
 import math
 

@@ -13,7 +13,7 @@ from support.small_run import config_of, log_of, run
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    """Use small buckets, so that a tiny model has many buckets, and the output layer's bucket arrives last."""
+    """Use small buckets. A tiny model then has many buckets, and the output layer's bucket is gathered last."""
     config = optimizer.DistributedDataParallelConfig
     monkeypatch.setattr(optimizer, "DistributedDataParallelConfig", partial(config, bucket_size=20_000))
 

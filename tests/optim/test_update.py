@@ -1,4 +1,4 @@
-"""Tests of an optimizer update against AdamW's formula: clipping, betas, weight decay, and reported learning rate."""
+"""Tests of one update against AdamW's formula: clipping, betas, weight decay, and the reported learning rate."""
 
 import numpy as np
 import pytest

@@ -302,7 +302,7 @@ def entropies(hidden: torch.Tensor):
 
 
 def test_known_distributions_far_from_zero():
-    """One distribution is uniform, and the other gives one token probability 1.
+    """One distribution is uniform, and the other gives one token the probability 1.
 
     fp32 must be accurate despite large logits.
     """

@@ -61,7 +61,7 @@ def test_offloaded_results_belong_to_their_pairs(monkeypatch):
 
 
 def test_moving_bf16_reference_keeps_small_updates():
-    """Each of fifty updates covers 5% of the remaining distance. Weights rounded to bf16 would stop changing."""
+    """Each of fifty updates moves weights by 5% of their distance to the target. In bf16, they would stop changing."""
     start, end = (torch.nn.Linear(8, 8, bias=False).bfloat16() for _ in range(2))
     first, target = (module.weight.detach().double() for module in (start, end))
     first, target = first.clone(), target.clone()

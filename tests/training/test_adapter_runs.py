@@ -66,7 +66,7 @@ def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
 
 
 def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path):
-    """When a module is called, DDP waits only for the gathered parameters that the module itself holds.
+    """When a module is called, DDP waits only for the all-gather of the parameters that the module itself holds.
 
     An adapter has no child modules, so DDP waits for all parameters of an adapter.
     """

@@ -204,7 +204,7 @@ def test_an_injected_fault_is_not_recorded(occurrence, tiny_hf, tmp_path, monkey
 
 @pytest.mark.parametrize("parallel, slots", [({}, [[1]]), ({"pp": 2}, [[2], [1]])], ids=str)
 def test_replays_and_slots(parallel, slots, tiny_hf, tmp_path):
-    """A model of four layers has three with recordings; each has four replays in a micro-batch."""
+    """Three of the model's four layers have recordings. Each of the three has four replays in a micro-batch."""
     config = config_for(tiny_hf("llama"), tmp_path, parallel=parallel, train={"micro_batch_size": 1})
     for rank, (found, batches) in enumerate(run_ranks(replays_and_slots, len(slots), config=config, pairs=12)):
         layers = 3 if not parallel else 2 - rank
@@ -336,7 +336,7 @@ def test_accepted_settings():
 
 @pytest.mark.parametrize("verb", [evaluate.evaluate, export.export, reference.score_reference])
 def test_verbs_that_do_not_train_use_no_graphs(verb, monkeypatch):
-    """Otherwise, a machine without a GPU could not run them, and all rows would be padded for nothing."""
+    """With graphs, these verbs could not run on a machine without a GPU, and all rows would be padded for nothing."""
     opened = []
 
     def stop(config):
@@ -352,7 +352,7 @@ def test_verbs_that_do_not_train_use_no_graphs(verb, monkeypatch):
 
 
 def test_graphs_are_freed_after_an_error(monkeypatch):
-    """If all ranks have the same error, they destroy their process groups, and NCCL would wait for the graphs."""
+    """Ranks that all have the same error destroy their process groups. NCCL would wait for graphs that still exist."""
     freed = []
     monkeypatch.setattr(engine_module, "close_graphs", lambda: freed.append("graphs"))
     monkeypatch.setattr(engine_module, "close_groups", lambda: freed.append("groups"))
@@ -365,7 +365,7 @@ def test_graphs_are_freed_after_an_error(monkeypatch):
 
 
 def test_savings_can_be_set(tiny_hf):
-    """Without graphs, recomputation saves memory. With them, it is refused, and graphs can be removed."""
+    """With graphs, recomputation is refused, so it must not be suggested. Removing the graphs is suggested instead."""
     config = parsed(model=ON, data={"train": "t", "max_length": 64})
     changes = [*lighter_runs(config, ParallelDims(), dtype="bf16", tokens=256)]
     assert "model.cuda_graphs=false" in [change.name for change in changes]

@@ -10,7 +10,7 @@ from support.layouts import LAYOUTS, SIZES, world
 PLAIN = {"distributed_optimizer": False}
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
 SLOW = ("one", "tp2", "pp2", "cp2", "dp2", "tp2 pp2 cp2")
-"""Layouts that other layouts include, and the largest layout. Only the slow suite tests these layouts."""
+"""Layouts whose parallelism also occurs in other layouts, and the largest layout. Only the slow suite tests them."""
 CASES = [
     pytest.param(name, rows, marks=pytest.mark.slow if name in SLOW else ())
     for name in LAYOUTS

@@ -157,9 +157,9 @@ def test_time_limit_leaves_room_for_an_evaluation():
 
 @pytest.mark.parametrize("rank_0_late", [False, True])
 def test_time_limit_leaves_room_for_a_step_and_a_save(rank_0_late):
-    """The limit is 1100. A step of up to 40 s and a save of 30 s end in time if they start at 1020, but not at 1060.
+    """The limit is 1100, and only the clock of rank 0 counts.
 
-    Only the clock of rank 0 counts.
+    A step of up to 40 s and a save of 30 s end in time if the step starts at 1020, but not if it starts at 1060.
     """
     import torch
 

@@ -74,8 +74,8 @@ class DataConfig(Section):
     """tokens to score: those of the assistant turns in the response (response), or all tokens of prompt and response
     except the first (all)"""
     on_template_fault: Literal["error", "allow"] = "error"
-    """what to do if a chat template drops text or writes the role into responses: end the run (error), or use these
-    pairs and count them in the log (allow)"""
+    """what to do with a pair if the chat template drops or moves its text, drops its tools, or writes the header of a
+    turn into or after a response: end the run (error), or use the pair and count it in the log (allow)"""
     template_date: Text | None = None
     """date, in the form YYYY-MM-DD, that chat templates read instead of the current date; null: the date of the run's
     first start"""

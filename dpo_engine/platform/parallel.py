@@ -58,7 +58,7 @@ class ParallelGroups:
         return self.expt_tp if expert else self.tp
 
     def copies(self, expert: bool) -> dist.ProcessGroup:
-        """Return the ranks with the same shard of parameters. ``expert`` says whether the parameters are experts'."""
+        """Return the ranks with the same shard of experts (``expert`` is true) or of all other parameters (false)."""
         return self.expt_dp if expert else self.dp_cp
 
     @property

@@ -48,7 +48,7 @@ def compiled(name: str) -> bool:
 
 
 def parse(lines: list[str]) -> dict[str, Requirement]:
-    """Return the requirements in the lines of a constraints file that apply to this Python, by normalized name."""
+    """Return those requirements in a constraints file's lines that apply to this Python, by normalized name."""
     found = {}
     for line in lines:
         try:
@@ -76,7 +76,7 @@ def allowed(requirement: Requirement, bounds: SpecifierSet) -> bool:
 def combine(
     tested: dict[str, Requirement], base: dict[str, Requirement], bounds: dict[str, SpecifierSet], only_compiled: bool
 ) -> tuple[list[str], list[str]]:
-    """Return the lines of the combined constraints, and lines about the versions of the base image that were replaced.
+    """Return the lines of the combined constraints, and a line about each version of the base image that is replaced.
 
     bounds          the versions that pyproject.toml allows, by name
     only_compiled   of the base image's versions, keep only those of packages that are compiled against torch or have no

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 
 class Judge:
-    """Evaluation of a checkpoint: the log-probabilities of the held-out answers, and the answers that it generates."""
+    """Evaluation of a checkpoint: the log-probabilities of the held-out answers, and the answers that are generated."""
 
     def __init__(self, checkpoint: Path, held_out: list[Question]):
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint / "tokenizer.model"))

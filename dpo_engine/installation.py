@@ -72,7 +72,7 @@ def prepare_for_user() -> None:
 def importing() -> Iterator[None]:
     """Disable garbage collection while this block imports modules, and exempt their objects from later collections.
 
-    Otherwise collections would scan the imported objects again and again: a fifth of the time that the imports take.
+    Otherwise, collections would scan the imported objects again and again. Such scans take a fifth of the import time.
     """
     gc.disable()
     try:

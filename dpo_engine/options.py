@@ -24,7 +24,7 @@ def options_of(registry: Registry, name: str) -> dict[str, Parameter]:
 
 
 def parameters_after(entry: Any, passes: int = 0, reserved: tuple[str, ...] = ()) -> dict[str, Parameter]:
-    """Return the named parameters of a function or class, by name. An object that cannot be called has none.
+    """Return the named parameters of a function or class, by name. An object that cannot be called has no parameters.
 
     passes    number of leading positional parameters to leave out
     reserved  names of further parameters to leave out

@@ -20,7 +20,7 @@ PLANNED_TOGETHER = 512
 WORTH_IT = 1.05
 """``auto`` chooses ``tree`` if ``stacked`` would compute at least `WORTH_IT` times as many tokens as ``tree``.
 
-The log recommends ``data.group_by_prompt`` if that could reduce the tokens in ``tree`` by at least a factor `WORTH_IT`.
+The log recommends ``data.group_by_prompt`` if it could divide the number of tokens in ``tree`` by at least `WORTH_IT`.
 """
 
 
@@ -67,7 +67,7 @@ def is_settled(config: Config) -> bool:
 
 
 def pair_tokens(pairs: PairDataset, config: Config, layout: str) -> np.ndarray:
-    """Return the number of tokens of each pair in a layout [n], without padding to the length of another pair.
+    """Return the number of tokens of each pair in a layout, [n]. Padding to the length of another pair is not counted.
 
     In ``tree``, each pair is assumed to share nothing with other pairs.
     """

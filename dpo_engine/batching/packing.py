@@ -163,7 +163,7 @@ def make_trees(lengths: np.ndarray, parts: np.ndarray, *, share: bool = True) ->
 
 
 def _cut(tree: Tree, lengths: np.ndarray, parts: np.ndarray, budget: int) -> list[Tree]:
-    """Split a tree between pairs, into pieces that fit into the budget. A single pair that exceeds it is one piece.
+    """Split a tree into pieces of whole pairs that fit into the budget. A pair that exceeds the budget is one piece.
 
     The pairs are first sorted by their responses, so that pairs with the same response are likely to be in the same
     piece.
@@ -196,8 +196,8 @@ def deal_trees(
 ) -> list[list[np.ndarray]]:
     """Assign the pairs of a global batch to data-parallel ranks and micro-batches. Each pair is assigned once.
 
-    1. Group pairs with the same prompt into trees (:func:`make_trees`). If a tree exceeds the budget, split it between
-       pairs.
+    1. Group pairs with the same prompt into trees (:func:`make_trees`). If a tree exceeds the budget, split it into
+       pieces of whole pairs.
     2. Assign trees to ranks with even costs (:func:`~dpo_engine.batching.balance.deal_evenly`).
     3. Assign the trees of each rank to micro-batches within the budget, again with even costs. A pair that exceeds the
        budget is alone in its micro-batch. All ranks get the same number of micro-batches: the smallest number with

@@ -65,7 +65,8 @@ def plant(
     cp_size, multiple   arguments of :func:`~dpo_engine.batching.blocks.padded_length`, which returns the row's length
     length    minimum length of the row
 
-    Example: two pairs with prompt 11 12. The first prefers 21 2 to 31 2; the second prefers 21 2 to 32 33 2. 2 is EOS.
+    Example: two pairs with prompt 11 12. In the first, 21 2 is chosen and 31 2 is rejected; in the second,
+    21 2 is chosen and 32 33 2 is rejected. Token 2 is EOS.
 
     >>> def ids(*numbers):
     ...     return np.array(numbers, dtype=np.int32)

@@ -95,7 +95,10 @@ class Adaptation:
         return AdapterShape(rank, alpha / (math.sqrt(rank) if self.rslora else rank))
 
     def setting(self, name: str, projection: str) -> Any:
-        """Return ``rank`` or ``alpha`` of a projection: the value of the first matching pattern, or else the field."""
+        """Return a projection's ``rank`` or ``alpha``: the value of the first matching pattern.
+
+        Without a match, the value is that of the field ``rank`` or ``alpha``.
+        """
         patterns: Sequence[tuple[str, Any]] = getattr(self, f"{name}_pattern")
         return next((value for pattern, value in patterns if matches(pattern, projection)), getattr(self, name))
 

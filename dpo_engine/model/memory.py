@@ -296,8 +296,7 @@ def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split:
     experts = arch.experts
     # Tokens that a rank sends to experts, per token of the row. The rank's own experts receive the same number.
     tokens = 1 / (dims.tp if split else 1)
-    # If an expert is sharded, each of its ranks gets all of the expert's tokens, but has only a part of the expert's
-    # width.
+    # If an expert is sharded, each of its ranks gets all its tokens, but has only a part of the expert's width.
     copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)
     shared = 3 * (experts.shared_size or 0) // dims.tp

@@ -21,8 +21,8 @@ class Experts:
     chosen_groups    number of groups from which a token's experts are chosen
     group_best       number of scores whose sum ranks a group; they are the highest scores in the group
     shared_size      width of an MLP that every token uses in addition to its experts; None: there is no such MLP
-    shared_gate      whether the output of the MLP with ``shared_size`` is multiplied by the sigmoid of a linear
-                     function of its input
+    shared_gate      whether the output of this shared MLP is multiplied by the sigmoid of a linear function of the
+                     MLP's input
 
     The following fields are not part of the architecture's digest if they have their defaults.
 

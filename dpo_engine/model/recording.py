@@ -7,9 +7,9 @@ autograd. The memory of pieces follows three rules.
 Inputs. The caller copies them to tensors that never move, before each forward pass.
 
 Activations. Memory that is freed while a recording is made is used again by later recordings of the same pool. If all
-pieces that share a pool run in the order in which they were recorded, no piece reads what another piece has
-overwritten. But autograd frees what a forward pass saved as soon as the backward pass has been recorded, although every
-replay of the backward pass reads it. ``kept`` therefore refers to everything that is saved.
+pieces that share a pool run in the order in which they were recorded, no piece reads such memory after another piece
+has overwritten it. But autograd frees what a forward pass saved as soon as the backward pass has been recorded,
+although every replay of the backward pass reads it. ``kept`` therefore refers to everything that is saved.
 
 Gradients. All backward passes share one pool, and the buffers of :class:`SharedMemory`, so nothing in them is valid
 after the next backward pass begins. Gradients of inputs are copied out after each replay. Gradients of parameters are
@@ -83,7 +83,10 @@ class SharedMemory:
         self._buffers: dict[Any, Tensor] = {}
 
     def buffers(self, use: str, like: Sequence[Tensor]) -> list[Tensor]:
-        """Return a buffer for each tensor in ``like``, of the same shape, strides and dtype. Each use has its own."""
+        """Return a buffer for each tensor in ``like``, of the same shape, strides and dtype.
+
+        Calls with the same ``use`` return the same buffers; calls with different uses return different buffers.
+        """
         counts: Counter[Any] = Counter()
         found = []
         for tensor in like:

@@ -24,7 +24,7 @@ UNITS = ("loss", "reference")
 
 
 MEASURES = ("accuracy", "margin", "likelihood_accuracy", "likelihood_accuracy_per_token")
-"""Measures that a report gives with confidence intervals. The last two do not involve the reference."""
+"""Measures that a report gives with confidence intervals. The likelihood accuracies do not involve the reference."""
 SHARES = ("accuracy", "likelihood_accuracy", "likelihood_accuracy_per_token")
 """The measures that are fractions of pairs."""
 

@@ -1,4 +1,4 @@
-"""Compute a sign test, and confidence intervals of weighted means by a bootstrap and exact binomial intervals."""
+"""Compute a sign test, and confidence intervals of weighted means: bootstrap and exact binomial intervals."""
 
 from __future__ import annotations
 

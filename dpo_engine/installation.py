@@ -74,9 +74,11 @@ def importing() -> Iterator[None]:
 
     Otherwise, collections would scan the imported objects again and again. Such scans take a fifth of the import time.
     """
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if enabled:
+            gc.enable()

@@ -1,5 +1,6 @@
-"""Tests of the check that engine and kernels are from one installation, and of users without a name or home folder."""
+"""Tests of the installation check, of users without a name or home folder, and of imports without collections."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -134,3 +135,42 @@ def test_user_with_a_home_keeps_the_defaults(monkeypatch, tmp_path):
     before = dict(os.environ)
     installation.prepare_for_user()
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_off_only_while_libraries_are_imported(enabled):
+    if not enabled:
+        gc.disable()
+    frozen = gc.get_freeze_count()
+    imported = []
+    try:
+        with pytest.raises(ImportError), installation.importing():
+            assert not gc.isenabled()
+            imported = [[] for _ in range(10_000)]
+            raise ImportError
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() >= frozen + len(imported) > frozen
+
+
+WATCH = """
+import gc, sys
+from dpo_engine import cli
+
+class Watch:  # a finder that finds no module
+    enabled = {}
+    def find_spec(self, name, *_):
+        if name in ("torch", "transformers", "megatron"):
+            self.enabled[name] = gc.isenabled()
+
+sys.meta_path.insert(0, Watch())
+cli._checked(cli._parse(["train", sys.argv[1]]))
+assert Watch.enabled == {"torch": False, "transformers": False, "megatron": False}, Watch.enabled
+assert gc.isenabled()
+"""
+
+
+@pytest.mark.slow
+def test_train_imports_its_libraries_without_garbage_collections(run_yaml):
+    subprocess.run([sys.executable, "-c", WATCH, str(run_yaml())], check=True)

@@ -224,7 +224,7 @@ def test_layouts_of_earlier_versions_are_recognized():
         pytest.param("tp2 pp2", "one plain", marks=pytest.mark.slow),
         ("tp2 dp2", "pp2 uneven"),
         pytest.param("dp2", "tp2", marks=pytest.mark.slow),
-        ("dp2 plain", "dp2"),
+        pytest.param("dp2 plain", "dp2", marks=pytest.mark.slow),
         ("pp2 vpp2", "tp2 dp2"),
         pytest.param("cp2", "one", marks=pytest.mark.slow),
     ],

@@ -126,7 +126,7 @@ VARIANTS = {  # the case in family_cases, the number of ranks, and sections of t
     "two rotations": ("gemma3_text", 1, {}),
     "shared key heads": ("qwen3", 4, {"parallel": {"tp": 4}}),
 }
-DEFAULT_VARIANTS = ("gathers overlap", "adapters", "one norm")
+DEFAULT_VARIANTS = ("gathers overlap", "adapters")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from dpo_engine.verbs.rehearse import CLOCK
 from support.small_run import config_of, log_of, run, write_pairs
 
 
-@pytest.mark.parametrize("ranks, layout", [(1, {}), (2, {"pp": 2}), (2, {})], ids=["one", "pp2", "dp2"])
+@pytest.mark.parametrize(
+    "ranks, layout", [(1, {}), (2, {"pp": 2}), pytest.param(2, {}, marks=pytest.mark.slow)], ids=["one", "pp2", "dp2"]
+)
 def test_run_writes_all_outputs(ranks, layout, files, tiny_hf, tmp_path):
     config = config_of(
         files,
@@ -155,10 +157,10 @@ def test_bad_data_ends_all_ranks_with_one_message(files, tiny_hf, tmp_path):
 MIX = {"name": "mix", "losses": [{"name": "sigmoid", "beta": 0.1}, {"name": "sft", "weight": 0.2}]}
 
 
-SLOW = [pytest.param({"name": name}, marks=pytest.mark.slow) for name in ("aot", "rpo_sq", "sft")]
+SLOW = [pytest.param({"name": name}, marks=pytest.mark.slow) for name in ("cpo", "aot", "rpo_sq", "sft")]
 
 
-@pytest.mark.parametrize("loss", [{"name": "simpo"}, {"name": "cpo"}, MIX, *SLOW], ids=str)
+@pytest.mark.parametrize("loss", [{"name": "simpo"}, MIX, *SLOW], ids=str)
 def test_other_losses_train_to_the_end(loss, files, tiny_hf, tmp_path):
     rows = [json.loads(line) for line in open(files["train"], encoding="utf-8")]
     for i, row in enumerate(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
@@ -11,7 +12,7 @@ from dpo_engine.config.sections import Source
 from dpo_engine.data.formats import FORMATS, recognize
 from dpo_engine.data.hub import model_directory
 from dpo_engine.data.records import count_records
-from dpo_engine.data.sources import find_shards
+from dpo_engine.data.sources import Shards, find_shards
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import DataError
 from dpo_engine.model.adaptation import adapter_lines
@@ -151,14 +152,25 @@ def count(source: Source) -> int | None:
     if shards.suffix.startswith(".json"):
         if shards.size > COUNTED_BYTES // (1 if shards.suffix in (".jsonl", ".json") else 8):
             return None
-    try:
-        total = count_records(shards, COUNTED_BYTES)
-    except DataError:  # reported, with its line number, by the code that reads records
-        return None
+    states = [file.stat() for file in shards.files]
+    total = _total(shards, COUNTED_BYTES, tuple((state.st_size, state.st_mtime_ns) for state in states))
     if total is None or shards.part is None:
         return total
     start, stop = shards.part.bounds(total)
     return max(int(min(stop, total)) - start, 0)
+
+
+@lru_cache(maxsize=256)
+def _total(shards: Shards, limit: int, versions: tuple[tuple[int, int], ...]) -> int | None:
+    """Count the records of all files, for `count`. The result is cached, because several lines need it.
+
+    limit     maximum number of JSON bytes to read
+    versions  size and modification time of each file; a file that changes is counted again
+    """
+    try:
+        return count_records(shards, limit)
+    except DataError:  # reported, with its line number, by the code that reads records
+        return None
 
 
 def run_warnings(config: Config) -> list[str]:

@@ -281,6 +281,16 @@ class TestSlices:
         counts = [count(data_config(f"{path}{part}").train[0]) for part in ("", "[:3]", "[5:100]", "[-30%:]")]
         assert counts == [7, 3, 2, 2]
 
+    def test_summary_reads_a_file_once_unless_it_changes(self, tmp_path, monkeypatch):
+        from dpo_engine.verbs import summary
+
+        read = []
+        monkeypatch.setattr(summary, "count_records", lambda *given: read.append(1) or count_records(*given))
+        source = data_config(write_as(tmp_path / "rows.jsonl", ROWS)).train[0]
+        assert [count(source), count(source), len(read)] == [7, 7, 1]
+        write_as(tmp_path / "rows.jsonl", ROWS[:3])
+        assert [count(source), count(source), len(read)] == [3, 3, 2]
+
 
 class TestMaxPairs:
     def test_first_usable_pairs_are_kept(self, tmp_path, tokenizer_path):

@@ -208,7 +208,11 @@ def _encode(
     if limits.add_eos:
         tails = item.tails if conversation and limits.add_eos != "always" else ("", "")
         responses = [_ended(part, tokenizer, tail) for part, tail in zip(responses, tails, strict=True)]
-        masks = [None if mask is None else _fitted(mask, len(one)) for mask, one in zip(masks, responses, strict=True)]
+        last = [as_turns(response)[-1].get("weight") != 0 for response in (pair.chosen, pair.rejected)]
+        masks = [
+            None if mask is None else _fitted(mask, len(response), scored)
+            for mask, response, scored in zip(masks, responses, last, strict=True)
+        ]
     made = _fit(pair, (given[:end], *responses), masks, tokenizer, limits, source)
     ends = frozenset(tokenizer.name_of(part[-1]) for part in responses if part and part[-1] in tokenizer.end_ids)
     repeated = not conversation and all(_repeats(pair.prompt, part) for part in (pair.chosen, pair.rejected))
@@ -240,10 +244,17 @@ def _mask(text: str, ids: list[int], spans: Sequence[tuple[int, int]], tokenizer
     return mask
 
 
-def _fitted(mask: np.ndarray, length: int) -> np.ndarray:
-    """Fit a mask to a response that was cut or received an EOS. The EOS is scored if the last turn is scored."""
-    kept = mask[:length]
-    return np.concatenate([kept, np.repeat(kept[-1:], length - len(kept))])
+def _fitted(mask: np.ndarray, length: int, scored: bool) -> np.ndarray:
+    """Fit a mask to a response that was cut or received an EOS.
+
+    scored  whether the response's last turn is scored; if it is, the EOS and the whitespace before the EOS are, too
+    """
+    if length <= len(mask):
+        return mask[:length]
+    fitted = np.append(mask, scored)
+    if scored and mask.any():
+        fitted[np.flatnonzero(mask)[-1] :] = True
+    return fitted
 
 
 def _ended(response: list[int], tokenizer: Tokenizer, tail: str) -> list[int]:

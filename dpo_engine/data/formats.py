@@ -68,14 +68,15 @@ def implicit(row: dict[str, Any]) -> Pair:
     """`chosen` and `rejected` as text with a common prefix, which is the prompt.
 
     The prompt ends before the last whitespace of the common prefix, so that no word is split. If the common prefix
-    contains no whitespace, all of it is the prompt.
+    contains no whitespace, or no text before it, all of the common prefix is the prompt.
     """
     _refuse_prompt(row)
     chosen, rejected = required(row, FIELDS[1:], str)
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     common = chosen[: min(len(chosen), len(rejected)) if same is None else same]
-    words = common.rstrip() if common[-1:].isspace() else common.rsplit(None, 1)[0] if common else ""
-    end = len(words if words.strip() else common)
+    last = [] if common[-1:].isspace() else common.rsplit(None, 1)[-1:]
+    words = common.removesuffix("".join(last)).rstrip()
+    end = len(words or common)
     if not chosen[:end].strip():
         raise BadRecord("there is no prompt: no field of that name, and chosen and rejected have no common prefix")
     return Pair(chosen[:end], chosen[end:], rejected[end:], **facts(row, conversation=False))

@@ -33,7 +33,7 @@ from dpo_engine.wording import show
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key. Increment this number with every change after which the same records produce other pairs.
-VERSION = 9
+VERSION = 10
 
 
 def build_dataset(

@@ -91,8 +91,10 @@ def different_reading(path: Path, inner: PreTrainedTokenizerBase) -> str | None:
     for text in SAMPLES:
         meant, read = own.encode(text, add_special_tokens=False).ids, inner.encode(text, add_special_tokens=False)
         if read != meant:
-            place = next((i for i, (a, b) in enumerate(zip(read, meant, strict=False)) if a != b), 0)
-            shown = [" ".join(map(repr, inner.convert_ids_to_tokens(ids[place : place + 4]))) for ids in (read, meant)]
+            shorter = min(len(read), len(meant))
+            place = next((i for i in range(shorter) if read[i] != meant[i]), shorter)
+            tokens = [inner.convert_ids_to_tokens(ids[place : place + 4]) for ids in (read, meant)]
+            shown = [" ".join(map(repr, names)) or "nothing" for names in tokens]
             return (
                 f"{type(inner).__name__} of transformers {transformers.__version__} reads {text!r} from token {place} "
                 f"on as {shown[0]}, but tokenizer.json says {shown[1]}"

@@ -311,6 +311,9 @@ class TestFormats:
             ("see the cat", "see the car", ("see the", " cat", " car")),
             ("Q: a?  A: b", "Q: a?  c", ("Q: a?", "  A: b", "  c")),
             ("Yes or no? Yes", "Yes or no? Yes.", ("Yes or no?", " Yes", " Yes.")),
+            (" 2 + 2 = 4", " 2 + 2 = 5", (" 2 + 2 =", " 4", " 5")),
+            ("  see the cat", "  see the car", ("  see the", " cat", " car")),
+            (" yes, a", " yes! b", (" yes", ", a", "! b")),
             ("\u4eca\u5929\u597d", "\u4eca\u5929\u574f", ("\u4eca\u5929", "\u597d", "\u574f")),
         ],
     )

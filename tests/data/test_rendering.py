@@ -4,7 +4,6 @@ import json
 import pickle
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import transformers
 from transformers.utils import chat_template_utils
@@ -428,11 +427,14 @@ class TestDate:
         assert plain.date is None and plain.digest == load_tokenizer(build.tokenizer_path).digest
 
 
-@pytest.mark.parametrize(
-    "mask, length, fitted",
-    [([False, True], 3, [False, True, True]), ([True, False], 3, [True, False, False]), ([True, False], 1, [True])],
-)
-def test_eos_is_scored_with_the_last_turn(mask, length, fitted):
-    from dpo_engine.data.encode import _fitted
-
-    assert _fitted(np.array(mask), length).tolist() == fitted
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+@pytest.mark.parametrize("weight", [1, 0])
+def test_eos_is_scored_with_the_last_turn(build, tmp_path, end, weight):
+    template = "{% for m in messages %}### {{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+    tokenizer = own_template(build, tmp_path, template + "{% if add_generation_prompt %}### assistant: {% endif %}")
+    last = [{"role": "assistant", "content": text, "weight": weight} for text in ("the second", "the third")]
+    row = {"prompt": [USER], "chosen": [RIGHT, USER, last[0]], "rejected": [WRONG, USER, last[1]]}
+    pair = build([row], tokenizer=tokenizer)[0][0]
+    assert pair.chosen[-1] == tokenizer.eos_id and pair.chosen_mask[-1] == bool(weight)
+    scored = [token for token, kept in zip(pair.chosen, pair.chosen_mask, strict=True) if kept]
+    assert tokenizer.decode(scored) == RIGHT["content"] + (f" the second{end}<|im_end|>" if weight else "")

@@ -255,9 +255,10 @@ class Architecture:
 
         A description is ``field=A instead of B``, where A is the value in ``other``.
 
-        ``max_positions`` is not compared, because this limit has no effect on sequences within it.
+        Unless positions are learned, ``max_positions`` is only a limit that has no effect on the sequences within it. In
+        this case, it is not compared.
         """
-        limits = {"max_positions"}
+        limits = set() if self.learned_positions else {"max_positions"}
         return [
             f"{field.name}={getattr(other, field.name)!r} instead of {getattr(self, field.name)!r}"
             for field in fields(self)

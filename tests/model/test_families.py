@@ -220,6 +220,8 @@ def test_digest_and_differences_distinguish_architectures(config_dir):
     assert one.digest == same.digest != other.digest
     assert one.differences(same) == []
     assert one.differences(other) == ["norm_eps=1e-05 instead of 1e-06"]
+    learned, longer = (read_architecture(config_dir("gpt2", n_positions=length)) for length in (64, 128))
+    assert learned.differences(longer) == ["max_positions=128 instead of 64"]
 
 
 PINNED = {

@@ -59,16 +59,24 @@ install() {
 alive() { [[ -s $1 ]] && kill -0 "$(<"$1")" 2>/dev/null; }
 
 # 198.18/15 is reserved for network tests and is not routed. At its first start, a cluster chooses the first free
-# subnet, which it also uses after restarts.
+# subnet, which it also uses after restarts. The lock prevents two clusters from choosing the same subnet.
 choose_addresses() {
   mkdir -p "$dir"
-  local part=1
+  local part=1 lock
+  exec {lock}>"${TMPDIR:-/tmp}/dpo-engine-cluster.lock"
+  flock "$lock"
   if [[ -s $dir/part ]]; then part=$(<"$dir/part"); else
     while [[ $(ip -oneline address) == *" 198.18.$part.1/"* ]]; do part=$((part + 1)); done
     echo "$part" >"$dir/part"
   fi
   subnet=198.18.$part
   controller_port=$((26000 + part))
+  if ! ip link show "$name" >/dev/null 2>&1; then
+    ip link add "$name" type bridge
+    ip address add "$subnet.1/24" dev "$name"
+    ip link set "$name" up
+  fi
+  exec {lock}>&-
 }
 
 write_files() {
@@ -134,11 +142,6 @@ CONF
 
 connect() {
   local place node
-  if ! ip link show "$name" >/dev/null 2>&1; then
-    ip link add "$name" type bridge
-    ip address add "$subnet.1/24" dev "$name"
-    ip link set "$name" up
-  fi
   for place in "${!nodes[@]}"; do
     node=${nodes[place]}
     if [[ ! -e /run/netns/$name-$node ]]; then

@@ -48,7 +48,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("eager", "sdpa", "varlen", "triton", "te"),
         default=["eager", "sdpa", *(["varlen", "triton"] if gpu else [])],
     )
-    add("--flash-attention", type=int, choices=(2, 3, 4), default=2, help="version for varlen; 3 and 4 are packages")
+    add("--flash-attention", type=int, choices=(2, 3, 4), default=2, help="version for varlen; 3 and 4 need a package")
     add("--save", metavar="NAME", help="write results/NAME.md")
     asked = parser.parse_args(argv)
     asked.kv_heads = asked.kv_heads or asked.heads

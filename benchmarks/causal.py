@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table, and save it if ``--save`` is given. On a CPU, only flash attention is measured."""
     asked = arguments(argv)
     torch.manual_seed(0)
-    sizes = [cell for length in asked.lengths for cell in (f"{length:,} tokens ms", "TFLOP/s")]
-    lines = [["kernels", *sizes, "more ms with a new length"]]
+    sizes = [cell for length in asked.lengths for cell in (f"{length:,} tokens: ms", "TFLOP/s")]
+    lines = [["kernels", *sizes, "additional ms of a new length"]]
     for name in KERNELS if torch.cuda.is_available() else ["flash"]:
         lines.append(measure(asked, name))
         print(*lines[-1], sep="  ", file=sys.stderr, flush=True)

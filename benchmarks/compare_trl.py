@@ -73,7 +73,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--chat-template", help="for files of conversations: a file with a Jinja template")
     add("--max-length", type=int, default=2048, help="for pairs from files: skip longer pairs")
     add("--lr", type=float, default=5e-4)
-    add("--threads", type=int, default=1, help="CPU threads per process")
+    add("--threads", type=int, default=1, help="CPU threads per process; no effect on a GPU")
     add("--no-flops", action="store_true", help="do not count operations")
     add("--save", metavar="NAME", help="write results/NAME.json and results/NAME.md")
     add("--quick", action="store_true", help="a one-minute smoke test; its results are not meaningful")
@@ -92,14 +92,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             )
     for name in asked.data:
         if name not in pair_sets.LENGTHS and not (asked.tokenizer and Path(name).is_file()):
-            parser.error(f"{name}: must be one of {', '.join(pair_sets.LENGTHS)}, or a file with --tokenizer")
+            parser.error(f"{name}: must be {', '.join(pair_sets.LENGTHS)} or a file; a file also needs --tokenizer")
     return asked
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison that the command line requests.
 
-    Returns  0; 1 if the engine and TRL disagree; or the exit code of an error of the engine
+    Returns  0; 1 if the results of two runs differ; or the exit code of an error of the engine
     """
     asked = arguments(argv)
     reports, found = [], {}

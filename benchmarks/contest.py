@@ -1,4 +1,4 @@
-"""Compare all training settings of the engine and of TRL on one data set."""
+"""Compare training settings of the engine and of TRL on one data set."""
 
 import argparse
 import os
@@ -150,7 +150,7 @@ class Contest:
         return Job(side, self.model, pairs, self.steps, lr=asked.lr, dtype=asked.dtype, adapter=self.adapter)
 
     def setting(self, name: str, job: Job, *, stored: bool) -> Setting:
-        """Return a setting with its minimum number of operations.
+        """Return a setting with the number of operations of its bound.
 
         A stored reference scores each pair once; any other reference scores each pair once per epoch.
         """
@@ -198,14 +198,15 @@ class Contest:
         plain = [[one for one in side if one.name.endswith(NO_OPTIONS)][:1] for side in sides]
         best = [sorted(side, key=self.median_rate)[-1:] for side in sides]
         needed = [f"{one.name} {self.tflops(one):.1f}" for one in (*plain[0], *best[0])]
-        used = [f"TFLOP/s (the bound's operations): {', '.join(dict.fromkeys(needed))}."] if self.gpu and needed else []
+        used = [f"TFLOP/s, counting only the operations of the bound: {', '.join(dict.fromkeys(needed))}."]
         lines = [("No options", [*plain[0], *plain[1]]), ("The best of each", [*best[0], *best[1]])]
         return [
-            f"{title}: {' and '.join(f'{one.name} {self.median_rate(one):.2f} pairs per second' for one in pair)}, a "
-            f"ratio of {ratio(*pair, pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu):.2f}."
+            f"{title}: {' and '.join(f'{one.name} {self.median_rate(one):.2f} pairs per second' for one in pair)}; the "
+            "median of the ratios by round is "
+            f"{ratio(*pair, pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu):.2f}."
             for title, pair in lines
             if len(pair) == 2
-        ] + used
+        ] + (used if self.gpu and needed else [])
 
     def tflops(self, setting: Setting) -> float:
         """Return the rate of the operations that the bound counts, in TFLOP/s. A few percent more are executed."""
@@ -244,7 +245,8 @@ class Contest:
             f"runs' losses and log-probabilities: {apart:.0e}.",
         ]
         if whole := self.whole_trees():
-            lines[-1] += f" Computing each prompt once per global batch takes {whole:.2f} times the bound."
+            lines[-1] += " Computing each prompt once per global batch, and not once per pair, needs "
+            lines[-1] += f"{whole:.2f} times the operations of the bound."
         return "\n".join(lines)
 
     def whole_trees(self) -> float | None:

@@ -85,7 +85,7 @@ def tree_flops(shape: Shape, prompt: int, responses: Iterable[int], *, prune: bo
 
 
 def _products(layers: int, weights: tuple[int, int, int], tokens: int, scored: int, prune: bool) -> int:
-    """Return the operations of one product with each matrix.
+    """Return the number of operations of the products with weight matrices in one forward pass.
 
     weights  numbers of weights: of a layer's keys and values, of its other matrices, and of the output layer
     """

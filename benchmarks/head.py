@@ -1,4 +1,4 @@
-"""Measure the time of the output layer, forward and backward, for each backend, and of bare matrix products."""
+"""Compare the time of the output layer in each backend, forward and backward, with that of bare matrix products."""
 
 import argparse
 import sys

@@ -117,7 +117,10 @@ class Meter:
         self._mark = self._now()
 
     def lap(self) -> tuple[float, float]:
-        """Return the processor and wall seconds since the end of the last lap, or since `start`."""
+        """Return the processor and wall seconds since the end of the last lap, or since `start`.
+
+        The processor seconds include those of child processes that have ended.
+        """
         before, self._mark = self._mark, self._now()
         return self._mark[0] - before[0], self._mark[1] - before[1]
 

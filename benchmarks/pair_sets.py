@@ -43,8 +43,8 @@ LENGTHS = {
     "tldr-like": Lengths(382, 34, 0.35, 0.35, 0.3, responses=3),
 }
 """The medians are computed from two values in Wang & Hegde, "Accelerating Direct Preference Optimization with Prefix
-Sharing" (2024): the median length of prompt plus response, and the median ratio of the two lengths. The spreads and
-correlations are assumptions, because the paper does not give them."""
+Sharing" (2024): the median length of prompt plus response, and the median ratio between prompt length and response
+length. The spreads and correlations are assumptions, because the paper does not give them."""
 
 
 def generate(name: str, count: int, *, vocab_size: int, seed: int = 0) -> Iterator[TokenPair]:

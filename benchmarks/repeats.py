@@ -50,11 +50,14 @@ def run(job: Job, allocator: str) -> Measured:
 
 
 def first_difference(one: Measured, other: Measured) -> str:
-    """Return a text with the first step in which two runs differ, or with the statement that they are equal."""
+    """Describe the first difference between two runs.
+
+    Returns  the first step whose metrics differ or, if there is none, whether the weights after the last step are equal
+    """
     for step, (ours, theirs) in enumerate(zip(one.metrics, other.metrics, strict=True), 1):
         if ours != theirs:
-            return f"differs from step {step}"
-    return "equal" if one.digest == other.digest else "only the last weights differ"
+            return f"differs in step {step}"
+    return "equal" if one.digest == other.digest else "only the final weights differ"
 
 
 def main(argv: list[str] | None = None) -> int:

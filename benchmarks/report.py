@@ -14,8 +14,9 @@ import torch
 from measure import Job, Measured
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-"""Maximum difference between two runs in a metric of a step. For metrics above 1 or below -1, the difference is divided
-by the metric's absolute value."""
+"""Largest allowed difference between the values of a metric in the same step of two runs.
+
+For values above 1 or below -1, the difference is divided by the absolute value in the first run."""
 
 COLUMNS = ("run", "runs", "pairs per s", "over TRL", "peak MB", "of TRL", "GFLOP/pair", "over bound", "micro-batch")
 PACKAGES = ("megatron-core", "transformers", "trl", "peft")
@@ -29,7 +30,8 @@ class Disagreement(Exception):
 class Setting:
     """One way to train on a data set, with its measurements.
 
-    bound    minimum number of operations for all pairs and epochs, if the reference is scored as in this setting
+    bound    minimum number of operations to train on all pairs in all epochs. A stored reference scores each pair once;
+             any other reference scores each pair once per epoch
     runs     one run per round, starting with the first round
     counted  the run that counted operations, or None
     """
@@ -44,7 +46,7 @@ class Setting:
 def rate(run: Measured, *, pairs: int, warmup: int, gpu: bool) -> float:
     """Return the number of pairs per second of processor time or, on a GPU, of wall time.
 
-    The time includes filling a store.
+    If the run scores the reference in advance, the time includes this scoring.
 
     pairs   number of pairs in the steps after the first `warmup` steps
     """
@@ -53,7 +55,7 @@ def rate(run: Measured, *, pairs: int, warmup: int, gpu: bool) -> float:
 
 
 def ratio(setting: Setting, other: Setting, *, pairs: int, warmup: int, gpu: bool) -> float:
-    """Return the median ratio of the rates of two settings, over the rounds in which both settings were run."""
+    """Return the ratio of the rates of two settings: the median over the rounds in which both settings were run."""
     rates = [[rate(run, pairs=pairs, warmup=warmup, gpu=gpu) for run in one.runs] for one in (setting, other)]
     return median(own / theirs for own, theirs in zip(*rates, strict=False))
 
@@ -82,7 +84,8 @@ def check_agreement(settings: Sequence[Setting], tolerance: float) -> float:
 def table(settings: Sequence[Setting], best: Setting | None, *, pairs: int, warmup: int, gpu: bool) -> str:
     """Return a Markdown table with one line per setting.
 
-    Rates and memory are medians over the runs of a setting. A ratio of rates is the median of the ratios in each round.
+    Rates and memory are medians over the runs of a setting. For a ratio of rates, a ratio is computed in each round,
+    and the table shows the median over the rounds.
     """
 
     def rates(setting: Setting) -> list[float]:

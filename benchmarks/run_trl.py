@@ -21,7 +21,7 @@ COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class MeteredTrainer(DPOTrainer):
-    """TRL's trainer with fixed token ids and a fixed order of pairs, which also measures times."""
+    """TRL's trainer with fixed token ids and a fixed order of pairs. The trainer also measures times."""
 
     def __init__(self, meter: Meter, order: list[int], **given: Any):
         self.meter, self.order, self.measured = meter, order, Measured()
@@ -61,7 +61,7 @@ class _Laps(transformers.TrainerCallback):
 def run(job: Job, meter: Meter) -> Measured:
     """Train on the job's pairs. With `grouped`, sort each global batch by length to reduce the padding.
 
-    No transformers sampler can produce less padding without changing which pairs form a step.
+    A transformers sampler that produced less padding would also change which pairs form a step.
     """
     pairs = PairDataset(job.pairs)
     rows = {int(i): pairs.lengths[i, 0] + pairs.lengths[i, 1:].max() for step in job.steps for i in step}

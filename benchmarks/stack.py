@@ -1,4 +1,4 @@
-"""Print versions, whether Transformer Engine works (only on a GPU), and the time to create a rank's process groups."""
+"""Print versions and the time to create a rank's process groups. On a GPU, also test Transformer Engine."""
 
 import importlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Compare the speed of tokenizing a file of pairs: the engine with several numbers of workers, and TRL's preparation.
+"""Compare how fast the engine and TRL tokenize files of pairs. The engine is measured with several numbers of workers.
 
 Every measurement runs in its own process and starts without caches. It includes reading, parsing the format, applying
 the template, tokenizing and writing. It does not include imports and loading the tokenizer. A rate is a number of pairs
@@ -35,7 +35,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="records that the engine and TRL can both read: text or conversations")
     add("--tokenizer", metavar="DIR", help="default: a byte-level BPE tokenizer of 16,000 tokens, trained on the files")
-    add("--repeat", type=int, default=5, help="copies of each file to tokenize")
+    add("--repeat", type=int, default=5, help="how many times each file is repeated in the measured input")
     add("--rounds", type=int, default=3)
     add("--workers", nargs="+", type=int, default=[1, 2], help="numbers of worker processes of the engine")
     add("--save", metavar="NAME", help="write results/NAME.md")

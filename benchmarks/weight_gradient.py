@@ -1,7 +1,7 @@
 """Measure the time to add a weight's gradient to an fp32 buffer, with two operations and with one fused operation.
 
-Without Apex, Megatron-Core computes the product in bf16 and then adds it. torch.addmm with out_dtype would do both in
-one operation, without the rounding to bf16.
+A weight's gradient is a matrix product. Without Apex, Megatron-Core computes this product in bf16, and then adds it to
+the buffer. torch.addmm with out_dtype would multiply and add in one operation, without the rounding to bf16.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.md")
     asked = parser.parse_args(argv)
     torch.manual_seed(0)
-    lines = [["tokens, inputs, outputs", "two operations ms", "one ms", "error of two", "error of one"]]
+    lines = [["tokens, inputs, outputs", "two operations (ms)", "one operation (ms)", "error of two", "error of one"]]
     for text in asked.shapes:
         lines.append(measure(*map(int, text.split(","))))
         print(*lines[-1], sep="  ", file=sys.stderr, flush=True)

@@ -48,7 +48,7 @@ def compiled(name: str) -> bool:
 
 
 def parse(lines: list[str]) -> dict[str, Requirement]:
-    """Return those requirements in a constraints file's lines that apply to this Python, by normalized name."""
+    """Return the requirements in ``lines`` that apply to this Python, keyed by normalized name."""
     found = {}
     for line in lines:
         try:
@@ -76,11 +76,11 @@ def allowed(requirement: Requirement, bounds: SpecifierSet) -> bool:
 def combine(
     tested: dict[str, Requirement], base: dict[str, Requirement], bounds: dict[str, SpecifierSet], only_compiled: bool
 ) -> tuple[list[str], list[str]]:
-    """Return the lines of the combined constraints, and a line about each version of the base image that is replaced.
+    """Return the lines of the combined constraints, and a line for each package whose base-image version is replaced.
 
     bounds          the versions that pyproject.toml allows, by name
-    only_compiled   of the base image's versions, keep only those of packages that are compiled against torch or have no
-                    tested version
+    only_compiled   whether to keep the base image's versions only for packages that are compiled against torch or have
+                    no tested version
     """
     kept, replaced = {}, []
     for name, requirement in base.items():
@@ -112,14 +112,20 @@ def choose(folder: Path, torch: str) -> Path:
 
 
 def torch_version() -> str | None:
-    """Return the version of the installed torch, or None. A new process also sees a torch that was just installed."""
+    """Return the version of the installed torch, or None.
+
+    A new process looks up the version, because this process may not find a torch that was just installed.
+    """
     command = [sys.executable, "-c", "from importlib.metadata import version; print(version('torch'))"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def pip(*arguments: str) -> str:
-    """Run ``pip install`` without PIP_CONSTRAINT, whose lines our list contains. Return "" or pip's error messages."""
+    """Run ``pip install``. Return pip's error messages, or "" if pip succeeds.
+
+    PIP_CONSTRAINT is not passed on, because this script's own list of constraints replaces it.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
     options = os.environ.get("PIP_OPTIONS", "").split()
     command = [sys.executable, "-m", "pip", "install", *options, *arguments]
@@ -159,14 +165,20 @@ def main() -> None:
         lines, replaced = combine(tested, base, bounds, only_compiled)
         for line in replaced:
             sys.stdout.write(f"replaced in /opt/venv: {line}\n")
-        kept = "those compiled against torch or never tested" if only_compiled else "all that pyproject.toml allows"
-        write("/opt/constraints.txt", [f"# {chosen}; packages of the base image that stay: {kept}", *lines])
+        kept = (
+            "those compiled against torch or without a tested version"
+            if only_compiled
+            else "all that pyproject.toml allows"
+        )
+        write("/opt/constraints.txt", [f"# {chosen}; packages kept from the base image: {kept}", *lines])
         problem = pip("-c", "/opt/constraints.txt", f".[{os.environ.get('EXTRAS', '')}]")
         if not problem:
             return
         if only_compiled or "ResolutionImpossible" not in problem:
             sys.exit(1)
-        sys.stdout.write("the base image's versions contradict the engine's requirements; trying the second list\n")
+        sys.stdout.write(
+            "the engine's requirements contradict the base image's versions; retrying with fewer of these versions\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write `docs/images/report.png`, a picture of the top of the quickstart's page, drawn by Chromium:
+"""Write `docs/images/report.png`, Chromium's picture of the top of the report on the quickstart's run:
 
     bash launch/quickstart.sh
     python docs/screenshot.py runs/quickstart/dpo

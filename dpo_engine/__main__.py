@@ -5,7 +5,8 @@ import sys
 
 from dpo_engine.exit_code import forget_earlier_start, record
 
-# Each process that multiprocessing spawns imports this file again. It must not start another run.
+# Each process that multiprocessing spawns imports this file again. Such a process must not start another
+# run.
 if __name__ == "__main__":
     # Block signals during the imports. A signal that arrives meanwhile stays pending. Verbs with signal handlers
     # install the handlers and then unblock signals. For other verbs, main() unblocks signals before it starts the verb.

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STALE_S = 3600
-"""Minimum age, in seconds, of unfinished files to remove from a directory that other processes may be writing to."""
+"""Minimum age, in seconds, at which an unfinished file is removed while other processes may write to its directory."""
 _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
 """Matches the names of the temporary files that :func:`write_whole` creates."""
 
@@ -98,7 +98,7 @@ class HashedFile:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Add the file's name to an ``OSError`` raised in the block. Operations on open files raise it without the name."""
+    """Add the file's name to an ``OSError`` raised in the block. Errors of operations on open files lack this name."""
     try:
         yield
     except OSError as error:

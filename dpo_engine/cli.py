@@ -31,9 +31,10 @@ from dpo_engine.verbs.arguments import build_parser
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb on this rank and return the exit code.
 
-    Errors that a user can cause are printed to stderr, with one line per problem. An error that all ranks raise is
-    printed by one rank if torchrun hosts the store of the ranks, and otherwise by one rank per node (by two if a rank
-    was lost). With `--debug`, every rank also prints its traceback.
+    Errors that a user can cause are printed to stderr, with one line per problem. If all ranks raise the same error and
+    torchrun hosts the store that the ranks share, one rank prints the error. If torchrun does not host the store, one
+    rank per node prints the error, or two ranks per node if a rank was lost. With `--debug`, every rank also prints its
+    traceback.
     """
     if arguments is None:
         console.open_streams()
@@ -265,7 +266,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
 CONNECTING = ("train", "reference", "export", "eval", "parity")
 """Verbs whose ranks connect to each other."""
 NOTE_SIGNALS = ("train", "reference")
-"""Verbs that finish the work in progress after a signal. All other verbs stop immediately."""
+"""Verbs that, when a signal arrives, first finish the work in progress. All other verbs stop immediately."""
 
 
 def _checked(asked: argparse.Namespace) -> Config:

@@ -9,7 +9,10 @@ _progress = False
 
 
 def note_progress() -> None:
-    """Remember that this process has saved something that a restarted job can reuse: a checkpoint, or stored values."""
+    """Remember that this process has saved something that a restarted job can reuse.
+
+    The process saves either a checkpoint or log-probabilities in a reference store.
+    """
     global _progress
     _progress = True
 
@@ -28,7 +31,7 @@ def forget_earlier_start() -> None:
 
 
 def record(code: int) -> int:
-    """Append the exit code to the file named by ``DPO_EXIT_CODES``, if it is set. Return the code.
+    """If ``DPO_EXIT_CODES`` is set, append the exit code to the file that the variable names. Return the code.
 
     Launchers do not pass on the exit code of the rank that failed. torchrun always exits with 1. srun exits with the
     largest code of all ranks, which usually belongs to a rank that srun itself killed.

@@ -70,7 +70,7 @@ def prepare_for_user() -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Disable garbage collection while this block imports modules, and exempt their objects from later collections.
+    """Disable garbage collection while this block imports modules. Exempt all existing objects from later collections.
 
     Otherwise, collections would scan the imported objects again and again. Such scans take a fifth of the import time.
     """

@@ -59,13 +59,13 @@ class System:
 
 
 def foreign_key(path: str) -> str | None:
-    """Return the explanation of another system's key, as the end of an error message about an unknown key.
+    """Return the end of the error message about an unknown key that is a key of another system.
 
     path  dotted key that a user wrote; list indices are ignored
 
-    The function looks for the whole key, then for a section of that name, and then for the last component alone, so
-    that a key such as ``train.beta`` is also found. It ignores last components that mean different things in different
-    systems.
+    The function looks up the whole key first. If no system has this key, the function looks for a section whose name is
+    the whole key, and finally for the last component of the key (:func:`_by_last_component`). A key such as
+    ``train.beta`` is found by its last component.
 
     Returns  a phrase such as ``called train.micro_batch_size here (counted in pairs)``, or None if the key
              is one of our own, or if no entry is found
@@ -125,7 +125,7 @@ def _entries(table: dict[str, list[str | None]]) -> Iterator[Entry]:
 
 
 ONLY_OURS = frozenset({"megatron.optimizer"})
-"""Our keys whose last component is a key of another system, with another meaning."""
+"""Our keys whose last component has another meaning as a key of another system."""
 
 
 @cache
@@ -160,7 +160,7 @@ def _sections() -> dict[str, list[str]]:
 
 @cache
 def _by_last_component() -> dict[str, Entry]:
-    """Map the last component of keys to the entry of these keys.
+    """Map last components of keys to entries.
 
     All keys without a section are included. The last component of a nested key is included under two conditions. First,
     all nested keys with this last component correspond to the same key of ours. Second, the component is neither

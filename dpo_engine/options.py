@@ -41,7 +41,7 @@ def parameters_after(entry: Any, passes: int = 0, reserved: tuple[str, ...] = ()
 def name_problem(registry: Registry, name: str, key: str, *, plugins: bool) -> str:
     """Return the error line about an unregistered name, with the nearest name and the registered names.
 
-    key      the key that contains the name, as the line shows it: ``callbacks.NAME`` or ``loss.name=NAME``
+    key      how the line shows where the name was given: ``callbacks.NAME`` or ``loss.name=NAME``
     plugins  whether the run imports plugins; if not, the line says how to register a name
     """
     near = nearest(name, list(registry))
@@ -111,7 +111,11 @@ def _nearest_option(registry: Registry, key: str, known: Mapping[str, Parameter]
     near = nearest(key, list(known))
     if near:
         return f"did you mean {above}.{near}?"
-    return f"its options are {join(list(known), 'and')}" if known else f"this {registry.kind} has no options; remove it"
+    return (
+        f"its options are {join(list(known), 'and')}"
+        if known
+        else f"this {registry.kind} has no options; remove {above}.{key}"
+    )
 
 
 def _default(parameter: Parameter) -> str:

@@ -13,7 +13,7 @@ from dpo_engine.errors import quoted
 
 MAX_DEPTH = 64
 MAX_VALUES = 2**18
-"""Limit on the number of values, because 2 bytes in a file can become a value that takes 200 bytes of memory."""
+"""Limit on the number of values, because a few bytes in a file can become a value of about 200 bytes in memory."""
 MAX_BYTES = 32 * 2**20
 
 TOO_MANY = f"contains more than {MAX_VALUES:,} values"

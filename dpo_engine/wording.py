@@ -70,7 +70,7 @@ def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     if origin is tuple:
         if arguments[-1] is Ellipsis:
             return f"a list (each item {describe(arguments[0])})"
-        return f"a list of {len(arguments)} (each item {describe(arguments[0])})"
+        return f"a list of {len(arguments)} items (each item {describe(arguments[0])})"
     if origin is list:
         return f"a list (each item {describe(arguments[0])})"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -7,8 +7,8 @@
 #   EXTRAS=test             extras of pyproject.toml to install, comma-separated
 #   CONSTRAINTS=FILE        pinned versions                       (default: constraints/megatron-0.16.txt)
 #
-# Packages are installed again only if the pins, the package's requirements or the interpreter have changed, or if
-# EXTRAS has a new value.
+# Packages are installed again only if the pins, setup.py, pyproject.toml or the interpreter has changed, or if EXTRAS
+# contains extras that are not installed yet.
 
 interpreter_works() {
   "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null

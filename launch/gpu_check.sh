@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Print "NODE: ok", or "NODE: " and the reason why a GPU of this node must not be used. If GPU_CHECK=1, launch/job.sh
-# runs this script on every node before the ranks start.
+# Print "NODE: ok", or "NODE: " and the first problem with this node's GPUs: a GPU is missing or must not be used, or
+# nvidia-smi fails. If GPU_CHECK=1, launch/job.sh runs this script on every node before the ranks start.
 set -uo pipefail
 
 node=${SLURMD_NODENAME:-$(hostname -s)}
@@ -10,7 +10,7 @@ bad() {
   exit 0
 }
 
-query() { # an option of nvidia-smi; a broken driver may not answer
+query() { # an option of nvidia-smi; there is a time limit, because a broken driver may never answer
   timeout --kill-after=5 30 nvidia-smi "$1" --format=csv,noheader,nounits 2>&1
 }
 

@@ -1,8 +1,10 @@
 # shellcheck shell=bash disable=SC2154  # run.sbatch sets $launch, $this_job and $early
 # The body of launch/run.sbatch, which sources this file in the submission directory. It runs in the batch shell, on the
-# first node of the allocation. It starts the ranks with srun, and requeues the job if they were interrupted.
+# first node of the allocation. It starts the ranks with srun. It requeues the job if the ranks were interrupted, or if
+# it excludes lost or faulty nodes.
 #
-# Expects $launch, the directory of this file, and the arguments [VERB] RUN.yaml [a.b=c ...]. Never returns.
+# Expects the variables $launch (the directory of this file), $this_job and $early, and the arguments [VERB] RUN.yaml
+# [a.b=c ...]. Never returns.
 
 # Find out whether the first argument is the verb; launch/task.sh explains the rule.
 verb=train
@@ -11,16 +13,18 @@ if [[ ${1:-} =~ ^[a-z]+$ ]] && ! [[ -f $1 && ! -f ${2:-} ]]; then
   shift
 fi
 arguments=("$@")
-# Each rank appends its exit code to this file. The launchers' own exit codes do not show whether the run was saved:
-# srun returns the largest code of all ranks, even of ranks that it terminated itself (143); torchrun always returns 1.
+# Each rank appends its exit code to the file $DPO_EXIT_CODES. If the rank was interrupted before it made progress, a
+# line "no-progress" follows. The launchers' own exit codes do not show whether the run was saved: srun returns the
+# largest code of all ranks, even of ranks that it terminated itself (143); torchrun returns 1 after every failure.
 export DPO_EXIT_CODES=$PWD/.dpo-engine-$SLURM_JOB_ID.exit
-# This file has one line for each consecutive start that was interrupted before it made progress. It survives a requeue.
+# The file $idle_starts has one line for each consecutive start that was interrupted before it made progress. The file
+# survives a requeue.
 idle_starts=$PWD/.dpo-engine-$SLURM_JOB_ID.idle
 
 source "$launch/slurm.sh"
 source "$launch/preflight.sh"
 { : >"$DPO_EXIT_CODES"; } 2>/dev/null ||
-  refuse "$PWD: $DPO_EXIT_CODES cannot be written; submit the job from a directory that you can write to"
+  refuse "$PWD: $DPO_EXIT_CODES cannot be written; submit the job from a writable directory"
 trap on_warning USR1
 trap on_exit EXIT
 read_limit
@@ -31,7 +35,8 @@ if [[ -n $early ]]; then on_warning; fi
 set -a
 if [[ -f $launch/site.env ]]; then
   bash -n "$launch/site.env" || refuse "$launch/site.env: is not valid bash code; correct it"
-  # site.env can use unset variables and commands that fail, such as a last line `[[ -d /data ]] && MOUNTS=/data:/data`.
+  # In site.env, variables may be unset and commands may fail. For example, the last line can be
+  # `[[ -d /data ]] && MOUNTS=/data:/data`.
   set +eu
   source "$launch/site.env"
   set -eu

@@ -18,8 +18,8 @@ load_modules() {
   for file in /etc/profile.d/{modules,lmod,z00_lmod}.sh "${MODULESHOME:-}/init/bash" "${LMOD_PKG:-}/init/bash"; do
     if ! type module &>/dev/null && [[ -f $file ]]; then relaxed source "$file" || true; fi
   done
-  type module &>/dev/null ||
-    refuse "MODULES=$MODULES: \`module\` does not exist on $MASTER_ADDR; source its init file in launch/site.env"
+  type module &>/dev/null || refuse \
+    "MODULES=$MODULES: \`module\` does not exist on $MASTER_ADDR; in launch/site.env, source the file that defines it"
   read -r -a words <<<"$MODULES"
   relaxed module load "${words[@]}" ||
     refuse "MODULES=$MODULES: \`module load\` failed; list the modules of the nodes with \`module avail\`"
@@ -41,7 +41,8 @@ run_site_hook() {
   set +a
 }
 
-# Without a container, the ranks run the engine of the clone that contains this script, in any working directory.
+# If there is no container, make the ranks run the engine of the clone that contains this script, whatever the working
+# directory is.
 use_clone() {
   local clone=${launch%/*}
   if [[ $CONTAINER != none ]]; then return 0; fi
@@ -53,7 +54,7 @@ use_clone() {
 
 preflight() {
   local said code=0 what=PYTHON=$PYTHON way_out
-  way_out="set PYTHON in launch/site.env to the interpreter of an environment that has this package"
+  way_out="set PYTHON in launch/site.env to the interpreter of an environment in which dpo-engine is installed"
   [[ -f $launch/task.sh ]] ||
     refuse "$launch/task.sh: does not exist; submit the script by its path in a complete clone"
   if [[ $CONTAINER != none ]]; then
@@ -64,9 +65,10 @@ preflight() {
     # With pyxis, only srun can start a container, and a test would import the image a second time.
     if [[ $CONTAINER == pyxis ]]; then return 0; fi
     type "$CONTAINER" &>/dev/null ||
-      refuse "CONTAINER=$CONTAINER: this command does not exist on $MASTER_ADDR; set another in launch/site.env"
+      refuse "CONTAINER=$CONTAINER: is not a command on $MASTER_ADDR; set another CONTAINER in launch/site.env"
     what="IMAGE=$IMAGE, PYTHON=$PYTHON"
-    way_out="set IMAGE and PYTHON in launch/site.env to an image that has this package"
+    way_out="in launch/site.env, set IMAGE to an image in which dpo-engine is installed, and PYTHON to the image's"
+    way_out+=" interpreter"
   elif ! type "$PYTHON" &>/dev/null; then
     refuse "$what: does not exist on $MASTER_ADDR; $way_out"
   fi
@@ -82,7 +84,7 @@ preflight() {
 check_gpus() {
   local said node line bad=()
   [[ -z $guessed ]] ||
-    refuse "GPU_CHECK=1: scontrol show hostnames does not answer; submit the job again, or set GPU_CHECK=0"
+    refuse "GPU_CHECK=1: \`scontrol show hostnames\` does not answer; submit the job again, or set GPU_CHECK=0"
   said=$(timeout --kill-after=10 "${GPU_CHECK_S:-120}" srun --overlap --kill-on-bad-exit=0 --ntasks-per-node=1 \
     "--ntasks=$SLURM_NNODES" bash "$launch/gpu_check.sh") || true
   for node in "${hosts[@]}"; do

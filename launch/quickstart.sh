@@ -6,7 +6,8 @@
 # This creates a virtual environment and a small task, runs DPO in 4 processes with TP 2 x PP 2, and shows the result.
 # Overrides apply to examples/quickstart/run.yaml and can change the layout, for example: parallel.tp=1 parallel.pp=4
 #
-#   RANKS=8     number of processes (default: 4, or as many as the layout needs; extra processes are data parallel)
+#   RANKS=8     number of processes. By default, the quickstart starts as many copies of the model as fit into 4
+#               processes, but at least one. Several copies are data parallel.
 #   PYTHON, VENV, CONSTRAINTS: see launch/environment.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,7 +23,8 @@ started=$("$python" examples/quickstart/ranks.py "$run" "$@")
 "$python" examples/quickstart/make_task.py --out runs/quickstart/task
 read -r ranks output <<<"$started"
 ranks=${RANKS:-$ranks}
-# In its own output directory, the quickstart always starts at step 0. Other runs resume from their newest checkpoint.
+# The quickstart's default output directory is removed, so that training starts at step 0. In another output directory,
+# training resumes from the newest checkpoint.
 if [[ $output == runs/quickstart/dpo ]]; then rm -rf "$output"; fi
 "$python" -m dpo_engine check --world-size "$ranks" "$run" "$@"
 "$python" -m dpo_engine.platform.torchrun --standalone --nproc-per-node "$ranks" -m dpo_engine train "$run" "$@"

@@ -21,7 +21,8 @@ on_exit() {
   if [[ -n $alarm ]]; then kill "$alarm" 2>/dev/null || true; fi
 }
 
-# The signal is KILL, because this script and its children ignore TERM while the job is requeued.
+# If the command does not end in time, timeout ends it with KILL. TERM would have no effect, because this script and its
+# children ignore TERM while the job is requeued.
 ask() { timeout --signal=KILL "${patience_s:-30}" "$@"; }
 
 read_record() { record=$(ask scontrol show job "$this_job" 2>/dev/null) || record=; }
@@ -45,8 +46,8 @@ warning_s() {
   if [[ $asked =~ @([0-9]+)$ ]]; then echo "${BASH_REMATCH[1]}"; else echo 300; fi
 }
 
-# Prints the time to reserve for the save, in seconds, for a job that Slurm warns too early: a third of the limit, but
-# at least a minute (or half of the limit, if that is shorter).
+# Prints the number of seconds to reserve for the save if Slurm warns the job too early. This is a third of the limit,
+# but at least a minute. If half of the limit is less than a minute, the minimum is half of the limit.
 reserve_s() {
   local least=$((limit / 2 < 60 ? limit / 2 : 60))
   echo $((limit / 3 > least ? limit / 3 : least))
@@ -64,7 +65,7 @@ read_hosts() {
     if ((${#hosts[@]} > 0)); then return 0; fi
     sleep "$pause"
   done
-  say "scontrol show hostnames: no answer; this node is taken as the first one"
+  say "scontrol show hostnames: no answer; this node is assumed to be the job's first node"
   # shellcheck disable=SC2034
   guessed=yes
   hosts=("${SLURMD_NODENAME:-$(hostname)}") # this script runs on the first node
@@ -74,9 +75,9 @@ warn_of_short_limit() {
   local early
   early=$(warning_s)
   if saves && [[ -n $limit ]] && ((limit <= early + 30)); then # Slurm checks the limit every 30 s
-    say "warning: the time limit leaves $limit s, but Slurm warns $early s before it, that is, at the start; the" \
-      "ranks will be warned $(reserve_s) s before the limit; request more time (sbatch --time), or a later warning" \
-      "(sbatch --signal)"
+    say "warning: the time limit leaves $limit s, but Slurm warns $early s before the limit, that is, at the" \
+      "start; the ranks will be warned $(reserve_s) s before the limit; request more time (sbatch --time), or a later" \
+      "warning (sbatch --signal)"
   fi
 }
 
@@ -121,15 +122,17 @@ on_warning() {
 }
 
 warn_ranks() {
-  local said pause rest
+  local said pause again rest
   for pause in 1 2 4 8 15 30 60 0; do
     if said=$(patience_s=10 ask scancel --signal=USR1 "$this_job" 2>&1); then
       say "warned by Slurm: the ranks finish their step and save"
       return 0
     fi
     if ! step_runs; then return 0; fi
-    say "scancel: ${said:-no answer}; trying srun, which sends signals without the controller, and scancel again"
-    # The ranks ignore further signals.
+    again=""
+    if ((pause)); then again="; scancel is tried again in $pause s"; fi
+    say "scancel: ${said:-no answer}; srun signals the ranks without the controller$again"
+    # The ranks ignore all signals after the first, so they can be signaled in both ways.
     kill -USR1 "$child" 2>/dev/null || true
     for ((rest = pause; rest > 0; rest--)); do
       if step_runs; then sleep 1; fi
@@ -140,16 +143,16 @@ warn_ranks() {
 submit_again() {
   local words
   printf -v words '%q ' "$launch/run.sbatch" "$verb" "${arguments[@]}"
-  echo "to continue, submit it again with the same options: sbatch --nodes=$SLURM_NNODES" \
+  echo "to continue, submit the job again with the same options: sbatch --nodes=$SLURM_NNODES" \
     "--ntasks-per-node=$RANKS_PER_NODE ... ${words% }"
 }
 
 # Ends the script after an interruption: requeues the job, or logs why the job is not requeued.
 interrupted() { # "no-progress" if nothing was saved since this start
-  local what="interrupted and saved" how="it continues from its newest checkpoint" starts
-  if [[ $verb != train ]]; then how="it continues where it stopped"; fi
+  local what="interrupted and saved" how="the job continues from its newest checkpoint" starts
+  if [[ $verb != train ]]; then how="the job continues where it stopped"; fi
   if [[ ${1:-} == no-progress ]]; then
-    what="interrupted before it made progress" how="it starts again"
+    what="interrupted before any progress" how="the job starts again"
     echo "start $((${SLURM_RESTART_COUNT:-0} + 1))" >>"$idle_starts"
   else
     rm -f "$idle_starts"
@@ -162,7 +165,7 @@ interrupted() { # "no-progress" if nothing was saved since this start
   fi
   if ((starts >= ${MAX_IDLE_STARTS:-3})); then
     rm -f "$idle_starts"
-    say "not requeued: consecutive starts that were interrupted before they made progress: $starts (MAX_IDLE_STARTS);" \
+    say "not requeued: the number of consecutive starts without progress is already $starts (MAX_IDLE_STARTS);" \
       "request more time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS); $(submit_again)"
     exit 75
   fi
@@ -198,7 +201,7 @@ requeue() { # what happened, how the job continues, nodes to exclude from the ne
         ;;
     esac
     if [[ $(fact Requeue) == 0 ]]; then
-      say "not requeued: $1, but this job may not be requeued (--no-requeue, or JobRequeue=0 in slurm.conf);" \
+      say "not requeued: $1, but Slurm must not requeue this job (--no-requeue, or JobRequeue=0 in slurm.conf);" \
         "$(submit_again)"
       exit 75
     fi
@@ -238,7 +241,8 @@ exclude() { # nodes
 
 restartable() { ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-50})); }
 
-# If Slurm itself requeues the job, it sends SIGTERM to this script, and SIGKILL after KillWait seconds.
+# If Slurm itself requeues the job, it sends SIGTERM to this script, and SIGKILL after KillWait seconds. Before SIGKILL,
+# exclude the nodes that are down.
 on_termination() {
   local lost
   read_record
@@ -272,7 +276,7 @@ await_requeue_after_loss() {
   wait $!
 }
 
-down_nodes() { # according to Slurm, which marks nodes that do not respond with an asterisk
+down_nodes() { # according to Slurm; an asterisk after the state means that the node does not respond
   ask sinfo --noheader --Node "--nodes=$SLURM_JOB_NODELIST" --format="%N %t" 2>/dev/null |
     sed -n '/ .*\(down\|fail\|\*\)/s/ .*//p' | sort -u
 }

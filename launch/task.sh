@@ -3,10 +3,11 @@
 #
 #   bash launch/task.sh [VERB] RUN.yaml [a.b=c ...]
 #
-# It runs one rank of the engine (LAUNCHER=srun) or a torchrun that starts all ranks of the node, in a container if
-# CONTAINER is podman, docker or apptainer. With pyxis, this script already runs in the container. The first argument is
-# the verb if it is a single lowercase word. There is one exception: if the first argument names a file and the second
-# does not, the first is the run's file. Without a verb, the engine trains. The engine itself refuses unknown verbs.
+# The task runs one rank of the engine (LAUNCHER=srun), or a torchrun that starts all ranks of the node. If CONTAINER is
+# podman, docker or apptainer, the task runs the rank or torchrun in a container. With pyxis, this script already runs
+# in the container. The first argument is the verb if it is a single lowercase word. There is one exception: if the
+# first argument names a file and the second does not, the first is the run's file. Without a verb, the engine trains.
+# The engine itself refuses unknown verbs.
 set -euo pipefail
 
 if ! [[ ${1:-} =~ ^[a-z]+$ ]] || [[ -f $1 && ! -f ${2:-} ]]; then set -- train "$@"; fi
@@ -82,7 +83,7 @@ trap remove EXIT
 "$container" run "${options[@]}" "$IMAGE" "${command[@]}" &
 child=$!
 trap 'kill -USR1 "$child" 2>/dev/null || true' USR1
-# Slurm kills this shell KillWait seconds (30 by default) after TERM, so remove the container before that.
+# After TERM, Slurm waits KillWait seconds (default: 30) and then kills this shell, so remove the container before that.
 trap 'kill -TERM "$child" 2>/dev/null || true; (sleep "${REMOVE_AFTER_S:-20}" && remove) &' TERM
 code=0
 while :; do

@@ -26,19 +26,19 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
-    """Put the longest tests first."""
+    """Put the tests with the marker ``long`` first."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_collection_finish():
-    """Exempt the imported objects from garbage collection, and enable it."""
+    """Exempt the existing objects from garbage collection, and enable the collection of all later objects."""
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """Return an object that makes and caches tiny models, for the test cases of all families of the engine."""
+    """Return an object that makes and caches tiny models. Its test cases cover all supported model families."""
     return TinyModels(tmp_path_factory.mktemp("models"), CASES)
 
 
@@ -47,7 +47,7 @@ def tiny_hf(tiny_models):
     """Return a function: ``tiny_hf("qwen3", tie_word_embeddings=True)`` saves a tiny random model.
 
     The function returns the model's directory. Within a session, calls with equal arguments return the same directory.
-    Weights are large, so that logits differ clearly.
+    The matrices are large, so that a mistake clearly changes the logits.
     """
     return tiny_models.make
 
@@ -65,7 +65,7 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture
 def stage(tmp_path):
-    """Yield a copy of the launch scripts, with stand-ins for Slurm's commands."""
+    """Yield a copy of the launch scripts, and stand-ins for the commands that the scripts run."""
     from support.slurm_stand_ins import StandIns
 
     stage = StandIns(tmp_path)

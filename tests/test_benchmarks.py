@@ -1,4 +1,4 @@
-"""Tests of the benchmarks: operation counts match formulas, pairs have published lengths, and comparisons run."""
+"""Tests of the benchmarks: operation counts match formulas, lengths have published medians, and comparisons run."""
 
 import json
 import os
@@ -62,13 +62,13 @@ def test_attention_counts_the_computed_area_on_a_cpu(masked):
         out.sum().backward()
 
     area = rows**2 if masked else sum(range(1, rows + 1))
-    forward = batch * heads * 4 * width * area  # scores and outputs: 2 * width operations each
+    forward = batch * heads * 4 * width * area  # per score: 2 * width operations, and as many for the output
     expected = forward + 2.5 * forward
     assert counted(run) == expected
 
 
 def test_bound_matches_a_models_operations_on_one_row(tiny_hf):
-    """A single row shares no tokens, so the number of operations in transformers follows from the formula."""
+    """A single row has no shared prompt, so ``tree_flops`` must predict the number of operations in transformers."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"))
@@ -99,7 +99,7 @@ def test_bound_with_adapters_matches_operations_of_peft_on_one_row(tiny_hf):
 
 
 def shape_forward(shape, tokens: int) -> int:
-    """Return the operations of a forward pass without attention: two per weight and token."""
+    """Return the number of operations in a forward pass without attention: two per weight and token."""
     width = shape.heads * shape.head_dim
     narrow = shape.kv_heads * shape.head_dim
     layer = 2 * shape.hidden * width + 2 * shape.hidden * narrow + 3 * shape.hidden * shape.intermediate
@@ -123,7 +123,11 @@ def test_pair_computes_its_prompt_once_and_prunes_the_last_layer():
 )
 @pytest.mark.parametrize("count", [32, 500])
 def test_generated_pairs_have_the_published_medians(name, together, ratio, count):
-    """Compare with the published medians of two quantities: the total length, and the ratio of prompt to response."""
+    """The lengths must match two published medians.
+
+    One is the median length of a prompt plus one response. The other is the median ratio of prompt length to response
+    length.
+    """
     pairs = list(pair_sets.generate(name, count, vocab_size=300))
     prompts = np.array([len(pair.prompt) for pair in pairs])
     responses = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
@@ -221,9 +225,10 @@ def test_first_lines_compare_both_sides_without_options_and_at_their_best(tmp_pa
         one.runs = [measured(value) for value in seconds]
     made.timed_pairs, asked.warmup_steps = 24, 1
     assert made.headline() == [
-        "No options: ours no options 9.00 pairs per second and TRL no options 3.00 pairs per second, a ratio of 4.00.",
-        "The best of each: ours batch.layout=stacked 18.00 pairs per second and TRL mb1 5.00 pairs per second, a ratio "
-        "of 3.50.",
+        "No options: ours no options 9.00 pairs per second and TRL no options 3.00 pairs per second; the median of "
+        "the ratios by round is 4.00.",
+        "The best of each: ours batch.layout=stacked 18.00 pairs per second and TRL mb1 5.00 pairs per second; the "
+        "median of the ratios by round is 3.50.",
     ]
     made.settings = made.settings[1:3]
     assert [line.partition(":")[0] for line in made.headline()] == ["The best of each"]
@@ -251,7 +256,7 @@ def test_results_describe_the_machine():
         (["hh-like", "--trl", "8"], "8: is not a valid TRL setting; examples: 'no options', mb4, mb4+grouped"),
         (["hh-like", "--trl", "mb3"], "--trl mb3: its micro-batch size must divide --global-batch-size 32"),
         (["hh-like", "--pairs", "33"], "--pairs 33: must be a multiple of --global-batch-size 32"),
-        (["hh"], "hh: must be one of hh-like, uf-like, helpsteer-like, tldr-like, or a file with --tokenizer"),
+        (["hh"], "hh: must be hh-like, uf-like, helpsteer-like, tldr-like or a file; a file also needs --tokenizer"),
     ],
 )
 def test_wrong_command_is_explained(argv, message, capsys):
@@ -393,11 +398,14 @@ def test_a_differing_head_is_not_timed(monkeypatch):
 
 
 BUDGET_S = 840
-"""Limit on the total time of the parts of gpu_day.sh: 15 minutes, minus the time to copy files and to start."""
+"""Limit on the sum of the time limits in gpu_day.sh: 15 minutes, minus a minute to start the machine and copy files."""
 
 
 def gpu_day(folder, python, script):
-    """Run a copy of gpu_day.sh with a stand-in for Python. Return each part's result and each call's arguments."""
+    """Run a copy of gpu_day.sh with a stand-in for Python.
+
+    Return the result of each part, and the arguments of each call of the stand-in.
+    """
     (folder / "benchmarks/results").mkdir(parents=True)
     (folder / "benchmarks/gpu_day.sh").write_text(script)
     stand_in, calls = folder / "python", folder / "calls"
@@ -459,7 +467,7 @@ def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_pa
     ],
 )
 def test_a_rehearsal_excuses_only_trl(part, log, expected, tmp_path):
-    """Stand-ins replace the null GPU and the parts of the benchmark. One part fails."""
+    """Stand-ins replace the null GPU and gpu_day.sh. The stand-in for gpu_day.sh reports that one part failed."""
     for folder in ("tests/nullgpu", "benchmarks/results", "gpu-day/rehearsal"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(BENCHMARKS.parent / "tests/nullgpu/rehearse.sh", tmp_path / "tests/nullgpu")
@@ -484,8 +492,8 @@ def test_causal_attention_is_timed(capsys):
 def test_differing_bits_are_found():
     one = Measured(metrics=[{"loss": 1.0}, {"loss": 0.5}], digest="a")
     assert repeats.first_difference(one, replace(one)) == "equal"
-    assert repeats.first_difference(one, replace(one, metrics=[{"loss": 1.0}, {"loss": 0.6}])) == "differs from step 2"
-    assert repeats.first_difference(one, replace(one, digest="b")) == "only the last weights differ"
+    assert repeats.first_difference(one, replace(one, metrics=[{"loss": 1.0}, {"loss": 0.6}])) == "differs in step 2"
+    assert repeats.first_difference(one, replace(one, digest="b")) == "only the final weights differ"
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""Tests of the command line: arguments, exit codes, and one line for each problem, which one rank per node prints."""
+"""Tests of the command line: arguments, exit codes, and error messages.
+
+Each problem is reported on its own line. Only one rank per node prints these lines.
+"""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """Tests on a CUDA device.
 
-Nothing is patched, training with both layer specs matches training on the CPU, a run resumes bitwise, overlapped
-communication and CUDA graphs change no result, and each profiler works.
+The engine patches no function of torch. Training with each layer spec matches training on the CPU. A resumed run is
+bitwise equal to an uninterrupted run. Overlapped communication and CUDA graphs change no result. Each profiler works.
 """
 
 import json
@@ -48,7 +48,8 @@ def train(config, folder, **environment):
 def test_run_resumes_bitwise_from_an_async_save(graphs, files, tiny_hf, tmp_path):  # noqa: F811
     """A thread writes the checkpoint from pinned memory while later steps change the weights.
 
-    With CUDA graphs, the first step after a resume is not a replay, but the same step of the uninterrupted run is one.
+    With CUDA graphs, the first step after a resume runs without a replay. The uninterrupted run replays graphs in the
+    same step. Both must give the same bits.
     """
     model, whole = tiny_hf("llama"), tmp_path / "whole"
     sections = {

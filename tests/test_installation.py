@@ -1,4 +1,4 @@
-"""Tests of the installation check, of users without a name or home folder, and of imports without collections."""
+"""Tests of the installation check, users without a name or home folder, and imports without garbage collection."""
 
 import gc
 import os
@@ -30,7 +30,10 @@ def kernels_at(folder: Path, version: str | None) -> Path:
 
 
 def test_activated_environment_is_kept(tmp_path):
-    """The activated environment's interpreter is found first, but it must not be used to make the environment again."""
+    """Rebuilding an environment would delete its own interpreter, so the script must use the base interpreter.
+
+    The interpreter of an activated environment comes first on PATH.
+    """
     venv = tmp_path / "venv"
     base = Path(sys.executable).resolve()
     subprocess.run([base, "-m", "venv", "--without-pip", venv], check=True)

@@ -1,4 +1,4 @@
-"""Tests of the launch scripts: they are valid, and start the right command with the right settings."""
+"""Tests of the launch scripts: the scripts are valid, and start the right command with the right settings."""
 
 import os
 import subprocess
@@ -96,7 +96,7 @@ def test_pyxis_runs_the_task_in_the_image(job, calls, tmp_path):
         word.removeprefix("--container-env=").split(",") for word in step if word.startswith("--container-env=")
     )
     assert {"NVTE_FUSED_ATTN", "WANDB_NOTES", "MASTER_ADDR", "OMP_NUM_THREADS"} <= set(names)
-    assert not [name for name in names if name.startswith("SLURM_")], "each task has its own values"
+    assert not [name for name in names if name.startswith("SLURM_")], "SLURM_ values differ between tasks"
     assert "--container-image=lab/engine:1" in step and "--container-mounts=/data:/data" in step
     assert f"--container-workdir={tmp_path}" in step
 
@@ -118,7 +118,7 @@ def test_podman_runs_a_named_container_and_removes_it(job, calls, tmp_path):
     assert [run[place + 1] for place, word in enumerate(run) if word == "--volume"] == ["/data:/data", "/out:/out"]
     passed = {run[place + 1] for place, word in enumerate(run) if word == "--env"}
     assert {"NCCL_DEBUG", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_JOB_ID"} <= passed
-    assert {"DPO_FAULT", "DPO_EXIT_CODES"} <= passed, "rehearse needs these variables in containers too"
+    assert {"DPO_FAULT", "DPO_EXIT_CODES"} <= passed, "the verb `rehearse` needs these variables in containers too"
     assert "PATH" not in passed
     assert "--ulimit" in run and "--gpus" not in run and "--device" not in run
 
@@ -159,7 +159,7 @@ def test_invalid_settings_end_the_job(job, calls, settings, message):
 def test_failed_run_fails_the_job(job, calls, tmp_path, code, ranks_say, expected):
     """The job exits with the first exit code that a rank recorded.
 
-    If no rank recorded an exit code, or the first one is 0, the job exits with the launcher's exit code.
+    If no rank recorded an exit code, or the first recorded code is 0, the job exits with the launcher's exit code.
     """
     left, _, err = finish(job(CODE=str(code), RANKS_SAY=ranks_say))
     assert left == expected
@@ -251,7 +251,7 @@ def test_verb_that_needs_no_ranks_is_one_process(stage, arguments, expected):
 
 
 def test_every_other_verb_is_one_process():
-    """The script lists the verbs that need a single process. All other verbs run on the ranks of the job."""
+    """job.sh lists the verbs that need a single process. All other verbs run on the ranks of the job."""
     (line,) = [line for line in (ROOT / "launch/job.sh").read_text().splitlines() if "| tokenize |" in line]
     listed = {name.strip(" )") for name in line.split("|")}
     assert listed == set(VERBS) - {"train", "reference", "eval", "export", "parity"}
@@ -288,8 +288,8 @@ def test_scripts_that_are_not_found_say_where_to_submit_from(stage):
     (stage.folder / "elsewhere").mkdir()
     code, _, err = finish(stage.start(cwd=stage.folder / "elsewhere"))
     assert code == 2 and err == (
-        f"launch/job.sh: not found next to the submitted script, or in {stage.folder}/elsewhere; submit the script by "
-        "its path in a clone: sbatch PATH/TO/CLONE/launch/run.sbatch VERB RUN.yaml\n"
+        f"launch/job.sh: found neither next to the submitted script nor in {stage.folder}/elsewhere; submit the script "
+        "by its path in a clone: sbatch PATH/TO/CLONE/launch/run.sbatch VERB RUN.yaml\n"
     )
     assert len(stage.calls("sleep")) == 4, "the controller can be busy, so the script must ask several times"
 
@@ -300,17 +300,17 @@ def test_scripts_that_are_not_found_say_where_to_submit_from(stage):
         (
             {"PYTHON": "/x/python"},
             "PYTHON=/x/python: does not exist on n1; set PYTHON in launch/site.env to the interpreter of an "
-            "environment that has this package",
+            "environment in which dpo-engine is installed",
         ),
         (
             {"PREFLIGHT": "Traceback:\n  x\nNo module named dpo_engine\n"},
             "PYTHON=trainer: cannot start the engine on n1 (No module named dpo_engine); set PYTHON in launch/site.env "
-            "to the interpreter of an environment that has this package",
+            "to the interpreter of an environment in which dpo-engine is installed",
         ),
         (
             {"CONTAINER": "docker", "IMAGE": "lab:1", "PREFLIGHT": "pull access denied"},
-            "IMAGE=lab:1, PYTHON=trainer: cannot start the engine on n1 (pull access denied); set IMAGE and PYTHON in "
-            "launch/site.env to an image that has this package",
+            "IMAGE=lab:1, PYTHON=trainer: cannot start the engine on n1 (pull access denied); in launch/site.env, set "
+            "IMAGE to an image in which dpo-engine is installed, and PYTHON to the image's interpreter",
         ),
         (
             {"CONTAINER": "pyxis", "IMAGE": "/x/engine.sqsh"},
@@ -319,7 +319,7 @@ def test_scripts_that_are_not_found_say_where_to_submit_from(stage):
         ({"LOG_DIR": "/proc/x"}, "LOG_DIR=/proc/x: cannot be created; set another directory in launch/site.env"),
         (
             {"MODULES": "cuda", "MODULESHOME": "/x", "LMOD_PKG": "/x"},
-            "MODULES=cuda: `module` does not exist on n1; source its init file in launch/site.env",
+            "MODULES=cuda: `module` does not exist on n1; in launch/site.env, source the file that defines it",
         ),
         (
             {"SITE_HOOK": "x.sh"},

@@ -11,7 +11,7 @@ from support.slurm_stand_ins import finish
 
 BUSY = "Socket timed out on send/recv operation"
 SUBMIT = (
-    "to continue, submit it again with the same options: sbatch --nodes=2 --ntasks-per-node=4 ... "
+    "to continue, submit the job again with the same options: sbatch --nodes=2 --ntasks-per-node=4 ... "
     "{folder}/launch/run.sbatch train run.yaml train.max_steps=5"
 )
 
@@ -29,7 +29,7 @@ def requeues(stage):
 @pytest.mark.parametrize(("code", "ranks_say"), [("75", ""), ("143", "75 75"), ("1", "75")])
 def test_interrupted_run_is_requeued(stage, code, ranks_say):
     left, _, err = finish(stage.start(CODE=code, RANKS_SAY=ranks_say))
-    assert (left, err) == (0, "requeued: interrupted and saved; it continues from its newest checkpoint\n")
+    assert (left, err) == (0, "requeued: interrupted and saved; the job continues from its newest checkpoint\n")
     assert requeues(stage) == 1
 
 
@@ -43,7 +43,7 @@ def test_restarts_are_limited(stage, submit):
 def test_job_that_may_not_be_requeued_says_how_to_go_on(stage, submit):
     stage.set_record(Requeue="0")
     code, _, err = finish(stage.start(CODE="75"))
-    said = "not requeued: interrupted and saved, but this job may not be requeued (--no-requeue, or JobRequeue=0 in "
+    said = "not requeued: interrupted and saved, but Slurm must not requeue this job (--no-requeue, or JobRequeue=0 in "
     assert (code, err) == (75, f"{said}slurm.conf); {submit}\n")
     assert requeues(stage) == 0
 
@@ -63,7 +63,7 @@ def test_requeue_is_tried_again_while_the_controller_is_busy(stage):
     assert tries == [
         f"interrupted and saved; scontrol requeue: {BUSY}; trying again in {pause} s" for pause in (1, 2, 4)
     ]
-    assert last == "requeued: interrupted and saved; it continues from its newest checkpoint"
+    assert last == "requeued: interrupted and saved; the job continues from its newest checkpoint"
 
 
 def test_requeue_is_given_up_at_last(stage, submit):
@@ -76,12 +76,12 @@ def test_requeue_is_given_up_at_last(stage, submit):
 @pytest.mark.parametrize(
     ("state", "code", "says"),
     [
-        ("PENDING", 0, "requeued: interrupted and saved; it continues"),
-        ("COMPLETING Restarts=1", 0, "requeued: interrupted and saved; it continues"),
+        ("PENDING", 0, "requeued: interrupted and saved; the job continues"),
+        ("COMPLETING Restarts=1", 0, "requeued: interrupted and saved; the job continues"),
         (
             "CANCELLED",
             75,
-            "not requeued: interrupted and saved, but the job is CANCELLED; to continue, submit it again",
+            "not requeued: interrupted and saved, but the job is CANCELLED; to continue, submit the job again",
         ),
     ],
 )
@@ -97,13 +97,13 @@ def test_job_that_makes_no_progress_is_not_requeued_forever(stage, submit):
     def start(*say):
         return finish(stage.start(CODE="75", RANKS_SAY=" ".join(say)))[::2]
 
-    again = (0, "requeued: interrupted before it made progress; it starts again\n")
+    again = (0, "requeued: interrupted before any progress; the job starts again\n")
     assert start("75", "no-progress", "75", "no-progress") == again
-    assert start("75", "75") == (0, "requeued: interrupted and saved; it continues from its newest checkpoint\n")
+    assert start("75", "75") == (0, "requeued: interrupted and saved; the job continues from its newest checkpoint\n")
     assert start("75", "no-progress") == again, "progress resets the count"
     assert start("75", "no-progress") == again
     said = (
-        "not requeued: consecutive starts that were interrupted before they made progress: 3 (MAX_IDLE_STARTS); "
+        "not requeued: the number of consecutive starts without progress is already 3 (MAX_IDLE_STARTS); "
         "request more time (sbatch --time), or a later warning (sbatch --signal=B:USR1@SECONDS)"
     )
     assert start("75", "no-progress") == (75, f"{said}; {submit}\n")
@@ -129,7 +129,7 @@ def test_warning_that_kills_a_starting_rank_is_an_interruption(stage):
     stage.wait_for_start()
     process.send_signal(signal.SIGUSR1)
     left, _, err = finish(process)
-    assert left == 0 and "requeued: interrupted before it made progress; it starts again\n" in err
+    assert left == 0 and "requeued: interrupted before any progress; the job starts again\n" in err
 
 
 def test_warning_reaches_the_ranks_while_the_controller_is_busy(stage):
@@ -141,10 +141,10 @@ def test_warning_reaches_the_ranks_while_the_controller_is_busy(stage):
     left, _, err = finish(process)
     assert left == 0
     assert err.startswith(
-        f"scancel: {BUSY}; trying srun, which sends signals without the controller, and scancel again"
+        f"scancel: {BUSY}; srun signals the ranks without the controller; scancel is tried again in 1 s\n"
     )
     assert "warned by Slurm" not in err
-    assert err.endswith("requeued: interrupted and saved; it continues from its newest checkpoint\n")
+    assert err.endswith("requeued: interrupted and saved; the job continues from its newest checkpoint\n")
 
 
 def test_verb_that_cannot_save_is_not_warned(stage):
@@ -158,7 +158,7 @@ def test_verb_that_cannot_save_is_not_warned(stage):
 
 
 def test_warning_at_the_start_is_passed_on_later(stage):
-    """If the time limit is shorter than the requested time from warning to end, Slurm warns the job when it starts."""
+    """Slurm warns a job at its start if the time limit is shorter than the warning time that `sbatch --signal` sets."""
     stage.set_record(seconds_left=6)
     process = stage.start(WAIT="yes", CODE="75")
     stage.wait_for_start()
@@ -166,7 +166,7 @@ def test_warning_at_the_start_is_passed_on_later(stage):
     code, _, err = finish(process)
     warning, deferred, passed, requeued = err.splitlines()
     assert code == 0 and requeued.startswith("requeued: interrupted and saved")
-    assert warning.startswith("warning: the time limit leaves ") and "but Slurm warns 300 s before it" in warning
+    assert warning.startswith("warning: the time limit leaves ") and "but Slurm warns 300 s before the limit" in warning
     assert deferred.startswith("warned by Slurm ") and "the ranks will be warned in " in deferred
     assert passed == "warned by Slurm: the ranks finish their step and save"
 
@@ -175,7 +175,7 @@ def test_second_warning_is_passed_on_at_once(stage):
     stage.set_record(seconds_left=200)
     process = stage.start(WAIT="yes", CODE="75", SBATCH_SIGNAL="B:USR1@250")
     stage.wait_for_start()
-    assert "but Slurm warns 250 s before it" in process.stderr.readline()
+    assert "but Slurm warns 250 s before the limit" in process.stderr.readline()
     process.send_signal(signal.SIGUSR1)
     assert "the ranks will be warned in" in process.stderr.readline()
     process.send_signal(signal.SIGUSR1)

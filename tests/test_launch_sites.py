@@ -1,4 +1,4 @@
-"""Tests of the launch scripts at unusual sites: failing settings, links, job arrays, and a busy controller."""
+"""Tests of the launch scripts in unusual cases: failing site settings, links, job arrays, and a busy controller."""
 
 import signal
 import time
@@ -33,8 +33,8 @@ def test_submission_directory_that_cannot_be_written_is_named(stage):
     code, _, err = finish(stage.start())
     assert (code, err) == (
         2,
-        f"{stage.folder}: {stage.folder}/.dpo-engine-4711.exit cannot be written; submit the job from a directory that "
-        "you can write to\n",
+        f"{stage.folder}: {stage.folder}/.dpo-engine-4711.exit cannot be written; submit the job from a writable "
+        "directory\n",
     )
 
 
@@ -48,7 +48,7 @@ def test_script_is_submitted_by_a_link(stage):
 
 
 def test_task_of_an_array_asks_about_itself_alone(stage):
-    """The last task has the same job number as the whole array, so the script must name the task."""
+    """The last task has the same job ID as the whole array, so Slurm's commands need the task's own ID, `4711_3`."""
     process = stage.start(WAIT="yes", CODE="75", SLURM_ARRAY_JOB_ID="4711", SLURM_ARRAY_TASK_ID="3")
     stage.wait_for_start()
     process.send_signal(signal.SIGUSR1)
@@ -60,11 +60,14 @@ def test_task_of_an_array_asks_about_itself_alone(stage):
 
 @pytest.mark.parametrize(("times", "host"), [(4, "n1"), (99, "first")])
 def test_job_starts_while_the_controller_is_busy(stage, times, host):
-    """`show` fails for the script's path, for the time limit, and then for the names of the nodes."""
+    """`scontrol show` fails for the script's path, for the time limit, and then for the names of the nodes.
+
+    The script asks for the names three times. After four failures in all, the third request for the names succeeds.
+    """
     stage.fail("scontrol", "show", times, BUSY)
     code, out, err = finish(stage.start(SLURMD_NODENAME="first"))
     assert code == 0 and f"{host}:24711" in out
-    said = "scontrol show hostnames: no answer; this node is taken as the first one\n"
+    said = "scontrol show hostnames: no answer; this node is assumed to be the job's first node\n"
     assert err == (said if host == "first" else "")
 
 
@@ -72,13 +75,13 @@ def test_gpu_check_needs_the_names_of_the_nodes(stage):
     stage.fail("scontrol", "show", 99, BUSY)
     code, _, err = finish(stage.start(GPU_CHECK="1"))
     assert code == 2 and err.endswith(
-        "GPU_CHECK=1: scontrol show hostnames does not answer; submit the job again, or set GPU_CHECK=0\n"
+        "GPU_CHECK=1: `scontrol show hostnames` does not answer; submit the job again, or set GPU_CHECK=0\n"
     )
 
 
 @pytest.mark.slow
 def test_warning_before_the_script_is_ready_does_not_kill_the_job(stage):
-    """If the time limit is shorter than the requested time from warning to end, Slurm warns the job at once."""
+    """Slurm warns a job at once if the time limit is shorter than the warning time that `sbatch --signal` sets."""
     stand_in = stage.folder / "bin/scontrol"
     stand_in.write_text(stand_in.read_text().replace("\n", '\n[[ "$*" != "show job"* ]] || /bin/sleep 0.5\n', 1))
     stage.set_record(seconds_left=8)
@@ -87,4 +90,4 @@ def test_warning_before_the_script_is_ready_does_not_kill_the_job(stage):
     process.send_signal(signal.SIGUSR1)
     code, _, err = finish(process)
     assert code == 0 and "the ranks will be warned in" in err
-    assert err.endswith("requeued: interrupted and saved; it continues from its newest checkpoint\n")
+    assert err.endswith("requeued: interrupted and saved; the job continues from its newest checkpoint\n")

@@ -1,4 +1,7 @@
-"""Tests of the tables of other systems' keys: they name existing keys, and docs/migrating.md matches the tables."""
+"""Tests of the tables that map other systems' keys to the engine's keys.
+
+Each of the engine's keys in the tables must exist, and docs/migrating.md must match the tables.
+"""
 
 import dataclasses
 import inspect
@@ -144,7 +147,7 @@ def test_keys_of_trl_exist_in_trl():
         ("adapter.lora_alpha", "called adapter.alpha here"),
         ("adapter.target_modules", "called adapter.targets here (names of projections in the checkpoint"),
         ("adapter.use_dora", "use adapter.kind=dora"),
-        ("adapter.lora_dropout", "not supported, because the masks would depend on the layout"),
+        ("adapter.lora_dropout", "not supported, because dropout masks would depend on the layout"),
         ("peft_config", "called adapter here (a section of the run file"),
         ("policy.megatron_cfg.peft.dim", "called adapter.rank here"),
         ("qlora", "quantized base weights are not supported"),

@@ -1,4 +1,4 @@
-"""Tests of the quickstart's script that need no training. `test_user.py` runs the whole script."""
+"""Tests of the quickstart's script without training. `test_user.py` runs the whole script."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Tests of the setup: settings reach Megatron and torch, the reference is frozen, and norms have no weight decay."""
+"""Tests of a run's setup: settings reach Megatron and torch, the reference is frozen, and norms are not decayed."""
 
 import pytest
 import torch
@@ -20,7 +20,10 @@ OPTIM = {
 
 
 def facts(config, fp64=False):
-    """Return the settings that the optimizer, the gradient buffers, the reference and torch have received."""
+    """Return the settings that reached the optimizer, the gradient buffers and torch.
+
+    The result also says whether the reference is trained, and whether its log-probabilities have a graph.
+    """
     import numpy as np
 
     from dpo_engine.optim.state import owned_slices
@@ -99,7 +102,7 @@ def test_bf16_gradients_are_summed_in_fp32(tiny_hf, tmp_path):
 
 
 def rates_and_moves(config):
-    """Return the learning rates reported by four steps, and the largest change of the embedding in each step."""
+    """Return the learning rates reported by four steps, and the largest change of an embedding weight in each step."""
     import numpy as np
 
     from dpo_engine.training.engine import Engine, batch_facts
@@ -143,7 +146,10 @@ def test_step_uses_the_learning_rate_it_reports(tiny_hf, tmp_path):
 
 
 def recomputation(config):
-    """Return Megatron's settings for recomputation in the backward pass, for policy and reference."""
+    """Return Megatron's settings for recomputation in the backward pass.
+
+    The settings are the policy's granularity and modules, and the reference's granularity.
+    """
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.references import open_reference
 

@@ -126,7 +126,7 @@ def test_example_needs_the_memory_that_it_says(run, tmp_path):
     tokens = largest_micro_batch(config, arch, dims, dtype=dtype, device_memory=int(has) * GIB)
     assert needed == f"{memory(config, arch, dims, dtype=dtype, tokens=tokens).needed / GIB:.1f}"
     assert float(needed) <= float(has)
-    if world <= 8:  # for more GPUs, there are hundreds of layouts
+    if world <= 8:  # with more GPUs, `plan` would compare hundreds of layouts
         fitting = re.match(rf"{arch.model_type} on {world} x H100 .*: layouts that fit: (\d+);", plan(config, world)[0])
         assert int(fitting[1]) >= 1
 
@@ -175,7 +175,7 @@ def test_plugin_loss_runs(overrides, tmp_path):
     run = "examples/extend/loss.yaml"
     train_example(tmp_path, overrides(run))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    expected = 0.5**2  # for identical models, all margins are 0
+    expected = 0.5**2  # at first, policy and reference are identical, so all margins are 0
     assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(expected, abs=1e-6)
 
 
@@ -265,7 +265,7 @@ def test_held_out_questions_are_disjoint_from_training(small_task):
 
 
 def test_task_is_determined_by_its_seed(tmp_path):
-    # All three tasks are made here, because other tests can change how this process multiplies matrices.
+    # This test makes all three tasks itself, because other tests can change how this process multiplies matrices.
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):
         make_task.make(tmp_path / name, seed=seed, pairs=48, held_out=9, steps=1)
     for path in sorted((tmp_path / "first").rglob("*")):
@@ -320,7 +320,10 @@ def test_quickstart_process_count_fits_the_layout(given, expected):
 
 
 def check_page(page: Path, ranked: re.Match, rewarded: str) -> None:
-    """Check the charts and tokens of the page, and that it shows the accuracies that transformers computed."""
+    """Check that the page shows its charts, the tokens of a pair, and the accuracies that transformers computed.
+
+    The page must load nothing from the network, and log nothing to the browser's console.
+    """
     from support.browser import browser, check_charts, console, requests, show
 
     with browser() as driver:
@@ -374,7 +377,7 @@ def test_package_coexists_with_hugging_faces_kernels(tmp_path):
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
     ).stdout.strip()
-    # Make the packages of this environment visible in the new one, so that pip installs only the two tested packages.
+    # Make the packages of this environment visible in the new one. Then pip needs to install only the tested packages.
     here = [entry for entry in sys.path if entry.endswith("site-packages")]
     (Path(site) / "here.pth").write_text("\n".join(here) + "\n")
 

@@ -20,9 +20,9 @@ def deal_evenly(
     2. If step 1 found no room for an item, start again: take the items in order of decreasing size, and items with
        equal sizes in order of decreasing cost. Put each item into the fullest bin that still has enough room for it.
     3. Move an item from the most expensive bin to another bin, or exchange it with an item from another bin. Choose the
-       move or exchange after which the larger cost of these two bins is smallest. Repeat while the larger cost of the
-       two bins decreases, but at most once per item. Stop earlier if the cost of the most expensive bin exceeds the
-       mean by at most 1 / `CLOSE` of the mean.
+       move or exchange after which the larger cost of these two bins is smallest. Repeat this step, but do it at most n
+       times. Stop earlier if no move or exchange makes both bins cheaper than the most expensive bin is now, or if the
+       cost of the most expensive bin exceeds the mean by at most 1 / `CLOSE` of the mean.
 
     If several choices are equally good, the choice with the lowest index is taken, so the result is deterministic.
 

@@ -54,7 +54,7 @@ class Scored(NamedTuple):
     chunks: tuple[tuple[int, int, int], ...]
 
     def within(self, columns: Tensor, rows: int) -> Scored:
-        """Return only the sites in the given columns, with their entries. Site indices are relative to these columns.
+        """Return only the sites in the given columns, with their entries. The new indices count only these columns.
 
         columns  [s']  int64, in any order
         rows           r, the number of rows

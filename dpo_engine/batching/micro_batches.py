@@ -20,7 +20,8 @@ PLANNED_TOGETHER = 512
 WORTH_IT = 1.05
 """``auto`` chooses ``tree`` if ``stacked`` would compute at least `WORTH_IT` times as many tokens as ``tree``.
 
-The log recommends ``data.group_by_prompt`` if it could divide the number of tokens in ``tree`` by at least `WORTH_IT`.
+The log recommends ``data.group_by_prompt`` if this option could reduce the number of tokens in ``tree`` by a factor of
+at least `WORTH_IT`.
 """
 
 
@@ -80,9 +81,9 @@ def pair_tokens(pairs: PairDataset, config: Config, layout: str) -> np.ndarray:
 def visible_share(config: Config, pairs: PairDataset, dp_size: int) -> float:
     """Estimate the attention density in rows of trees: the fraction of (query, key) pairs that are visible.
 
-    The estimate assumes that a row has as many tokens as the budget allows or, if that is less, all tokens that a
-    data-parallel rank gets from an average global batch. It ignores that different pairs may share prompts and
-    responses.
+    The number of tokens in a row is estimated as the smaller of two numbers: the token budget, and the number of tokens
+    that a data-parallel rank gets from an average global batch. A pair that is longer than this number is assumed to be
+    alone in its row. The estimate ignores that different pairs may share prompts and responses.
     """
     prompt, chosen, rejected = (column.astype(np.float64) for column in pairs.lengths.T)
     with_chosen, alone = prompt + chosen, rejected + (0 if config.shares_prompts else prompt)
@@ -121,7 +122,7 @@ def stacked_batches(
 def padded_rows(
     dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, sequence_parallel: bool
 ) -> np.ndarray:
-    """Return the numbers of rows and columns of all micro-batches of all ranks in layout ``stacked``, [k, 2]."""
+    """Return the numbers of rows and columns of each micro-batch of each rank in layout ``stacked``, [k, 2]."""
     multiple = dims.sequence_multiple(sequence_parallel, config.megatron.token_multiple)
     places, length = _stacked_places(dataset, indices, config, dims, 0, multiple)
     sizes = np.array([len(place) for place in places])
@@ -142,10 +143,10 @@ def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
 def _stacked_places(
     dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, dp_rank: int, multiple: int
 ) -> tuple[list[np.ndarray], int | None]:
-    """Return the pairs of a rank's micro-batches, and the minimum length of all rows.
+    """Return the pairs of a rank's micro-batches, and the minimum number of columns of a micro-batch.
 
-    With an interleaved pipeline schedule, all rows must have the same length, so there is a minimum length. Otherwise,
-    it is None.
+    With an interleaved pipeline schedule, all rows must have the same length. The minimum is then the length of the
+    longest row of all ranks. With other schedules, the minimum is None.
 
     multiple  number that the length of a row must be divisible by
     """
@@ -298,7 +299,7 @@ def token_budget(dataset: PairDataset, config: Config) -> int:
 def fixed_rows(
     config: Config, dims: ParallelDims, sequence_parallel: bool, train: PairDataset, others: Sequence[PairDataset]
 ) -> tuple[int | None, list[str]]:
-    """Return the number of tokens of every row and a line for the log, or None and no line if sizes can vary.
+    """Return the fixed number of tokens per row, and a line for the log. If sizes can vary, return None and no line.
 
     train, others   as for :func:`fixed_row`
     """
@@ -311,7 +312,7 @@ def fixed_rows(
 def fixed_row(
     config: Config, dims: ParallelDims, sequence_parallel: bool, train: PairDataset, others: Sequence[PairDataset]
 ) -> int:
-    """Return the number of tokens of every row of trees, if all rows of a run must have the same size.
+    """Return the number of tokens per row of trees, for a run in which all rows must have the same size.
 
     The number is the token budget, or the length of the longest pair if that is greater. It is rounded up as the
     parallel layout and FP8 require.

@@ -36,7 +36,7 @@ import numpy as np
 from dpo_engine.batching.balance import deal_evenly
 
 VERSION = 1
-"""Version of the planning rules. Increment this number with every change after which a batch has a different plan."""
+"""Version of the planning rules. Increment this number with every change of the code that changes a batch's plan."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class CostModel:
 
     In a backward pass, every term is twice as large, so the ratios between micro-batches also hold for training.
 
-    token    FLOP per token in a row: 2 x number of matrix parameters that a token uses in the layers. A token uses all
-             parameters, except that it uses only a few experts of a mixture
+    token    FLOP per token in a row: 2 x number of matrix parameters that a token uses in the layers. In a mixture of
+             experts, these include the parameters of only the few experts that process the token
     visible  FLOP per visible (query, key) pair in all layers without a sliding window: 4 x number of these layers x
              query heads x head size
     scored   FLOP per scored token, in the output layer: 2 x hidden size x vocabulary size
-    windows  for layers with a sliding window: each window, and the FLOP per (query, key) pair that is visible in it, in
-             all layers with this window
+    windows  for layers with a sliding window: each window size, and the FLOP per visible (query, key) pair in all
+             layers with this window size
     """
 
     token: int
@@ -106,10 +106,10 @@ class Tree:
     Trees are assigned to ranks and micro-batches as a whole.
 
     prompt     number of tokens in the prompt
-    copies     number of copies of the prompt in the row: 1, or 2 for a pair without sharing
+    copies     number of copies of the prompt in the row: 1 if responses share their prompts, otherwise 2
     pairs      indices of the pairs in the global batch
-    responses  number of tokens in each distinct response, keyed by the response's hash; without sharing, keyed by 0 and
-               1
+    responses  number of tokens in each distinct response. The key is the response's hash if responses are shared,
+               otherwise 0 (chosen) or 1 (rejected)
     """
 
     prompt: int

@@ -7,8 +7,8 @@ attention does equal work. With a causal mask, a token at position i sees i + 1 
 tokens, the last of many ranks would do almost twice the mean work.
 
 Plain causal rows (layout `stacked`). Cut the row into 2 cp_size chunks; rank r takes chunks r and 2 cp_size - 1 - r.
-The sum of the costs of an early and a late chunk is the same on every rank. Megatron-Core uses this "zigzag" split.
-Transformer Engine and Megatron-Core's rotary embedding expect it.
+Every rank thus has an early, cheap chunk and a late, expensive chunk, and the sum of the two costs is the same on every
+rank. Megatron-Core uses this "zigzag" split. Transformer Engine and Megatron-Core's rotary embedding expect it.
 
 Rows of trees (layout `tree`). Positions restart with every tree and every response, so the index of a column does not
 determine the cost of its query. The zigzag split would be uneven: for a prompt of 2000 tokens with two responses of

@@ -1,4 +1,4 @@
-"""Rank the steps of a run by a metric of its evaluations, and choose the checkpoints to keep and to remove."""
+"""Sort the steps of a run by a metric of the evaluations, and choose the checkpoints to keep and to remove."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from dpo_engine.errors import CheckpointError
 from dpo_engine.reporting.sinks import metrics_file, read_metrics
 
 DEFAULT = KeepBest(metric="eval/loss")
-"""The metric that compares steps if ``checkpoint.keep_best`` is null."""
+"""The metric by which steps are compared if ``checkpoint.keep_best`` is null."""
 
 
 class Best(NamedTuple):
@@ -36,7 +36,7 @@ def ranking(lines: Sequence[Mapping[str, Any]], by: KeepBest, among: Collection[
 
     lines  the lines of the run's metrics.jsonl; if several lines of a step have the metric, the last line counts
     by     the metric and its direction
-    among  the steps to rank; None: all steps
+    among  the steps to include; None: all steps
     """
     sign = 1 if by.direction == "min" else -1
     values = {line["step"]: line[by.metric] for line in lines if line.get(by.metric) is not None}
@@ -91,8 +91,10 @@ def best_saved(config: Config, say: Callable[[str], None] = lambda line: None) -
     say(f"best checkpoint by {by}: {ranked[0]}")
     overall = ranking(lines, by)[0]
     if overall.step == 0:
-        say(f"{overall} was better: the model before the first step, which has no checkpoint")
+        say(f"{overall} was better, but it is the model before training and has no checkpoint")
     elif overall.step != ranked[0].step:
-        advice = "" if config.checkpoint.keep_best else "; set checkpoint.keep_best to keep it in the next run"
+        advice = (
+            "" if config.checkpoint.keep_best else "; set checkpoint.keep_best to keep the best step in the next run"
+        )
         say(f"{overall} was better but has no checkpoint{advice}")
     return ranked[0].step

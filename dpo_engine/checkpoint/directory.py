@@ -7,7 +7,7 @@ checkpoints/
   step_00000008/               published: renamed to this name after all its files were synced to disk
     rank_00000.safetensors     one shard per rank
     metrics.jsonl              the run's metrics up to this step
-    manifest.json              the size and SHA-256 of every other file, and the SHA-256 of the manifest itself
+    manifest.json              the size and SHA-256 of every other file, and a SHA-256 of these and all other entries
   step_00000008.2/             step 8, saved again because step_00000008 is damaged; loading tries this directory first
   step_00000012.tmp.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is writing
   step_00000004.old.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is removing
@@ -168,9 +168,10 @@ def intact(folder: Path, damaged: Collection[str]) -> dict[int, Path]:
 def superseded(
     folder: Path, step: int, *, keep_last: int, damaged: Collection[str], best: Collection[int] = ()
 ) -> list[str]:
-    """Return the names of the checkpoints to remove after the checkpoint for ``step`` is published, oldest first.
+    """Return the names of the published checkpoints that a new checkpoint for ``step`` replaces, oldest first.
 
-    These names include every checkpoint for ``step`` that is already published.
+    Call this function before the new checkpoint is published, and remove the returned checkpoints afterwards. They
+    include every older checkpoint for the same step.
 
     keep_last  number of checkpoints to keep, including the checkpoint for ``step``; at least 2
     best       steps of checkpoints that are kept even if they are not among the newest
@@ -263,7 +264,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if type(written) is int and written != FORMAT:
         raise CheckpointError(
             f"{path}: has format {written}, but this version of dpo-engine reads format {FORMAT}; use the version that "
-            "wrote it"
+            "wrote this checkpoint"
         )
     if written is None or manifest.pop("sha256", None) != digest(manifest):
         raise Damaged(f"{path}: is damaged: its content does not match the SHA-256 that it records")

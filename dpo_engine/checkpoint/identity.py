@@ -36,7 +36,7 @@ PACKAGES = (
     *("megatron-core", "transformer-engine", "triton", "flash-attn", "flash-attn-3", "flash-attn-4"),
     *("transformers", "tokenizers", "sentencepiece"),
 )
-"""Libraries that affect tokens or numbers.
+"""Libraries that affect the tokens or the numerical results of a run.
 
 torch is recorded separately, from ``torch.__version__``, because this version also names the build."""
 
@@ -154,7 +154,7 @@ def record(
 
 
 def code_version(plugins: Sequence[str] = ()) -> dict[str, str]:
-    """Return the versions of the engine, the run's plugins, and the libraries that affect numbers, keyed by name.
+    """Return the versions of the engine, of the run's plugins, of torch, and of `PACKAGES`, keyed by name.
 
     The versions of the engine and the plugins include a hash of the source files, because source files can change
     without a release.

@@ -158,7 +158,7 @@ class Lease:
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def confirm(self) -> None:
-        """Check that this run still holds the lease. Call it before anything is written.
+        """Check that this run still holds the lease. Call this method before anything is written.
 
         Raises :class:`~dpo_engine.errors.CheckpointError` if the lease was taken by another run, removed, or released.
         """
@@ -307,13 +307,13 @@ def _living(
             told = True
             who = holder or "an unknown process"
             output = path.parent.parent
-            say(f"{output}: was last held by another run ({who}); waiting up to {patience:.0f} s for a heartbeat")
+            say(f"{output}: was last held by another run ({who}); waiting up to {patience:.0f} s for its heartbeat")
         time.sleep(pause)
         pause = min(2 * pause, longest)
 
 
 def _read(path: Path) -> tuple[object, Holder | None, bool]:
-    """Return the state that a renewal changes, the holder (None: not readable yet), and whether the lease was released.
+    """Return the state (renewals change it), the holder (None: not readable yet), and whether the lease was released.
 
     Opening the file makes NFS ask the server for the current state of the file.
     """

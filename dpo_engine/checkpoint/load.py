@@ -53,8 +53,8 @@ def find_checkpoint(
 
     Return ``None`` if the folder has no checkpoints.
 
-    say   called on every rank with one line for each skipped checkpoint and, if the returned checkpoint's directory
-          contains files that are not part of it, with one line about these files
+    say   called on every rank with one line for each skipped checkpoint. If the directory of the returned checkpoint
+          contains files that are not part of the checkpoint, also called with one line about these files
 
     *Collectives*: two all-gathers of objects and a broadcast of an object from rank 0. Then, for each checkpoint
     examined, three all-gathers of objects. Each rank verifies the hashes of a share of the files, without a time limit.
@@ -86,7 +86,7 @@ def find_checkpoint(
         return None
     if step is not None:
         raise CheckpointError([*damaged, f"{folder}: the checkpoint for step {step} is damaged; choose another step"])
-    way_out = "restore a checkpoint, or remove all of them to start from step 0"
+    way_out = "restore a checkpoint, or remove all checkpoints to start from step 0"
     raise CheckpointError([*damaged, f"{folder}: no checkpoint is intact; {way_out}"])
 
 
@@ -201,7 +201,7 @@ def placed_slices(trained: Trained, arch: Architecture, groups: ParallelGroups) 
 
 
 def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGroups) -> list[Placed]:
-    """Return this rank's frozen parameters that a checkpoint contains.
+    """Return those frozen parameters of this rank that checkpoints contain.
 
     These are the weights that ``optim.freeze`` and ``train.freeze_router`` freeze, and the biases that routers add to
     the scores of experts when they choose experts. With adapters, return an empty list. The frozen weights are then the
@@ -214,7 +214,9 @@ def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGrou
 
 
 def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") -> Callable[[], Any]:
-    """Wrap ``work`` so that errors in files, or in reading or writing them, become a one-line :class:`CheckpointError`.
+    """Wrap ``work`` so that file errors become a one-line :class:`CheckpointError`.
+
+    File errors are errors in reading or writing a file, and errors in the contents of a file.
 
     place   path that the line names if the error itself names no file
     ending  text added to the end of the line

@@ -22,12 +22,13 @@ ACCEPTED = {
     "reference.sync_every stays set and the reference's initial weights are the same",
     "loss": "the next step uses the new loss; Adam's moments are kept",
     "train_data": "training starts at the first of the new pairs, and train.epochs counts from there",
-    "limits": "pairs are truncated or dropped according to the new limits",
+    "limits": "the new settings determine how pairs are tokenized, which pairs are truncated or dropped, and which "
+    "tokens are scored",
     "order": "training starts over at the first pair in the new order, and train.epochs counts from there",
     "global_batch_size": "the epoch continues with the next pair, in batches of the new size",
     "seed": "later randomness uses the new seed",
     "optim": "the next step uses the new settings; Adam's moments are kept, and the schedule continues at this step",
-    "total_steps": "the learning rate follows the schedule for the new length",
+    "total_steps": "the learning rate follows the schedule for the new number of steps",
     "megatron": "the next step uses the new options",
 }
 """Identity keys whose changes can be accepted, and the effect of each change.
@@ -154,7 +155,7 @@ def next_position(saved: Mapping[str, Any], current: Mapping[str, Any], position
 
 
 def keeps_following(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
-    """Whether a periodically updated reference (``reference.sync_every``) restores its weights from the checkpoint."""
+    """Whether a periodically updated reference (``reference.sync_every``) gets its weights from the checkpoint."""
     old, new = saved.get("reference") or {}, current.get("reference") or {}
     return "sync_every" in old and old.get("weights") == new.get("weights")
 

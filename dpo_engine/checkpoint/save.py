@@ -179,8 +179,8 @@ class Saver:
         """Wait until the current save is complete. The wait has no time limit.
 
         *Collectives*: a few all-gathers and one broadcast of objects over all ranks.
-        Raises :class:`~dpo_engine.errors.CheckpointError` on every rank if any rank cannot write its files. If the
-        checkpoint is not published yet, it is removed, and earlier checkpoints are unchanged.
+        Raises :class:`~dpo_engine.errors.CheckpointError` on every rank if any rank cannot write its files. If this
+        happens before the checkpoint is published, its files are removed, and earlier checkpoints are unchanged.
         """
         while self._running is not None:
             self._next()
@@ -334,8 +334,8 @@ class Saver:
         groups, trained = self.groups, self.trained
         rank = groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}
-        # Without the distributed optimizer, all copies of a parameter have the same state. With it, all instances of
-        # the distributed optimizer have the same state. Only the first copy or instance writes the state.
+        # Without the distributed optimizer, all copies of a parameter have the same state; only the first one is saved.
+        # With the distributed optimizer, all of its instances have the same state; only the first one is saved.
         distributed = trained.chunks[0].ddp_config.use_distributed_optimizer
         for placed, owned in placed_slices(trained, self.arch, groups):
             if placed.written_here and (trained.instance if distributed else placed.copies.rank()) == 0:

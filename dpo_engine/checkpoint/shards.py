@@ -2,7 +2,7 @@
 
 All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel rank|offset``, where the offset is the
 position of the tensor's first element in the flattened shard. For a matrix of an expert, the tensor-parallel rank is
-the rank among the ranks that the matrix is split over. The kinds are:
+the rank in the experts' tensor-parallel group. The kinds are:
 
 - ``main``: the fp32 weights, trained and frozen
 - ``exp_avg`` and ``exp_avg_sq``: Adam's moments. Other optimizers have other kinds, such as ``momentum_buffer``
@@ -125,7 +125,7 @@ class Pieces:
         return out
 
     def random(self, rank: int) -> dict[str, Tensor]:
-        """Return the states of the random number generators that ``rank`` wrote, as uint8 tensors by name."""
+        """Return the states of random number generators that ``rank`` saved, as uint8 tensors by generator name."""
         pieces = {name: piece for (kind, name, of), (piece, *_) in self.found.items() if (kind, of) == ("random", rank)}
         return {name: self.files[piece.file].get_tensor(piece.key) for name, piece in pieces.items()}
 
@@ -151,7 +151,7 @@ class Pieces:
         for source in range(saved):
             count = self.size(kind, name, source)
             if count == 0:
-                raise KeyError(f"{kind} of {name}: is missing")
+                raise KeyError(f"{kind} of {name}: all elements are missing")
             width = local[1] * tp // saved if rule.cut == 1 else (local[1] if len(local) > 1 else 1)
             shape = (count // width, *((width,) if len(local) > 1 else ()))
             shards.append(self.flat(kind, name, source, 0, count).view(shape))

@@ -1,4 +1,4 @@
-"""Rules that involve the section `adapter` and other keys: find combinations that are unsupported or without effect."""
+"""Rules on the section `adapter` and other keys: find combinations that are not supported or have no effect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Rule = tuple[tuple[str, ...], str]
 
 
 def adapter_rules(config: Config) -> Iterator[Rule]:
-    """For each broken rule, yield the keys that the rule reads, and the text of what is wrong with the first key."""
+    """For each broken rule, yield the keys that the rule reads, and text that says what is wrong with the first key."""
     adapter, reference = config.adapter, config.reference
     if adapter is None:
         if reference.mode == "shared":
@@ -20,14 +20,14 @@ def adapter_rules(config: Config) -> Iterator[Rule]:
                 "reference.mode=resident",
             )
         if reference.adapter != "start":
-            yield ("reference.adapter", "adapter"), "applies only with adapter.path; remove it"
+            yield ("reference.adapter", "adapter"), "applies only with adapter.path; remove reference.adapter"
         return
     if reference.adapter != "start" and adapter.path is None:
-        yield ("reference.adapter", "adapter.path"), "applies only with adapter.path; remove it"
+        yield ("reference.adapter", "adapter.path"), "applies only with adapter.path; remove reference.adapter"
     if reference.adapter != "start" and reference.path is not None:
         yield (
             ("reference.adapter", "reference.path"),
-            "has no effect with reference.path, whose model is used without an adapter; remove it",
+            "has no effect with reference.path, whose model is used without an adapter; remove reference.adapter",
         )
     if reference.mode == "offloaded" and reference.path is None:
         yield (
@@ -50,17 +50,17 @@ def adapter_rules(config: Config) -> Iterator[Rule]:
     if config.optim.freeze:
         yield (
             ("optim.freeze", "adapter"),
-            "has no effect with an adapter, because only the adapter is trained; remove it",
+            "has no effect with an adapter, because only the adapter is trained; remove optim.freeze",
         )
     if config.train.freeze_router:
         yield (
             ("train.freeze_router", "adapter"),
-            "has no effect with an adapter, because only the adapter is trained; remove it",
+            "has no effect with an adapter, because only the adapter is trained; remove train.freeze_router",
         )
     if config.optim.gradients == "bf16":
         yield (
             ("optim.gradients", "adapter"),
-            "has no effect with an adapter, whose parameters and gradients are fp32; remove it",
+            "has no effect with an adapter, whose parameters and gradients are fp32; remove optim.gradients",
         )
 
 
@@ -75,7 +75,7 @@ def _shared_rules(config: Config) -> Iterator[Rule]:
         yield (
             ("reference.sync_alpha", "reference.sync_every", "adapter"),
             "must be 1 with an adapter, because averaging the matrices A and B of two adapters does not average the "
-            "two models; set it to 1",
+            "two models; set reference.sync_alpha=1",
         )
     if reference.sync_every and reference.adapter == "none" and config.adapter.path is not None:
         yield (

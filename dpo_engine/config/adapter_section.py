@@ -18,7 +18,8 @@ class AdapterConfig(Section):
     rank: Count = 16
     """rank of the adapters"""
     alpha: Alpha = 32.0
-    """scale of the adapters: the low-rank product is multiplied by alpha / rank"""
+    """numerator of the adapters' scale: the low-rank product is multiplied by alpha / rank or, with adapter.rslora, by
+    alpha / sqrt(rank)"""
     rslora: bool = False
     """whether to multiply the low-rank product by alpha / sqrt(rank) instead of alpha / rank"""
     targets: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] | Text = "all-linear"

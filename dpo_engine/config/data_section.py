@@ -82,8 +82,8 @@ class DataConfig(Section):
     cache_dir: Place | None = None
     """directory for tokenized data; null: <train.output_dir>/cache"""
     workers: Count | None = None
-    """number of processes with which one rank per node tokenizes the data; null: one per core that this rank may use,
-    at most 32, and fewer for small files"""
+    """number of processes that tokenize the data on each node, where one rank starts them; null: one process per core
+    that this rank may use, at most 32, and fewer for small files"""
     on_bad_line: Literal["error", "skip"] = "error"
     """what to do with unusable records: end the run (error), or skip and count them (skip)"""
     columns: Columns | None = None

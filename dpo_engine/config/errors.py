@@ -21,7 +21,7 @@ class SchemaProblem:
     path: str
     """dotted path with list indices, such as data.train[0].weight"""
     keys: tuple[str | int, ...]
-    """the same path as keys and indices into nested mappings and lists"""
+    """the path's parts: keys of mappings and indices of lists"""
     text: str
     """error line shown to the user"""
 
@@ -86,8 +86,8 @@ def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str
     """Return the way out for an unknown key.
 
     The way out suggests the first of these keys that exists: the key with the same name in another section; the
-    engine's equivalent of another system's key; the most similar key of this section; the most similar key of any
-    section. If none of these exists, the way out lists the keys of this section.
+    engine's equivalent of another system's key; the most similar key of the unknown key's section; the most similar
+    key of any section. If none of these exists, the way out lists the keys of the unknown key's section.
     """
     above = path[: -len(name)]
     elsewhere: dict[str, str] = {}
@@ -143,7 +143,7 @@ def _default(field: FieldInfo, keys: Sequence[str | int]) -> str:
     if not field.is_required() and not isinstance(field.default, BaseModel):
         return f"the default is {show(field.default)}"
     if not field.description:
-        return f"write the keys to set, indented below `{keys[-1]}:`"
+        return f"write the keys that you want to set, indented below `{keys[-1]}:`"
     return f"give {' '.join(field.description.split())}"
 
 

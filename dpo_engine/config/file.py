@@ -62,7 +62,7 @@ class _Loader(yaml.SafeLoader):
     def construct_whole(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > MAX_DIGITS:
             raise yaml.constructor.ConstructorError(
-                None, None, f"a number with {len(node.value):,} digits", node.start_mark
+                None, None, f"a number with {len(node.value):,} digits, more than {MAX_DIGITS}", node.start_mark
             )
         return int(node.value, 0 if node.value[:2] in ("0x", "0o") else 10)
 
@@ -111,7 +111,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal)
 
 
 def parse(text: str, name: str) -> Any:
-    """Return the value of one YAML document. Error messages start with `name` and, if it is known, the line number.
+    """Return the value of one YAML document. Error messages start with `name`, followed by the line number if known.
 
     Raises `ConfigError` if the text is not valid YAML or has duplicate keys; each duplicate key gets one line.
     """
@@ -148,7 +148,7 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
     base = own.pop("base")
     if not isinstance(base, str) or not base:
         raise ConfigError(
-            f"{path}: base={base}: must be the path of a YAML file, relative to this file; fix or remove it"
+            f"{path}: base={base}: must be the path of a YAML file, relative to {path}; correct or remove the key base"
         )
     try:
         place = Path(path).parent / expand(base)
@@ -156,7 +156,7 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: base={base}: must be {error}") from error
     below = [*below, Path(path).resolve()]
     if place.resolve() in below:
-        raise ConfigError(f"{path}: base={base}: creates a cycle of base files; remove one of the base keys")
+        raise ConfigError(f"{path}: base={base}: creates a cycle of base files; remove the key base from one of them")
     if not place.is_file():
         raise ConfigError(f"{path}: base={base}: {place} is not a file; set a path relative to {path}")
     return inherit(read(place, below), own)
@@ -165,9 +165,9 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
 def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return `own` merged into `base`. Mappings are merged key by key; other values, such as lists, are replaced.
 
-    The section `loss` is special, because its options belong to one loss. If `own` names a different loss, its section
-    `loss` replaces the section `loss` of `base`; otherwise, the two sections are merged. In both cases, keys with the
-    value null are removed from the section, so they get their defaults.
+    The section `loss` is special, because each loss has its own options. If `own` and `base` name different losses, the
+    section `loss` of `own` replaces that of `base`; otherwise, the two sections are merged. In both cases, keys with
+    the value null are then removed from the section `loss`, so these keys get their defaults.
     """
     merged = _merged(base, own)
     loss, under = own.get("loss"), base.get("loss") or {}
@@ -238,7 +238,9 @@ def _set(raw: dict[str, Any], keys: list[str | int], value: Any, dotted: str) ->
         last = depth == len(keys) - 1
         if isinstance(place, list):
             if not isinstance(key, int) or key >= len(place):
-                way_out = f"use an index from 0 to {len(place) - 1}, or set the list" if place else "set the list"
+                way_out = (
+                    f"use an index from 0 to {len(place) - 1}, or set the whole list" if place else "set the whole list"
+                )
                 return f"{above} has length {len(place)}; {way_out}"
         elif not isinstance(place, dict):
             return f"{above}={place} is a {_kind(place)} and has no keys; override {above} itself"

@@ -18,7 +18,7 @@ class Key:
 
     path      dotted path; ``data.train.path`` is a key of each item in the list ``data.train``
     default   default value in YAML, or ``required``
-    choices   the other allowed values, if there is a fixed set of them
+    choices   the allowed values other than the default, if the key has a fixed set of values
     meaning   the key's docstring, as one line
     """
 

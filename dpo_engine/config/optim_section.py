@@ -22,8 +22,8 @@ class OptimConfig(Section):
     """number of steps of linear warmup from zero; null: warmup_ratio sets the length of the warmup; if both are null,
     there is no warmup"""
     warmup_ratio: Fraction | None = None
-    """length of the linear warmup as a fraction of all steps; the number of steps is rounded up; null: warmup_steps
-    sets the length"""
+    """length of the linear warmup as a fraction of all steps; the number of warmup steps is rounded up; null:
+    warmup_steps sets the length"""
     decay_steps: Count | None = None
     """wsd schedule only: number of steps in the final decay; null: a tenth of all steps"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -43,9 +43,9 @@ class OptimConfig(Section):
     """data type in which the gradients of all micro-batches are summed and reduced over ranks; bf16 halves the memory
     for gradients, but loses precision, and requires model.dtype=bf16"""
     states: Literal["device", "host"] = "device"
-    """memory for the fp32 main weights and Adam's moments; host: host memory, in which case AdamW runs on the CPU. This
-    saves 12 bytes of device memory for each parameter that a rank updates, but makes steps longer. Results are the same
-    up to rounding"""
+    """where to keep the fp32 main weights and Adam's moments: in device memory (device) or in host memory (host); host
+    runs AdamW on the CPU, and saves 12 bytes of device memory for each parameter that a rank updates, but makes steps
+    longer. Results are the same up to rounding"""
     freeze: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """regular expressions; weights whose whole name in the Hugging Face checkpoint matches any of them are not
-    trained"""
+    """regular expressions; a weight is not trained if its whole name in the Hugging Face checkpoint matches at least
+    one of the expressions"""

@@ -11,23 +11,24 @@ from dpo_engine.config.section import Count, Section, Text
 
 class ParallelConfig(Section):
     tp: Count = 1
-    """tensor-parallel size: number of ranks that the weight matrices and the vocabulary are split over"""
+    """tensor-parallel size: number of ranks over which the weight matrices and the vocabulary are split"""
     pp: Count = 1
-    """pipeline-parallel size: number of stages that the layers are split into"""
+    """pipeline-parallel size: number of stages into which the layers are split"""
     vpp: Annotated[int, Field(ge=2)] | None = None
-    """number of model chunks per pipeline stage in the interleaved schedule; null: one chunk, not interleaved"""
+    """number of model chunks per pipeline stage in the interleaved schedule; null: one chunk per stage, without
+    interleaving"""
     layers: Annotated[tuple[Count, ...], Field(strict=False)] | Literal["auto"] | None = None
-    """number of layers in each model chunk, in the order of the model (pp x vpp numbers); auto: numbers that balance
-    the work, including the work of the output layer; null: equal numbers"""
+    """list of pp x vpp numbers: the number of layers in each model chunk, in the order of the model; auto: numbers that
+    balance the work, including the work of the output layer; null: equal numbers"""
     cp: Count = 1
-    """context-parallel size: number of ranks that each sequence is split over"""
+    """context-parallel size: number of ranks over which each sequence is split"""
     ep: Count = 1
-    """expert-parallel size: number of ranks that the experts of a mixture-of-experts model are distributed over"""
+    """expert-parallel size: number of ranks over which the experts of a mixture-of-experts model are distributed"""
     etp: Count | None = None
-    """number of ranks that the matrices of each expert are split over; null: parallel.tp if parallel.ep is 1, otherwise
-    1"""
+    """number of ranks over which the matrices of each expert are split; null: parallel.tp if parallel.ep is 1,
+    otherwise 1"""
     sequence_parallel: bool | Literal["auto"] = "auto"
-    """whether to also split the activations outside the tensor-parallel regions along the sequence; auto: true if
+    """whether the activations outside the tensor-parallel regions are also split, along the sequence; auto: true if
     tp > 1"""
     distributed_optimizer: bool = True
     """whether to shard the optimizer states over the data-parallel ranks"""
@@ -58,7 +59,8 @@ class MegatronConfig(Section):
     ddp: dict[Text, Any] = {}
     """fields of DistributedDataParallelConfig"""
     optimizer: dict[Text, Any] = {}
-    """fields of OptimizerConfig: none can be set, and the error names the key to use instead"""
+    """fields of OptimizerConfig; none of them can be set: setting one is an error that names the key to use instead, or
+    the reason why there is no such key"""
 
     @property
     def fp8_recipe(self) -> str | None:
@@ -68,7 +70,7 @@ class MegatronConfig(Section):
 
     @property
     def token_multiple(self) -> int:
-        """The number that must divide the number of a row's tokens on each rank; 1 without FP8."""
+        """The number of which each rank's number of tokens in a row must be a multiple; 1 without FP8."""
         if self.tp_comm_overlap and self.fp8_recipe == "mxfp8":
             return MXFP8_BLOCK
         return TOKEN_MULTIPLES.get(self.fp8_recipe, 1)
@@ -80,5 +82,5 @@ class MegatronConfig(Section):
 
     @property
     def tp_comm_overlap(self) -> bool:
-        """Whether linear layers overlap their tensor-parallel communication with their products."""
+        """Whether linear layers overlap their tensor-parallel communication with their matrix products."""
         return self.transformer.get("tp_comm_overlap") is True

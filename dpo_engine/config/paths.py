@@ -12,7 +12,7 @@ from dpo_engine.config.section import Text
 
 REFERENCE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\}|\()", re.ASCII)
 """A variable in a path, as in a shell: `$NAME` or `${NAME}`. The pattern also matches `$(`, which paths must not
-contain. A dollar sign before any other character is literal."""
+contain. Any other dollar sign is literal."""
 
 
 def expand(text: str) -> str:
@@ -20,14 +20,15 @@ def expand(text: str) -> str:
 
     Expanding the result again changes nothing. A recorded configuration can therefore be loaded on another machine.
 
-    Raises `ValueError` with the rule that the path violates, for example because a variable is unset or empty.
+    Raises `ValueError` if the path cannot be expanded, for example because a variable is unset or empty. The message is
+    the rule that the path violates, and the way out.
     """
 
     def value(found: re.Match[str]) -> str:
         name = found[1] or found[2] or ""
         if not name.isidentifier():
             raise ValueError(
-                f"a path with variables of the form $NAME or ${{NAME}}, not {found[0]}; write the path in full"
+                f"a path with variables of the form $NAME or ${{NAME}}, not '{found[0]}'; write the path in full"
             )
         if not os.environ.get(name):
             raise ValueError(

@@ -49,9 +49,9 @@ def value_at(config: Config, key: str) -> Any:
 def _model_rules(config: Config) -> Iterator[Rule]:
     parallel, reference = config.parallel, config.reference
     if parallel.vpp is not None and parallel.pp == 1:
-        yield ("parallel.vpp", "parallel.pp"), "requires parallel.pp >= 2, but it is 1; remove it"
+        yield ("parallel.vpp", "parallel.pp"), "requires parallel.pp >= 2, but it is 1; remove parallel.vpp"
     if parallel.layers is not None and parallel.pp == 1:
-        yield ("parallel.layers", "parallel.pp"), "requires parallel.pp >= 2, but it is 1; remove it"
+        yield ("parallel.layers", "parallel.pp"), "requires parallel.pp >= 2, but it is 1; remove parallel.layers"
     elif isinstance(parallel.layers, tuple) and len(parallel.layers) != parallel.pp * (parallel.vpp or 1):
         yield (
             ("parallel.layers", "parallel.pp", "parallel.vpp"),
@@ -66,19 +66,19 @@ def _model_rules(config: Config) -> Iterator[Rule]:
             "or model.attention=auto",
         )
     if config.model.flash_attention != 2 and config.model.dtype == "fp32":
-        yield ("model.flash_attention", "model.dtype"), "requires model.dtype=bf16; set it to 2"
+        yield ("model.flash_attention", "model.dtype"), "requires model.dtype=bf16; set model.flash_attention=2"
     if config.model.cuda_graphs:
         yield from _graph_rules(config)
     if parallel.sequence_parallel is True and parallel.tp == 1:
         yield (
             ("parallel.sequence_parallel", "parallel.tp"),
-            "requires parallel.tp >= 2, but it is 1; remove it",
+            "requires parallel.tp >= 2, but it is 1; remove parallel.sequence_parallel",
         )
     yield from _reference_rules(config)
     if reference.path is not None and reference.mode == "none":
         yield (
             ("reference.path", "reference.mode"),
-            "is not used when reference.mode is none; remove it, or set reference.mode=resident",
+            "is not used when reference.mode is none; remove reference.path, or set reference.mode=resident",
         )
     facts = facts_of(config.loss)
     if reference.mode == "none" and facts and facts.needs_reference:
@@ -95,14 +95,14 @@ def _graph_rules(config: Config) -> Iterator[Rule]:
     if config.batch.layout != "tree":
         yield (
             (key, "batch.layout"),
-            f"requires rows of one size, which only trees can have, but batch.layout is {config.batch.layout}; set "
-            "batch.layout=tree, or remove it",
+            f"requires rows of one size, which only the tree layout has, but batch.layout is {config.batch.layout}; "
+            "set batch.layout=tree, or remove model.cuda_graphs",
         )
     if config.model.recompute != "none":
         yield (
             (key, "model.recompute"),
             f"what a graph computes cannot be recomputed, but model.recompute is {config.model.recompute}; set "
-            "model.recompute=none, or remove it",
+            "model.recompute=none, or remove model.cuda_graphs",
         )
     if asked.fp8_recipe:
         yield (key, "megatron.transformer"), "has never been tested with megatron.transformer.fp8; remove one of them"
@@ -121,7 +121,7 @@ READ_BY = {
     "missing": ("stored",),
     "verify": ("stored", "dataset"),
 }
-"""The keys of ``reference`` that apply only to some modes, each with the modes that it applies to."""
+"""The keys of ``reference`` that apply only to some modes, each with these modes."""
 
 
 def _reference_rules(config: Config) -> Iterator[Rule]:
@@ -130,34 +130,35 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
         if getattr(reference, key) != getattr(defaults, key) and mode not in modes:
             yield (
                 (f"reference.{key}", "reference.mode"),
-                f"applies only when reference.mode is {join(modes, 'or')}, but it is {mode}; remove it",
+                f"applies only when reference.mode is {join(modes, 'or')}, but it is {mode}; remove reference.{key}",
             )
     if reference.sync_alpha != defaults.sync_alpha and mode in ("resident", "shared") and not reference.sync_every:
         yield (
             ("reference.sync_alpha", "reference.sync_every"),
-            "has no effect without reference.sync_every; set reference.sync_every, or remove it",
+            "has no effect without reference.sync_every; set reference.sync_every, or remove reference.sync_alpha",
         )
     if reference.path is not None and reference.mode == "dataset" and not reference.verify:
         yield (
             ("reference.path", "reference.mode", "reference.verify"),
-            "is not used, because reference.verify=0 turns off the check of the records' log-probabilities; remove it",
+            "is not used, because reference.verify=0 turns off the check of the records' log-probabilities; remove "
+            "reference.path",
         )
     facts = facts_of(config.loss)
     if facts and not facts.needs_reference and reference.mode not in ("auto", "resident", "none"):
         yield (
             ("reference.mode", "loss"),
-            f"loss {config.loss.name} does not use a reference; remove it, or set reference.mode=none",
+            f"loss {config.loss.name} does not use a reference; remove reference.mode, or set reference.mode=none",
         )
     if config.loss.ld_alpha is not None and reference.mode == "dataset" and facts and facts.needs_reference:
         yield (
             ("loss.ld_alpha", "reference.mode"),
-            "requires the reference's log-probability of each token, but records contain only sums; remove it, or set "
-            "reference.mode=stored",
+            "requires the reference's log-probability of each token, but records contain only sums; remove "
+            "loss.ld_alpha, or set reference.mode=stored",
         )
     if facts and not facts.needs_reference and reference.sync_every:
         yield (
             ("reference.sync_every", "loss"),
-            f"loss {config.loss.name} does not use a reference; remove it",
+            f"loss {config.loss.name} does not use a reference; remove reference.sync_every",
         )
 
 
@@ -166,7 +167,7 @@ def _batch_rules(config: Config) -> Iterator[Rule]:
     if batch.layout == "stacked" and not batch.share:
         yield (
             ("batch.share", "batch.layout"),
-            "applies only when batch.layout is tree or auto, but it is stacked; remove it",
+            "applies only when batch.layout is tree or auto, but it is stacked; remove batch.share",
         )
     if batch.tokens_per_micro_batch != "auto" and config.train.micro_batch_size is not None:
         yield (
@@ -185,12 +186,12 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         yield (
             ("data.max_prompt_length", "data.max_length"),
-            f"has no effect unless it is less than data.max_length={data.max_length}; lower it, or remove it",
+            f"has an effect only below data.max_length={data.max_length}; lower or remove data.max_prompt_length",
         )
     if data.seed and not data.shuffle:
-        yield ("data.seed", "data.shuffle"), "has no effect when data.shuffle is false; remove it"
+        yield ("data.seed", "data.shuffle"), "has no effect when data.shuffle is false; remove data.seed"
     if len(data.train) == 1 and data.train[0].weight != 1:
-        yield ("data.train[0].weight", "data.train"), "has no effect with a single data source; remove it"
+        yield ("data.train[0].weight", "data.train"), "has no effect with a single data source; remove the weight"
 
 
 def _loss_rules(config: Config) -> Iterator[Rule]:
@@ -198,13 +199,14 @@ def _loss_rules(config: Config) -> Iterator[Rule]:
     if facts and facts.likelihood_term and loss.ld_alpha is not None:
         yield (
             ("loss.ld_alpha", "loss"),
-            f"loss {loss.name} has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, or use a "
-            "loss without that term",
+            f"loss {loss.name} has a likelihood term, in which all tokens have equal weight; remove loss.ld_alpha, or "
+            "use a loss without that term",
         )
     if facts and facts.couples_pairs and loss.use_weighting:
         yield (
             ("loss.use_weighting", "loss"),
-            f"requires a separate loss for each pair, but loss {loss.name} couples all pairs of a step; remove it",
+            f"requires a separate loss for each pair, but loss {loss.name} couples all pairs of a step; remove "
+            "loss.use_weighting",
         )
 
 
@@ -216,7 +218,7 @@ def _optim_rules(config: Config) -> Iterator[Rule]:
             f"cannot be combined with optim.warmup_ratio={optim.warmup_ratio}; keep one of them",
         )
     if optim.gradients == "bf16" and config.model.dtype == "fp32":
-        yield (("optim.gradients", "model.dtype"), "requires model.dtype=bf16, but it is fp32; remove it")
+        yield (("optim.gradients", "model.dtype"), "requires model.dtype=bf16, but it is fp32; remove optim.gradients")
     if optim.states == "host" and not config.parallel.distributed_optimizer:
         yield (
             ("optim.states", "parallel.distributed_optimizer"),
@@ -225,24 +227,24 @@ def _optim_rules(config: Config) -> Iterator[Rule]:
     if optim.decay_steps is not None and optim.schedule != "wsd":
         yield (
             ("optim.decay_steps", "optim.schedule"),
-            f"applies only to schedule wsd, but optim.schedule is {optim.schedule}; remove it",
+            f"applies only to schedule wsd, but optim.schedule is {optim.schedule}; remove optim.decay_steps",
         )
     if optim.min_lr and optim.schedule == "constant":
-        yield ("optim.min_lr", "optim.schedule"), "has no effect with the constant schedule; remove it"
+        yield ("optim.min_lr", "optim.schedule"), "has no effect with the constant schedule; remove optim.min_lr"
     if optim.min_lr > optim.lr:
-        yield ("optim.min_lr", "optim.lr"), f"must be at most optim.lr={optim.lr}; lower it"
+        yield ("optim.min_lr", "optim.lr"), f"must be at most optim.lr={optim.lr}; lower optim.min_lr"
     if max_steps is not None:
         shaped = (optim.warmup_steps or 0) + (optim.decay_steps or 0)
         if optim.warmup_steps and optim.warmup_steps >= max_steps:
             yield (
                 ("optim.warmup_steps", "train.max_steps"),
-                f"must be less than train.max_steps={max_steps}, or the run ends during warmup; lower it",
+                f"must be less than train.max_steps={max_steps}, or the run ends during warmup; use fewer warmup steps",
             )
         elif optim.decay_steps and shaped > max_steps:
             yield (
                 ("optim.decay_steps", "optim.warmup_steps", "train.max_steps"),
-                f"the sum with optim.warmup_steps must be at most train.max_steps={max_steps}; use at most "
-                f"{max_steps - (optim.warmup_steps or 0)}",
+                f"optim.warmup_steps + optim.decay_steps must be at most train.max_steps={max_steps}; lower "
+                f"optim.decay_steps to at most {max_steps - (optim.warmup_steps or 0)}",
             )
 
 
@@ -251,11 +253,11 @@ def _train_rules(config: Config) -> Iterator[Rule]:
     if train.micro_batch_size is not None and train.micro_batch_size > train.global_batch_size:
         yield (
             ("train.micro_batch_size", "train.global_batch_size"),
-            f"must be at most train.global_batch_size={train.global_batch_size}; lower it",
+            f"must be at most train.global_batch_size={train.global_batch_size}; lower train.micro_batch_size",
         )
     if data.validation is None and not data.validation_fraction:
         held_out = ("data.validation", "data.validation_fraction")
-        rule = "requires validation data; set data.validation or data.validation_fraction, or remove it"
+        rule = "requires validation data; set data.validation or data.validation_fraction, or remove this key"
         if train.eval_interval:
             yield ("train.eval_interval", *held_out), rule
         if train.eval_at_start:
@@ -275,7 +277,7 @@ def _checkpoint_rules(config: Config) -> Iterator[Rule]:
     if checkpoint.accept_changes and not checkpoint.resume:
         yield (
             ("checkpoint.accept_changes", "checkpoint.resume"),
-            "applies only to a run that resumes, but checkpoint.resume is false; remove it",
+            "applies only to a run that resumes, but checkpoint.resume is false; remove checkpoint.accept_changes",
         )
     if checkpoint.keep_best and config.data.validation is None and not config.data.validation_fraction:
         yield (
@@ -291,8 +293,8 @@ def _checkpoint_rules(config: Config) -> Iterator[Rule]:
     if checkpoint.export == "best" and not checkpoint.keep_best:
         yield (
             ("checkpoint.export", "checkpoint.keep_best"),
-            "requires checkpoint.keep_best, but it is null; set it, for example to {metric: eval/loss}, or set "
-            "checkpoint.export=true",
+            "requires checkpoint.keep_best, but it is null; set checkpoint.keep_best, for example to {metric: "
+            "eval/loss}, or set checkpoint.export=true",
         )
 
 
@@ -301,7 +303,7 @@ def _bad_steps_rules(config: Config) -> Iterator[Rule]:
     if config.bad_steps.spike_window != window and config.bad_steps.spike_sigma is None:
         yield (
             ("bad_steps.spike_window", "bad_steps.spike_sigma"),
-            "has no effect when bad_steps.spike_sigma is null; set bad_steps.spike_sigma, or remove it",
+            "has no effect without bad_steps.spike_sigma; set bad_steps.spike_sigma, or remove bad_steps.spike_window",
         )
 
 
@@ -334,7 +336,7 @@ def facts_of(loss: LossConfig) -> LossFacts | None:
 
 
 def with_loss_options(config: Config) -> Config:
-    """Return a checked configuration with a value for every loss option: options that are not set get their default."""
+    """Return a copy of a valid configuration in which the loss options that are not set have their defaults."""
     loss = config.loss
     values = {**loss.model_dump(exclude=set(loss.options)), **all_options(loss.name, loss.options)}
     return config.model_copy(update={"loss": LossConfig.model_validate(values)})

@@ -55,9 +55,9 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     megatron: MegatronConfig = MegatronConfig()
     callbacks: dict[Text, dict[str, Any]] = {}
-    """callbacks that plugins have registered for the training loop, by name, each with its options"""
+    """mapping from the names of training-loop callbacks, which plugins register, to the options of each callback"""
     plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """Python modules to import at the start, which register losses, data formats, model families, activations, norms,
+    """Python modules to import at the start; they register losses, data formats, model families, activations, norms,
     kernels, callbacks, sinks, schedules or optimizers"""
 
     @property
@@ -137,8 +137,8 @@ class Config(Section):
 class Draft:
     """A configuration that may have problems. Later checks can use the valid keys and report all problems together.
 
-    config    the configuration, in which defaults (or "?" for required text) replace the broken keys; None if no
-              configuration could be built
+    config    the configuration, in which broken keys have their defaults, or the text "?" if they are required; None
+              if no configuration could be built
     problems  all invalid overrides and all violations of the schema
     broken    dotted paths of the keys that were replaced or ignored
     """

@@ -17,7 +17,7 @@ _EPOCHS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)epoch")
 
 
 def interval_of(value: int | str) -> int | Exact:
-    """Return an :data:`Interval` as a number of steps (`int`) or of epochs (`Fraction`, such as 1/4 for 0.25epoch)."""
+    """Return an :data:`Interval` as a number of steps (`int`) or of epochs (`Exact`, such as 1/4 for 0.25epoch)."""
     return value if isinstance(value, int) else Exact(_EPOCHS.fullmatch(value)[1])
 
 

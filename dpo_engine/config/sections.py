@@ -51,7 +51,7 @@ class ModelConfig(Section):
     or whole layers (full)"""
     attention: Text = "auto"
     """kernels for attention in packed (tree) rows and in sliding windows: varlen (flash attention), te (Transformer
-    Engine), triton, sdpa, eager or the name that a plugin registers; auto: the fastest kernels that support the model,
+    Engine), triton, sdpa, eager or a name that a plugin registers; auto: the fastest kernels that support the model,
     dtype and layout; the log names them"""
     flash_attention: Literal[2, 3, 4] = 2
     """version of flash attention that torch uses for stacked rows and for varlen: 2 comes with torch; 3 and 4 need a
@@ -60,7 +60,7 @@ class ModelConfig(Section):
     """whether to record the work of each layer, except attention, as CUDA graphs, which the host starts faster than
     single kernels; requires batch.layout=tree, and pads all rows to one size"""
     head: Text = "auto"
-    """kernels for the log-probabilities of the output layer: eager, triton or the name that a plugin registers; auto:
+    """kernels for the log-probabilities of the output layer: eager, triton or a name that a plugin registers; auto:
     eager, unless a plugin or the environment variable DPO_KERNELS sets another default"""
 
 
@@ -156,16 +156,15 @@ class TrainConfig(Section):
     max_steps: Count | None = None
     """maximum number of optimizer steps; null: all epochs in full"""
     save_by: Count | None = None
-    """time limit within which the run saves and exits with code 75: [D-]H:MM:SS or seconds, counted from the start of
-    the Slurm job or, without Slurm, of the process; null: no limit"""
+    """time limit, as [D-]H:MM:SS or in seconds, counted from the start of the Slurm job or, without Slurm, of the
+    process; before the limit, the run saves and exits with code 75; null: no limit"""
     eval_interval: Interval = 0
     """number of steps between evaluations, or number of epochs such as 0.25epoch; 0: only at the end"""
     eval_at_start: bool = False
     """whether to evaluate before the first step as well"""
     stop_after_no_gain: Count | None = None
-    """number of consecutive evaluations without a new best value after which the run ends early; the value is that of
-    the metric in checkpoint.keep_best, or of eval/loss if checkpoint.keep_best is null; null: the run never ends
-    early"""
+    """the run ends early after this number of consecutive evaluations without a new best value; the metric is that of
+    checkpoint.keep_best or, without checkpoint.keep_best, eval/loss; null: the run never ends early"""
     seed: Natural = 1234
     """random seed for everything except the order of the pairs"""
     deterministic: bool = True
@@ -193,8 +192,8 @@ class BadStepsConfig(Section):
     pairs."""
 
     stop_after: Count = 3
-    """number of consecutive bad steps that ends the run; a bad step updates nothing, and the run does not retry its
-    pairs in the same epoch"""
+    """number of consecutive bad steps after which the run ends; a bad step updates nothing, and its pairs are not
+    retried in the same epoch"""
     spike_sigma: Annotated[float, Field(gt=0)] | None = None
     """a step is bad if its loss or gradient norm exceeds the mean of recent good steps by more than this many standard
     deviations; null: no limit"""

@@ -1,4 +1,4 @@
-"""Read the fields of a record other than prompt and responses, after renaming them by `data.columns`.
+"""Rename the fields of a record by `data.columns`, and read all fields except the prompt and the responses.
 
 A record is refused if a field with a known meaning cannot be read. Three kinds of fields are ignored: empty fields;
 fields that do not change the record's meaning, such as a number of images; and fields without a known meaning.
@@ -24,7 +24,7 @@ SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
 OPTIONAL = ("weight", *NUMBERS, *SCORES, "system", "tools", "chat_template_kwargs")
 """Fields that every format either reads or refuses."""
 ANSWERING = ("assistant", "gpt", "bot", "function_call", "tool_call", "tool", "observation")
-"""Names of the roles whose turns cannot begin a conversation, in all formats."""
+"""Names, in all formats, of the roles whose turns cannot begin a conversation."""
 EMPTY_JSON = ("", "[]", "{}", "null")
 PART = r"(?:(?:prompt|chosen|rejected|response|completion)_)?"
 MEANINGS = {
@@ -85,7 +85,9 @@ def renamed(row: dict[str, Any], columns: Mapping[str, str | None] | None) -> di
             found = ", ".join(islice(row, FEW)) or "no fields"
             raise BadRecord(f"data.columns.{name}={column}: there is no field {column!r} (found {found})")
         if name in row and name not in moved:
-            raise BadRecord(f"data.columns.{name}={column}: the record has a field {name!r} too; rename one of them")
+            raise BadRecord(
+                f"data.columns.{name}={column}: the record also has a field {name!r}; rename one of the two"
+            )
     left = {name: value for name, value in row.items() if name not in moved and name not in columns}
     return left | {name: row[column] for name, column in columns.items() if column is not None}
 
@@ -108,7 +110,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
         value = row[name]
         if is_empty(value) or (meaning != "system" and isinstance(value, str) and value.strip() in EMPTY_JSON):
             continue
-        drop = f"set data.columns={{{name}: null}} to leave it out"
+        drop = f"set data.columns={{{name}: null}} to leave out this field"
         if meaning == "media":
             if isinstance(value, (int, float)):
                 continue  # for example a number of images, or a flag that says whether there are images
@@ -127,17 +129,17 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
                     f"{name} is not read; set data.columns={{weight: {name}}}, or {{{name}: null}} to leave it out"
                 )
         elif meaning == "train" and value is False:
-            raise BadRecord(f"{name} is false, but the engine ignores it; remove the record, or {drop}")
+            raise BadRecord(f"{name} is false, but the engine does not read this field; remove the record, or {drop}")
         elif meaning in ("mask", "train", "weight"):
             if isinstance(value, (list, dict)):
-                raise BadRecord(f"{name} is not read; give turns weight 0 instead, or {drop}")
+                raise BadRecord(f"{name} is not read; set weight 0 on the turns that must not be scored, or {drop}")
         elif name != meaning:
             raise BadRecord(
                 f"{name} is not read; set data.columns={{{meaning}: {name}}}, or {{{name}: null}} to leave it out"
             )
         elif not conversation:
             way = (
-                f"set format: messages, or data.columns={{{name}: null}} to leave it out"
+                f"set format: messages, or data.columns={{{name}: null}} to leave out this field"
                 if meaning == "system"
                 else drop
             )
@@ -231,7 +233,7 @@ def _template_options(value: Any) -> Mapping[str, Any]:
         raise BadRecord(f"chat_template_kwargs must be an object, not {kind(given)}")
     for name in given:
         if CONTROLS.fullmatch(name):
-            raise BadRecord(f"chat_template_kwargs.{name}: data cannot set this argument of the chat template")
+            raise BadRecord(f"chat_template_kwargs.{name}: data cannot set this argument of apply_chat_template")
     return {name: part for name, part in given.items() if part is not None}
 
 

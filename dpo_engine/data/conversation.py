@@ -45,12 +45,12 @@ def split_conversations(
 
     prompt     messages that end with a user or tool turn; or the text of a user turn; or None if the responses contain
                the prompt
-    responses  keyed by the name to use in errors; each is the text of a response, the messages of a response, or the
-               messages of the whole conversation
+    responses  mapping from the name to use in errors to a response, which is a text, the messages of the response, or
+               the messages of the whole conversation
 
     The prompt ends before the first turn that differs between the conversations, and never includes the last assistant
-    turn of a conversation. Turns differ if any field except the weight differs. No text is truncated to make turns
-    match.
+    turn of a conversation. Turns differ if any field except the weight differs. Turns are compared as a whole: a common
+    start of two different turns is not part of the prompt.
 
     Raises :class:`BadRecord` for malformed messages; for turns in an invalid order; for conversations without a
     common prompt; and for a response in which no assistant turn is scored.

@@ -158,7 +158,7 @@ class PairDataset:
     prompt_texts [n]    int64, hash of the prompt's text before tokenizing
     sources             names of the sources that the pairs come from
     digest              hash of all pairs in order, including their weights, sources and other numbers; for a subset,
-                        hash of the indices and of the digest of the data set that the subset was taken from
+                        hash of the original data set's digest and of the indices
     facts               the facts that were passed to :meth:`~dpo_engine.data.pair_writer.PairWriter.finish`
     """
 

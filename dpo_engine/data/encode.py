@@ -18,12 +18,12 @@ from dpo_engine.data.tokenizer import Tokenizer
 
 LONG_PROMPT = "prompt longer than data.max_prompt_length"
 LONG_PAIR = "prompt and response longer than data.max_length"
-LEFT_OUT = "records left out by the data format"
+LEFT_OUT = "record left out by the data format"
 LONG_RESPONSE = "a response too long for data.max_length"
 LONG_COMPLETION = "a response longer than data.max_completion_length"
 REPEATED = (
-    "whose responses begin with the whole prompt, which is therefore trained on; if this is not intended, set "
-    "data.columns={prompt: null}, so that the prompt is taken from the responses"
+    "whose responses begin with the whole prompt, so the loss also covers this copy of the prompt; if this is not "
+    "intended, set data.columns={prompt: null}, so that the prompt is taken from the responses"
 )
 
 
@@ -92,7 +92,8 @@ class Encoded:
     """The result of tokenizing a pair: either `pair`, or `dropped`, the reason for dropping the pair.
 
     cut     whether the prompt was truncated on the left
-    merged  whether the prompt lacks the last tokens of the prompt tokenized alone, because a response changes them
+    merged  whether the pair's prompt is shorter than the prompt tokenized alone, because the last tokens change
+            if a response follows
     ends    names of the end tokens with which the responses end; empty if they end without an end token
     faults  the ways in which the chat template changes the record's text, if such faults are allowed
     masked  whether a response has tokens that are not scored
@@ -290,7 +291,7 @@ def _fit(
         ("rejected", set(rejected) - {tokenizer.eos_id}),
     ):
         if not present:
-            raise BadRecord(f"{name} has no tokens, not counting the EOS")
+            raise BadRecord(f"{name} has no tokens apart from the EOS")
     for token in max(whole), max(chosen), max(rejected):
         if tokenizer.rows is not None and token >= tokenizer.rows:
             raise BadRecord(

@@ -1,7 +1,7 @@
-"""Read the data formats of other systems as those systems do.
+"""Read the data formats of other systems as those systems do. The docstrings name the few differences.
 
-Each docstring describes a record of a format; ``docs/data.md`` shows an example. The sources are the data loaders of
-these systems, at the revisions named in ``tests/data/test_foreign_formats.py``.
+The docstring of each format describes a record; ``docs/data.md`` shows an example of each format. The sources are the
+data loaders of these systems, at the revisions named in ``tests/data/test_foreign_formats.py``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ SWIFT_ASKS = ("user", "human", "tool")
 def colossalchat(row: dict[str, Any]) -> Pair:
     """ColossalChat: `context`, `chosen` and `rejected` as lists of {from, content}.
 
-    If the first turn of `context` is from the system, it becomes the system turn. Otherwise, no system turn is added;
-    ColossalChat itself adds the default system turn of its template.
+    If the first turn of `context` is a system turn, the conversation keeps this turn. Otherwise, a `system` text of the
+    record becomes the system turn. If the record has neither, there is no system turn here; ColossalChat itself adds
+    the default system turn of its template.
     """
     context, chosen, rejected = (
         turns_of(name, part) for name, part in _parts(row, ("context", *RESPONSES), (list, dict)).items()
@@ -117,7 +118,7 @@ def swift(row: dict[str, Any]) -> Pair:
     asking = [place for place, turn in enumerate(messages) if isinstance(turn, dict) and role_of(turn) in SWIFT_ASKS]
     end = max(asking, default=-1) + 1
     if not 0 < end < len(messages):
-        raise BadRecord(f"{name} must have a user turn, and the chosen response must follow the last user turn")
+        raise BadRecord(f"{name} must have a user turn, and the chosen response must follow the last user or tool turn")
     if not isinstance(rejected, str) and any(turn.get("role") == "user" for turn in rejected):
         raise BadRecord("rejected_response has a user turn; give the whole conversation as rejected_messages")
     prompt, chosen = turns_of(name, messages[:end]), turns_of(name, messages[end:], end)
@@ -133,7 +134,7 @@ def nemo_rl(row: dict[str, Any]) -> Pair | None:
     """
     context, completions = required(row, ("context",), (str, list))[0], required(row, ("completions",), list)[0]
     if len(completions) != 2:
-        raise BadRecord(f"completions must have 2 items, not {len(completions)}; for more, use the format ranked")
+        raise BadRecord(f"completions must have 2 items, not {len(completions)}; for more items, use the format ranked")
     ranks, responses = [], []
     for place, item in enumerate(completions):
         here = f"completions[{place}]"
@@ -194,7 +195,7 @@ def _is_from_value(row: dict[str, Any]) -> bool:
 
 
 def _asks(row: dict[str, Any]) -> bool:
-    """Return whether the record has no field `prompt`, and its responses are not whole conversations."""
+    """Return whether the record has two responses that are not whole conversations, and no field `prompt`."""
     return "prompt" not in row and all(name in row and not opens(row[name]) for name in RESPONSES)
 
 
@@ -204,7 +205,11 @@ def _is_colossalchat(row: dict[str, Any]) -> bool:
 
 
 def _is_answered(name: str, *others: str) -> Callable[[dict[str, Any]], bool]:
-    """Return a test for records whose field `name` is a question or instruction that neither response repeats."""
+    """Return a test for text records whose prompt is the field `name`, together with the fields `others`.
+
+    A record fails the test if another field has the name of a prompt, or if both responses begin with the text of the
+    field `name` or with `Human:`.
+    """
 
     def fits(row: dict[str, Any]) -> bool:
         asked, responses = row.get(name), [row.get(part) for part in RESPONSES]
@@ -239,7 +244,10 @@ def _single(row: dict[str, Any], prompt: Turns, chosen: str, rejected: str) -> P
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Return :func:`facts` of a record. A tool that is only a function becomes {type: function, function: ...}."""
+    """Return the result of :func:`facts` for a record.
+
+    A tool that has neither `type` nor `function` becomes the function in {type: function, function: ...}.
+    """
     found = facts(row, conversation=True)
     if "tools" in found:
         found["tools"] = tuple(
@@ -267,7 +275,7 @@ def _history(row: dict[str, Any]) -> Turns:
     turns = []
     for place, pair in enumerate(required(row, ("history",), list)[0]):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise BadRecord(f"history[{place}] must be a list of a user turn and the assistant's answer")
+            raise BadRecord(f"history[{place}] must be a list with a user turn and the assistant's answer")
         turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
     return turns
 

@@ -31,10 +31,10 @@ def role_of(turn: dict[str, Any]) -> Any:
 def turns_of(name: str, value: Any, first: int = 0) -> Turns:
     """Convert messages in any supported system's format to messages with `role` and `content`.
 
-    If tool calls are separate turns, they become `tool_calls` of the assistant's turn. Consecutive calls are merged
-    into one turn.
+    The calls in a turn of tool calls become `tool_calls` of the assistant turn directly before it. If there is no such
+    turn, they become `tool_calls` of a new assistant turn. Consecutive turns of tool calls therefore become one turn.
 
-    first  index of the first message, for error messages
+    first  index of the first item of `value`, for errors
 
     Raises :class:`BadRecord` for an item that is not a message, and for a turn of tool calls that cannot be read or
     merged.

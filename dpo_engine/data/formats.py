@@ -78,21 +78,28 @@ def implicit(row: dict[str, Any]) -> Pair:
     words = common.removesuffix("".join(last)).rstrip()
     end = len(words or common)
     if not chosen[:end].strip():
-        raise BadRecord("there is no prompt: no field of that name, and chosen and rejected have no common prefix")
+        raise BadRecord("missing field 'prompt', and chosen and rejected have no common prefix that can replace it")
     return Pair(chosen[:end], chosen[end:], rejected[end:], **facts(row, conversation=False))
 
 
 def detect(row: dict[str, Any]) -> Format:
     """Choose the format of a record from its fields.
 
-    The first of these rules that applies is used: "ranked" if the record has responses and scores, but neither chosen
-    nor rejected; the format of another system, if :func:`foreign_formats.recognized` returns one; "messages" if any of
-    prompt, chosen and rejected is a list or an object; "text" if there is a prompt; "hh" if chosen and rejected contain
-    Human or Assistant turns; otherwise "implicit".
+    The first rule that applies determines the format:
 
-    Raises :class:`BadRecord` if `chosen` or `rejected` is missing, if they only name the fields that contain the
-    responses, if they repeat a prompt that is a dialogue, if they repeat the header at the end of a prompt, or if the
-    format would ignore a field that may be the prompt or may come before it.
+    1. The record has responses and scores, but neither chosen nor rejected: "ranked".
+    2. :func:`foreign_formats.recognized` returns the name of another system's format: that format.
+    3. Any of prompt, chosen and rejected is a list or an object: "messages".
+    4. The record has a prompt: "text".
+    5. Both chosen and rejected contain Human or Assistant turns: "hh".
+    6. Otherwise: "implicit".
+
+    Raises :class:`BadRecord` in these cases:
+
+    - Neither of the first two rules applies, and `chosen` or `rejected` is missing.
+    - `chosen` and `rejected` only refer to the fields that contain the responses.
+    - Both responses repeat a prompt that is a dialogue, or the header at the end of the prompt.
+    - The format would ignore a field that may be the prompt or may come before the prompt.
     """
     read = _detected(row)
     refuse_second_prompt(row, [*read.fields, *EARLIER])
@@ -157,7 +164,7 @@ def recognize(
 
 
 class RecordReader:
-    """Reader of the records of one source, which turns them into pairs.
+    """Reader that turns the records of one source into pairs.
 
     columns  `data.columns`, which maps the names that the format reads to the names in the records
     settled  the format; None as long as `name` is "auto" and no usable record has been read
@@ -181,7 +188,7 @@ class RecordReader:
     def read(
         self, rows: Iterable[tuple[int, dict[str, Any]]], bad: BadLines
     ) -> Iterator[tuple[int, dict[str, Any], list[Pair]]]:
-        """Yield the place of every usable record of `rows`, the record renamed by `columns`, and its pairs."""
+        """For every usable record of `rows`, yield its place, the record with its fields renamed, and its pairs."""
         for line, row in rows:
             try:
                 row = renamed(row, self.columns)
@@ -206,9 +213,10 @@ class RecordReader:
 
 
 def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
-    """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or text or turns before it.
+    """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or earlier text or turns.
 
-    Also raise it if chosen and rejected only name the fields that contain the responses, or if they repeat the prompt.
+    A record is also refused if chosen and rejected only refer to the fields that contain the responses, or if both
+    repeat the prompt.
     """
     refuse_labels(row)
     if read_as != "text":
@@ -217,7 +225,7 @@ def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
     refuse_repeated_prompt(row)
     for name in EARLIER:
         if isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
-            way = "set format: text to leave it out, or make prompt a list of messages"
+            way = f"set format: text to leave out {name}, or make prompt a list of messages"
             raise BadRecord(f"{name} is not read if there is a prompt; {way}")
 
 
@@ -232,12 +240,15 @@ def _refuse_earlier_turns(row: dict[str, Any], read: Format) -> None:
 def _refuse_prompt(row: dict[str, Any]) -> None:
     if "prompt" in row:
         raise BadRecord(
-            "unexpected prompt: the data format reads it from chosen and rejected; use one format per source"
+            "unexpected field 'prompt': the format takes the prompt from chosen and rejected; use one format per source"
         )
 
 
 def _last_hh_turn(name: str, dialogue: str) -> tuple[str, str]:
-    """Split off the text of the last turn. Raises :class:`BadRecord` unless Human and Assistant turns alternate."""
+    """Split off the text of the last turn.
+
+    Raises :class:`BadRecord` unless Human and Assistant turns alternate, from a Human turn to an Assistant turn.
+    """
     turns = list(HH_TURN.finditer(dialogue))
     roles = [turn[1] for turn in turns]
     if not turns or turns[0].start() > 0 or roles[0] != "Human":

@@ -60,17 +60,19 @@ QUESTION = ("?", "？", "؟")
 def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     """Raise :class:`BadRecord` if a field other than chosen and rejected may be the prompt.
 
-    read_as  the format that would read the record without that field
+    read_as  the format that would read the record and ignore this field
     """
     if (name := hidden_prompt(row)) is None:
         return
     several = prompt_fields(row)
-    several = [field for field in several if _is_whole(field)] or several  # keeps input, but not labeling_prompt
+    # If there is a name with only words of prompts, such as `input`, names with other words are ignored, such as
+    # `labeling_prompt`.
+    several = [field for field in several if _is_whole(field)] or several
     if len(several) == 1:
         name = several[0]
     elif several:
         shown = " and ".join(map(repr, several[:ITEMS]))
-        raise BadRecord(f"{shown} may be the prompt; make them one field 'prompt', or set format: {read_as}")
+        raise BadRecord(f"{shown} may be the prompt; join them as 'prompt', or set format: {read_as} if they are not")
     above, _, last = name.rpartition(".")
     way, shown = f"set data.columns={{prompt: {name}}}, or", repr(name)
     if name not in row:
@@ -84,8 +86,8 @@ def hidden_prompt(row: Mapping[str, Any]) -> str | None:
     A field may be the prompt in four cases. First, it has the name of a prompt (see `PROMPT`). Second, its name ends
     with a word of `TEXT` or has only unknown words, and the field contains a sentence or a question. Third, its name
     has a word of `VAGUE`, and the field contains a sentence that is longer than the common prefix of chosen and
-    rejected. Fourth, it is inside another field, and has the name of a prompt. Inside other fields, all other names are
-    accepted.
+    rejected. Fourth, it is inside another field, and has the name of a prompt. A field that is inside another field and
+    has any other name is accepted.
     """
     if found := prompt_fields(row):
         return found[0]
@@ -107,7 +109,7 @@ def prompt_fields(row: Mapping[str, Any]) -> list[str]:
 
 
 def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
-    """Raise :class:`BadRecord` if a field that is not read is named like a prompt and has text that would be left out.
+    """Raise :class:`BadRecord` if a field that is not read may belong to the prompt and has text of its own.
 
     read  names of the fields that the format reads
 
@@ -201,7 +203,7 @@ def _kind(name: str) -> Literal["prompt", "text", "vague", "other", "unknown"]:
 
 
 def refuse_labels(row: Mapping[str, Any]) -> None:
-    """Raise :class:`BadRecord` if chosen and rejected only name the fields that contain the responses.
+    """Raise :class:`BadRecord` if chosen and rejected only refer to the fields that contain the responses.
 
     Examples: "response_a" for the field of this name, "B" for the field `answer_b`, "2" for the field `output_2`.
     """
@@ -215,7 +217,7 @@ def refuse_labels(row: Mapping[str, Any]) -> None:
         found.append(named if named and isinstance(row[named], str) else None)
     if None not in found and found[0] != found[1]:
         raise BadRecord(
-            f"chosen and rejected name the fields {found[0]!r} and {found[1]!r}; replace each name by the response"
+            f"chosen and rejected only refer to the fields {found[0]!r} and {found[1]!r}; write the responses instead"
         )
 
 

@@ -30,7 +30,7 @@ COPIES = ("consolidated*", "*/*.safetensors", "*/*.json")
 CONVERTED = (".json", ".json.gz", ".csv", ".csv.gz")
 """Suffixes of data files that the `datasets` library converts to Arrow before they are read."""
 COURTESY_S = 1.0
-"""Seconds that all ranks of a node except the first wait, so that the first rank downloads and shows its progress."""
+"""Seconds for which a node's other ranks wait, so that the node's first rank downloads and shows its progress."""
 
 found: dict[Repo, Path] = {}
 """Snapshots that this process has used. The process keeps using them even if a branch changes on the Hub."""
@@ -82,7 +82,7 @@ def model_directory(path: str | Path, key: str = "model.path") -> Path:
     try:
         return snapshot(repo)
     except EngineError as error:
-        raise ConfigError(f"{key}={path}: no such directory, nor a usable Hub id: {error}") from error
+        raise ConfigError(f"{key}={path}: not an existing directory, and not a usable Hub id: {error}") from error
 
 
 def data_repo(source: str) -> tuple[Repo, str | None, str | None] | None:
@@ -117,7 +117,7 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     try:
         return _split_files(repo, config, split, snapshot(repo))
     except EngineError as error:
-        raise DataError(f"{source}: no such file or directory, nor a usable Hub id: {error}") from error
+        raise DataError(f"{source}: not an existing file or directory, and not a usable Hub id: {error}") from error
 
 
 def snapshot(repo: Repo, *, again: bool = False) -> Path:
@@ -155,12 +155,12 @@ def snapshot(repo: Repo, *, again: bool = False) -> Path:
     except errors.RepositoryNotFoundError:
         why = f"the Hub has no such {what}, or it is private; correct the name, or set HF_TOKEN"
     except errors.RevisionNotFoundError:
-        why = f"the {what} has no revision {repo.revision}; correct it"
+        why = f"the {what} has no revision {repo.revision}; correct the revision"
     except errors.LocalEntryNotFoundError as error:
         whole = "not complete" if type(error).__name__ == "IncompleteSnapshotError" else "not"
         cache = f"the {what} is {whole} in the cache {constants.HF_HUB_CACHE}"
         reach = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
-        why = f"{cache} and {reach}; {fetch}"
+        why = f"{cache}, and {reach}; {fetch}"
     except Exception as error:  # the Hub client's network library raises errors of its own types
         why = f"the {what} cannot be downloaded ({_first_line(error)}); {fetch}"
     else:

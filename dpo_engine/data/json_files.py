@@ -35,12 +35,12 @@ reason replaces its bytes."""
 
 @contextmanager
 def open_records(path: Path) -> Iterator[tuple[Records, Callable[[], int]]]:
-    """Open a file. Yield its raw records, and a function that returns the number of the file's bytes read so far.
+    """Open a file. Yield its raw records, and a function that returns how many bytes of the file have been read.
 
     Lines with only whitespace are skipped. An array is mapped into memory, so it is never copied as a whole.
 
-    Raises :class:`DataError` if an array follows a byte-order mark and, while the records are read, if the file is
-    damaged or is neither an array nor JSON lines.
+    Raises :class:`DataError` if an array follows a byte-order mark. Reading the records raises this error if the file
+    is damaged, or if it is neither an array nor JSON lines.
     """
     if path.name.endswith(ARRAYS) and (start := _start_of_array(path)) is not None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -115,7 +115,7 @@ def _lines(path: Path, stream: BinaryIO) -> Records:
         if maybe_array and not line.rstrip().endswith(b"}"):
             raise DataError(
                 f"{path}:{number}: the file is neither an array nor JSON lines; write the records as one array, "
-                "[{...}, {...}], or one record per line"
+                "[{...}, {...}], or write one record per line"
             )
         maybe_array = False
         if ARRAY_OF_OBJECTS.match(line):
@@ -163,7 +163,9 @@ class _Array:
             elif mark in (b"]", b"}"):
                 depth -= 1
             if depth == 0 and mark == b"}":
-                raise DataError(f"{self._path}:{number + 1}: a closing brace has no opening brace; correct it")
+                raise DataError(
+                    f"{self._path}:{number + 1}: a closing brace has no opening brace; correct the brackets and braces"
+                )
             if depth == 0 or (depth == 1 and mark == b","):
                 item: bytes | str
                 if self.at - 1 - start > MAX_RECORD_BYTES:
@@ -174,7 +176,7 @@ class _Array:
                 if not item and depth == 0 and number == 0:
                     break  # an empty array
                 number += 1
-                yield number, item or f"there is no record {'before this comma' if depth else 'after the last comma'}"
+                yield number, item or f"there is no record {'before a comma' if depth else 'after the last comma'}"
         if NO_SPACE.search(self._content, self.at):
             raise DataError(
                 f"{self._path}:{number}: there is more text after the end of the array; write all records as one array"

@@ -19,7 +19,7 @@ JUDGED = ("margin", "chosen_reward", "rejected_reward")
 REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = (*JUDGED, *REFERENCE_LOGPS)
 FEW = 64
-"""Maximum number of a record's fields whose names an error message uses, because a record may have many fields."""
+"""Maximum number of field names that are read from a record for an error message. A record may have many fields."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,12 @@ margin, because :func:`checked` checks them for every format.
 def checked(pair: Pair) -> Pair:
     """Check a pair, and split conversations into the prompt and the responses.
 
-    Raises :class:`BadRecord` for a text that :func:`check_text` rejects; for conversations that
-    :func:`split_conversations` rejects; for responses that are equal up to surrounding whitespace; for tools or
-    template options with plain text, because no chat template renders plain text; for a weight that is not positive;
-    for a positive log-probability; and for a number that is not finite.
+    Raises :class:`BadRecord` in these cases:
+
+    - :func:`check_text` rejects a text, or :func:`split_conversations` rejects the conversations.
+    - The responses are equal up to surrounding whitespace.
+    - A pair of plain text has tools or template options. No chat template renders plain text.
+    - The weight is not positive, a log-probability is positive, or a number is not finite.
     """
     prompt, chosen, rejected = parts = (pair.prompt, pair.chosen, pair.rejected)
     if all(isinstance(part, str) for part in parts):

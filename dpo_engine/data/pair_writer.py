@@ -26,7 +26,8 @@ class PairWriter:
 
     limit  maximum number of pairs; None means no limit
 
-    Use as a context manager. If the block raises an error, no file remains. At most `ROWS` pairs are held in memory.
+    Use as a context manager. If the block ends without :meth:`finish`, for example because of an error, the new file is
+    removed, and an earlier file at `path` stays unchanged. At most `ROWS` pairs are held in memory.
     """
 
     def __init__(self, path: Path, limit: int | None = None):

@@ -27,7 +27,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 class Converted(NamedTuple):
     """A candidate conversion.
 
-    tokenizer  the tokenizer, with all control pieces as special tokens
+    tokenizer  the tokenizer, with the unknown piece and all control pieces as special tokens
     names      texts of the bos, eos, unk and pad tokens, by their keys in `tokenizer_config.json`
     """
 
@@ -101,7 +101,10 @@ def _model(proto: Any, *, keeps_whole: bool) -> models.Model:
 
 
 def _merges(pieces: Any) -> list[tuple[str, str]]:
-    """Return all pairs of pieces that together form a piece, in sentencepiece's order: by score, then by id."""
+    """Return all pairs of pieces that together form a piece, in sentencepiece's order.
+
+    The pairs are sorted by the score of the piece that they form, from high to low, and then by the id of this piece.
+    """
     ordinary = {piece.piece: (-piece.score, i) for i, piece in enumerate(pieces) if piece.type == NORMAL}
     found = [
         (rank, ordinary[piece[:at]], piece[:at], piece[at:])

@@ -66,7 +66,7 @@ def _pairs(row: dict[str, Any], rule: Rule) -> list[Pair]:
     for name in NUMBERS:
         if name in given:
             what = "is computed from scores" if name in JUDGED else "applies to a single pair"
-            raise BadRecord(f"{name} {what}; remove it from records with responses")
+            raise BadRecord(f"{name} {what}; remove this field from records with a field 'responses'")
     prompt, responses = _read(row)
     best_first = sorted(responses, key=lambda item: -item.score)
     matched = [(better, worse) for better, worse in rule(best_first) if better.score > worse.score]

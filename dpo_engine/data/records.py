@@ -88,8 +88,8 @@ class Block:
 
     path      the source
     first     place of the first record; see :func:`read_rows`
-    lines     records, as (place, record). A record is the bytes of a JSON record that is not parsed yet, a parsed
-              row or, if it is unusable, a :class:`BadRecord`
+    lines     records, as (place, content). The content is the unparsed bytes of a JSON record, a parsed row or, if the
+              record is unusable, a :class:`BadRecord`
     rows      rows of a table that are not converted yet; None if there are none
     passed    number of bytes of the source that have been read, including this block; for a table, an estimate from the
               number of rows
@@ -141,13 +141,14 @@ class _Lines(BadLines):
 
 
 def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (place, record) for each record of a source; the place is the number of the JSON line, array item or table
-    row, counted from 1.
+    """Yield (place, record) for each record of a source.
 
-    source  a file, directory, glob, saved data set or Hub id, with or without a slice; see :func:`find_shards`. In file
-            number n of a source, counted from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and
-            line.
+    source  a file, directory, glob, saved data set or Hub id, with or without a slice; see :func:`find_shards`
     bad     collects unusable records; by default, the first one raises :class:`DataError`
+
+    In the first file of a source, the place is the number of the JSON line, array item or table row, counted from 1. In
+    file number n, counted from 0, ``SHARD * n`` is added to this number. :func:`locate` converts a place to file and
+    line.
 
     For memory use and other errors, see :func:`read_blocks`.
     """
@@ -159,13 +160,13 @@ def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple
 def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
     """Yield the unparsed records of a source, in blocks of at most `most` JSON records or `PARQUET_ROWS` rows.
 
-    A block of JSON records takes at most `BLOCK_BYTES` plus one line of `MAX_RECORD_BYTES` of memory. A block of table
-    rows takes at most the memory of one batch of the table. Lines with only whitespace are skipped, and a carriage
-    return before the line feed is ignored.
+    The JSON records of a block take at most `BLOCK_BYTES` of memory, plus one record of at most `MAX_RECORD_BYTES`. A
+    block of table rows takes at most the memory of one batch of the table. Lines with only whitespace are skipped, and
+    a carriage return before the line feed is ignored.
 
-    Raises :class:`DataError` if a file is missing, has an unsupported type, or is damaged, if a table has two columns
-    with the same name, or if a slice is empty. For a damaged file, the error is raised after the last readable block is
-    yielded.
+    Raises the errors of :func:`find_shards`. Also raises :class:`DataError` if a file is damaged, if a table has two
+    columns with the same name, or if the slice is empty. For a damaged file, the error is raised after the last
+    readable block is yielded.
     """
     shards = find_shards(source)
     start, stop = 0, float("inf")

@@ -15,7 +15,8 @@ from dpo_engine.data.records import BadRecord, TemplateFault
 from dpo_engine.data.tokenizer import Tokenizer
 
 SPOKEN = frozenset("thought thoughts reasoning_details tool_call function_calls functions tools".split())
-"""Fields of a message, other than its content, reasoning and tool calls, with text that only some templates read."""
+"""Fields of a message whose text only some templates read. `content`, `tool_calls` and the fields in `REASONING` are
+not in this set."""
 WAY_OUT = "use another data.chat_template, or set data.on_template_fault=allow"
 DROPS_RESPONSE = "drops text of a response"
 DROPS_PROMPT = "drops text of the prompt"
@@ -39,7 +40,8 @@ class Rendered:
     whole    both whole conversations: prompt and chosen response, prompt and rejected response
     scored   for each conversation, the start and end of every scored turn in the text; None if the whole response is
              scored
-    tails    for each conversation, the control tokens that the template wrote after the text of the last turn
+    tails    for each conversation, the control tokens that the template wrote after the text of the last turn, in
+             reverse order
     faults   the ways in which the template changes the record's text
     """
 
@@ -55,9 +57,9 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
 
     allow_faults  whether to return faults of the template instead of raising an error
 
-    Raises :class:`TemplateFault` for a fault that is not in `HARMLESS`, such as lost text or a role header in the
-    response, unless `allow_faults`; :class:`BadRecord` if a scored turn cannot be located in the rendered conversation;
-    and the errors of :meth:`Tokenizer.chat`.
+    Raises :class:`BadRecord` if a scored turn cannot be located in the rendered conversation. Raises the errors of
+    :meth:`Tokenizer.chat`. Without `allow_faults`, all faults except those in `HARMLESS` raise :class:`TemplateFault`;
+    examples are lost text of a response, and a role header in a response.
     """
     responses = {"chosen": as_turns(pair.chosen), "rejected": as_turns(pair.rejected)}
     header = all(turns[0]["role"] == "assistant" for turns in responses.values())
@@ -73,10 +75,11 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
         if lost := _lost(turns, whole[name]):
             faults.setdefault(DROPS_RESPONSE, f"drops text of {name}: {lost}")
         elif header and (role := _header(prompt, turns[0], whole[name], tokenizer.has_generation_prompt)):
-            faults[NO_HEADER] = f"has no generation prompt with {role!r}, which would be scored in each response"
+            faults[NO_HEADER] = f"has no generation prompt with {role!r}, so this header would be scored in responses"
         elif role := _next_header(prompt, turns[-1], whole[name]):
             faults[NEXT_HEADER] = f"writes {role!r} after each response, where it would be scored too"
-    # Some templates render the prompt differently if a response follows. Only the common prefix becomes the prompt.
+    # Some templates render the prompt differently if a response follows. Therefore, only the common prefix of the
+    # rendered prompt and both rendered conversations becomes the prompt.
     kept = _common_start(prompt, *whole.values())
     asked = [turn for turn in pair.prompt if turn["role"] != "assistant"]
     calls = [{"tool_calls": turn["tool_calls"]} for turn in pair.prompt if "tool_calls" in turn]
@@ -110,9 +113,9 @@ def _tail(turn: Message, whole: str, controls: tuple[str, ...]) -> str:
 
 
 def _lost(turns: Iterable[Message], text: str) -> str:
-    """Return the start of the first text or tool call of the turns that is missing from the rendered text.
+    """Return the start of the first text that is missing from the rendered `text`, or "" if nothing is missing.
 
-    Differences in whitespace are ignored. Returns "" if nothing is missing.
+    The texts of the turns and of their tool calls are searched. Differences in whitespace are ignored.
     """
     squeezed = _squeeze(text)
     for turn in turns:
@@ -214,8 +217,8 @@ def _scored(
         content = whole.find(turn["content"].strip(), len(before)) if turn["content"].strip() else -1
         start = min(start, content) if content >= 0 else start
         if not whole.startswith(upto):
-            # Templates of reasoning models render the last turn differently from earlier turns, but they end both with
-            # the same end-of-turn token.
+            # Templates of reasoning models render the last turn differently from earlier turns, but write the same
+            # end-of-turn token after all of them.
             marker = next((token for token in ends if upto.endswith(token)), None)
             end = whole.find(marker, start) + len(marker) if marker and marker in whole[start:] else 0
         if not whole.startswith(before) or _lost([turn], whole[start:end]):

@@ -18,11 +18,11 @@ class Report:
     kept      number of pairs in the data set
     dropped   number of dropped pairs by reason; records that the data format leaves out are counted here too
     cut       number of pairs whose prompt was truncated on the left
-    merged    number of pairs whose prompt lacks the last tokens of the prompt tokenized alone, because a response
-              changes these tokens (:func:`~dpo_engine.data.encode.encode_pairs`)
+    merged    number of pairs whose prompt lost its last tokens, because these tokens change if a response follows
+              (:func:`~dpo_engine.data.encode.encode_pairs`)
     ends      number of pairs by the end-of-turn tokens with which their responses end
     faults    number of pairs whose text the chat template changes, by the kind of change
-    masked    number of pairs with tokens in a response that are not scored
+    masked    number of pairs in which some tokens of a response are not scored
     repeated  number of text pairs whose two responses begin with the whole prompt
     bad       number of records that cannot be used; `bad_lines` holds the first few errors
     copies    number of pairs with the same tokens as an earlier pair
@@ -80,13 +80,13 @@ class Report:
         if self.cut:
             lines.append(f"  {counted(self.cut, 'prompt')} truncated on the left")
         if self.merged:
-            lines.append(f"  {counted(self.merged, 'prompt')} without the last tokens, because a response changes them")
+            lines.append(f"  {counted(self.merged, 'prompt')} lost the last tokens, which change if a response follows")
         if self.ends:
             lines.append(
                 f"  responses end with {', '.join(f'{name} ({count:,})' for name, count in self.ends.items())}"
             )
         if self.masked:
-            lines.append(f"  {counted(self.masked, 'pair')} with turns in a response that are not scored")
+            lines.append(f"  {counted(self.masked, 'pair')} with unscored turns in a response")
         if self.repeated:
             lines.append(f"  {counted(self.repeated, 'pair')} {REPEATED}")
         lines += [f"  {counted(count, 'pair')}: the chat template {fault}" for fault, count in self.faults.items()]

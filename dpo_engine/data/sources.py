@@ -42,10 +42,11 @@ class Slice:
         return self.percent or min(self.start or 0, self.stop or 0) < 0
 
     def bounds(self, total: int | None) -> tuple[int, float]:
-        """Return the index of the first record, from 0, and the index after the last record, which may be infinite.
+        """Return the index of the first record, and the index after the last record.
 
         total  number of records; may be None if `needs_total` is false
 
+        Indices start at 0. If there is no stop bound, the index after the last record may be infinite.
         If the number of records is not needed, the bounds are returned as given. Otherwise, percentages are rounded to
         the closest record, and bounds outside the source are moved to its start or end.
         Source: `datasets.ReadInstruction`, rounding "closest". One difference: a negative percentage that is rounded
@@ -106,7 +107,7 @@ def find_shards(source: str | Path) -> Shards:
     elif glob.has_magic(base):
         files = tuple(sorted(Path(found) for found in glob.glob(base, recursive=True)))
         if not files:
-            raise DataError(f"{source}: no such file, and no file matches it as a glob pattern; correct the path")
+            raise DataError(f"{source}: no such file, and the glob pattern matches no file; correct the path")
         folder = next((file for file in files if not file.is_file()), None)
         if folder is not None:
             raise DataError(f"{source}: matches {folder}, which is not a file; use a pattern that matches only files")

@@ -48,7 +48,7 @@ class Table(NamedTuple):
 def open_table(path: Path) -> Iterator[Table]:
     """Open a .parquet file, or an .arrow file in Arrow's file format or stream format.
 
-    Raises :class:`DataError` if the file cannot be read or is damaged, either at once or while the rows are read.
+    Raises :class:`DataError` if the file cannot be read or is damaged. The error can also occur while rows are read.
     """
     kind = "Parquet" if path.name.endswith(".parquet") else "Arrow"
     try:

@@ -33,7 +33,7 @@ def render_within_limits(render: Callable[[], str], key: str) -> str:
     """
 
     def unfit(what: str) -> ConfigError:
-        return ConfigError(f"{key}{what}; set it to a file with another template")
+        return ConfigError(f"{key}{what}; set data.chat_template to a file with another template")
 
     try:
         with _seconds(TEMPLATE_S):
@@ -47,7 +47,7 @@ def render_within_limits(render: Callable[[], str], key: str) -> str:
     except Exception as error:
         raise TemplateRuntimeError(str(error) or type(error).__name__) from error
     if len(text) > TEMPLATE_CHARACTERS:
-        raise unfit(f"produces {len(text):,} characters for one conversation")
+        raise unfit(f"produces {len(text):,} characters for one conversation, more than {TEMPLATE_CHARACTERS:,}")
     return text
 
 
@@ -77,7 +77,7 @@ def reads_clock(tokenizer: str | Path, chat_template: str | Path | None) -> bool
 
 
 def stop_clock(source: str, date: datetime.date) -> None:
-    """Make noon of ``date`` the current time for all templates of this process that have this source.
+    """Set the current time to noon of ``date`` for templates with this source. Other processes are not affected.
 
     transformers passes only plain data to templates, so the function that reads the date cannot be passed as a
     variable. Instead, it is replaced in the compiled template, which transformers caches by source.

@@ -47,22 +47,29 @@ def build_dataset(
 ) -> tuple[PairDataset, Report]:
     """Open the token pairs of `sources` from the cache. If the cache lacks them, tokenize the sources first.
 
-    The name of the cache file contains a hash of the files' content, the tokenizer, the formats and every setting that
-    affects the ids. The file is written atomically, so the cache stays usable if the process is killed. Several
-    processes may build the same file at once: they write the same bytes, and the last rename wins. `config.workers` is
-    the number of processes that parse and tokenize the records. This number does not affect the content of the file.
+    The name of the cache file contains a hash of the files' content, the tokenizer, the formats, and every setting that
+    affects the pairs or their ids. The file is written atomically, so the cache stays usable if the process is killed.
+    Several processes may build the same file at once: they write the same bytes, and the last rename wins.
+    `config.workers` is the number of processes that parse and tokenize the records; if it is None, the number follows
+    from the cores and from the size of the files. This number does not affect the content of the file.
 
     max_pairs  stop after this number of usable pairs; None means all pairs
-    progress   receives the number of bytes tokenized so far, after each block; it may raise an exception to stop the
-               work
+    progress   receives, after each block, how many bytes have been read and how many pairs have been written; it may
+               raise an exception to stop the work
 
     *Collectives*: none. If ranks share a disk, one of them should call this function before the others.
 
-    Raises :class:`DataError` with file and line for a bad record, unless bad records are skipped; with the names of all
-    sources if they contain no usable pair; or with the name of a source that is missing, is damaged, or changes while
-    it is read. Raises :class:`ConfigError` if the tokenizer lacks an EOS or a chat template that is needed, if the
-    template exceeds its limits, if the cache directory is not writable, if a worker process dies, or if the run file
-    sets `data.workers` and workers cannot be used.
+    Raises :class:`DataError` in these cases:
+
+    - A record is bad, and bad records are not skipped. The error names file and line.
+    - A source is missing, is damaged, or changes while it is read. The error names this source.
+    - The sources contain no usable pair. The error names all sources.
+
+    Raises :class:`ConfigError` in these cases:
+
+    - The tokenizer lacks an EOS or a chat template that is needed, or the template exceeds its limits.
+    - The cache directory is not writable.
+    - A worker process dies, or the run file sets `data.workers` and workers cannot be used.
     """
     if config.add_eos and tokenizer.eos_id is None:
         raise ConfigError(

@@ -31,7 +31,7 @@ class Tokenizer(ABC):
     eos_id         id of the token that ends a response; None if the tokenizer has no such token
     pad_id         id that pads the end of a row; its value has no effect on results
     vocab_size     upper bound of the ids, exclusive
-    prefix         ids that the tokenizer itself prepends to a text (its BOS, or no ids)
+    prefix         ids that the tokenizer itself prepends to a text, such as its BOS; empty if there are none
     end_ids        ids of the control tokens and added tokens. Most chat templates end a turn with one of these tokens
     chat_template  Jinja source, or a mapping from names to sources; None if there is no template
     template_file  file of the chat template; None if the template is the tokenizer's own
@@ -75,7 +75,7 @@ class Tokenizer(ABC):
         """Convert ids to text. A transformers tokenizer keeps the names of control tokens; sentencepiece drops them."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a tokenizer that was sent to this process. Its template must read the same date in both processes."""
+        """Restore a tokenizer that another process sent. Its template must read the same date in both processes."""
         self.__dict__.update(state)
         self._stop_clock()
 
@@ -91,7 +91,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def has_generation_prompt(self) -> bool:
-        """Whether the chat template has a generation prompt: the header of the response, written after the prompt.
+        """Whether the chat template has a generation prompt: a header for the response, which ends the rendered prompt.
 
         If the template rejects the test conversation, the value is True.
         """
@@ -129,7 +129,7 @@ class Tokenizer(ABC):
         if self.chat_template is None:
             raise ConfigError(
                 f"data.chat_template=null: the records are conversations, but the tokenizer of {self.path} has no chat "
-                "template; set it to a file with a Jinja template, or use text records"
+                "template; set data.chat_template to a file with a Jinja template, or use text records"
             )
         own = self.template_file is None
         key = f"data.chat_template={'null' if own else self.template_file}: "
@@ -203,7 +203,10 @@ def _backend(inner: Any) -> tokenizers.Tokenizer | None:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A bare sentencepiece model. It has no prefix; control tokens occur only in rendered conversations."""
+    """A bare sentencepiece model.
+
+    The tokenizer prepends no ids to a text. It produces control tokens only for the output of a chat template.
+    """
 
     prefix: list[int] = []
 
@@ -212,7 +215,8 @@ class SentencePieceTokenizer(Tokenizer):
             self._model = sentencepiece.SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
             raise ConfigError(
-                f"model.tokenizer={path}: not a sentencepiece model; set it to one, or to a tokenizer directory"
+                f"model.tokenizer={path}: not a sentencepiece model; set it to a tokenizer directory or a "
+                "sentencepiece *.model file"
             ) from error
         self.path = path
         self.chat_template = chat_template
@@ -221,8 +225,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
         self.vocab_size = self._model.get_piece_size()
         self.end_ids = frozenset(self._controls.values())
-        # If a model prepends a space to every text and keeps all spaces, it would double a leading space of the text.
-        # Such a space is therefore removed first.
+        # A model that prepends a space to every text and keeps all spaces would double a leading space of the text. The
+        # text's leading space is therefore removed before the model reads the text.
         pieces = [self._model.encode(text, out_type=str) for text in ("a", " a")]
         self._doubles_space = pieces[0][:1] == pieces[1][1:2] and pieces[0] != pieces[1]
         self.content = content_digest([chat_template or ""], [Path(path)])

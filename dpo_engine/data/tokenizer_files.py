@@ -34,7 +34,7 @@ SAMPLES = (
 def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str | None]:
     """Load a tokenizer directory. Code in the directory is never run.
 
-    `AutoTokenizer` may build a tokenizer of the model's own class, and that class may ignore parts of tokenizer.json.
+    `AutoTokenizer` may use the tokenizer class of the model family, and this class may ignore parts of tokenizer.json.
     If the result and tokenizer.json tokenize `SAMPLES` differently, tokenizer.json is used unchanged, as it is in
     inference servers.
 
@@ -48,17 +48,18 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
     try:
         inner = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # a bad directory can fail in any of transformers' parsers
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a Rust library
+        # A panic in a Rust library raises PanicException, which is not a subclass of Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         what = shorten((str(error).strip() or type(error).__name__).splitlines()[0], 80)
         if own_code:
             what = "auto_map names custom code, which is never run"
         raise ConfigError(
-            f"model.tokenizer={path}: transformers cannot load it ({what}); set it to a tokenizer directory or a "
-            "sentencepiece *.model file"
+            f"model.tokenizer={path}: transformers cannot load this directory ({what}); set it to a tokenizer "
+            "directory or a sentencepiece *.model file"
         ) from error
     names = {name for name in inner.vocab_files_names.values() if isinstance(name, str)}
-    # Without a vocabulary file, transformers may create an empty tokenizer of the model's class.
+    # Without a vocabulary file, transformers may create an empty tokenizer of the model family's class.
     if not any((path / name).is_file() for name in names):
         raise ConfigError(
             f"model.tokenizer={path}: contains no tokenizer (looked for {', '.join(sorted(names))}); set it "
@@ -96,16 +97,18 @@ def different_reading(path: Path, inner: PreTrainedTokenizerBase) -> str | None:
             tokens = [inner.convert_ids_to_tokens(ids[place : place + 4]) for ids in (read, meant)]
             shown = [" ".join(map(repr, names)) or "nothing" for names in tokens]
             return (
-                f"{type(inner).__name__} of transformers {transformers.__version__} reads {text!r} from token {place} "
-                f"on as {shown[0]}, but tokenizer.json says {shown[1]}"
+                f"{type(inner).__name__} of transformers {transformers.__version__} tokenizes {text!r} differently "
+                f"than tokenizer.json does: from token {place} on, the tokens are {shown[0]} instead of {shown[1]}"
             )
     return None
 
 
 def _check_settings(directory: Path) -> bool:
-    """Parse a tokenizer's settings strictly before a library reads them. Returns whether they refer to custom code.
+    """Parse config.json and the JSON files of `SETTINGS`, except tokenizer.json, before a library reads them.
 
-    Raises :class:`ConfigError` if a file is not a JSON object.
+    The parser is strict. Returns whether any of these files refers to custom code.
+
+    Raises :class:`ConfigError` if one of these files is not a JSON object.
     """
     own_code = False
     for name in ("config.json", *SETTINGS):

@@ -1,4 +1,4 @@
-"""Read the fields of a message that exclude a turn from the loss, under the names that various systems use."""
+"""Read the fields of a message that say whether its turn is scored. Various systems define these fields."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ WORDS = frozenset(
     "mask masks masked masking loss losses weight weights train training trainable trained ignore ignored supervise "
     "supervised learn".split()
 )
-"""Words in the names of masks. A field with such a name is refused unless `SCORED` or `MASKED` defines its meaning: for
+"""Words in the names of masks. A field whose name contains one of these words is refused unless `SCORED` or `MASKED`
+defines its meaning, or its value is empty. The reason is that systems use the same name with opposite meanings. For
 example, a field `mask` is 1 for scored tokens in some systems, and 0 in others."""
 
 
@@ -36,8 +37,10 @@ def turn_weight(here: str, message: Mapping[str, Any]) -> int | None:
 
     here  location of the message, for errors
 
-    Raises :class:`BadRecord` for a field that may be a mask but has no clear meaning, for a value other than 0 and 1,
-    and for fields that contradict each other.
+    Fields that are null or empty are ignored.
+
+    Raises :class:`BadRecord` for a field that may be a mask but has no clear meaning, for a mask whose value is neither
+    0 nor 1, and for masks that contradict each other.
     """
     found: dict[str, int] = {}
     for name, kind in _kinds(tuple(message)):
@@ -45,7 +48,9 @@ def turn_weight(here: str, message: Mapping[str, Any]) -> int | None:
         if value is None or value in ("", [], {}):
             continue
         if kind == "unknown":
-            raise BadRecord(f"{here}.{name} may be a mask, but has no clear meaning; replace it by weight: 0 or 1")
+            raise BadRecord(
+                f"{here}.{name} may be a mask, but has no clear meaning; use the field weight (0 or 1) instead"
+            )
         if value not in (0, 1):  # True and False are equal to 1 and 0
             no, yes = ("not scored", "scored") if kind == "scored" else ("scored", "not scored")
             raise BadRecord(f"{here}.{name} must be 0 ({no}) or 1 ({yes}), not {str(value)[:20]}")

@@ -4,9 +4,10 @@ The processes are started as new Python interpreters instead of forks, because f
 gloo, NCCL or the tokenizer) can deadlock. The new interpreters do not import the main script, so scripts need no
 `if __name__ == "__main__"`.
 
-Every worker has a socket to this process, and no third process has a copy of the socket. When this process ends, even
-by SIGKILL, the operating system closes the socket, and a thread in the worker then ends the worker at once. Workers
-ignore the signals that a terminal or a scheduler sends to all processes of a job. Only this process responds to them.
+The process that starts the workers has a socket to every worker, and no third process has a copy of the socket. When
+the starting process ends, even by SIGKILL, the operating system closes the socket, and a thread in the worker then ends
+the worker at once. Workers ignore the signals that a terminal or a scheduler sends to all processes of a job. Only the
+starting process responds to these signals.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ QUEUED = 2
 MOST = 32
 """Maximum default number of workers. More workers would only wait for the process that writes the results."""
 WORTH_BYTES = 8 * 2**20
-"""Minimum number of bytes to tokenize per worker. The imports of a worker take as long as tokenizing 4 MiB."""
+"""Minimum number of bytes to tokenize per worker. The imports of a worker take as long as tokenizing 4 MiB, so a worker
+with fewer bytes would spend more than a third of its time on imports."""
 QUOTA = "/sys/fs/cgroup/cpu.max"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -77,9 +79,9 @@ class Workers:
             raise
 
     def load(self, function: Callable[[Any], Any]) -> None:
-        """Send the function for the next :meth:`map` to all workers.
+        """Send all workers the function that the next :meth:`map` calls.
 
-        Raises :class:`Unsuited` if a worker cannot load the function.
+        Raises :class:`Unsuited` if the function cannot be pickled, or if a worker cannot load the function.
         """
         try:
             packed = pickle.dumps((True, function))
@@ -181,7 +183,11 @@ class _Worker:
             raise self._lost() from error
 
     def receive(self) -> tuple[bool, Any]:
-        """Wait for the next answer: whether the function returned, and its result or its exception."""
+        """Wait for the worker's next answer, to a function or to a task.
+
+        Returns  whether the worker loaded the function or completed the task, and the result (None for a function) or
+                 the exception
+        """
         try:
             return self.connection.recv()
         except (EOFError, OSError) as error:
@@ -231,7 +237,7 @@ def _receive(connection: Connection, received: queue.SimpleQueue[bytes]) -> None
 
 
 def _sendable(error: Exception) -> Exception:
-    """Return the exception or, if it cannot be sent to another process, a `RuntimeError` with its type and text."""
+    """Return the exception, or a `RuntimeError` with the exception's type and text if the exception cannot be sent."""
     try:
         pickle.loads(pickle.dumps(error))
         return error

@@ -44,12 +44,13 @@ class Adaptation:
 
     targets        whole names of projections, or the last parts of their names, such as ``q_proj``; or a regular
                    expression that must match a projection's whole name
-    layers         indices of the adapted layers; None: all layers. A target that is the whole name of a projection is
-                   adapted even if its layer is not listed
+    layers         indices of the adapted layers; None: all layers. If a target is the whole name of a projection, the
+                   projection is adapted even if its layer is not listed
     rank_pattern   pairs of a regular expression and a rank. A projection gets the rank of the first pair whose
                    expression matches the projection's name, or the end of this name. A projection without a match gets
                    ``rank``
-    alpha_pattern  pairs of a regular expression and an alpha, which is chosen in the same way
+    alpha_pattern  pairs of a regular expression and an alpha. A projection's alpha is chosen in the same way; without a
+                   match, it is ``alpha``
     """
 
     kind: str
@@ -196,8 +197,8 @@ def adapter_rule(base: Rule, projection: str, part: str, rank: int | None) -> Ru
     rank        rank of the adapter; not needed for the magnitude
 
     If the matrix is sharded along its inputs, so is ``A``. If it is sharded along its outputs, so are ``B`` and the
-    magnitude. If the checkpoint stores the whole matrix as one tensor, the rows of ``B`` and of the magnitude are in
-    the order of the matrix's rows.
+    magnitude. If the checkpoint stores the whole matrix as one tensor, ``B`` and the magnitude have the matrix's
+    layout. Otherwise, their layout is ``plain``.
     """
     index = next(index for index, name in enumerate(base.tensors) if name.split(".")[-2] == projection)
     rows, layout = (base.rows, base.layout) if is_whole(base) else ((base.rows[index],), "plain")
@@ -215,7 +216,7 @@ def adapter_rule(base: Rule, projection: str, part: str, rank: int | None) -> Ru
 
 
 def is_whole(base: Rule) -> bool:
-    """Whether the checkpoint stores the whole matrix of a rule as one tensor, and so as one projection."""
+    """Whether the checkpoint stores the whole matrix of a rule as one tensor. This matrix is then one projection."""
     return len(base.tensors) == 1
 
 
@@ -225,7 +226,7 @@ def adapter_parameters(adaptation: Adaptation, arch: Architecture) -> int:
 
 
 def adapter_lines(asked: AdapterConfig | None, adaptation: Adaptation | None, arch: Architecture) -> list[str]:
-    """Return the log line that describes the adapters, in a list; the list is empty if there are no adapters."""
+    """Return a list with the log line that describes the adapters; without adapters, the list is empty."""
     if asked is None or adaptation is None:
         return []
     shapes = adapter_shapes(adaptation, arch)
@@ -234,14 +235,14 @@ def adapter_lines(asked: AdapterConfig | None, adaptation: Adaptation | None, ar
     frozen = sum(math.prod(tensor.shape) for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch))
     return [
         f"adapter: {adaptation.kind} of rank {join(ranks, 'and')}; adapted projections: {len(shapes)} "
-        f"({', '.join(projections)}); {'newly initialized' if asked.path is None else asked.path}; "
+        f"({', '.join(projections)}); {'newly initialized' if asked.path is None else f'loaded from {asked.path}'}; "
         f"{adapter_parameters(adaptation, arch):,} parameters are trained, and {frozen:,} are frozen"
     ]
 
 
 @lru_cache(maxsize=64)
 def matrix_parameters(adaptation: Adaptation, arch: Architecture) -> int:
-    """Return the number of parameters in the matrices of all adapters, which every token uses."""
+    """Return the number of parameters in the matrices of all adapters. Every token uses all of these matrices."""
     return sum(math.prod(shape) for shape in peft_tensors(adaptation, arch).values() if len(shape) == 2)
 
 
@@ -249,9 +250,9 @@ class LayerAdapters(NamedTuple):
     """The memory that the adapters of one or more layers add on each tensor-parallel rank.
 
     parameters  number of parameters of the adapters
-    attention   number of values per token that attention keeps for the backward pass, minus the number that it keeps
-                if there are no adapters and all weights are trained. Adapters keep additional values, but frozen
-                linears do not keep their inputs
+    attention   difference between two numbers of activations per token that attention keeps for the backward pass: the
+                number with these adapters, minus the number if there are no adapters and all weights are trained.
+                Adapters keep additional activations, but frozen linears do not keep their inputs
     mlp         the same difference for the MLP
     """
 

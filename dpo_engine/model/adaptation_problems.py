@@ -26,8 +26,8 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: boo
 
     A target is also a problem if it matches weights that cannot be adapted, such as matrices of experts.
 
-    unused  whether listed targets and patterns may match nothing, as in PEFT, and targets may also match matrices of
-            experts. A listed target that matches no projection is still a problem if its last part is the name of a
+    unused  True: as in PEFT, a listed target or a pattern may match nothing, and any target may also match matrices of
+            experts. However, a listed target that matches no projection is a problem if its last part is the name of a
             module that has weights and is not a projection
     """
     names = projection_names(arch)
@@ -40,7 +40,7 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: boo
         if others and asked.targets != ALL_LINEAR:
             first, why = next(iter(others.items()))
             problems.append(
-                f"adapter.targets={show(asked.targets)}: also matches {first}, which cannot be adapted, because {why}; "
+                f"adapter.targets={show(asked.targets)}: matches {first}, which cannot be adapted, because {why}; "
                 "restrict the expression"
             )
         elif asked.targets != ALL_LINEAR and not any(re.fullmatch(asked.targets, name) for name in names):
@@ -50,8 +50,8 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: boo
             if not unused and any(f".{name}".endswith(f".{target}") for name in expert_names(arch)):
                 whole = next((name for name in names if name.endswith(f".{target}")), None)
                 problems.append(
-                    f"adapter.targets[{index}]={show(target)}: names matrices of experts, which have no adapters; "
-                    + (f"name whole modules, such as {whole}, or remove it" if whole else "remove it")
+                    f"adapter.targets[{index}]={show(target)}: matches matrices of experts, which have no adapters; "
+                    + (f"write whole names, such as {whole}, or remove this target" if whole else "remove this target")
                 )
             elif not any(name == target or name.endswith(f".{target}") for name in names) and (
                 not unused or target.rpartition(".")[2] in {*UNSUPPORTED, *_others(arch)}
@@ -60,7 +60,8 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: boo
     for index in asked.layers or ():
         if index >= arch.num_layers:
             problems.append(
-                f"adapter.layers: contains {index}, but the model's layers are 0 to {arch.num_layers - 1}; remove it"
+                f"adapter.layers: contains {index}, but the model's layers are 0 to {arch.num_layers - 1}; "
+                f"remove {index}"
             )
     if problems:
         return problems
@@ -87,7 +88,8 @@ def _pattern_problems(asked: AdapterConfig) -> list[str]:
             problems.append(f"{key}: {show(pattern)} is not a regular expression ({error}); correct it")
     if asked.layers is not None and isinstance(asked.targets, str) and asked.targets != ALL_LINEAR:
         problems.append(
-            "adapter.layers: requires a list of names in adapter.targets; put the layers into the expression"
+            "adapter.layers: requires a list of names in adapter.targets, but adapter.targets is a regular expression; "
+            "put the layers into this expression"
         )
     return problems
 
@@ -104,7 +106,10 @@ def _no_match(key: str, name: str, names: Sequence[str]) -> str:
         return f"{key}={show(name)}: cannot be adapted, because {UNSUPPORTED[last]}; remove it"
     known = list(dict.fromkeys(found.rpartition(".")[2] for found in names))
     if key == "adapter.targets" and name in known:
-        return f"{key}={name}: an expression must match whole names; write [{name}]"
+        return (
+            f"{key}={name}: a text is read as a regular expression, which must match whole names; write the list "
+            f"[{name}]"
+        )
     near = nearest(name, known)
     return f"{key}={show(name)}: matches no projection; " + (
         f"did you mean {near}?" if near else f"the model has {join(known, 'and')}"

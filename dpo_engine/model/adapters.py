@@ -7,16 +7,16 @@ the model.
 
 Solution. An :class:`Adapter` is a module beside its linear, and a forward hook of the linear adds the adapter's result
 to the output. (The adapter is not a child of the linear, because Transformer Engine's linears require that all their
-parameters have one dtype.) An adapter has one parameter for each tensor of the PEFT adapter, so the weight table covers
-loading, saving, resharding and exporting. For a fused linear, the matrices ``A`` are stacked, and the matrices ``B``
-are arranged block by block in the order of the linear's rows, with zeros elsewhere. The zeros exist only in this
-temporary matrix::
+parameters have one dtype.) An :class:`Adapter` has one parameter for each PEFT tensor of its linear's projections, so
+the weight table covers loading, saving, resharding and exporting. For a fused linear, the matrices ``A`` are stacked.
+The matrices ``B`` are the blocks of a temporary matrix, whose rows are in the order of the linear's rows. The other
+elements of this temporary matrix are zeros::
 
     z    = x A_all^T                     [s, b, R]     R is the sum of the adapters' ranks
     out += z B_all^T                                   B_all [rows of this rank, R], scaled
 
 For this computation, tensor-parallel ranks exchange ``z``, whose width is R, but no wider activations. (If there are
-more ranks than key heads, the ranks also gather ``B``.)
+more ranks than key heads, the ranks also gather ``B`` for a fused linear of queries, keys and values.)
 
 ===================================  =====================================  ====================================
 linear                               forward                                backward
@@ -145,7 +145,10 @@ class Adapter(nn.Module):
         return fused.chunk(self.tp.size())[self.tp.rank()] if self.gathers else fused
 
     def _split(self, fused: Tensor) -> dict[str, Tensor]:
-        """Split a vector, which has one number per row of the linear, by projection. The reverse of :meth:`_fused`."""
+        """Split a vector into one part per projection: the reverse of :meth:`_fused`.
+
+        fused   one number per row of the linear on this rank
+        """
         if self.gathers:
             shares = [torch.empty_like(fused) for _ in range(self.tp.size())]
             dist.all_gather(shares, fused, group=self.tp)
@@ -181,8 +184,9 @@ class Adapter(nn.Module):
         out     [s (/t), b, rows of this rank]  the linear's output
         bias    the bias that ``out`` includes, or None
 
-        *Collectives*: those in the table at the top of this file, and those of :meth:`up`. With DoRA, also those of
-        :meth:`up` for the magnitudes and, if columns are sharded, a SUM over tp of one number per row.
+        *Collectives*: those in the table at the top of this file, and those of :meth:`up`. With DoRA, the collectives
+        of :meth:`up` are repeated for the magnitudes; if columns are sharded, there is also a SUM over tp of one number
+        per row.
         """
         down, up = self.down(), self.up()
         z = self._exchanged(F.linear(x, down.to(x.dtype)))
@@ -237,7 +241,7 @@ class Adapter(nn.Module):
         """With DoRA, set the magnitudes to the norms of the linear's rows. Call this after the weights are loaded.
 
         *Collectives* with DoRA: if columns are sharded, a SUM over tp of one number per row; if ranks gather ``B``, an
-        all-gather of these numbers.
+        all-gather over tp of one number per row.
         """
         if not self.dora:
             return
@@ -316,7 +320,7 @@ def adapters_off(chunks: Sequence[nn.Module]) -> Iterator[None]:
 class AdapterValues:
     """A second set of values for the adapters of a model chunk, which can be swapped with the values in the chunk.
 
-    An instance has the members of a chunk that the weight table reads, so checkpoints can contain the values.
+    An instance has those members of a chunk that the weight table needs, so checkpoints can contain the values.
     """
 
     def __init__(self, chunk: nn.Module):
@@ -331,7 +335,7 @@ class AdapterValues:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Swap the values with the values in the chunk."""
+        """Swap the values in this set with the values in the chunk."""
         for name, parameter in self._own.items():
             before = parameter.clone()
             parameter.copy_(self._values[name])

@@ -151,7 +151,7 @@ class Architecture:
 
     @property
     def plain_attention(self) -> bool:
-        """Whether attention is causal in all layers, and no layer has a window, a soft cap or sinks."""
+        """Whether all layers have plain causal attention, without a window, a soft cap or sinks."""
         return not (self.has_windows or self.attention_softcap or self.attention_sinks)
 
     @property
@@ -178,9 +178,10 @@ class Architecture:
     def suits_transformer_engine(self) -> bool:
         """Whether Transformer Engine's modules support this architecture.
 
-        They support only two kinds of norms: RMS norms without an offset, which are before attention and before the
-        MLP, and norms of queries and keys per head. They do not support layers whose MLP has the same input as
-        attention. Latent attention, and experts with biases or a clamp, exist only as native modules of the engine.
+        They support only RMS norms without an offset. These norms can be in three places: before attention, before the
+        MLP, and in attention, for the queries and keys of each head. The modules do not support layers whose MLP has
+        the same input as attention. Latent attention, and experts with biases or a clamp, exist only as native modules
+        of the engine.
         """
         return (
             self.norm == "rms"
@@ -238,8 +239,8 @@ class Architecture:
     def facts(self) -> dict[str, Any]:
         """The fields as JSON values. Fields that have their defaults are omitted, except ``sliding_window``.
 
-        ``sliding_layers`` is also omitted if it is None. Newer fields of ``experts`` are omitted if they have their
-        defaults.
+        ``sliding_layers`` is also omitted if it is None. The last four fields of ``experts`` are omitted if they have
+        their defaults.
         """
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
@@ -253,10 +254,11 @@ class Architecture:
     def differences(self, other: "Architecture") -> list[str]:
         """Describe each difference in a field that affects computed values or shapes.
 
-        A description is ``field=A instead of B``, where A is the value in ``other``.
+        A description is ``field=A instead of B``, where A is the value in ``other``, and B the value in this
+        architecture.
 
-        Unless positions are learned, ``max_positions`` is only a limit that has no effect on the sequences within it. In
-        this case, it is not compared.
+        ``max_positions`` is compared only with learned positions, because it then determines the shape of a tensor.
+        Otherwise, this limit has no effect on sequences within it.
         """
         limits = set() if self.learned_positions else {"max_positions"}
         return [
@@ -310,11 +312,11 @@ def _check_heads(arch: Architecture, config: HFConfig) -> None:
     width = (arch.rotary_dim or arch.head_dim) // 2
     if scaling.get("rope_type") == "longrope" and len(scaling["short_factor"]) != width:
         config.problem(
-            f"short_factor: its length is {len(scaling['short_factor'])}, but must be the number of frequencies of a "
-            f"head, {width}; correct config.json"
+            f"short_factor: its length is {len(scaling['short_factor'])}, but must be {width}, the number of "
+            "frequencies of a head; correct config.json"
         )
     if arch.out_bias and not arch.qkv_bias:
         config.problem(
-            "attention has a bias in its output projection, but none in its query, key and value projections, which "
-            "Megatron's layers do not support; use another model"
+            "attention has a bias in its output projection, but none in its query, key and value projections. "
+            "Megatron's layers do not support this combination; use another model"
         )

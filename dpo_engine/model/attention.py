@@ -17,7 +17,7 @@ a prefix of the keys, so no mask is built. For a row of trees, each rank needs o
 
 Sliding windows, soft caps and sinks. If a layer has a soft cap or sinks, or a window that is shorter than the row,
 causal rows are computed as trees, each of a single segment. If the window is shorter than the row (or than the longest
-path of the trees), ranks exchange only the keys and values that the receiver's queries see
+path of the trees), each rank receives only the keys and values that its own queries see
 (:mod:`dpo_engine.model.gather`).
 
 Why not ring attention. If every rank has all keys, any attention pattern is possible, and the softmax of a query needs
@@ -134,7 +134,10 @@ def _indices_on(device: torch.device, columns: bytes) -> Tensor:
 
 
 def indices_on(device: torch.device, columns: Tensor) -> Tensor:
-    """Return the columns that the last layer computes, [q] int64 in host memory, as a tensor on a device."""
+    """Return ``columns`` as a tensor on a device.
+
+    columns  [q] int64, in host memory: the columns that the last layer computes
+    """
     return columns if device.type == "cpu" else _indices_on(device, columns.numpy().tobytes())
 
 

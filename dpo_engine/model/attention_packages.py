@@ -1,16 +1,16 @@
 """Attention from packages besides torch: Transformer Engine, and FlashAttention 3 and 4.
 
 **Transformer Engine** is the kernel backend ``te`` for rows of trees. The queries of a tree are divided into runs,
-which are causal rows of different lengths (:mod:`dpo_kernels.varlen`). Transformer Engine calls such rows the format
-``thd``. Its module DotProductAttention computes such rows with cuDNN or, if it prefers an installed package of flash
-attention on this GPU, with that package. For cuDNN, Transformer Engine rounds the numbers of rows and tokens up, so the
-micro-batches of a run need few execution plans.
+which are causal rows of different lengths (:mod:`dpo_kernels.varlen`). In Transformer Engine, the format of such rows
+is called ``thd``. The module DotProductAttention computes these rows with cuDNN. If a package of flash attention is
+installed, the module may prefer that package on some GPUs. For cuDNN, Transformer Engine rounds the numbers of rows and
+tokens up, so a few execution plans suffice for all micro-batches of a training run.
 
 **FlashAttention 3 or 4** replaces FlashAttention 2 inside torch: in stacked rows, and in rows of trees with the backend
 ``varlen``.
 
 The heads, dtypes and GPUs that a package supports depend on its version. A requested package is therefore tried once,
-with a small tree and the heads of one tensor-parallel rank, before the run loads weights.
+with a small tree and the heads of one tensor-parallel rank, before the engine loads weights.
 """
 
 from collections.abc import Callable, Collection
@@ -78,24 +78,27 @@ def activate_flash_attention(
     """
     line = f"model.flash_attention={version}: "
     if not platform.gpu:
-        raise ConfigError(f"{line}requires a GPU, but this machine has none; set it to 2")
+        raise ConfigError(f"{line}requires a GPU, but this machine has none; set the key to 2")
     if dtype is not torch.bfloat16:
-        raise ConfigError(f"{line}requires weights in bf16, but they are in {dtype}; set it to 2")
+        raise ConfigError(f"{line}requires weights in bf16, but they are in {dtype}; set the key to 2")
     if arch.head_dim > WIDEST_HEAD:
         raise ConfigError(
             f"{line}flash attention supports heads of at most {WIDEST_HEAD} dimensions; here, the head size is "
-            f"{arch.head_dim}; set it to 2"
+            f"{arch.head_dim}; set the key to 2"
         )
     from torch.nn import attention
 
     if f"FA{version}" not in getattr(attention, "list_flash_attention_impls", list)():
         raise ConfigError(
-            f"{line}torch {torch.__version__} does not support this version of FlashAttention; set it to 2"
+            f"{line}torch {torch.__version__} does not support this version of FlashAttention; set the key to 2"
         )
     try:
         attention.activate_flash_attention_impl(f"FA{version}")
     except (ImportError, RuntimeError) as error:
-        raise ConfigError(f"{line}the package cannot be loaded: {error}; install it, or set the key to 2") from error
+        raise ConfigError(
+            f"{line}the package of FlashAttention {version} cannot be loaded: {error}; install the package, or set the "
+            "key to 2"
+        ) from error
     torch.backends.cuda.enable_cudnn_sdp(False)
     who = f"{line}FlashAttention {version}"
     _try(who, _causal_row, arch, platform, dtype, (), tp)

@@ -7,8 +7,8 @@ the pipeline fills and drains, and with fewer micro-batches this idle time is a 
 split, so a micro-batch must have room for the longest pair.
 
 The choice depends only on the configuration, the model, the pairs and the total memory of the device, not on the memory
-that is free at the moment. A resumed run on the same devices therefore has the same micro-batches, and its numbers are
-bitwise equal.
+that is free at the moment. A resumed run on the same devices therefore has the same micro-batches, and its results are
+bitwise equal to those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -109,9 +109,9 @@ def choose_tokens(
         # add m times the overhead of one. The sum of the two is smallest where they are equal.
         even = int(math.sqrt(per_step * OVERHEAD[device] * dims.cp * dims.chunks / (dims.pp - 1)))
         if even < tokens:
-            tokens, reason = even, "with more, pipeline stages would wait for too large a part of a step"
+            tokens, reason = even, "with more, pipeline stages would be idle for too large a part of a step"
     if longest > tokens:
-        tokens, reason = longest, "the length of the longest pair"
+        tokens, reason = longest, "this is the length of the longest pair"
     if device_memory is None:
         return tokens, reason
     room = _room(config, arch, dims, dtype, device_memory, tokens)
@@ -121,8 +121,8 @@ def choose_tokens(
     if room >= longest:
         return room, f"as many as fit into {USABLE:.0%} of {available}, according to the memory estimate"
     return longest, (
-        f"the length of the longest pair, although {USABLE:.0%} of {available} has room for {room:,} tokens, according "
-        "to the memory estimate"
+        f"this is the length of the longest pair, although {USABLE:.0%} of {available} has room for only {room:,} "
+        "tokens, according to the memory estimate"
     )
 
 
@@ -144,10 +144,11 @@ def largest_micro_batch(
 ) -> int:
     """Return the number of tokens in the largest micro-batch of a run whose pairs are not known yet.
 
-    This assumes pairs of two responses of ``data.max_length`` tokens each, including the prompt.
+    Every pair is assumed to have the maximum size: two responses of ``data.max_length`` tokens each, including the
+    prompt.
 
-    dtype, device_memory  as for :func:`settle_batches`. Pass 0 bytes to assume a device that has just enough memory for
-                          one pair
+    dtype, device_memory  as for :func:`settle_batches`. A ``device_memory`` of 0 stands for a device that has just
+                          enough memory for one pair
     """
     pair = 2 * config.data.max_length
     if config.train.micro_batch_size is not None:

@@ -1,4 +1,4 @@
-"""CUDA graphs of layers: the host starts the work before attention with one call, and the work after it with one more.
+"""CUDA graphs of layers: one call starts a layer's work before attention, and another call starts the work after it.
 
 Problem. For each layer of a micro-batch, the host starts about 50 operations besides attention, and over 100 with
 adapters. With tensor parallelism, adapters or small micro-batches, these operations are so short that the GPU waits for
@@ -7,23 +7,24 @@ same memory. Attention in rows of trees starts different kernels in each micro-b
 recorded.
 
 Solution. All micro-batches of a run have the same number of tokens
-(:func:`dpo_engine.batching.micro_batches.fixed_row`). Each layer has two pieces
-(:class:`~dpo_engine.model.recording.Piece`): the norm, the projections and the rotation before attention; and the
-output projection, norms and the MLP after it. Everything else runs as without graphs: attention, embedding, the last
-layer (whose sizes vary), output layer and loss.
+(:func:`dpo_engine.batching.micro_batches.fixed_row`). The model's last layer has no recordings, because its sizes vary.
+Each other layer has two pieces (:class:`~dpo_engine.model.recording.Piece`). The first piece consists of the norm, the
+projections and the rotation before attention. The second piece consists of the output projection, the norms and the MLP
+after attention. Everything else also runs without recordings: attention, the embedding, the output layer and the loss.
 
 Several micro-batches in flight. A micro-batch's activations must not change before its backward pass. In a pipeline,
 other micro-batches run before this backward pass, so every micro-batch in flight has a :class:`Slot`, which contains
-its own recordings of all layers. Backward passes run in reverse order, so a slot is free again after the backward pass
-of its first piece. If no slot is free, another slot is recorded. The pieces of a slot always run in the same order,
-because :mod:`~dpo_engine.model.recording` requires this.
+its own recordings of the chunk's layers. A backward pass runs the pieces of a slot in reverse order, so the slot is
+free again after the backward pass of its first piece. If no slot is free, another slot is recorded. Forward passes
+always run the pieces of a slot in the same order, because :mod:`~dpo_engine.model.recording` requires this.
 
 Stream. The whole run uses a stream of its own, because the default stream cannot be recorded
 (:func:`dpo_engine.platform.device.open_platform`).
 
-Hooks. A replay runs no hooks of modules. Adapters add their results in hooks, and this work is recorded. DDP's hooks
-before forward passes wait for gathered weights, so :attr:`ChunkGraphs.await_weights` does this before each layer. DDP's
-hooks for gradients are called by autograd, as without graphs.
+Hooks. A replay runs no hooks of modules. Adapters add their results in hooks. These hooks run while a piece is
+recorded, so the recording contains their work. DDP waits for gathered weights in hooks before forward passes. These
+hooks do not run in a replay, so :attr:`ChunkGraphs.await_weights` waits for the weights before each layer. DDP's hooks
+for gradients are called by autograd, as without graphs.
 
 Which passes. Forward and backward passes of training use recordings from the second step of a process on. In the first
 step, Triton compiles and libraries initialize, so nothing is recorded. Other passes (reference, evaluations, scoring
@@ -57,9 +58,9 @@ def graph_problems(config: Config, arch: Architecture) -> list[str]:
     reasons = {
         "the number of tokens of an expert is different in every micro-batch": arch.experts,
         "latent attention has never been tested with graphs": arch.latent,
-        "the model's only layer computes selected columns, whose number varies": arch.num_layers == 1,
+        "the model has one layer, and the last layer has no graphs, because its sizes vary": arch.num_layers == 1,
     }
-    return [f"model.cuda_graphs=true: {why}; remove it" for why, holds in reasons.items() if holds]
+    return [f"model.cuda_graphs=true: {why}; remove model.cuda_graphs" for why, holds in reasons.items() if holds]
 
 
 def graph_numbers(
@@ -68,10 +69,10 @@ def graph_numbers(
     """Return how many numbers a rank keeps for graphs besides activations; 0 without graphs.
 
     tokens  number of tokens of a row
-    held    number of layers whose activations the rank keeps, over all micro-batches in flight
+    held    number of layers whose activations the rank keeps, summed over all micro-batches in flight
     split   whether sequence parallelism shards the activations outside the tensor-parallel regions
 
-    For each layer that is held, there is a copy of attention's output. All layers of a chunk share two kinds of memory:
+    For each of these layers, there is a copy of attention's output. All layers of a chunk share two kinds of memory:
     the buffers for gradients at both ends of a piece, and the intermediate results of a backward pass. The backward
     pass of the MLP has the most intermediate results. If weights are trained, their gradients are intermediate results
     too, because they are then added to ``main_grad``.
@@ -244,6 +245,9 @@ def recordings(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def close_graphs() -> None:
-    """Free the recordings of all models, also after an error: NCCL destroys no communicator that a recording uses."""
+    """Free the recordings of all models. Call this also after an error.
+
+    NCCL does not destroy a communicator as long as a recording uses it.
+    """
     for graphs in list(_open):
         graphs.close()

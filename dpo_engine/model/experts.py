@@ -1,6 +1,6 @@
 """The router of a mixture of experts. It chooses the experts of each token and computes their weights.
 
-Megatron's router cannot be used. It computes scores in fp32 even in fp64 models, it cannot rank groups of experts by
+Megatron's router cannot be used. It computes scores in fp32 even in fp64 models, it cannot choose groups of experts by
 their best expert (DeepSeek-V2), and it always divides sigmoid scores by their sum. Its losses for load balancing are
 means over a micro-batch, so they depend on the layout. They also assume that gradients are later divided by the number
 of tokens.
@@ -80,7 +80,7 @@ def choose(logits: Tensor, experts: Experts, bias: Tensor | None) -> tuple[Tenso
     """Choose the experts of each token.
 
     logits   [n, experts]
-    bias     [experts], added to the scores that rank the experts, but not to their weights; None: no bias
+    bias     [experts], added to the scores by which experts are chosen, but not to the experts' weights; None: no bias
     Returns  weights of the chosen experts [n, chosen], their indices [n, chosen] int64, and the scores of all experts
              [n, experts]
 

@@ -6,28 +6,28 @@ the scales. DPO compares two models that are nearly equal. A recipe must not giv
 scale may depend on what a run did before.
 
 What runs in FP8. The linear layers of attention, of the MLP and of the experts compute their products in FP8. Inputs
-and output gradients are rounded to FP8 just before their product, and weights once for several micro-batches (see
-below). Megatron's transformer block turns FP8 on for each layer separately. Embedding, norms, attention itself, router,
-adapters and output layer run as without FP8. Weights, and the activations between linear layers, remain in bf16.
-Weights are loaded, saved and exported as without FP8. Transformer Engine keeps FP8 copies of the weights for all
-micro-batches of one call of a schedule. Megatron's schedules renew the copies at the first micro-batch of every call,
-because the weights can have changed since the previous call.
+and output gradients are rounded to FP8 just before their product. Weights are rounded once for several micro-batches
+(see below). Megatron's transformer block turns FP8 on for each layer separately. FP8 does not change the embedding, the
+norms, attention itself, the router, the adapters or the output layer. Weights, and the activations between linear
+layers, remain in bf16. FP8 therefore does not change how weights are loaded, saved and exported. Transformer Engine
+keeps FP8 copies of the weights for all micro-batches of one call of a schedule. Megatron's schedules renew the copies
+at the first micro-batch of every call, because the weights can have changed since the previous call.
 
-Recipes. ``tensorwise`` has one scale for each tensor, from the largest value of all tokens of a micro-batch, so a
-token's numbers depend on the other tokens. ``blockwise`` has a scale for every 128 numbers of a token, and ``mxfp8``
-has a scale for every 32 numbers. With these two recipes, a token's numbers in a forward pass do not depend on other
-sequences. All three recipes compute scales from the tensor itself. Products are summed in fp32. There is one exception:
-in forward passes with ``tensorwise``, Transformer Engine by default sums with fewer bits, because this is faster.
-``delayed`` uses the largest values of earlier passes. These values would differ between policy and reference (each
-model has its own history, or one history mixes both), every evaluation would change training, and a resumed run would
-start without the values. The engine therefore refuses ``delayed``.
+Recipes. ``tensorwise`` has one scale for each tensor. The scale of activations comes from the largest value of all
+tokens of a micro-batch, so a token's numbers depend on the other tokens. ``blockwise`` has a scale for every 128
+numbers of a token, and ``mxfp8`` has a scale for every 32 numbers. With these two recipes, a token's numbers in a
+forward pass do not depend on other sequences. All three recipes compute scales from the tensor itself. Products are
+summed in fp32. There is one exception: in forward passes with ``tensorwise``, Transformer Engine by default sums with
+fewer bits, because this is faster. The engine refuses ``delayed``, whose scales come from the largest values of earlier
+passes. These values would differ between policy and reference: each model would have its own history, or one history
+would mix both. Every evaluation would change training. A resumed run would start without the values.
 
-Row lengths. FP8 products need numbers of tokens that are multiples of 16 or 32, so rows are padded to such a multiple
+Row lengths. In FP8 products, the number of tokens must be a multiple of 16 or 32, so rows are padded to such a multiple
 (:attr:`~dpo_engine.config.parallel_section.MegatronConfig.token_multiple`). Padding is never scored, and no other token
-sees it, but with ``tensorwise`` it can change a scale. Megatron pads the tokens of each expert.
+sees it. With ``tensorwise``, however, padding can change a scale. Megatron pads the tokens of each expert.
 
 Not covered. FP8 weights, FP8 attention, FP8 output layers, and FP4. The numerical results are also not covered: no test
-has computed in FP8.
+computes in FP8.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ PER_TOKEN = ("blockwise", "mxfp8")
 """Recipes with which the numbers of a token do not depend on other sequences in a forward pass."""
 
 NOT_DELAYED = (
-    "delayed scaling is not supported, because its scales come from earlier passes, so they would differ between "
-    "policy and reference, and checkpoints would not contain them"
+    "delayed scaling is not supported: its scales come from earlier passes, would differ between policy and "
+    "reference, and would not be in checkpoints"
 )
 
 
@@ -76,8 +76,8 @@ def fp8_problems(config: Config) -> Iterator[str]:
     yield from layer_problems(line, config)
     if config.reference_mode == "dataset":
         yield (
-            f"{line}: the log-probabilities in the records were not computed with these FP8 products, so policy and "
-            "reference would differ before training; set reference.mode=resident, or remove it"
+            f"{line}: the log-probabilities in the records were not computed with these FP8 settings, so policy and "
+            "reference would differ before training; set reference.mode=resident, or remove fp8"
         )
     if config.reference_mode == "stored" and recipe not in PER_TOKEN:
         yield (
@@ -85,21 +85,24 @@ def fp8_problems(config: Config) -> Iterator[str]:
             f"computed in other micro-batches; use {join(PER_TOKEN, 'or')}, or set reference.mode=resident"
         )
     if asked.get("distribute_saved_activations"):
-        yield "transformer.distribute_saved_activations=true: has never been tested with fp8; remove it"
+        yield "transformer.distribute_saved_activations=true: has never been tested with fp8; remove the field"
     for name in FIELDS[3:]:
         if asked.get(name, 0) < 0:
             yield f"transformer.{name}={asked[name]}: must be at least 0; correct it"
 
 
 def layer_problems(line: str, config: Config) -> Iterator[str]:
-    """Yield the reasons why a configuration conflicts with an option that requires Transformer Engine layers in bf16.
+    """Yield the conflicts of a configuration with an option that needs Transformer Engine's layers and bf16 weights.
 
     line   the option and its value; each reason begins with this text
     """
     if config.model.spec == "native":
-        yield f"{line}: requires Transformer Engine's layers, but model.spec is native; set model.spec=te, or remove it"
+        yield (
+            f"{line}: requires Transformer Engine's layers, but model.spec is native; set model.spec=te, or remove "
+            "this option"
+        )
     if config.model.dtype == "fp32":
-        yield f"{line}: requires weights in bf16, but model.dtype is fp32; set model.dtype=bf16, or remove it"
+        yield f"{line}: requires weights in bf16, but model.dtype is fp32; set model.dtype=bf16, or remove this option"
 
 
 def model_problems(line: str, arch: Architecture) -> list[str]:
@@ -109,7 +112,10 @@ def model_problems(line: str, arch: Architecture) -> list[str]:
     """
     if arch.suits_transformer_engine:
         return []
-    return [f"{line}: requires Transformer Engine's layers, which do not support {arch.model_type} models; remove it"]
+    return [
+        f"{line}: requires Transformer Engine's layers, which do not support {arch.model_type} models; remove this "
+        "option"
+    ]
 
 
 def fp8_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -> list[str]:
@@ -123,7 +129,7 @@ def fp8_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -
         if size % multiple:
             problems.append(
                 f"{line}: each rank's {what}, {size}, must be a multiple of {multiple}; "
-                + ("remove it" if what == "hidden size" else "lower parallel.tp or parallel.etp, or remove it")
+                + ("remove it" if what == "hidden size" else "lower parallel.tp or parallel.etp, or remove fp8")
             )
     if asked.get("first_last_layers_bf16"):
         most = arch.num_layers // dims.pp  # Megatron's limit
@@ -173,7 +179,7 @@ def fp8_line(config: Config, arch: Architecture) -> str:
     if (recipe := config.megatron.fp8_recipe) is None:
         return ""
     layers = fp8_layers(config, arch)
-    some = "" if len(layers) == arch.num_layers else f" in layers {layers.start} to {layers.stop - 1}"
+    some = "" if len(layers) == arch.num_layers else f" of decoder layers {layers.start} to {layers.stop - 1}"
     return f", linear layers{some} in fp8 {config.megatron.transformer['fp8']} {recipe}"
 
 
@@ -200,10 +206,10 @@ def device_problem(config: Config) -> str | None:
 
     kind = {"blockwise": "fp8_block_scaling", "mxfp8": "mxfp8"}.get(recipe, "fp8")
     known = getattr(FP8GlobalStateManager, f"is_{kind}_available", None)
-    usable, why = known() if known else (False, "this version of Transformer Engine does not have it")
+    usable, why = known() if known else (False, "this version of Transformer Engine does not have this recipe")
     generation, minor = torch.cuda.get_device_capability()
     if usable and recipe == "blockwise" and generation >= 10:
-        usable, why = False, "Transformer Engine would convert its scales to those of mxfp8 in every product"
+        usable, why = False, "Transformer Engine would convert blockwise scales to mxfp8 scales in every matrix product"
     if usable:
         return None
     others = [

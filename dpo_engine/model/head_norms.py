@@ -59,7 +59,7 @@ class WholeKeyNorm(WholeNorm):
 
 
 def head_norms_of(arch: Architecture) -> tuple[type[nn.Module] | None, type[nn.Module] | None]:
-    """Return the classes of the norms of queries and of keys; a pair of None if queries and keys are not normalized."""
+    """Return the classes of the norms of queries and of keys; (None, None) if these are not normalized."""
     if arch.whole_qk_norm:
         return WholeNorm, WholeKeyNorm
     if not arch.qk_norm:

@@ -1,4 +1,4 @@
-"""Read a Hugging Face ``config.json``, and report all problems at once. Needs neither torch nor Megatron."""
+"""Read a Hugging Face ``config.json``, and report all problems in one error. Needs neither torch nor Megatron."""
 
 import math
 from pathlib import Path
@@ -13,10 +13,10 @@ LARGEST = 2**24
 
 
 class HFConfig:
-    """Typed access to the fields of a ``config.json``. It collects all problems instead of raising an error at once.
+    """Typed access to the fields of a ``config.json``. All problems are collected before an error is raised.
 
     A field that is absent or null gets its default; a field without a default is required. If a field has a problem,
-    its accessor returns a placeholder, and :meth:`finish` raises the error later.
+    the method that reads the field returns a placeholder. :meth:`finish` raises one error with all problems.
     """
 
     def __init__(self, values: dict[str, Any], where: str):
@@ -89,8 +89,9 @@ def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig
     if not path.is_file():
         if any((Path(directory) / name).exists() for name in MEGATRON_FILES):
             raise ConfigError(
-                f"{where}: is a distributed checkpoint of Megatron or torch, whose index is a pickle and is never "
-                "loaded; convert it to a Hugging Face checkpoint first (see Models in the documentation)"
+                f"{where}: is a distributed checkpoint of Megatron or torch, and such checkpoints are never loaded, "
+                "because their index is a pickle; convert this one to a Hugging Face checkpoint first (see Models in "
+                "the documentation)"
             )
         raise ConfigError(f"{where}: has no config.json; set it to the directory of a Hugging Face checkpoint")
     try:

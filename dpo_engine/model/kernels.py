@@ -29,12 +29,7 @@ def choose_kernels(
     """Set the backend for each group of operations in this process.
 
     asked  ``model.attention`` and ``model.head``, by group. With ``auto``, a plugin or the environment variable
-           ``DPO_KERNELS`` can choose the backend. If neither does, the head runs on ``eager``. Attention runs on
-           ``varlen`` if flash attention supports the device, dtype and head size, else on ``sdpa``. There are two
-           exceptions: soft caps, which flash attention does not support, and context parallelism, with which
-           ``varlen`` would copy the keys of a path for each block of queries. In these two cases, attention runs on
-           ``triton`` if ``triton`` is also the default of the group ``layer`` (see below). If it is not, attention with
-           soft caps runs on ``sdpa``, and context parallelism does not affect the choice
+           ``DPO_KERNELS`` can choose the backend. If neither does, the group runs on its default (see below)
     needs  options of ``tree_attention`` that the model's layers use, from
            :func:`~dpo_engine.model.attention.attention_options`
     tp     number of ranks of tensor parallelism
@@ -42,12 +37,20 @@ def choose_kernels(
     spec   layer implementation: ``native`` or ``te``. Only ``te`` can use Transformer Engine's attention
     flash  version of flash attention, ``model.flash_attention``
 
-    On a GPU, the default of the group ``layer`` (head splitting, rotary embedding, gated activation, norms) is
-    ``triton`` if the package triton can run there and the dtype is not fp64. In all other cases, it is ``eager``.
+    The default of the group ``head`` is ``eager``. On a GPU, the default of the group ``layer`` (head splitting, rotary
+    embedding, gated activation, norms) is ``triton`` if the package triton can run there and the dtype is not fp64. In
+    all other cases, the default of ``layer`` is ``eager``. The default of the group ``attention`` is the first of these
+    backends whose condition holds:
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown, cannot be used on this machine, or
-    does not support the dtype, the head size or the options that the model needs; and for a version of flash attention
-    that cannot be used.
+    triton  The default of ``layer`` is ``triton``, and the model has soft caps or ``cp`` is above 1. Flash attention
+            does not support soft caps. With context parallelism, ``varlen`` would copy the keys of a path through a
+            tree for each block of queries
+    varlen  Flash attention supports the device, the dtype and the head size, and the model has no soft caps
+    sdpa    No condition
+
+    Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown or cannot be used on this machine. The
+    same error is raised for a backend that does not support the dtype, the head size or an option that the model needs,
+    and for a version of flash attention that cannot be used.
     """
     supported = platform.gpu and dtype is torch.bfloat16 and arch.head_dim <= WIDEST_HEAD
     fused = platform.gpu and dtype is not torch.float64 and triton_can_run()
@@ -73,8 +76,8 @@ def choose_kernels(
             raise ConfigError(f"model.{group}={name}: {error}") from error
     if "softcap" in needs and backend_name("attention") == "varlen":
         raise ConfigError(
-            "model.attention=varlen: flash attention does not support the soft cap on attention scores that "
-            f"{arch.model_type} models use; set model.attention=auto"
+            "model.attention=varlen: flash attention does not support a soft cap on attention scores, but "
+            f"{arch.model_type} models have one; set model.attention=auto"
         )
     known = inspect.signature(backend("attention").tree_attention).parameters
     if lacking := [option for option in needs if option not in known]:
@@ -97,17 +100,20 @@ def require_effect(model: ModelConfig, arch: Architecture, spec: str, layout: st
     ours = trees or spec == "native" or not arch.plain_attention  # Transformer Engine computes all other rows itself
     if model.attention == TE and not ours:
         raise ConfigError(
-            f"model.attention={TE}: has no effect in {rows}, because te layers compute them with Transformer Engine's "
-            "attention anyway; remove it"
+            f"model.attention={TE}: has no effect in {rows}, because te layers compute these rows with Transformer "
+            "Engine's attention anyway; remove the key"
         )
     name = backend_name("attention")
     if model.flash_attention != 2 and not (name in ("varlen", "sdpa") if trees else ours):
         kernels = f"model.attention={name}" if trees else "model.spec=te"
         raise ConfigError(
-            f"model.flash_attention={model.flash_attention}: has no effect in {rows} with {kernels}; remove it"
+            f"model.flash_attention={model.flash_attention}: has no effect in {rows} with {kernels}; remove the key"
         )
 
 
 def trees_are_slow(platform: Platform) -> bool:
-    """Whether a GPU computes attention in rows of trees slowly: in hundreds of small calls, or with stored scores."""
+    """Whether attention in rows of trees is slow on this device with the backend in use.
+
+    On a GPU, ``sdpa`` computes this attention in hundreds of small calls, and ``eager`` stores all attention scores.
+    """
     return platform.gpu and backend_name("attention") in ("sdpa", "eager")

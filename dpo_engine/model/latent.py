@@ -35,9 +35,9 @@ class Replicated(nn.Module):
         super().__init__()
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype, device=device))
-        # With sequence parallelism, a rank computes the gradient from its own tokens, and Megatron sums it over tp.
-        # Without sequence parallelism, the backward pass of the sharded linear layer that follows sums the gradient of
-        # this layer's output over tp.
+        # With sequence parallelism, a rank computes the weight's gradient from its own tokens, and Megatron sums this
+        # gradient over tp. Without sequence parallelism, the gradient of this layer's output is already summed over tp:
+        # by the backward pass of the sharded linear layer that follows and, for the keys' rotary part, in `_heads`.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:

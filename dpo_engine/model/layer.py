@@ -166,7 +166,7 @@ class Layer(TransformerLayer):
         values over tp, and a reduce-scatter of their gradients. With latent attention, also the exchange of the keys'
         rotary part over tp. If columns are selected and sequence parallelism is on, also two all-gathers over tp: of
         ``hidden_states``, and of the gradient of the selected columns. With experts, also all-to-alls of tokens over
-        ep, those of the router and, if experts are sharded, gathers and reduce-scatters over expt_tp.
+        ep, and the router's collectives. If experts are sharded, also gathers and reduce-scatters over expt_tp.
         """
         if self.graphs is not None and self.graphs.slot is not None:
             return self._replayed(self.graphs, hidden_states, attention_mask, rotary_pos_emb), context
@@ -253,9 +253,9 @@ class Layer(TransformerLayer):
 
 
 class LastLayer(Layer):
-    """The model's last layer in rows of trees, which computes its output for selected columns only.
+    """The model's last layer for rows of trees. It computes its output for selected columns only.
 
-    In a prompt, for example, only the output of the last column is used, because it predicts the first token of each
+    In a prompt, for example, only the output of the last column is used. This output predicts the first token of each
     response. Queries, keys and values are projected for all columns. Core attention, the output projection and the MLP
     run for the selected columns only. The number of these columns varies, so this layer never uses the communication
     buffers of ``tp_comm_overlap``, whose size is fixed.

@@ -1,8 +1,8 @@
-"""Experts that Megatron's modules cannot compute: experts with biases, and experts with a clamped gate.
+"""The engine's own modules for experts with biases, and for experts with a clamped gate.
 
-Megatron's experts with biases have two problems. They add a bias in place to the output of a linear layer, which
-torch's autograd refuses. They also cannot be sharded, because each rank would add the whole bias of the second matrix
-to its partial sum of the output. Here, this bias is sharded too, and each rank adds its shard to the matching columns
+Megatron's experts with biases have two problems. They add a bias in place to the output of a linear layer, and torch's
+autograd refuses this. They also cannot be sharded, because each rank would add the whole bias of the second matrix to
+its partial sum of the output. Here, this bias is sharded too, and each rank adds its shard to the matching columns
 of its partial sum. Each element is therefore added once, and its gradient exists on one rank only. The linear layers
 and the names of the parameters are Megatron's.
 
@@ -85,7 +85,7 @@ class LocalExpert(nn.Module):
             set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=True, dim=0, stride=1)
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Compute the expert's output times the tokens' weights; if the expert is sharded, this rank's partial sum.
+        """Compute the expert's output times the tokens' weights. If the expert is sharded, compute a partial sum of it.
 
         tokens   [n, h]       weights  [n] in at least fp32
         Returns  [n, h]

@@ -1,9 +1,11 @@
 """The section ``megatron`` of a configuration: options of Megatron for which the engine has no key of its own.
 
 Megatron-Core reads its settings from dataclasses. The section ``megatron`` sets some of their fields, with the names
-and types of the installed version. Only the fields in `ACCEPTED` can be set; tests train with each of them. All other
-fields are refused, because many of them are read only by modules that the engine replaces, and Megatron does not report
-a field that nothing reads. ``megatron_fields.yaml`` contains the reasons, or the engine's keys to use instead.
+and types of the installed version. Only the fields in `ACCEPTED` can be set. Tests train with each of them on CPUs or,
+with FP8 and ``tp_comm_overlap``, on an emulated GPU that computes nothing. All other fields are refused, because many
+of them are read only by modules that the engine replaces, and Megatron does not report a field that nothing reads.
+``megatron_fields.yaml`` lists the fields that are refused for a known reason, with this reason or with the engine's key
+to use instead.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def instance_problems(config: Config, dims: ParallelDims) -> list[str]:
     count, ranks = instances_of(config), math.gcd(dims.dp * dims.cp, dims.expert_dp)
     if ranks % count == 0:
         return []
-    copies = "" if dims.ep == 1 else f", and the number of copies of each expert, {dims.expert_dp}"
+    copies = "" if dims.ep == 1 else f", and must divide the number of copies of each expert, which is {dims.expert_dp}"
     return [
         f"megatron.ddp.{INSTANCES}={count}: must divide dp x cp, which is {dims.dp * dims.cp}{copies}; use "
         f"{choices(divisors(ranks))}"
@@ -150,7 +152,7 @@ def _problem(part: str, name: str, value: Any) -> str | None:
         )
         if reason.startswith("use "):
             return f"the engine has its own key; {reason}"
-        return f"cannot be set, because {reason}" + ("" if "; use " in reason else "; remove it")
+        return f"cannot be set, because {reason}" + ("" if "; use " in reason else "; remove the field")
     hint = typing.get_type_hints(owner)[name]
     try:
         TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
@@ -210,7 +212,7 @@ def _without_effect(config: Config) -> list[str]:
         },
     }
     return [
-        f"{part}.{name}={show(value)}: has no effect unless {condition}; meet this condition, or remove it"
+        f"{part}.{name}={show(value)}: has no effect unless {condition}; meet this condition, or remove the field"
         for part in ACCEPTED
         for name, value in getattr(config.megatron, part).items()
         for holds, condition in [needs[part][name]]
@@ -238,11 +240,11 @@ def _wrong_values(config: Config) -> list[str]:
         line = f"ddp.{INSTANCES}={ddp[INSTANCES]}"
         if ddp.get("reduce_scatter_with_fp32_accumulation"):
             problems.append(
-                f"{line}: Megatron sums gradients in fp32 only if there is one instance; remove this, or "
+                f"{line}: Megatron sums bf16 gradients in fp32 only if there is one instance; remove this field, or "
                 "ddp.reduce_scatter_with_fp32_accumulation"
             )
         if find_spec("einops") is None:
-            problems.append(f"{line}: Megatron needs the package einops for it; pip install einops")
+            problems.append(f"{line}: Megatron needs the package einops for this field; run pip install einops")
     for key in ("transformer.recompute_num_layers", "ddp.bucket_size", f"ddp.{INSTANCES}"):
         part, _, name = key.partition(".")
         value = getattr(config.megatron, part).get(name)

@@ -1,10 +1,10 @@
 """Estimate the memory that one rank needs: weights, gradients, optimizer, reference, activations, and logits.
 
-The formulas count the tensors that the native layers keep, in ``model.dtype``. On an emulated GPU that computes nothing
-(``tests/nullgpu``), they match the measured peaks of full micro-batches to within 3 %. There are two exceptions. In
-rows of trees with context parallelism, ``varlen`` needs 6 % more than estimated. With FP8, Transformer Engine keeps the
-inputs of linear layers in one byte per number, so the estimate of activations is too large. The allocator, CUDA and
-NCCL need additional memory.
+The formulas assume native layers that keep their tensors in ``model.dtype``. On an emulated GPU that computes nothing
+(``tests/nullgpu``), the formulas match the measured peaks of full micro-batches to within 3 %. There are two
+exceptions. In rows of trees with context parallelism, ``varlen`` needs 6 % more than estimated. With FP8, Transformer
+Engine keeps the inputs of linear layers in one byte per number, so the estimate of activations is too large. The
+allocator, CUDA and NCCL need additional memory.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Memory:
     graphs                                    copies and buffers of ``model.cuda_graphs``. From the second step on, they
                                               and ``activations`` are allocated during the whole run
     activations                               tensors that forward passes in flight keep for their backward passes
-    working                                   logits of one chunk of scored sites and their gradients, or the
+    working                                   logits of one chunk of scored sites and the logits' gradient, or the
                                               activations of a layer that is recomputed, whichever is larger
     update                                    fp32 copies of bf16 gradients, after the activations are freed
     formula                                   how the memory of the weights and their states is computed, as text
@@ -157,7 +157,7 @@ def _stage_memory(
     number = sum(counts)
     weight_bytes = BYTES[dtype]
     on_host = config.optim.states == "host" and dtype != "fp64"
-    # Adam keeps two moments. For bf16 weights, and if the states are on the host, it also keeps an fp32 main copy.
+    # Adam keeps two moments. If weights are in bf16, or states are on the host, Adam also keeps an fp32 main copy.
     state_bytes = 12 if on_host else {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
     states = "optimizer in host memory" if on_host else "optimizer"
     gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
@@ -213,7 +213,7 @@ def _stage_memory(
         graphs=graphs,
         formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} {states}"
         + divided
-        + (f", for {counts.experts:,} of experts / {copies} (their copies)" if counts.experts and distributed else "")
+        + (f" or, for {counts.experts:,} in experts, / {copies} (own ranks)" if counts.experts and distributed else "")
         + (f" + {reference_bytes} reference" if reference_bytes else "")
         + ") bytes",
         update=4 * sum(owned) if gradient_bytes == 2 and not in_pieces else 0,
@@ -272,7 +272,7 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
     attention = (2 * heads + 2 * kv_heads * dims.cp) * arch.head_dim * number
     if arch.qk_norms:  # queries and keys before their norms; if norms are per head, also a copy of the values
         attention += (heads + (1 + arch.qk_norm) * kv_heads) * arch.head_dim * number
-    # The activation's input, which contains the gate, and its output.
+    # The input of the activation (with the gate, if the MLP has one), and the output of the activation.
     mlp = (2 + arch.gated) * (arch.ffn_hidden_size // dims.tp) * number
     if arch.experts:
         mixed = _expert_bytes(arch, dims, number, split=split)
@@ -286,7 +286,7 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
 
 
 def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split: bool) -> int:
-    """Return the bytes per token that a layer's experts keep for the backward pass, if all experts are used equally.
+    """Return the bytes per token that a layer's experts keep for the backward pass, assuming equal use of all.
 
     For each expert of a token, two copies of the input and two of the output are kept: one in the order of the tokens,
     and one in the order of the experts. The native layers also keep six tensors with the width of the expert: gate, up
@@ -296,7 +296,7 @@ def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split:
     experts = arch.experts
     # Tokens that a rank sends to experts, per token of the row. The rank's own experts receive the same number.
     tokens = 1 / (dims.tp if split else 1)
-    # If an expert is sharded, each of its ranks gets all its tokens, but has only a part of the expert's width.
+    # If an expert is sharded, each of its ranks gets all tokens of the expert, but has only a part of its width.
     copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)
     shared = 3 * (experts.shared_size or 0) // dims.tp
@@ -326,16 +326,16 @@ def _activations(
 
 
 def _layers_in_flight(config: Config, arch: Architecture, dims: ParallelDims, stage: int, tokens: int) -> int:
-    """Return the number of layers whose activations a rank keeps at the same time, over all micro-batches in flight.
+    """Return the largest number of layers whose activations a rank keeps, counted once per micro-batch in flight.
 
-    With graphs, a chunk's memory is never used for another chunk, so the largest numbers of all chunks are added.
+    With graphs, chunks never use each other's memory, so the result is the sum of the largest numbers of all chunks.
     """
     pairs = -(-config.train.global_batch_size // dims.dp)
     micro_batches = -(-pairs // max(tokens // (2 * config.data.max_length), 1))
     layers = [len(chunk) for chunk in dims.chunk_layers(arch.num_layers)[stage :: dims.pp]]
     if not dims.vpp:
         return min(dims.pp - stage, micro_batches) * layers[0]
-    # The forward passes before the first backward pass of an interleaved schedule: its warmup, and one more.
+    # Number of forward passes of an interleaved schedule before its first backward pass: the warmup, and one more.
     first = 2 * (dims.pp - stage - 1) + (dims.vpp - 1) * dims.pp + 1
     # Each chunk computes pp micro-batches before the next chunk begins; backward passes begin with the last chunk.
     forward = [at // dims.pp % dims.vpp for at in range(min(micro_batches, 2 * dims.pp) * dims.vpp)]

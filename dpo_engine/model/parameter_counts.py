@@ -50,9 +50,10 @@ def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
 
 @lru_cache(maxsize=4096)
 def stage_counts(arch: Architecture, dims: ParallelDims, stage: int) -> Parameters:
-    """Return the numbers of parameters of one rank of a pipeline stage, for all its chunks and the padded vocabulary.
+    """Return the numbers of parameters on one rank of a pipeline stage, with the padded vocabulary.
 
-    If embeddings are tied and there are several stages, the first and the last stage both store the embeddings.
+    The numbers include all model chunks of the stage. If embeddings are tied and there are several stages, the first
+    and the last stage both store the embeddings.
     """
     embedding = dims.padded_vocab(arch.vocab_size) // dims.tp * arch.hidden_size
     every = [layer_parameters(arch, dims, layer) for layer in dims.layers_of(stage, arch.num_layers)]

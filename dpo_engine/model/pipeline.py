@@ -19,9 +19,9 @@ from dpo_engine.platform.progress_line import advance
 class KnownShapes(P2PCommunicator):
     """Megatron's communication between pipeline stages, for micro-batches whose shapes every stage knows.
 
-    Micro-batches of a non-interleaved schedule can have different lengths. Megatron then sends the shape of each tensor
-    before the tensor, and the host must wait for the device before it can read the shape. Here, every stage has all
-    micro-batches, so it knows the shapes without this exchange.
+    Micro-batches of a non-interleaved schedule can have different lengths. Megatron's own class therefore sends the
+    shape of each tensor before the tensor, and the host must wait for the device before it can read the shape. Here,
+    every stage has all micro-batches, so it knows the shapes without this exchange.
 
     shapes  for each micro-batch, the shape of the tensor that one stage sends to the next: ``[s/cp (/t), r, h]``
     """

@@ -50,7 +50,7 @@ class Policy(GPTModel):
         self.await_head: Callable[[], None] = lambda: None
         # Whether some weights are frozen. If the embedding is among them, its output does not require a gradient.
         self.frozen_input = False
-        self.graphs: ChunkGraphs | None = None  # recordings of the layers' work; None: there are none
+        self.graphs: ChunkGraphs | None = None  # recordings of the layers' work, if there are any
         self.adapted = False  # whether all weights are frozen, and adapters are trained instead
 
     def forward(
@@ -66,7 +66,8 @@ class Policy(GPTModel):
 
         tokens     [r, s/cp]  int64; read on the first stage only
         positions  [s/cp]     int64, position of each column
-        segments   [2, k]     int64, in host memory: lengths and parents of a row of trees; None for causal rows
+        segments   [2, k]     int64, in host memory: lengths and parents of the segments in a row of trees; None:
+                              causal rows
         columns    [q]        int64, in host memory: columns for which the last layer computes outputs; None: all
         sites      [m]        int64, scored sites: indices into the flattened ``[s/cp, r]``; read on the last stage only
         entries    [2b, 3, e] fp64, tokens at which router losses are computed, from
@@ -116,7 +117,7 @@ class Policy(GPTModel):
 
     @property
     def needs_input_gradient(self) -> bool:
-        """Whether the embedding's output must have a gradient, even if the embedding is frozen."""
+        """Whether the embedding's output must require a gradient, even if the embedding is frozen."""
         return self.config.recompute_granularity is not None or self.config.pipeline_model_parallel_size > 1
 
     @property
@@ -135,7 +136,7 @@ class Policy(GPTModel):
 def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
     """Wait until this rank has all weights of the last optimizer update.
 
-    Call this before anything other than a forward pass reads or replaces the weights.
+    Forward passes wait by themselves. Call this function before other code reads or replaces the weights.
 
     *Collectives*: the unfinished part of the all-gather of parameters over dp_cp (for experts, over expt_dp), if it
     overlaps with the forward pass.
@@ -146,10 +147,10 @@ def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def leave_uninitialized(weight: Tensor) -> Tensor:
-    """Leave a weight uninitialized, because every weight is read from a checkpoint; used as Megatron's init method.
+    """Leave a weight uninitialized, because every weight is read from a checkpoint.
 
-    Megatron's initialization cannot be turned off, because it also sets attributes of tensor-parallel parameters, on
-    which the gradient norm depends.
+    Megatron calls this function as its init method. Megatron's initialization cannot be turned off, because it also
+    sets attributes of tensor-parallel parameters. The gradient norm depends on these attributes.
     """
     return weight
 
@@ -168,7 +169,8 @@ def transformer_config(
     """Build Megatron's configuration for ``arch`` in this run's layout.
 
     ``calculate_per_token_loss`` is set so that neither the schedules nor DDP rescale the loss or the gradients. Our
-    training step divides by the total weight of the global batch, and gradients are summed over ranks.
+    training step divides the loss by the sum of the weights of all pairs of the global batch, and gradients are summed
+    over ranks.
 
     options   further fields of the configuration, from the section ``megatron.transformer``
     """
@@ -235,7 +237,7 @@ def transformer_config(
 
 
 def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:
-    """Return the layers of each model chunk in Megatron's format; None if all have the same number of layers."""
+    """Return the layers of each model chunk in Megatron's format, or None if the chunks have equally many layers."""
     if dims.layers is None:
         return None
     layout = [["decoder"] * count for count in dims.layers]
@@ -247,7 +249,8 @@ def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:
 def _mixture_options(arch: Architecture, dims: ParallelDims, *, grouped: bool) -> dict[str, Any]:
     """Return the fields of Megatron's configuration for experts.
 
-    No tokens are dropped, so tokens do not affect each other. Megatron's losses for load balancing are off.
+    The experts drop no tokens, so the output of the experts for a token does not depend on other tokens. Megatron's
+    losses for load balancing are off.
 
     grouped  whether the experts of a rank are computed by grouped matrix products, which need Transformer Engine
     """

@@ -1,22 +1,23 @@
 """Record a part of a layer's work as two CUDA graphs, one for its forward pass and one for its backward pass.
 
-A recording is a list of kernels with their arguments. A replay starts all of them with one call. They use the same
-memory as before, and no Python code runs. :class:`Piece` makes a part of the work, which can have parameters, usable in
-autograd. The memory of pieces follows three rules.
+A recording is a list of kernels with their arguments. A replay starts all kernels with one call, and runs no Python
+code. The kernels use the same memory as during the recording. :class:`Piece` makes a part of a layer's work usable in
+autograd. Such a part can have parameters. The memory of pieces follows three rules.
 
-Inputs. The caller copies them to tensors that never move, before each forward pass.
+Inputs. Before each forward pass, the caller copies the inputs to tensors that never move.
 
 Activations. Memory that is freed while a recording is made is used again by later recordings of the same pool. If all
 pieces that share a pool run in the order in which they were recorded, no piece reads such memory after another piece
-has overwritten it. But autograd frees what a forward pass saved as soon as the backward pass has been recorded,
-although every replay of the backward pass reads it. ``kept`` therefore refers to everything that is saved.
+has overwritten it. This order does not protect the tensors that a forward pass saves for its backward pass. Autograd
+frees these tensors as soon as the backward pass has been recorded, although every replay of the backward pass reads
+them. Therefore, references to all saved tensors are added to ``kept``.
 
-Gradients. All backward passes share one pool, and the buffers of :class:`SharedMemory`, so nothing in them is valid
-after the next backward pass begins. Gradients of inputs are copied out after each replay. Gradients of parameters are
-added to DDP's ``main_grad`` by the recording itself.
+Gradients. All backward passes share one pool, and the buffers of :class:`SharedMemory`. The contents of both are valid
+only until the next backward pass begins. Gradients of inputs are copied out after each replay. Gradients of parameters
+are added to DDP's ``main_grad`` by the recording itself.
 
-Not covered. Work that waits for the device, or that depends on numbers in host memory. Hooks on the gradients of
-parameters: they would run once, during the recording, and their kernels would be recorded.
+Not covered. A part must not wait for the device, depend on numbers in host memory, or have hooks on the gradients of
+its parameters. Such hooks would run once, during the recording, and their kernels would be recorded.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from torch.autograd.function import once_differentiable
 
 
 class Recording:
-    """Work on the current stream, which must not be the default stream.
+    """Recorded work on the current stream, which must not be the default stream.
 
     Creating this object runs the Python code of the work, but its kernels are only recorded. :meth:`replay` runs the
     kernels.
 
-    work    the work
+    work    function that does the work
     pool    memory from which the work allocates, from :func:`new_pool`
     result  what ``work`` returned
     """
@@ -75,7 +76,7 @@ def new_pool() -> Any:
 class SharedMemory:
     """Memory that the backward passes of all pieces of a chunk use in turn.
 
-    pool   pool of their recordings
+    pool   pool of the recordings of all these passes
     """
 
     def __init__(self) -> None:
@@ -120,7 +121,7 @@ def saved_tensors(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Piece:
-    """A part of the work, as a function of tensors for autograd.
+    """A part of a layer's work, as a function of tensors that autograd can differentiate.
 
     work        function that computes a tuple of tensors from ``inputs``
     inputs      tensors that never move, from which the forward pass reads
@@ -181,7 +182,7 @@ class Piece:
             parameter.grad_added_to_main_grad = mark
 
     def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs for the inputs, which the caller has loaded.
+        """Return the outputs. The caller must first copy the inputs to the tensors from which the forward pass reads.
 
         given   the same values as the inputs, with the history that autograd needs
         """
@@ -190,8 +191,9 @@ class Piece:
     def gradients(self, arriving: Sequence[Tensor]) -> list[Tensor | None]:
         """Run the backward pass. Return a gradient for each input, and one for each parameter that the pass reaches.
 
-        A parameter's gradient is already in ``main_grad``, and the tensor returned for it is never read. It is returned
-        because DDP's hooks, which start reductions, are called only if autograd gets a gradient.
+        For an input that does not require a gradient, None is returned. A parameter's gradient is already in
+        ``main_grad``, and the tensor returned for it is never read. It is returned because DDP's hooks, which start
+        reductions, are called only if autograd gets a gradient.
         """
         needed = [one for one, output in zip(arriving, self.outputs, strict=True) if output.requires_grad]
         for place, gradient in zip(self._arriving, needed, strict=True):

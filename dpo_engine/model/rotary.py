@@ -16,15 +16,15 @@ from dpo_engine.model.architecture import Architecture
 
 
 def inverse_frequencies(width: int, theta: float, scaling: dict[str, Any] | None) -> tuple[Tensor, float]:
-    """Compute the angular frequency of each pair of rotated head dimensions, and the factor of cosines and sines.
+    """Compute the angular frequency of each pair of rotated head dimensions, and the factor for cosines and sines.
 
     width    w, the number of rotated dimensions of a head
     theta, scaling  as ``rope_theta`` and ``rope_scaling`` in ``Architecture``
-    Returns  [w / 2]  fp32, radians per position; and the factor
+    Returns  [w / 2]  fp32, radians per position; and the factor by which cosines and sines are multiplied
 
-    *Source*: RoFormer (arXiv 2104.09864) eq. 15. Scalings: ``llama3``: Meta's Llama 3.1 release; ``yarn``: arXiv
-    2309.00071; ``longrope``: arXiv 2402.13753, for rows of at most the original length. All of them are computed as in
-    transformers.
+    *Source*: RoFormer (arXiv 2104.09864) eq. 15. The scaling ``llama3`` is from Meta's Llama 3.1 release, ``yarn`` is
+    from arXiv 2309.00071, and ``longrope`` is from arXiv 2402.13753. Of ``longrope``, only the factors for rows of at
+    most the original length are used. All scalings are computed as in transformers.
     """
     exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
     frequencies = 1.0 / (theta**exponents)

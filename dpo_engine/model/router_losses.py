@@ -12,11 +12,11 @@ Solution. The losses are computed for each response, at the n tokens that predic
     balance = E sum_e f_e P_e         1 if all experts are used equally, at most E / k
     z       = mean over the n tokens of (logsumexp of the token's logits) squared
 
-Both losses are averaged over the two responses of a pair, over the layers with experts, and, like the preference loss,
-over the pairs with their weights. The losses therefore do not depend on the number of copies of a prompt in a row, on
-whether pairs share a response, on padding, or on the distribution of pairs and tokens over ranks. A definition over all
-tokens would depend on the batch layout: in rows of trees, the last layer does not compute the prompts. ``f`` is a
-constant in the backward pass.
+Both losses are averaged over the two responses of a pair, and over the layers with experts. Then, like the preference
+loss, they are averaged over the pairs, with the weights of the pairs. The losses therefore do not depend on the number
+of copies of a prompt in a row, on whether pairs share a response, on padding, or on the distribution of pairs and
+tokens over ranks. A definition over all tokens would depend on the batch layout: in rows of trees, the last layer does
+not compute the prompts. ``f`` is a constant in the backward pass.
 
 In each layer, the number of a response's tokens per expert is summed over the ranks that have these tokens. The tokens
 are described by one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the
@@ -38,8 +38,9 @@ from dpo_engine.model.mixture import Experts
 
 
 def response_tokens(batch: Batch, total_weight: float) -> Tensor:
-    """Describe the tokens at which router losses are computed, in a micro-batch or a context-parallel share of it.
+    """Describe the tokens at which router losses are computed.
 
+    batch         a micro-batch, or a context-parallel rank's share of a micro-batch
     total_weight  sum of the weights of all pairs of the global batch
 
     Returns  [2b, 3, e] fp64, the same at every index of the first axis: for each entry of ``batch.scored``, its site,
@@ -82,8 +83,8 @@ class RouterLosses:
     split       whether sequence parallelism splits the tokens over tp
     layer       number of the layer in the whole model
     sums        [2] fp64, this rank's contribution to both losses, summed over the micro-batches of the step
-    counts      [experts] fp64, number of tokens that use each expert, over the tokens of this rank in the step at which
-                losses are computed
+    counts      [experts] fp64, for each expert, the number of this rank's tokens in the step that use the expert. Only
+                tokens at which losses are computed are counted
     """
 
     def __init__(self, groups: Any, count: int, *, split: bool):
@@ -143,7 +144,7 @@ def set_router_losses(chunks: Sequence[nn.Module], experts: Experts | None, *, b
 
 @torch.no_grad()
 def router_metrics(chunks: Sequence[nn.Module], experts: Experts, group: dist.ProcessGroup) -> dict[str, float]:
-    """Return the metrics of all routers for the micro-batches since the last reset. They are equal on every rank.
+    """Return the metrics of all routers for the micro-batches since the last reset, with equal values on all ranks.
 
     group   all ranks
 

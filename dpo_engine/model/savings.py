@@ -57,7 +57,7 @@ def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int)
         yield changed("train.micro_batch_size", size, tokens * size // pairs)
     if dtype == "bf16" and config.optim.gradients == "fp32" and config.adapter is None:
         yield changed("optim.gradients", "bf16")
-    if config.model.cuda_graphs:  # what a graph computes cannot be recomputed
+    if config.model.cuda_graphs:  # work that CUDA graphs record cannot be recomputed
         yield changed("model.cuda_graphs", False)
     else:
         for recompute in ("selective", "full")[("none", "selective", "full").index(config.model.recompute) :]:

@@ -6,7 +6,7 @@ from dpo_engine.model.architecture import Architecture
 
 
 def attention_inputs(arch: Architecture) -> int:
-    """Return the number of parameters in the projections of a layer before attention."""
+    """Return the number of parameters in the projections that precede attention in a layer."""
     if arch.latent is None:
         return arch.hidden_size * arch.qkv_size
     inside = arch.latent
@@ -17,12 +17,12 @@ def attention_inputs(arch: Architecture) -> int:
 
 
 def attention_output(arch: Architecture) -> int:
-    """Return the number of parameters in the projection of a layer after attention."""
+    """Return the number of parameters in the projection that follows attention in a layer."""
     return arch.hidden_size * arch.value_size
 
 
 def score_size(arch: Architecture) -> int:
-    """Return the mean of the widths of queries and values in a layer, each summed over the heads.
+    """Return the mean of a layer's query width and value width, where both are summed over the heads.
 
     A visible (query, key) pair costs twice this many multiplications.
     """

@@ -46,7 +46,7 @@ def choose_layers(
     Raises :class:`ConfigError` if the layers, FP8, the overlap or graphs are requested but cannot be used.
     """
     if config.model.cuda_graphs and not platform.gpu:
-        raise ConfigError("model.cuda_graphs=true: requires a GPU, but this machine has none; remove it")
+        raise ConfigError("model.cuda_graphs=true: requires a GPU, but this machine has none; remove model.cuda_graphs")
     if problems := graph_problems(config, arch):
         raise ConfigError(problems)
     spec, asked = choose_spec(config.model.spec, arch, platform, dtype, config.optim.freeze), config.megatron
@@ -56,9 +56,9 @@ def choose_layers(
     line = f"megatron.transformer.{names[0]}={show(asked.transformer[names[0]])}"
     if spec != "te":
         why = lack_of_transformer_engine(arch, platform, dtype, config.optim.freeze)
-        raise ConfigError(f"{line}: requires Transformer Engine's layers, but {why}; remove it")
+        raise ConfigError(f"{line}: requires Transformer Engine's layers, but {why}; remove {names[0]}")
     if dtype is not torch.bfloat16:
-        raise ConfigError(f"{line}: requires weights in bf16, but they are in {dtype}; remove it")
+        raise ConfigError(f"{line}: requires weights in bf16, but they are in {dtype}; remove {names[0]}")
     problems = fp8_model_problems(config, arch, dims) + overlap_model_problems(config, arch, dims)
     if problems := problems or [*filter(None, [device_problem(config), multicast_problem(config)])]:
         raise ConfigError(problems)
@@ -101,7 +101,7 @@ def lack_of_transformer_engine(
         if arch.experts and arch.experts.special
         else f"Transformer Engine's layers do not support {arch.model_type} models"
         if not arch.suits_transformer_engine
-        else "Transformer Engine trains all experts of a layer, or none, but optim.freeze freezes only some"
+        else "Transformer Engine trains all or none of a layer's experts, but optim.freeze freezes only some of them"
         if freezes_some_experts(frozen, arch)
         else None
     )

@@ -11,7 +11,7 @@ from dpo_engine.model.sizes import attention_inputs, attention_output, mlp_param
 from dpo_engine.platform.dims import ParallelDims
 
 SCORED = 0.5
-"""Assumed share of the tokens of a row for which the output layer is computed. In most preference data, responses are
+"""Assumed share of a row's tokens for which the output layer is computed. In most preference data, responses are
 about as long as their prompts."""
 
 

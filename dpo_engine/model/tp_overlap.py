@@ -1,10 +1,11 @@
 """Overlap of tensor-parallel communication with matrix products, by Transformer Engine's communication buffers.
 
-Problem. With tensor and sequence parallelism, a linear layer gathers its input from the other ranks before its product,
-or sums its output over these ranks afterwards. The GPU's matrix units wait for this communication. Megatron's field
-``tp_comm_overlap`` lets Transformer Engine cut the communication and the product into pieces, and communicate one piece
-while it multiplies another. NCCL does not take part: each rank writes to buffers in the memory of the other ranks.
-These buffers are created once, with a fixed size, and Transformer Engine refuses every input of another size.
+Problem. With tensor and sequence parallelism, a linear layer communicates with the other tensor-parallel ranks. It
+gathers its input before the matrix product, or sums its output over the ranks after the product. The GPU's matrix units
+wait for this communication. Megatron's field ``tp_comm_overlap`` lets Transformer Engine cut the communication and the
+product into pieces, and communicate one piece while it multiplies another. NCCL does not take part: each rank writes to
+buffers in the memory of the other ranks. These buffers are created once, with a fixed size, and Transformer Engine
+refuses every input of another size.
 
 Solution. All micro-batches of a run have the same number of tokens. This requires rows of trees, because a micro-batch
 then has only one row. Each row is padded to the token budget (:func:`dpo_engine.batching.micro_batches.fixed_row`).
@@ -19,16 +20,16 @@ of a fused layer's weight, it sums the gradient of the layer's input over ranks.
 neither, and the gradient of the input is silently wrong. ``optim.freeze`` is therefore refused. Adapters freeze all
 weights, but they are attached to layers without this fusion.
 
-Policy and reference. Transformer Engine gathers the inputs of fused layers in pieces only in passes that compute
-gradients. Products of pieces can be rounded differently from the whole product, so policy and reference can differ by
-rounding in bf16 (:mod:`dpo_engine.training.first_step`).
+Policy and reference. In a forward pass, Transformer Engine gathers the inputs of fused layers in pieces only if
+gradients will be computed. Products of pieces can be rounded differently from the whole product, so policy and
+reference can differ by rounding in bf16 (:mod:`dpo_engine.training.first_step`).
 
 FP8. The ranks exchange inputs and output gradients in FP8, so the buffers for them have one byte per number. A layer
 that remains in bf16 needs a second set of buffers. Transformer Engine cannot exchange numbers in the format of
 ``blockwise``. With ``mxfp8``, all pieces must contain whole blocks of 128 x 128 numbers.
 
-Not covered. Tensor-parallel groups whose ranks are on several nodes. The numerical results are also not covered: no
-test has run these kernels on a GPU.
+Not covered. Tensor-parallel groups whose ranks are on several nodes are refused. No test has run these kernels on a
+GPU, so no test covers their numerical results.
 """
 
 from __future__ import annotations
@@ -75,18 +76,18 @@ def overlap_problems(config: Config) -> Iterator[str]:
     yield from layer_problems(LINE, config)
     if config.batch.layout != "tree":
         yield (
-            f"{LINE}: all rows must have the size of its buffers, which only rows of trees can have, but "
-            f"batch.layout is {config.batch.layout}; set batch.layout=tree, or remove it"
+            f"{LINE}: requires rows of one size, which only the tree layout has, but batch.layout is "
+            f"{config.batch.layout}; set batch.layout=tree, or remove {FIELD}"
         )
     if config.optim.freeze:
         yield (
-            f"{LINE}: Transformer Engine would not sum the gradient of a layer's input over ranks if the weight is "
-            "frozen; remove it, or optim.freeze"
+            f"{LINE}: with it, Transformer Engine does not sum the gradient of a layer's input over ranks if the "
+            "layer's weight is frozen; remove tp_comm_overlap or optim.freeze"
         )
     if config.megatron.fp8_recipe == "blockwise":
         yield (
             f"{LINE}: Transformer Engine cannot exchange numbers in the format of fp8_recipe=blockwise; use another "
-            "recipe, or remove it"
+            "recipe, or remove tp_comm_overlap"
         )
 
 
@@ -103,18 +104,18 @@ def overlap_model_problems(config: Config, arch: Architecture, dims: ParallelDim
         sizes = linear_sizes(arch, dims)
         widths |= {f"each rank's {what}": (sizes[what], MXFP8_BLOCK) for what in summed if what in sizes}
     problems += [
-        f"{line}: {what}, {size}, must be a multiple of {divisor}; remove it"
+        f"{line}: {what}, {size}, must be a multiple of {divisor}; remove {FIELD}"
         for what, (size, divisor) in widths.items()
         if size % divisor
     ]
     if arch.num_layers == 1:
-        problems.append(f"{line}: has no effect, because the model's only layer computes selected columns; remove it")
+        problems.append(f"{line}: has no effect, because a model's last layer does not use it; remove it")
     return problems
 
 
 def overlap_line(config: Config) -> str:
     """Return a description of the overlap for the log; without the overlap, return an empty text."""
-    return ", tensor-parallel communication overlaps with products" if config.megatron.tp_comm_overlap else ""
+    return ", tensor-parallel communication overlaps with matrix products" if config.megatron.tp_comm_overlap else ""
 
 
 def without_overlap(config: Config) -> Config:
@@ -148,7 +149,7 @@ class Buffers:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the buffers, and of the workspaces of products."""
+        """Total bytes of the buffers and of cuBLAS's workspaces."""
         each = (GATHERS + 2 * SUMS) * self.fp8 + 2 * (GATHERS + SUMS) * self.bf16
         return self.tokens * self.width * each + WORKSPACES
 
@@ -166,8 +167,8 @@ def multicast_problem(config: Config) -> str | None:
         return None
     return (
         f"megatron.{LINE}: this GPU, its driver or this version of CUDA cannot write to several GPUs at once "
-        "(multicast); set the environment variable UB_SKIPMC=1, with which each GPU is written to separately, or "
-        "remove it"
+        "(multicast); set the environment variable UB_SKIPMC=1, to write to each GPU separately, or "
+        "remove tp_comm_overlap"
     )
 
 
@@ -209,7 +210,7 @@ def _open(buffers: Buffers, world: Any) -> None:
         if len(nodes := sorted(set(hosts[first : first + tp]))) > 1:
             raise ConfigError(
                 f"megatron.{LINE}: the {tp} ranks of a tensor-parallel group must be on one node, but ranks {first} to "
-                f"{first + tp - 1} are on {join(nodes, 'and')}; lower parallel.tp, or remove it"
+                f"{first + tp - 1} are on {join(nodes, 'and')}; lower parallel.tp, or remove {FIELD}"
             )
     base = import_module("transformer_engine.pytorch.module.base")
     kinds = getattr(base, "UserBufferQuantizationMode", None)
@@ -219,7 +220,7 @@ def _open(buffers: Buffers, world: Any) -> None:
     elif buffers.fp8 and buffers.bf16:
         raise ConfigError(
             f"megatron.{LINE}: this version of Transformer Engine has one set of buffers, but some layers are in fp8 "
-            "and some in bf16; remove it, or megatron.transformer.first_last_layers_bf16"
+            "and some in bf16; remove tp_comm_overlap or first_last_layers_bf16"
         )
     else:
         precision = {"use_fp8": buffers.fp8}

@@ -5,19 +5,20 @@ the reference. Its other named parameters are its options: their annotations and
 section ``loss`` of a run's file accepts. The parameter ``data`` is not an option: a loss with this parameter receives
 the columns of :class:`PairData`.
 
-The registration also states facts about the loss that the engine needs. Each fact is a constant or a function of the
-loss's options:
+The registration also states the facts that the engine needs about the loss. Each fact is a constant or a function of
+the loss's options:
 
 needs_reference    whether the loss uses a reference; the default is true
 couples_pairs      whether a pair's loss depends on other pairs; such a loss receives the whole global batch at once
 needs_data         names of the :class:`PairData` columns that the loss reads, other than ``weights``
 at_init            value of the loss if policy and reference are equal; ``None`` if this value depends on the data
-averages           whether the loss compares log-probabilities per token; the default is the value of the option
-                   ``average``, or false if the loss has no such option
-reward_scale       factor of log-ratios in the rewards; the default is the value of the option ``beta``, or 1 if the
-                   loss has no such option
-likelihood_term    whether the loss contains a likelihood of whole responses, in which all tokens must count equally
-problems           function that checks the combination of options; returns lines ``option=value: rule; way out``
+averages           whether the loss compares means of log-probabilities over tokens, and not sums; the default is the
+                   value of the option ``average``, or false if the loss has no such option
+reward_scale       number by which log-ratios are multiplied to get rewards; the default is the value of the option
+                   ``beta``, or 1 if the loss has no such option
+likelihood_term    whether the loss contains the likelihood of a response, a term in which all tokens must count equally
+problems           function that checks the combination of options and returns a list of lines
+                   ``option=value: rule; way out``
 parts              for a loss that is a sum of terms: function of the options that returns a mapping from the names of
                    the terms to functions ``(policy, reference, data) -> [b]``; the default is an empty mapping
 complete           function that fills in the defaults of each nested loss and returns the options; used by ``mix`` only
@@ -46,7 +47,7 @@ Smoothing = Annotated[float, Ge(0), Lt(0.5)]
 
 
 class PairLogps(NamedTuple):
-    """Log-probabilities of a micro-batch's responses under one model.
+    """Log-probabilities of the responses of a micro-batch, or of the global batch, under one model.
 
     All fields are fp32, except that the sums are fp64 if an fp64 model computed them.
 
@@ -129,7 +130,7 @@ def with_defaults(loss: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def loss_facts(loss: Loss, options: Mapping[str, Any]) -> LossFacts:
-    """Return the facts of ``loss`` with the complete ``options``."""
+    """Return the facts of ``loss`` for ``options``, which must contain every option of the loss."""
 
     def fact(name: str, otherwise: Any) -> Any:
         value = getattr(loss, name, otherwise)
@@ -202,8 +203,9 @@ def rewards(policy: PairLogps, reference: PairLogps | None, beta: float) -> tupl
 
 
 def accuracies(margins: Tensor, tolerance: Tensor | float = 0.0) -> Tensor:
-    """Return for each pair 1 if its margin is positive, 0.5 for a tie, and 0 otherwise. [b]
+    """Return the accuracy of each pair [b]: 0.5 for a tie; otherwise, 1 for a positive and 0 for a negative margin.
 
-    tolerance  largest absolute value of a margin that counts as a tie: one number for all pairs, or one per pair [b]
+    tolerance  a pair is a tie if the absolute value of its margin is at most this number: one number for all pairs, or
+               one per pair [b]
     """
     return 0.5 * (1 + torch.where(margins.abs() <= tolerance, 0.0, torch.sign(margins)))

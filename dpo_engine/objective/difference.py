@@ -1,4 +1,7 @@
-"""Losses that depend on the difference between the two responses' scores. :mod:`scores` explains the shared options."""
+"""Losses that depend on the difference between the two responses' scores. :mod:`scores` explains the shared options.
+
+One loss, ``dpop``, also depends directly on the log-ratio of the chosen response.
+"""
 
 import math
 from typing import Annotated
@@ -158,8 +161,8 @@ def ipo(
 ) -> Tensor:
     """Squared loss ``(score_c - score_r - 1 / (2 beta))^2``.
 
-    average  divide each score by the number of tokens in the response. If false, scores are sums over tokens, as in
-             the paper's equation; sums need a different beta
+    average  divide each score by the number of tokens in the response. If false, a score belongs to the whole
+             response, as in the paper's equation; such scores need a different beta
 
     Returns  [b]  one loss per pair
 
@@ -258,7 +261,7 @@ def discopop(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """DiscoPOP: a weighted sum of logistic and exponential loss; the weights depend on the margin.
+    """DiscoPOP: a weighted sum of the logistic and the exponential loss; their weights depend on the margin.
 
     ``-(1 - k) log sigmoid(m) + k exp(-m)`` with ``m = beta (score_c - score_r)`` and ``k = sigmoid(m / tau)``
 

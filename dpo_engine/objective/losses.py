@@ -4,7 +4,7 @@ Importing this module registers the losses of these modules:
 
 difference      losses that depend on the difference of two scores: sigmoid, ipo, hinge, robust, exo_pair, ...
 rewarded        losses that fit a ground-truth reward difference: rpo_sq, rpo_bwd_kl, rpo_fwd_kl
-separate        losses with a separate term per response: nca_pair, bco_pair, sppo_hard, apo_zero, apo_down
+separate        losses that depend on the log-ratio of each response: nca_pair, bco_pair, sppo_hard, apo_zero, apo_down
 transport       losses that compare distributions over all pairs: aot, aot_unpaired
 reference_free  losses that use the policy alone: simpo, cpo, orpo, sft
 mix             a weighted sum of other losses

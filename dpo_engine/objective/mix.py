@@ -65,7 +65,7 @@ def _reward(options: Options) -> LossFacts:
 def _problems(options: Options) -> list[str]:
     entries = options["losses"]
     if not entries:
-        return ["losses=[]: must not be empty; list losses, each with its name, weight and options"]
+        return ["losses=[]: must not be empty; give at least one loss, with its name, weight and options"]
     return [line for index, entry in enumerate(entries) for line in _entry_problems(entry, f"losses[{index}]")]
 
 
@@ -92,7 +92,10 @@ def _term(weight: float, loss: Loss, own: Options) -> Part:
 
 
 def _parts(options: Options) -> dict[str, Part]:
-    """Return the weighted terms by the names of their losses; a name that occurs again gets a number appended."""
+    """Return the weighted terms; the keys are the names of their losses.
+
+    If a name occurs several times, the second and later keys with this name end in a number, such as ``sft_2``.
+    """
     found: dict[str, Part] = {}
     for entry in options["losses"]:
         name, number = entry["name"], 2

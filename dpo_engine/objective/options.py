@@ -11,7 +11,7 @@ from dpo_engine.objective.contract import LOSSES, loss_options, with_defaults
 from dpo_engine.wording import nearest
 
 FOR_ALL = ("ld_alpha", "use_weighting")
-"""Keys of the section ``loss`` that weight the tokens or pairs of every loss. They are not options of a loss."""
+"""Keys of the section ``loss`` that set weights of tokens or pairs. They apply to every loss, and are not options."""
 
 
 def option_problems(name: str, given: Mapping[str, Any], above: str) -> list[str]:

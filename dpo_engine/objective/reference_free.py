@@ -1,7 +1,7 @@
 """Losses that use the policy alone, without a reference.
 
-All of them except ``simpo`` have an option ``nll``. The option selects how the negative log-probability of the chosen
-response is averaged:
+All of them except ``simpo`` have an option ``nll``. The option selects whether and how the negative log-probability of
+the chosen response is averaged:
 
 batch_mean     mean over all tokens of chosen responses in the global batch
 response_mean  mean over the tokens of the response
@@ -102,9 +102,11 @@ def _orpo_parts(options: dict[str, Any]) -> dict[str, Part]:
 def _cpo_problems(options: dict[str, Any]) -> list[str]:
     found, kind, smoothing = [], options["kind"], options["label_smoothing"]
     if smoothing and kind != "sigmoid":
-        found.append(f"label_smoothing={smoothing}: applies only to kind sigmoid, but kind is {kind}; remove it")
+        found.append(
+            f"label_smoothing={smoothing}: applies only to kind sigmoid, but kind is {kind}; remove label_smoothing"
+        )
     if options["nll"] != "batch_mean" and not options["nll_weight"]:
-        found.append(f"nll={options['nll']}: has no effect when nll_weight is 0; remove it")
+        found.append(f"nll={options['nll']}: has no effect when nll_weight is 0; remove nll")
     return found
 
 
@@ -148,7 +150,10 @@ def cpo(
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """Compute ``log(1 - exp(x))`` for ``x < 0``, elementwise. Of two equal forms, use the one without cancellation."""
+    """Compute ``log(1 - exp(x))`` for ``x < 0``, elementwise.
+
+    Of two formulas that are mathematically equal, each element is computed with the one without cancellation.
+    """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = torch.log(-torch.expm1(x))
     return torch.where(x > -0.6931471805599453, near, torch.log1p(-torch.exp(x)))

@@ -4,8 +4,9 @@ These losses have some options in common:
 
 beta            strength of the regularization toward the reference
 divergence      *f*-divergence that keeps the policy near the reference. A response's score is ``f'(pi / pi_ref)``, up
-                to a constant; for reverse_kl, it is the log-ratio. Other losses do not have this option, because the
-                partition function cancels only in a difference of scores. *Source*: f-DPO (arXiv 2309.16240)
+                to a constant; for reverse_kl, the score is the log-ratio. Losses that depend on more than the
+                difference of two scores do not have this option, because the partition function cancels only in this
+                difference. *Source*: f-DPO (arXiv 2309.16240)
 alpha           order of the alpha divergence; order 1 equals reverse_kl, and order 0 equals forward_kl
 reference_free  use the policy's log-probability as the score, without a reference
 average         divide each score by the number of tokens in the response
@@ -24,7 +25,7 @@ from dpo_engine.objective.contract import PairLogps, log_ratios
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Options = dict[str, Any]
 
-# The largest fp32 number is about exp(88.7). This limit leaves room for sums and products of such exponentials.
+# The largest fp32 number is about exp(88.7). This limit leaves room for a factor of up to 6,000 (exp(8.7)).
 LARGEST_EXPONENT = 80.0
 
 
@@ -60,11 +61,11 @@ def score_problems(options: Options) -> list[str]:
     """Return one line for each contradiction between the options that determine the scores."""
     found, divergence, alpha = [], options["divergence"], options["alpha"]
     if alpha is not None and divergence != "alpha":
-        found.append(f"alpha={alpha}: applies only to divergence alpha, but divergence is {divergence}; remove it")
+        found.append(f"alpha={alpha}: applies only to divergence alpha, but divergence is {divergence}; remove alpha")
     if alpha is None and divergence == "alpha":
         found.append("alpha=null: divergence alpha needs an order; set alpha to a number, usually 0.5")
     if options["reference_free"] and divergence != "reverse_kl":
-        found.append(f"divergence={divergence}: needs a reference, but reference_free is true; remove one of them")
+        found.append(f"divergence={divergence}: needs a reference, but reference_free is true; remove one of the two")
     return found
 
 

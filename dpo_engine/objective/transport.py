@@ -1,10 +1,10 @@
-"""Alignment by optimal transport (AOT): shift one distribution above another. Both contain a value for each pair.
+"""Alignment by optimal transport (AOT): shift one distribution above another. Each distribution has one value per pair.
 
-In these losses, pairs depend on each other: the loss is a mean over the quantiles of all pairs. If all pairs have the
-same weight, the loss compares two sorted lists element by element. Otherwise, each pair covers a range of quantiles
-that is proportional to its weight: a pair of weight 2 counts like two copies, and a pair of weight 0 does not count.
-The loss at a quantile is assigned to the pair at that quantile of the first distribution. The weighted mean over pairs
-is then equal to the mean over quantiles.
+These losses couple pairs: the loss is a mean over the quantiles of both distributions. If all pairs have the same
+weight, the loss compares the two sorted lists of values, element by element. Otherwise, each pair covers a range of
+quantiles that is proportional to its weight: a pair of weight 2 counts like two copies, and a pair of weight 0 does not
+count. The loss at a quantile is assigned to the pair at that quantile of the first distribution. The weighted mean over
+pairs is then equal to the mean over quantiles.
 
 *Source*: distributional preference alignment (arXiv 2406.05882).
 """
@@ -22,7 +22,7 @@ from dpo_engine.objective.scores import logistic
 def over_quantiles(first: Tensor, second: Tensor, weights: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
     """Compute ``value(quantile of first - same quantile of second)`` for each pair, averaged over the pair's quantiles.
 
-    first, second  [n]  the quantity of each pair in the first and in the second distribution
+    first, second  [n]  each pair's value in the first and in the second distribution
     weights        [n]  weights of the pairs
 
     Returns  [n]  mean over the quantiles that the pair covers in ``first``; 0 if the pair's weight is 0

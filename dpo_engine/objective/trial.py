@@ -50,7 +50,7 @@ def _unknown_facts(name: str) -> list[str]:
     given = [fact for fact in vars(LOSSES[name]) if not fact.startswith("_") and fact not in FACTS]
     near = {fact: nearest(fact, FACTS) for fact in given}
     return [
-        f"the loss is registered with {fact}, which is not a fact of losses; "
+        f"the loss is registered with {fact}, which is not a keyword of LOSSES.register; "
         + (f"did you mean {near[fact]}?" if near[fact] else "remove it")
         for fact in given
     ]

@@ -11,9 +11,9 @@ def always_zero(optim: OptimConfig, total_steps: int) -> bool:
     """Whether the learning rate is 0 in every step of a run.
 
     With warmup, this is true only for a run of one step, because warmup starts at 0. Without warmup, this is true only
-    for a registered schedule whose factors are all 0, if ``optim.min_lr`` is 0.
+    if ``optim.min_lr`` is 0 and the schedule is a plugin's schedule whose factors are 0 in all steps.
 
-    Raises ``ValueError`` if a registered schedule returns an invalid factor.
+    Raises ``ValueError`` if a plugin's schedule returns an invalid factor.
     """
     if warmup_steps(optim, total_steps):
         return total_steps == 1
@@ -23,7 +23,10 @@ def always_zero(optim: OptimConfig, total_steps: int) -> bool:
 
 
 def schedule_warnings(optim: OptimConfig, total_steps: int) -> list[str]:
-    """Return a line if the learning rate is always 0, or if it never reaches ``optim.lr`` because of the warmup."""
+    """Return one warning if the learning rate is always 0, or if the warmup keeps it below ``optim.lr`` in every step.
+
+    Otherwise, return an empty list.
+    """
     key = "warmup_steps" if optim.warmup_steps is not None else "warmup_ratio"
     asked, steps = f"optim.{key}={show(getattr(optim, key))}", f"{total_steps} step{'' if total_steps == 1 else 's'}"
     warmup = warmup_steps(optim, total_steps)
@@ -32,5 +35,5 @@ def schedule_warnings(optim: OptimConfig, total_steps: int) -> list[str]:
         way_out = "remove the warmup, or train more steps" if warmup else "use another schedule, or set optim.min_lr"
         return [f"{cause} the learning rate is 0 in every step of this run ({steps}); {way_out}"]
     if warmup and warmup >= total_steps:
-        return [f"{asked}: the run has {steps}, so it never reaches optim.lr; shorten the warmup"]
+        return [f"{asked}: the run has {steps}, so the learning rate never reaches optim.lr; shorten the warmup"]
     return []

@@ -5,7 +5,7 @@ updates one piece, the gradients of the next piece are copied to the host, and t
 copied back to the device. Only the buffers of these copies are page-locked. The update itself is torch's fused AdamW
 for CPUs. This module also works without a GPU; the device's memory is then host memory, too.
 
-Megatron's HybridDeviceOptimizer is not used. It moves only tensors that are on a GPU, so neither its numbers nor its
+Megatron's HybridDeviceOptimizer is not used. It moves only tensors that are on a GPU, so neither its results nor its
 checkpoints could be tested without a GPU. By default, it also page-locks memory for all gradients and creates an
 optimizer for each parameter.
 """
@@ -37,7 +37,7 @@ class HostAdamW(PiecewiseAdamW):
         locked = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self._scaled, self._received, self._sent = buffers(device=device), buffers(**locked), buffers(**locked)
         self._out, self._back = torch.cuda.Stream(), torch.cuda.Stream()
-        # One event for each buffer in `_sent`: the last copy from this buffer has ended.
+        # One event for each buffer in `_sent`; it marks the end of the last copy from this buffer.
         self._free = [self._back.record_event() for _ in range(2)]
 
     def _update_all(self) -> None:
@@ -89,10 +89,10 @@ class HostAdamW(PiecewiseAdamW):
 def update_threads(*, gpu: bool) -> int:
     """Return the number of threads for an update on the host.
 
-    Without a GPU, an update uses the same number of threads as every other operation. With a GPU, it uses
-    OMP_NUM_THREADS threads if this variable is set and more than 1 (torchrun sets it to 1 by default). Otherwise, it
-    uses one thread for each core that this process may use. If the process may use all cores of the node, the other
-    ranks of the node use the same cores, so the number of cores is divided by the number of GPUs.
+    Without a GPU, an update uses the same number of threads as torch's other operations. With a GPU, the environment
+    variable OMP_NUM_THREADS gives the number if it is greater than 1 (torchrun sets it to 1 by default). Otherwise, the
+    update uses one thread for each core that this process may use. If the process may use all cores of the node, the
+    other ranks of the node use the same cores, so the number of cores is divided by the number of GPUs.
     """
     asked, own = torch.get_num_threads(), cores()
     if not gpu or ("OMP_NUM_THREADS" in os.environ and asked > 1):

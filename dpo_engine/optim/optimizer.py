@@ -37,7 +37,7 @@ class Trained(NamedTuple):
 
     chunks     this rank's model chunks, wrapped in Megatron's DDP, which owns the gradient buffers
     optimizer  Megatron's optimizer for all chunks
-    schedule   learning rate schedule; it sets the learning rate for step ``schedule.num_steps``
+    schedule   learning rate schedule; the current learning rate is the one for step ``schedule.num_steps``
     moments    names of the tensors that the optimizer keeps for each parameter
     """
 
@@ -73,8 +73,8 @@ def wrap_policy(
     options    further fields of DDP's configuration, from the section ``megatron.ddp``
 
     This function also sets ``finalize_model_grads_func`` in Megatron's model config, so that the pipeline schedules
-    reduce gradients without rescaling them. With ``parallel.overlap``, it also gives the schedules and the chunks the
-    functions that delay, start and await the overlapped communication.
+    reduce gradients without rescaling them. With ``parallel.overlap``, it also sets the callbacks that delay, start
+    and await the overlapped communication. The pipeline schedules and the chunks call these callbacks.
     """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
@@ -107,8 +107,8 @@ def wrap_policy(
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
-        # In this case, Megatron's hooks do not start gathers ahead of time. Its pipeline schedules call this function
-        # to start them.
+        # With these options, Megatron's hooks do not start all-gathers ahead of time. Megatron's pipeline schedules
+        # start them by calling `param_sync_func`.
         config.param_sync_func = [partial(_start_gathers, chunk) for chunk in wrapped]
 
     def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
@@ -123,7 +123,8 @@ def wrap_policy(
 def _await_layer(ddp: DistributedDataParallel, layer: torch.nn.Module) -> None:
     """Wait until all weights of a layer are gathered, as Megatron's hooks do when the layer's modules are called.
 
-    *Collectives*: the all-gathers of these weights and of the next bucket, over dp_cp.
+    *Collectives*: over dp_cp, the all-gathers of these weights and, without ``align_param_gather``, the all-gather of
+    the next bucket's weights.
     """
     for parameter in layer.parameters():
         if parameter in ddp.param_to_bucket_group:
@@ -197,7 +198,7 @@ def _in_pieces(optim: OptimConfig, parallel: ParallelConfig, dtype: torch.dtype)
 
 
 def _plain_optimizer(optimizer: torch.optim.Optimizer | None, config: OptimizerConfig) -> Any:
-    """Return Megatron's optimizer around a torch optimizer, without sharding."""
+    """Wrap a torch optimizer in the Megatron optimizer class that does not shard states."""
     if config.bf16:
         return Float16OptimizerWithFloat16Params(optimizer, config, None, lambda *states: None)
     return FP32Optimizer(optimizer, config, lambda *states: None)
@@ -228,7 +229,7 @@ def fuse_adam(optimizer: Any) -> None:
     """Make torch's AdamW update all parameters in one kernel per group. Other implementations of Adam are fused anyway.
 
     Without this function, Megatron's AdamW uses torch's ``foreach`` form, which temporarily needs another 4 bytes per
-    owned parameter. With full recomputation, this temporary memory determines the run's peak.
+    parameter that the rank owns. With full recomputation, this temporary memory determines the run's peak memory.
     """
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(single.optimizer, torch.optim.AdamW):
@@ -253,13 +254,14 @@ def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def sum_over_model(trained: Trained, others: Tensor, experts: Tensor) -> Tensor:
-    """Sum numbers over the ranks that contribute different gradients; see :func:`reduced_gradients`.
+    """Sum a quantity over all gradients of the model, each of which is counted once; see :func:`reduced_gradients`.
 
-    others   this rank's number for all parameters that belong to no expert; it may be overwritten
-    experts  this rank's number for the experts' parameters; it may be overwritten
+    others   this rank's part of the sum, for all parameters that belong to no expert; it may be overwritten
+    experts  this rank's part of the sum, for the experts' parameters; it may be overwritten
 
-    *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance. Without it, one SUM
-    over tp and pp and, for a model with experts, one SUM over the ranks that share a copy of all experts.
+    *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance of that optimizer.
+    Without the distributed optimizer, one SUM over tp and pp and, for a model with experts, one more SUM over the ranks
+    that together hold one copy of all experts.
     """
     if not trained.has_experts:
         dist.all_reduce(others, group=trained.optimizer.get_grad_stats_parallel_group())

@@ -1,19 +1,20 @@
 """The registered optimizers, and how a run's optimizer is chosen and checked. Needs no Megatron.
 
-An optimizer is a function ``(groups, lr, *, options)`` that returns a ``torch.optim.Optimizer``:
+An optimizer other than ``adamw`` is a function ``(groups, lr, *, options)`` that returns a ``torch.optim.Optimizer``:
 
-groups  list of parameter groups: first the matrices, to which weight decay applies, and then biases and norm weights.
-        Before each step, the engine sets ``lr`` and ``weight_decay`` of each group. In the second group,
-        ``weight_decay`` is 0
+groups  list of parameter groups: first the matrices, to which weight decay applies, and then biases and norm weights. A
+        group without parameters is left out. Before each step, the engine sets ``lr`` and ``weight_decay`` of each
+        group. For biases and norm weights, ``weight_decay`` is 0
 lr      peak learning rate
 
+For a model with experts, the function is called separately for the experts' parameters and for all other parameters.
 The parameters are this tensor-parallel rank's shards of the weights or, for bf16 weights, fp32 copies of these shards.
-The update must therefore be elementwise: a weight's update may depend only on the gradients of that weight. An
+The update must therefore be elementwise: the update of an element may depend only on that element and its gradients. An
 optimizer such as Muon, which reads whole matrices, cannot be registered.
 
-An optimizer is registered with a tuple ``state``: the names of the tensors that the optimizer's own ``state`` contains
-for each parameter. Each tensor has the shape of the parameter, and is zero before the first step. Checkpoints contain
-these tensors.
+An optimizer is registered with a tuple ``state``: the names of the tensors that the attribute ``state`` of the torch
+optimizer contains for each parameter. Each tensor has the shape of the parameter, and is zero before the first step.
+Checkpoints contain these tensors.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _ignored(config: Config) -> Iterator[str]:
         if getattr(optim, key) != OptimConfig.model_fields[key].default:
             yield (
                 f"optim.{key}={show(getattr(optim, key))}: applies only to optimizer adamw, but optim.optimizer is "
-                f"{name}; remove it, or use optim.optimizer_options"
+                f"{name}; remove optim.{key}, or use optim.optimizer_options"
             )
     if config.parallel.distributed_optimizer:
         yield (

@@ -1,10 +1,10 @@
-"""Update weights with AdamW in pieces, so that bf16 gradients are never all copied to fp32 at the same time.
+"""Update weights with AdamW in pieces, so that only a part of the bf16 gradients is copied to fp32 at a time.
 
-Megatron converts the whole gradient to fp32 before an update. The copy takes 4 more bytes for each parameter that a
-rank owns, at a moment when weights, gradients and states are all in memory. In this module, a piece has at most `PIECE`
-elements. The gradients of a piece are converted, and torch's fused AdamW updates the piece, before the next piece
-begins. At the end, the new weights are copied to the model. The results equal those of one fused update of all
-elements. :mod:`~dpo_engine.optim.host_states` keeps the states in host memory and works in the same pieces.
+Megatron converts all gradients to fp32 before an update. The copy takes 4 more bytes for each parameter that a rank
+owns, at a moment when weights, gradients and states are all in memory. In this module, a piece has at most `PIECE`
+elements. For one piece after the other, the gradients are converted, and torch's fused AdamW updates the piece. At the
+end, the new weights are copied to the model. The results equal those of one fused update of all elements.
+:mod:`~dpo_engine.optim.host_states` keeps the states in host memory and works in the same pieces.
 """
 
 from collections import defaultdict
@@ -22,12 +22,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Slice(NamedTuple):
-    """A slice of a parameter, which this rank updates.
+    """The slice of a parameter that this rank updates.
 
-    device   the tensor that Megatron would update, whose ``grad`` is the gradient. For a bf16 parameter, it has the
-             slice's shape and the dtype of gradients, but only one element of memory
+    device   the tensor of this slice in Megatron's parameter groups; its ``grad`` is the slice's gradient. For a bf16
+             parameter, the tensor has the slice's shape and the dtype of the gradients, but only one element of memory
     weights  flat view of this slice in the model's parameter
-    main     main weights in fp32, flat; the same memory as ``weights`` if these are in fp32 and ``on_host`` is false
+    main     main weights of this slice in fp32, flat. If the model's weights are in fp32 and the states are on the
+             device, this tensor has the same memory as ``weights``
     """
 
     device: Tensor
@@ -36,7 +37,7 @@ class Slice(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The elements ``own`` of a slice. In the buffer of a piece, their gradients occupy the range ``place``.
+    """The elements ``own`` of a slice. In the buffer of their piece, their gradients occupy the range ``place``.
 
     If the states are in host memory, the elements' new weights occupy the same range of another buffer.
     """
@@ -53,8 +54,9 @@ class PiecewiseAdamW:
     param_groups  groups of the replaced optimizer. Megatron's schedule writes their learning rates. The item ``step``
                   of a group is the number of updates
     state         moments; the key is the tensor of main weights
-    mains         main weights; the key is the tensor that Megatron would update
-    factor        number by which the next update multiplies the gradients, a tensor on the device; None: 1
+    mains         main weights; the key is the slice's tensor in ``param_groups``
+    factor        number by which the next update multiplies the gradients, as a tensor on the device; None means that
+                  the gradients are not multiplied
     """
 
     on_host = False
@@ -88,7 +90,10 @@ class PiecewiseAdamW:
         self._gradients = torch.empty(self._size, dtype=torch.float32, device=device)
 
     def take_gradients(self) -> None:
-        """Set the gradient of each slice, in the dtype in which it was summed. Megatron would convert it to fp32."""
+        """Set the gradient of each slice, in the dtype in which the gradients were summed.
+
+        Megatron's own method, which this method replaces, converts the gradients to fp32.
+        """
         for device, parameter, own in self._owned:
             device.grad = parameter.main_grad.view(-1)[own]
 

@@ -1,4 +1,4 @@
-"""Build the learning rate schedule: linear warmup, then the configured decay, with Megatron's scheduler."""
+"""Build a learning rate schedule with Megatron's scheduler: linear warmup, and then the configured decay."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from dpo_engine.optim.schedules import SCHEDULES, MegatronSchedule, factors, war
 
 
 class RegisteredSchedule(OptimizerParamScheduler):
-    """Megatron's scheduler with linear warmup, and then the factors of a registered schedule.
+    """A scheduler that uses Megatron's linear warmup, and after the warmup the factors of a registered schedule.
 
-    factors  factor for each step since the warmup, starting with step 0; the last factor also applies to later steps
+    factors  ``factors[i]`` applies ``i`` steps after the warmup; the last factor also applies to later steps
     """
 
     def __init__(self, optimizer: Any, *, factors: list[float], **megatron: Any):
@@ -29,11 +29,11 @@ class RegisteredSchedule(OptimizerParamScheduler):
 
 
 def build_schedule(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> OptimizerParamScheduler:
-    """Return a schedule with linear warmup to ``optim.lr``, and then the configured decay to ``optim.min_lr``.
+    """Return a schedule with linear warmup to ``optim.lr``, and then the configured decay.
 
-    The decay of ``cosine``, ``linear`` and ``wsd`` ends at ``total_steps``. The decay of ``inverse_sqrt`` does not
-    depend on ``total_steps``, and ``constant`` does not decay. With warmup, the learning rate for step 0 is 0, as in
-    Megatron and transformers.
+    The decay of ``cosine``, ``linear`` and ``wsd`` ends at ``total_steps``, with the learning rate ``optim.min_lr``.
+    The decay of ``inverse_sqrt`` does not depend on ``total_steps``, and stops if it reaches ``optim.min_lr``.
+    ``constant`` does not decay. With warmup, the learning rate for step 0 is 0, as in Megatron and transformers.
 
     Raises :class:`~dpo_engine.errors.ConfigError` if a registered schedule returns an invalid factor.
     """

@@ -1,13 +1,13 @@
-"""The registered learning rate schedules, and how a run's schedule is chosen and checked. Needs no Megatron.
+"""The registry of learning rate schedules, and checks of a run's schedule. This module needs no Megatron.
 
-A schedule describes the learning rate after the warmup. It is a pure function ``(step, total_steps, *, options)``:
+Megatron's scheduler computes the engine's own five schedules. Every other schedule is a registered pure function
+``(step, total_steps, *, options)`` that describes the learning rate after the warmup:
 
 step         number of steps since the warmup, from 0 to ``total_steps``
 total_steps  number of steps of the run after the warmup
 
 The function returns a factor from 0 to 1. The learning rate is ``min_lr + (lr - min_lr) * factor``. The engine itself
 handles the linear warmup. Therefore ``optim.warmup_steps`` and ``optim.warmup_ratio`` work with every schedule.
-Megatron's scheduler computes the engine's own five schedules.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
 def reads_length(optim: OptimConfig) -> bool:
     """Whether the learning rate for a step depends on the total number of steps.
 
-    A registered schedule depends on this number unless the schedule is registered with ``reads_length=False``.
+    The engine assumes that a registered schedule depends on this number. A schedule that does not depend on it can be
+    registered with ``reads_length=False``.
     """
     warmup_is_share = optim.warmup_steps is None and bool(optim.warmup_ratio)
     return getattr(SCHEDULES.get(optim.schedule), "reads_length", True) or warmup_is_share

@@ -45,8 +45,8 @@ class OwnedSlice:
     def moments(self) -> dict[str, Tensor]:
         """Return flat views of the moments. Before the optimizer's first step, create them as zeros.
 
-        Raises :class:`~dpo_engine.errors.ConfigError` if a torch optimizer keeps a tensor of the weight's shape that
-        ``names`` does not list.
+        Raises :class:`~dpo_engine.errors.ConfigError` if a torch optimizer keeps a tensor that has the shape of
+        ``main``, but whose name is not in ``names``.
         """
         state = self.optimizer.state[self.main]
         kept = [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == self.main.shape]
@@ -108,9 +108,9 @@ def counts_by_parameter(optimizer: Any) -> bool:
 
 
 def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
-    """Yield each owned parameter with a non-finite value, and the name of the tensor with this value.
+    """Yield ``(parameter, name)`` for each main tensor or moment with a non-finite value.
 
-    The name is ``main`` or a moment's name.
+    ``parameter`` is the owned parameter to which the tensor belongs. ``name`` is ``main`` or the moment's name.
     """
     found = []
     for owned in owned_slices(trained):

@@ -1,11 +1,11 @@
 """Let ranks that are ready to connect wait for ranks that are still reading files or downloading a model.
 
-Before any process group exists, each rank checks its run: it downloads and reads the model, the tokenizer and the first
-records. On some nodes, this can take longer than `parallel.timeout_s`. A rank that is still preparing therefore
-connects, in a thread, to the key-value store that all ranks share, and increments a counter in it. Ranks that wait
-restart their time limit at each increment. A rank that never started or has died does not increment the counter. Once
-all other ranks are ready, no rank increments the counter anymore, and the ranks that wait for the missing rank reach
-their time limit.
+Before any process group exists, each rank checks the run. For these checks, it downloads and reads the model, the
+tokenizer and the first records. On some nodes, this can take longer than `parallel.timeout_s`. A rank that is still
+preparing therefore connects, in a thread, to the key-value store that all ranks share, and increments a counter in it.
+Ranks that wait restart their time limit at each increment. A rank that never started or has died does not increment the
+counter. Once all other ranks are ready, no rank increments the counter anymore, and the ranks that wait for the missing
+rank reach their time limit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BEAT_S = 5.0
 POLL_S = (0.005, 0.5)
 """Initial and maximum number of seconds between two reads of the store."""
 PREPARING = "preparing"
-"""Key of the counter that each rank increments until it is ready."""
+"""Key of the counter that ranks increment while they are preparing."""
 
 _served: dist.Store | None = None
 """Rank 0's connection to the store. If rank 0 hosts the store, this object is also the server.
@@ -59,7 +59,7 @@ def preparing(timeout_s: float) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        if rank == 0:  # the thread may be opening the store, which must then stay open
+        if rank == 0:  # if the thread is opening the store, wait until it has set `_served`, which keeps the store open
             thread.join()
 
 
@@ -86,7 +86,7 @@ def release() -> None:
 def await_key(store: dist.Store, key: str, timeout_s: float, progress: Callable[[], None] = lambda: None) -> bytes:
     """Return the value of ``key`` as soon as another rank has set it.
 
-    timeout_s   time limit in seconds, which starts again with each increment by a rank that is :func:`preparing`
+    timeout_s   time limit in seconds; each increment by a rank that is :func:`preparing` restarts the time limit
     progress    function that is called after each increment
 
     Raises :class:`~dpo_engine.errors.PeerError` after the time limit.

@@ -18,7 +18,8 @@ from dpo_engine.platform.torchrun import describe_limit
 GPU_SETTINGS = {
     # Megatron relies on a single hardware queue, so that communication starts in the order in which it was enqueued.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # Lengths vary from step to step. With segments of fixed size, about 14% of the allocated memory would be unused.
+    # Sequence lengths vary from step to step. With segments of fixed size, about 14% of the allocated memory would be
+    # unused.
     "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
     # NCCL registers the buffers of collectives in CUDA graphs, which is unsafe in segments that expand.
     "NCCL_GRAPH_REGISTER": "0",
@@ -55,10 +56,10 @@ def open_platform(*, deterministic: bool, own_stream: bool = False) -> Platform:
 
     deterministic   whether to use torch's deterministic kernels; with them, two runs with the same layout and seed have
                     bitwise identical losses
-    own_stream      whether this thread uses a CUDA stream of its own from now on. Work on the default stream cannot be
-                    recorded as a CUDA graph. Autograd runs each operation's backward pass on the stream of its forward
-                    pass, and adds up a parameter's gradient on the stream on which DDP first saw the parameter, so
-                    everything must be on the recorded stream
+    own_stream      whether this thread uses a CUDA stream of its own from now on. CUDA graphs require this, because
+                    work on the default stream cannot be recorded. All work of a step must be on the recorded
+                    stream, also the backward pass: autograd runs the backward pass of an operation on the stream of its
+                    forward pass, and adds up a parameter's gradient on the stream on which DDP first saw the parameter
 
     On a GPU, nothing is patched. Without a GPU, this function calls :func:`dpo_engine.platform.host.install`, which no
     other function of the engine calls.

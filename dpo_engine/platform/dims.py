@@ -1,4 +1,4 @@
-"""The sizes of a run's parallel dimensions, and checks that they can split a model. They need no process groups."""
+"""The sizes of a run's parallel dimensions, and functions that check these sizes. Process groups are not needed."""
 
 import math
 from dataclasses import dataclass
@@ -147,7 +147,7 @@ class ParallelDims:
             )
         found += self._layer_problems(arch.num_layers)
         if self.vpp is not None and self.pp == 1:
-            found.append(f"parallel.vpp={self.vpp}: requires parallel.pp >= 2, but it is 1; remove it")
+            found.append(f"parallel.vpp={self.vpp}: requires parallel.pp >= 2, but it is 1; remove parallel.vpp")
         if arch.experts:
             must_divide("ep", self.ep, "experts.count", arch.experts.count)
             must_divide("etp", self.etp, "experts.ffn_hidden_size", arch.experts.ffn_hidden_size)
@@ -158,14 +158,14 @@ class ParallelDims:
         elif self.ep > 1:
             found.append(f"parallel.ep={self.ep}: model type {arch.model_type} has no experts; use 1")
         elif self.etp != self.tp:
-            found.append(f"parallel.etp={self.etp}: model type {arch.model_type} has no experts; remove it")
+            found.append(f"parallel.etp={self.etp}: model type {arch.model_type} has no experts; remove parallel.etp")
         return found
 
     def _layer_problems(self, num_layers: int) -> list[str]:
         count = self.pp * self.chunks
         key = f"parallel.pp={self.pp}" + (f" x parallel.vpp={self.vpp}" if self.vpp else "")
         if count > num_layers:
-            return [f"{key}: must be at most model.num_layers={num_layers}; lower it"]
+            return [f"{key}: must be at most model.num_layers={num_layers}; use a smaller number"]
         if self.layers is None and num_layers % count:
             return [
                 f"{key}: must divide model.num_layers={num_layers}; use {choices(divisors(num_layers))}, or set "
@@ -174,21 +174,21 @@ class ParallelDims:
         if self.layers is not None and len(self.layers) == count and sum(self.layers) != num_layers:
             return [
                 f"parallel.layers={list(self.layers)}: must sum to model.num_layers={num_layers}, but the sum is "
-                f"{sum(self.layers)}; correct it"
+                f"{sum(self.layers)}; correct the list"
             ]
         return []
 
     def share_multiple(self, sequence_parallel: bool, tokens: int = 1) -> int:
-        """Return the required divisor of the number of tokens in a context-parallel rank's share of a row.
+        """Return the ``n`` for which a context-parallel rank's share of a row must have a multiple of ``n`` tokens.
 
         Sequence parallelism splits a share into ``tp`` equal parts.
 
-        tokens   required divisor of the number of tokens in each of these parts
+        tokens   each of these parts must have a multiple of this number of tokens
         """
         return tokens * (self.tp if sequence_parallel else 1)
 
     def sequence_multiple(self, sequence_parallel: bool, tokens: int = 1) -> int:
-        """Return the required divisor of the row length of every stacked micro-batch.
+        """Return the ``n`` for which every row of a stacked micro-batch must have a multiple of ``n`` tokens.
 
         Context parallelism splits a row into ``2 cp`` equal chunks, two for each rank.
 

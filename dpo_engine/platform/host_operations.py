@@ -1,4 +1,4 @@
-"""CPU versions of torch's `mm`, and of operations that Megatron runs with fused kernels, copies or NCCL on a GPU."""
+"""CPU versions of torch's `mm`, and of Megatron's operations that use a fused kernel, a copy from the GPU, or NCCL."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +29,8 @@ class WeightGradients:
 def mkl_is_slow() -> bool:
     """Whether MKL, which torch uses for matrix products by default, is slow on this processor, and oneDNN is available.
 
-    MKL is Intel's library. On other processors, it uses only 256-bit kernels. oneDNN uses the widest vectors that the
-    processor supports.
+    MKL is Intel's library. On processors of other vendors, MKL uses only 256-bit kernels. oneDNN uses the widest
+    vectors that the processor supports.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
@@ -59,7 +59,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def counts_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Return a tensor, which is in host memory, as a NumPy array if ``as_numpy`` is set, and unchanged otherwise.
+    """Convert a tensor in host memory to a NumPy array if ``as_numpy`` is set. Otherwise, return the tensor unchanged.
 
     This function replaces Megatron's ``maybe_move_tensor_to_cpu``, which converts only tensors on a GPU.
     """

@@ -8,14 +8,17 @@ from collections.abc import Mapping
 
 from dpo_engine.errors import ConfigError, printable, shorten
 
-WAY_OUT = "start with torchrun or launch/train.sbatch, which set it"
+WAY_OUT = "start with torchrun or launch/train.sbatch, which set valid values"
 HIGHEST_PORT = 65535
 
 MPI = {
     "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "PMI_RANK": ("PMI_SIZE", "MPI_LOCALRANKID"),
 }
-"""Variables of mpirun (Open MPI; MPICH and Intel MPI): the rank, the number of ranks, and the index on the node."""
+"""Variables that mpirun sets: the rank, the number of ranks, and the index on the node.
+
+The first row is for Open MPI, the second one for MPICH and Intel MPI.
+"""
 
 
 def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, int]:
@@ -24,8 +27,8 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, i
     A site's batch script may export WORLD_SIZE without RANK, because one script cannot know the rank of each process.
     The rank is then taken from srun or mpirun, unless they have set a different number of processes.
 
-    Raises :class:`ConfigError` if a variable is not a valid number, if the rank is missing or too large, or if there is
-    a rank without the number of ranks.
+    Raises :class:`ConfigError` if a variable is not a valid number, if the rank is missing or too large, or if RANK is
+    set but the number of ranks is unknown.
     """
     env = os.environ if env is None else env
     name = "RANK"

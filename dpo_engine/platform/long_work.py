@@ -8,8 +8,9 @@ addition, a thread of each rank increments a counter in the store, and each rank
 rank. These counters detect a rank whose process is suspended and, if there is no lifeline, the loss of a machine. They
 do not detect a rank whose work never ends.
 
-All ranks must reach the same call of :func:`without_time_limit`, at most one time limit apart. Every file access that
-may be slow therefore belongs inside such a call, and not before it.
+All ranks must make the same calls of :func:`without_time_limit`. Once the first rank has reached a call, the other
+ranks must reach the same call within the time limit. Every file access that may be slow therefore belongs inside such a
+call, and not before it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ class Meter:
         self.done += size
 
     def open(self, key: str) -> None:
-        """Begin a wait. The byte counts of all waits of this meter are added up under the first wait's key."""
+        """Begin a wait. All waits of this meter add their byte counts to the same sums in the store.
+
+        key   prefix of the keys of these sums; used only by the first wait
+        """
         self._key = self._key or key
         if time.monotonic() - self._ended > FIRST_S:
             self._line.wait()
@@ -152,9 +156,10 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
     """Run ``work`` as :func:`~dpo_engine.platform.parallel.together` does, but without a time limit for ``work``.
 
     group   must contain all ranks, because all ranks share the store
-    meter   name and progress of the work, for the lines that rank 0 prints; all ranks must pass a meter, or none
+    meter   name and progress of the work, for the lines that rank 0 prints; either all ranks pass a meter, or none does
 
-    *Collectives* over ``group``: one all-gather of objects before the work and one after it, within the time limit.
+    *Collectives* over ``group``: one all-gather of objects before the work, and one after it. The time limit applies to
+    both.
     Raises, on all ranks and after all ranks have finished, the error of the first rank on which ``work`` failed. Raises
     :class:`~dpo_engine.errors.PeerError` if a rank is lost.
     """
@@ -190,8 +195,8 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
 def _store() -> Iterator[dist.Store | None]:
     """Yield the store that all ranks share; None if it was lost.
 
-    A RuntimeError in the block means that the store is lost, and is not raised. If the launcher's store is lost, the
-    ranks continue to work, but they can wait for each other only in collectives.
+    A RuntimeError in the block means that the store is lost. This function suppresses the error. If the launcher's
+    store is lost, the ranks continue to work, but they can wait for each other only in collectives.
     """
     global _lost
     store = dist.distributed_c10d._get_default_store()

@@ -35,7 +35,7 @@ class ParallelGroups:
 
     dp     ranks that hold the same shard of the model and work on different pairs
     cp     ranks that each hold a part of every sequence of the same micro-batch
-    dp_cp  dp and cp combined: the ranks over which gradients are summed
+    dp_cp  dp and cp combined: the ranks over which gradients are summed, except the gradients of experts
     ep       ranks that hold different experts of the same layers, and exchange tokens
     expt_tp  ranks that each hold a part of every matrix of the same experts
     expt_dp  ranks that hold the same parts of the same experts; the gradients of experts are summed over these ranks
@@ -109,9 +109,9 @@ def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=not hosted,
     )
-    # If torchrun restarts the ranks, its store still has the keys of the previous start, so each start has a prefix. A
-    # store that rank 0 serves is new at each start. It must not have such a prefix, because torchrun may count restarts
-    # differently on each node.
+    # If torchrun restarts the ranks, its store still has the keys of the previous start. In that store, the prefix of
+    # the keys therefore contains the number of restarts. A store that rank 0 serves is new at each start. Its prefix
+    # must not contain this number, because torchrun may count restarts differently on each node.
     start = env.get("TORCHELASTIC_RESTART_COUNT", "0") if hosted else "0"
     return dist.PrefixStore(f"dpo_engine/start_{start}", store)
 
@@ -131,8 +131,8 @@ def open_groups(
     compare     function that is called before any group exists, with the shared store and a function that restarts the
                 timeout; must raise an error if the ranks cannot run together. Not called if a default group exists
     timeout_s   timeout of every collective operation, and of the initial wait for all ranks, in seconds
-    instances   number of instances of the distributed optimizer: groups of ranks, each of which holds the complete
-                optimizer state; must divide dp x cp and expert_dp
+    instances   number of instances of the distributed optimizer; must divide dp x cp and expert_dp. The ranks of one
+                instance together hold a complete optimizer state
 
     *Collectives*: the ranks connect at the address in the environment variables ``MASTER_ADDR`` and ``MASTER_PORT``,
     unless a default group already exists. If there are several ranks and ``MASTER_ADDR`` is set, rank 0 then broadcasts
@@ -268,8 +268,8 @@ def communication_error(error: BaseException) -> PeerError | None:
 def close_groups() -> None:
     """Destroy all process groups and close the lifeline. If none were opened, do nothing.
 
-    If this rank is leaving because of an exception that the other ranks do not have, it closes its connection without a
-    farewell message. The other ranks then treat this rank as lost and stop.
+    If this rank leaves because of a :class:`PeerError`, or because of an error that the other ranks do not raise, it
+    closes its connection without a farewell message. The other ranks then treat this rank as lost and stop.
     """
     from megatron.core import parallel_state
 

@@ -135,7 +135,7 @@ class Lifeline:
 
 def lost_rank(who: str) -> str:
     """Return the error line for a lost rank."""
-    return f"{who} died or lost its connection; its own log shows the cause, and {WAY_OUT}"
+    return f"{who} died or lost its connection (its own log shows the cause); {WAY_OUT}"
 
 
 def open_lifeline(rank: int, world: int, address: str, share: Callable[[Any], Any], timeout_s: float) -> Lifeline:

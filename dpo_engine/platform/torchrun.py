@@ -1,4 +1,4 @@
-"""Run torchrun so that its ranks can finish their step and save after a signal.
+"""Run torchrun so that, after a signal, its ranks can finish their step and save a checkpoint.
 
 Use ``python -m dpo_engine.platform.torchrun`` like ``torchrun``, with the same options.
 

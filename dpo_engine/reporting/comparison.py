@@ -47,9 +47,9 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
     Pairs are grouped by the length of the longer response and, if there are several sources, also by source.
 
     Returns  a dictionary: ``run`` (the evaluation's facts), ``interval`` (how intervals are computed), and ``groups``
-             (a list of dictionaries, one per group). A group has the keys ``by``, ``name``, ``pairs``, ``prompts``,
-             ``loss``, and the names in :data:`MEASURES`. The value of a measure is a dictionary with ``mean``, ``low``,
-             and ``high``
+             (a list of dictionaries, one per group). A group has the keys ``by`` (``all``, ``source`` or ``length``),
+             ``name``, ``pairs``, ``prompts``, ``loss``, and the names in :data:`MEASURES`. The value of a measure is a
+             dictionary with ``mean``, ``low``, and ``high``
     """
     columns = evaluation.columns | _measures(evaluation.columns)
     groups = [{"by": by, "name": name, **_means(columns, rows)} for by, name, rows in _groups(columns)]
@@ -191,7 +191,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     _say(
         console,
         f"intervals: {RESAMPLES:,} bootstrap resamples of prompts, seed {SEED}; for accuracies, widened to contain the "
-        "exact intervals; means are weighted",
+        "exact (Clopper-Pearson) intervals; means are weighted",
     )
 
 
@@ -213,12 +213,13 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     console.print(table)
     _say(
         console,
-        f"pairs ranked better by the first: {comparison['won']:,}, worse: {comparison['lost']:,}, equally: "
-        f"{comparison['tied']:,}; sign test of prompts: p = {comparison['sign_test']:.3g}",
+        f"pairs that the first evaluation ranks better: {comparison['won']:,}, worse: {comparison['lost']:,}, equally "
+        f"well: {comparison['tied']:,}; sign test of prompts: p = {comparison['sign_test']:.3g}",
     )
     _say(
         console,
-        f"intervals: {RESAMPLES:,} paired resamples of prompts; for accuracies, widened to contain the exact intervals",
+        f"intervals: {RESAMPLES:,} paired resamples of prompts; for accuracies, widened to contain the exact "
+        "(Clopper-Pearson) intervals",
     )
     if comparison["other_units"]:
         what = " and ".join(comparison["other_units"])
@@ -226,8 +227,8 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     if comparison["other_weights"]:
         _say(
             console,
-            f"weights differ between the two evaluations for {_pairs(comparison['other_weights'])}; those of the first "
-            "evaluation are used",
+            f"weights differ between the two evaluations for {_pairs(comparison['other_weights'])}; the weights of "
+            "the first evaluation are used",
         )
 
 

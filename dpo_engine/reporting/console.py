@@ -73,7 +73,10 @@ class PlainConsole:
         self.say(f"{line}  {self._clock.stamp()}")
 
     def _remaining(self, step: int) -> str:
-        """Estimate the remaining time from the pace since the first printed step. Earlier steps are often slower."""
+        """Estimate the remaining time from the pace since the first printed step.
+
+        The steps before it are not counted, because they are often slower.
+        """
         now = time.monotonic()
         if self._began is None or step <= self._began[0]:
             self._began = (step, now)

@@ -21,7 +21,7 @@ class Estimate(NamedTuple):
 
 
 SHARE = 0.5
-"""Center of a column whose values are 0, 1, or 0.5 for a tie; see ``centers`` of :func:`estimates`."""
+"""Center (middle of the possible values) of a column whose values are 0, 1, or 0.5 for a tie; see :func:`estimates`."""
 DIFFERENCE = 0.0
 """Center of a column whose values are differences between two numbers that are each 0, 1, or 0.5."""
 
@@ -39,17 +39,18 @@ def estimates(
 
     values   [n, c]  one row per pair
     weights  [n]     weight of each pair, > 0
-    prompts  [n]     equal for pairs that share a prompt
-    centers  [c]     for each column, :data:`SHARE`, :data:`DIFFERENCE`, or None if the column has other values. Without
-                     ``centers``, no column has a center
+    prompts  [n]     prompt id of each pair
+    centers  [c]     center of each column: the middle of its possible values, :data:`SHARE` or :data:`DIFFERENCE`; None
+                     if the column has other values. Without ``centers``, no column has a center
 
     The bootstrap draws prompts with replacement, and takes all pairs of each drawn prompt. Pairs with the same prompt
     are correlated, so drawing single pairs would make the intervals too narrow. If every prompt has one pair, drawing
     prompts is the same as drawing pairs.
 
-    Bootstrap intervals are too narrow if few values differ. For example, the bootstrap interval of 255 values that are
-    all 1 is 1 to 1, and the bootstrap interval of four positive differences among zeros excludes 0. Intervals of
-    columns with a center are therefore widened to contain the exact interval of :func:`_exact_bounds`.
+    Bootstrap intervals are too narrow if nearly all values are equal. For example, the bootstrap interval of 255 values
+    that are all 1 is 1 to 1. If four values of a column are positive and all others are 0, the bootstrap interval
+    excludes 0. Intervals of columns with a center are therefore widened to contain the exact interval of
+    :func:`_exact_bounds`.
 
     Returns  c estimates, one per column; the same arguments give the same estimates
 
@@ -80,11 +81,11 @@ def _exact_bounds(parts: np.ndarray, center: float) -> tuple[float, float]:
 
     parts  [prompts]  contribution of each prompt to the difference between the mean and the center
 
-    The number of positive contributions among those that are not 0 follows a binomial distribution. The Clopper-Pearson
-    interval of its success probability p becomes an interval of ``2 p - 1``. This interval is multiplied by the sum of
-    the absolute contributions and shifted by the center. If every prompt has one pair of weight 1, and there are no
-    ties, the result for a fraction is its Clopper-Pearson interval. The result for a difference excludes 0 if and only
-    if :func:`sign_test` is below 0.05.
+    The number of positive contributions among those that are not 0 follows a binomial distribution. From the
+    Clopper-Pearson interval of its success probability ``p``, this function computes the interval of ``2 p - 1``. The
+    latter interval is multiplied by the sum of the absolute contributions and shifted by the center. If every prompt
+    has one pair of weight 1, and there are no ties, the result for a fraction is its Clopper-Pearson interval. The
+    result for a difference excludes 0 if and only if :func:`sign_test` is below 0.05.
 
     Source: Clopper and Pearson, The Use of Confidence or Fiducial Limits (1934). For paired differences, conditional on
     the number of pairs that differ: Fagerland, Lydersen and Laake, Recommended Tests and Confidence Intervals for

@@ -16,7 +16,8 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
     columns  the columns of an :class:`~dpo_engine.reporting.pair_file.Evaluation`
     count    number of pairs to choose
 
-    Each pair is chosen at most once. Kinds are filled in this order:
+    Each pair is chosen at most once. If a kind has too few pairs, random pairs replace the missing ones. Kinds are
+    filled in this order:
 
     - ``lowest reward margin``: the pairs with the smallest reward margins
     - ``became wrong``: pairs whose chosen response is more likely than the rejected one under the reference, but

@@ -49,7 +49,7 @@ class Sinks:
     def close(self, error: BaseException | None = None) -> None:
         """Close all sinks. Safe to call twice.
 
-        error  the error that ends the run, which is written to the log file
+        error  the error that ends the run; the log file records this error
         """
         if self._log_file and error:
             self._log_file.close_after(error)

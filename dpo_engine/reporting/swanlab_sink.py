@@ -19,8 +19,8 @@ class SwanlabSink:
     mode       ``offline`` writes files in ``<train.output_dir>/swanlab``, which ``swanlab sync`` uploads later; None:
                the value of the environment variable ``SWANLAB_MODE``, or ``online`` if the variable is not set
 
-    In mode ``online``, a resumed run continues the same SwanLab run. In the other modes, SwanLab cannot continue a run,
-    and each start of the run writes its own files.
+    In mode ``online``, a resumed run continues the same SwanLab run. In the modes ``local`` and ``offline``, SwanLab
+    cannot continue a run, so each start of the run writes its own files. The mode ``disabled`` records nothing.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Write and read the log-probabilities of the tokens of selected pairs, in a Parquet file with one row per text."""
+"""Write and read a Parquet file with the tokens of selected pairs and their log-probabilities.
+
+The file has one row per prompt and one row per response.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,9 @@ class TokenText:
     side       one of `SIDES`
     token_ids  the tokens
     text       the text of each token; for a prompt, a single text
-    logps, ref_logps   log-probability in nats of each token of a response; nan for a token that is not scored. Empty
-               for a prompt. ``ref_logps`` is None if the reference's values are not known
+    logps, ref_logps   log-probability in nats of each token of a response; nan for a token that is not scored. For a
+               prompt, ``logps`` is empty and ``ref_logps`` is None. For a response, ``ref_logps`` is None if the
+               log-probabilities under the reference are not known
     scored     whether each token of a response is scored; empty for a prompt
     cut        text that was cut from the start of a prompt; empty if nothing was cut; None if the text is not known
     """
@@ -106,7 +110,7 @@ def read_tokens(path: Path) -> tuple[list[TokenText], dict[str, Any]]:
         wrong = facts.pop("format") != FORMAT or not table.schema.equals(SCHEMA)
     except (pa.ArrowException, OSError, EOFError, KeyError, ValueError) as error:
         what = shorten(re.split(r"[.:;] ", f"{error}".splitlines()[0])[0].rstrip("."), 80)
-        raise DataError(f"{path}: cannot be read as tokens of pairs ({what}); run the evaluation again") from error
+        raise DataError(f"{path}: is not a readable token file ({what}); run the evaluation again") from error
     if wrong:
         raise DataError(f"{path}: has a format that this version of dpo-engine does not read; run the evaluation again")
     return [TokenText(**row) for row in table.to_pylist()], facts

@@ -14,7 +14,7 @@ class TensorBoardSink:
     def __init__(self, opening: Opening):
         from torch.utils.tensorboard import SummaryWriter
 
-        # With `purge_step`, TensorBoard hides earlier events about steps that will run again.
+        # A resumed run repeats some steps. With `purge_step`, TensorBoard hides the old events of these steps.
         start = opening.start_step + 1 if opening.start_step else 0
         self._writer = SummaryWriter(str(opening.directory / "tensorboard"), purge_step=start)
 
@@ -48,7 +48,8 @@ class WandbSink:
                 f"logging.wandb.project={asked.project}: W&B cannot be opened ({first_line(error)}); log in, or set "
                 "logging.wandb.mode=offline"
             ) from error
-        # W&B's own step must not decrease, but the optimizer step does when a run resumes from an older checkpoint.
+        # W&B's own step must not decrease. The optimizer step decreases when a run resumes from an older checkpoint.
+        # Therefore the optimizer step is logged as a metric.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         opening.remember("wandb", self._run.id)

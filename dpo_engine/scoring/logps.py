@@ -7,7 +7,7 @@ all tokens of a pair. An implementation that saves memory therefore normally com
 sums and once for the gradient.
 
 Solution. This module receives only the hidden states at scored sites, that is, at tokens that predict a response token.
-It processes them in chunks of whole pairs, with at most ``CHUNK_SITES`` sites per chunk. For each chunk,
+It processes the sites in chunks of whole pairs, with at most ``CHUNK_SITES`` sites per chunk. For each chunk,
 ``dpo_kernels`` computes statistics of this rank's vocabulary shard (maximum, sum of exponentials, target logit).
 `Vocabulary.together` combines the statistics into log-probabilities, with a MAX and a SUM over TP. `_pair_sums` sums
 the log-probabilities for each response, with a SUM over CP. A pair's loss depends on no other pair, and the reference's
@@ -17,15 +17,15 @@ gradient of the output layer's weight is added directly to Megatron's gradient b
 
 Why this way. Apart from the two gradients, the additional memory is one chunk of logits, whatever the lengths of the
 rows. Forward and backward need at least three matrix products. For chunks of whole pairs, this module computes exactly
-three; recomputing the logits would add a fourth. Sums are in fp32, or in fp64 for fp64 models. Kernels do not
-communicate, so they need no process groups.
+three; recomputing the logits would add a fourth. Sums over tokens are in fp32, or in fp64 for fp64 models. Kernels do
+not communicate, so they need no process groups.
 
 Not covered. Losses that couple pairs run in two passes (see ``training/step.py``): the first pass scores without
-gradients, and the second pass multiplies each log-probability by a fixed coefficient. A pair that has more sites than a
-chunk is scored in pieces, whose logits are computed again for the gradient. In a row of trees, pairs with the same
-prompt can share sites, so all of these pairs are treated as one pair. The incoming gradient of the result must be 1,
-because the weight's gradient has already been added. Entropies have no gradient, and second derivatives are not
-available.
+gradients, and the second pass multiplies each log-probability by a fixed coefficient. If a pair has more than
+``CHUNK_SITES`` sites, the pair is scored in pieces, and the logits of the pieces are computed again for the gradient.
+In a row of trees, pairs with the same prompt can share sites, so all of these pairs are treated as one pair. The
+incoming gradient of the result must be 1, because the weight's gradient has already been added. Entropies have no
+gradient, and second derivatives are not available.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +59,7 @@ class Vocabulary:
     """One rank's shard of the vocabulary.
 
     width        number of rows that the output layer's weight has on each rank
-    vocab_size   number of tokens in the vocabulary; the padding rows after them are excluded from the softmax
+    vocab_size   number of tokens in the vocabulary; padding rows of the output layer are excluded from the softmax
     """
 
     def __init__(self, width: int, vocab_size: int, group: dist.ProcessGroup):
@@ -137,15 +137,16 @@ def pair_logps(
 ) -> PairLogps:
     """Compute the summed log-probabilities of each pair's two responses, without gradient.
 
-    hidden      [m, h]    hidden states of this rank's share of ``batch`` at its scored sites
+    hidden      [m, h]    hidden states at the scored sites of this rank's share of ``batch``
     head        [v/t, h]  this rank's shard of the output layer
-    vocab_size            number of tokens in the vocabulary; the padding rows after them are excluded from the softmax
+    vocab_size            number of tokens in the vocabulary; padding rows of ``head`` are excluded from the softmax
     softcap               if given, logits become ``softcap * tanh(logits / softcap)``
     entropies             whether to also sum the entropies of the predicted distributions
 
     Returns  :class:`PairLogps`, equal on every tp and cp rank
 
-    *Collectives*: over tp, MAX [m] and SUM [2, m], or [4, m] with entropies; over cp, SUM [2, 2b] or [4, 2b].
+    *Collectives*: over tp, MAX [m] and SUM [2, m], or [4, m] with entropies; over cp, SUM [2, 2b], or [4, 2b] with
+    entropies.
     """
     vocabulary = Vocabulary(head.shape[0], vocab_size, groups.tp)
     shard = (vocabulary.start, vocabulary.valid)
@@ -167,7 +168,7 @@ def site_logps(
     groups: ParallelGroups,
     softcap: float | None = None,
 ) -> Tensor:
-    """Compute the log-probability of the target of each scored site, without gradient and without all logits.
+    """Compute the log-probability of the target of each scored site, without gradient and without storing all logits.
 
     hidden, head, vocab_size, softcap   as for :func:`pair_logps`
 
@@ -205,15 +206,15 @@ def pair_losses(
                    to the scalar, differentiable with respect to ``logps``, and the losses of these pairs
 
     A pair's gradient depends only on its own log-probabilities. Each chunk of whole pairs therefore runs backward as
-    soon as it is scored, and its logits are computed once. A pair with more sites than a chunk is scored in pieces, and
-    its logits are computed a second time.
+    soon as it is scored, and its logits are computed once. If a pair has more than ``CHUNK_SITES`` sites, the pair is
+    scored in pieces, and its logits are computed twice.
 
     Returns  the scalar, the losses [b], and :class:`PairLogps`, the last two without gradient. The incoming gradient of
              the scalar must be 1, because the gradient of ``head`` has already been added to ``head.main_grad``
 
     *Collectives*: for each chunk, those of :func:`pair_logps`; none in backward. Each cp and tp rank returns its own
-    part of the gradients. The parts of cp ranks are summed with the parameters' gradients over ``dp_cp``. For
-    ``hidden``, :class:`~dpo_engine.model.policy.Policy` sums the parts of tp ranks.
+    part of the gradients. The parts of cp ranks are summed when the parameters' gradients are reduced over ``dp_cp``.
+    For ``hidden``, :class:`~dpo_engine.model.policy.Policy` sums the parts of tp ranks.
     """
     kept: list[tuple[Tensor, PairLogps]] = []
     total = _LossOfChunks.apply(hidden, head, batch, contribution, vocab_size, groups, softcap, entropies, kept)
@@ -277,7 +278,9 @@ def _token_gradient(grad: Tensor, batch: Batch, sites: slice, entries: slice, pa
 
 
 class _Chunk:
-    """Sites that are scored together: the constructor runs the forward pass, and :meth:`backward` the backward pass.
+    """Sites that are scored together.
+
+    The constructor runs the forward pass; :meth:`backward` runs the backward pass.
 
     tokens   log-probability [m]; entropy and collision entropy, each [m] or None
     """
@@ -317,11 +320,15 @@ class _Chunk:
 def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the tensor to which the weight's gradient must be added, and the gradient (or None) to return to autograd.
 
-    Megatron's DDP accumulates gradients in its own buffer, ``main_grad``. If DDP reduces this buffer while backward is
-    still running (``weight.counted``), it waits until autograd has returned a gradient for every weight. DDP then adds
-    the returned gradient to the buffer, unless ``grad_added_to_main_grad`` is set. For a weight that may be tied to the
-    embedding (``zero_out_wgrad``), DDP always adds the returned gradient, so this function then returns zeros. For a
-    weight without ``main_grad``, this function returns the same new tensor twice.
+    Megatron's DDP accumulates gradients in its own buffer, ``main_grad``, so this function returns the buffer and
+    None. There are three exceptions:
+
+    - If DDP reduces the buffer while backward is still running (``weight.counted``), DDP waits until autograd has
+      returned a gradient for every weight. DDP then adds the returned gradient to the buffer, unless
+      ``grad_added_to_main_grad`` is set. This function therefore sets this flag, and returns an uninitialized gradient.
+    - If, in addition, the weight may be tied to the embedding (``zero_out_wgrad``), DDP always adds the returned
+      gradient, so this function returns zeros.
+    - For a weight without ``main_grad``, this function returns the same new tensor twice.
     """
     buffer = getattr(weight, "main_grad", None)
     if buffer is None:

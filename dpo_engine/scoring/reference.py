@@ -52,9 +52,7 @@ class Reference(Protocol):
 def score(
     chunks: Chunks, batches: Sequence[Batch], *, vocab_size: int, groups: ParallelGroups, entropies: bool = False
 ) -> list[PairLogps]:
-    """Compute the log-probabilities (and optionally entropies) of the responses with the model ``chunks``.
-
-    This runs only a forward pass.
+    """Compute the responses' log-probabilities (and optionally entropies) with a forward pass of the model ``chunks``.
 
     Returns  one record per micro-batch on the last stage, and an empty list on the other stages
 
@@ -83,7 +81,7 @@ class ResidentReference:
         self.age = 0
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """Score with one forward pass per micro-batch."""
+        """Score the responses with one forward pass per micro-batch."""
         return score(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     def site_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -96,7 +94,8 @@ class ResidentReference:
 
         policy   this rank's chunks of the policy, sharded like the reference
 
-        *Source*: TR-DPO (arXiv 2404.09656), the soft update; ``alpha`` 1 is the hard update.
+        *Collectives*: those of :func:`~dpo_engine.model.policy.await_weights`.
+        *Source*: TR-DPO (arXiv 2404.09656), the soft update. With ``alpha=1``, this is the hard update.
         """
         await_weights(policy)
         for mine, its in zip(parameters(self.chunks), parameters(policy), strict=True):
@@ -105,7 +104,7 @@ class ResidentReference:
 
 
 def exact(parameter: Tensor) -> Tensor:
-    """Return the fp32 value of a reference's parameter. A value that :func:`set_exact` has set is not rounded."""
+    """Return a reference's parameter in fp32; after :func:`set_exact`, this is exactly the value that was set."""
     return getattr(parameter, "exact", parameter).float()
 
 
@@ -126,7 +125,7 @@ class SharedReference:
 
     chunks   the policy's chunks
     start    values of the reference's adapter, one item for each chunk: at first the values that the run started from,
-             and later the values that :meth:`follow` has read; None: adapters are turned off
+             and later the policy's values that :meth:`follow` has copied; None: adapters are turned off
     """
 
     passes = 1
@@ -139,7 +138,7 @@ class SharedReference:
         self.age = 0
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """Score with one forward pass per micro-batch."""
+        """Score the responses with one forward pass per micro-batch."""
         with adapters_off(self.chunks) if self.start is None else self._started():
             return score(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
@@ -162,7 +161,7 @@ class SharedReference:
     def follow(self, policy: Chunks, alpha: float) -> None:
         """Make the reference a copy of the policy (``alpha`` must be 1): TR-DPO's hard update.
 
-        *Source*: TR-DPO (arXiv 2404.09656).
+        *Collectives*: those of :func:`~dpo_engine.model.policy.await_weights`. *Source*: TR-DPO (arXiv 2404.09656).
         """
         await_weights(policy)
         for values in self.start:
@@ -199,7 +198,7 @@ class HostWeights:
 
     @contextmanager
     def on_device(self) -> Iterator[Chunks]:
-        """Yield the model with the weights from host memory in it, and swap the weights back when the block ends."""
+        """Swap in the weights from host memory, yield the model, and swap the weights back when the block ends."""
         self.exchange()
         try:
             yield self.chunks
@@ -208,7 +207,7 @@ class HostWeights:
 
 
 class OffloadedReference:
-    """A reference in host memory. Its weights temporarily replace the policy's weights to score many steps in advance.
+    """A reference in host memory. Its weights replace the policy's while the pairs of many steps are scored in advance.
 
     weights    the reference's weights
     upcoming   returns this rank's micro-batches of the next optimizer steps, one item per step, in order
@@ -236,8 +235,9 @@ class OffloadedReference:
 
         If ``batches`` have not been scored yet, swap the weights, and score ``batches`` and all upcoming batches.
 
-        *Collectives*: those of scoring. If ranks with different batches share experts, also MINs of a number over
-        world: one in any case and, if ``batches`` must be scored, one more and one for each item of ``upcoming``.
+        *Collectives*: if ``batches`` must be scored, those of :func:`score` and ``await_weights``. If ranks with
+        different pairs share experts, also MINs of a number over world: one to find whether ``batches`` must be scored
+        and, if so, one for ``batches`` and one for each item of ``upcoming``.
         """
         wanted = _name(batches)
         if not self._is_ready(wanted):
@@ -302,7 +302,7 @@ class StoredReference:
         digests = batch.digest.numpy()
         found, present = self.rows.find(keys(digests)), digests.any(axis=1)
         if (found[present] < 0).any():
-            raise KeyError(f"pairs of a batch without stored log-probabilities: {int((found[present] < 0).sum())}")
+            raise KeyError(f"pairs without stored log-probabilities in a batch: {int((found[present] < 0).sum())}")
         values = np.zeros((len(found), len(VALUES)), dtype=np.float32)
         values[present] = self.rows.values[found[present]]
         (there,) = to_device([torch.from_numpy(values)], batch.weights.device)

@@ -1,11 +1,11 @@
 """Store reference log-probabilities on disk, so that values computed in one layout can be used in every other layout.
 
-A store is a directory with one folder for each reference. The folder's name consists of the digest of the model, the
-dtype, and the layer implementation with its use of FP8. A folder contains segments, which are Arrow files that never
-change. The name of a segment consists of a number and the SHA-256 of its content, so that damage is detected. To add
-rows, a job adds a segment. Several jobs can add segments at the same time, because each segment is published with one
-rename, and two segments with the same number but different content have different names. If several segments contain a
-pair, the values in the first of these segments are used."""
+A store is a directory with one folder for each reference. The folder's name has three parts: the digest of the model,
+the dtype, and the layer implementation with its use of FP8. A folder contains segments, which are Arrow files that
+never change. The name of a segment consists of a number and the SHA-256 of its content, so that damage is detected. To
+add rows, a job adds a segment. Several jobs can add segments at the same time, because each segment is published with
+one rename, and two segments with the same number but different content have different names. New segments are read in
+the order of their names. If several segments contain the same pair, the values that were read first are used."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ KEY = np.dtype("S16")
 
 
 class Numerics(NamedTuple):
-    """The properties that identify a reference. If all of them are equal, stored log-probabilities can be reused.
+    """The properties that identify a reference. References with equal properties share stored log-probabilities.
 
     weights   digest of the reference's tensors and architecture, independent of their path
     dtype     dtype of the reference's weights and activations
@@ -190,6 +190,6 @@ class ReferenceStore:
     def complaints(self) -> list[str]:
         """Return one line for each segment in :attr:`refused`."""
         return [
-            f"{self.folder / name}: {reason}; its pairs are treated as missing, and the file can be removed"
+            f"{self.folder / name}: {reason}; its rows are not used, and the file can be removed"
             for name, reason in self.refused.items()
         ]

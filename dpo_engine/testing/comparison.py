@@ -12,8 +12,11 @@ from dpo_engine.testing.trajectory import load_weights
 def assert_same_metrics(got: dict[str, float], expected: dict[str, float], rel: float, where: str) -> None:
     """Compare metrics.
 
-    For a difference of log-probabilities, the tolerance is relative to the log-probabilities, which can be near -100
-    nats.
+    rel   relative tolerance, and also the least absolute tolerance
+
+    For a metric that is a difference, the absolute tolerance grows with the size of the subtracted values. It is at
+    least ``rel`` times the log-probability for a displacement (log-probabilities can be near -100 nats), and at least
+    ``rel`` times the chosen reward for a reward margin.
 
     If policy and reference have the same weights, their log-probabilities differ only by rounding errors. Metrics that
     count signs of the differences are then not compared.
@@ -42,8 +45,8 @@ def assert_same_numbers(got: dict[str, Any], expected: dict[str, Any], rel: floa
         assert_same_metrics(a, b, rel, f"step {step}")
     assert_same_metrics(got["eval"], expected["eval"], rel, "eval")
     ours, theirs = got["per_pair"], expected["per_pair"]
-    assert ours.keys() == theirs.keys() and ours["index"] == theirs["index"] == list(range(5)), "other pairs or columns"
-    size = max(map(abs, theirs["chosen_logps"]))  # rewards and losses depend on differences of these sums
+    assert ours.keys() == theirs.keys() and ours["index"] == theirs["index"] == list(range(5)), "wrong pairs or columns"
+    size = max(map(abs, theirs["chosen_logps"]))  # rewards and losses depend on differences of log-probabilities
 
     def close(one: Any, other: Any) -> bool:
         absent = one != one and other != other

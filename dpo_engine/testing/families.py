@@ -1,8 +1,8 @@
 """Checks of a model family in the engine or in a plugin: tiny models are compared with transformers.
 
-Each check takes the models and the name of a case, and raises ``AssertionError`` if the family is wrong. It runs on
-CPUs, on ranks that are forked from this process. A layout maps ``tp``, ``pp``, ``vpp``, ``cp``, ``ep`` and ``etp`` to
-sizes; sizes may be omitted.
+Each check takes the models and the name of a case, and raises ``AssertionError`` if the family is wrong. The checks run
+on CPUs. All checks except :func:`check_defaults` run on ranks that are forked from this process. A layout maps ``tp``,
+``pp``, ``vpp``, ``cp``, ``ep`` and ``etp`` to sizes; each of these keys may be omitted.
 """
 
 import copy
@@ -50,11 +50,12 @@ TOKENS = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(5
 
 
 def check_logits(models: TinyModels, case: str, layout: Mapping[str, int] = TP2, ranks: int | None = None) -> None:
-    """Compare the logits of a sharded model with those of transformers, both in fp64, to 1e-12 of the largest logit.
+    """Compare the logits of a sharded model with those of transformers, both in fp64.
 
     ranks   number of ranks; None: as many as the layout needs without data parallelism
 
-    Raises ``AssertionError`` with the difference or, if the engine cannot run the model, with the traceback.
+    The tolerance is 1e-12 of the largest logit. Raises ``AssertionError`` with the difference or, if the engine cannot
+    run the model, with the traceback.
     """
     ours, _ = _loaded(models, case, layout, ranks)
     theirs = models.once(("logits", case), lambda: expected_logits(models.of(case), TOKENS))
@@ -86,8 +87,9 @@ def check_steps(
     ranks   as in :func:`check_logits`
     batch   section ``batch`` of the run; by default, rows of trees
 
-    All computations are in fp64, and gradients are clipped. Raises ``AssertionError`` if a gradient norm differs by
-    more than 1e-10, or the change of a weight by more than 1e-8, both relative.
+    All computations are in fp64, and gradients are clipped. The relative tolerance is 1e-10 for gradient norms. For the
+    change of a weight tensor, it is 1e-8, plus 1e-13 of the norm of the tensor for rounding. Raises ``AssertionError``
+    with a gradient norm or a tensor that differs by more than its tolerance.
     """
     norms, expected = models.once(("steps", case), lambda: _trained_by_transformers(models, case))
     with tempfile.TemporaryDirectory(dir=models.folder) as folder:
@@ -111,14 +113,15 @@ def check_layouts(
     ranks: int | None = None,
     recompute: str = "none",
 ) -> None:
-    """Train two steps with rows of trees in a layout. Compare the results with those of padded rows on one rank.
+    """Train two steps with rows of trees on the ranks of a layout. Compare the results with padded rows on one rank.
 
     ranks       as in :func:`check_logits`
     recompute   ``model.recompute`` in the layout
 
     All computations are in fp64. The results are the metrics of steps and of an evaluation, the log-probabilities of
     pairs, and the exported weights. The relative tolerance is 1e-10. Raises ``AssertionError`` with a number or a
-    tensor that differs, or with a tensor that training did not change.
+    tensor that differs, with a tensor that training should have changed but did not, or with a tensor that training
+    changed although the family's exports copy it from the checkpoint.
     """
 
     def on_one_rank() -> tuple[dict[str, Any], Path]:
@@ -136,12 +139,14 @@ def check_layouts(
 
 
 def check_defaults(models: TinyModels, case: str) -> None:
-    """Omit each optional field of ``config.json``, one at a time, and compare the architecture with transformers.
+    """Omit each optional field of ``config.json``, one at a time, and compare the engine's default with transformers'.
 
     transformers writes every field, so a wrong default has an effect only for files that other programs wrote. This
     check needs no ranks.
 
-    Raises ``AssertionError`` with the field, and with the differences or the problems.
+    The engine reads the architecture twice: from the file without the field, and from the same file with the field's
+    default from transformers. Raises ``AssertionError`` with the field and the differences between the architectures
+    or, if the engine rejects one of the files, with the two results.
     """
     from transformers import AutoConfig
 
@@ -162,7 +167,7 @@ def check_defaults(models: TinyModels, case: str) -> None:
             if ours != theirs:
                 both = isinstance(ours, Architecture) and isinstance(theirs, Architecture)
                 found = theirs.differences(ours) if both else [ours, theirs]
-                raise AssertionError(f"{case}: without {absent}, the architecture has {found}")
+                raise AssertionError(f"{case}: without {absent}, the engine and transformers differ: {found}")
 
 
 FAMILY_CHECKS = (check_defaults, check_logits, check_export, check_steps, check_layouts)
@@ -203,7 +208,7 @@ def _trained_by_transformers(models: TinyModels, case: str) -> tuple[list[float]
         norms, _ = train_with_transformers(
             case, STEPS, load=lambda case: loaded.pop(), decay=DECAY, clip=CLIP, **OPTIMIZER
         )
-    policy.save_pretrained(folder)  # in memory, tensors can have other names, and experts can be stacked
+    policy.save_pretrained(folder)  # compare files: in memory, names can differ, and experts can be stacked
     return norms, folder
 
 

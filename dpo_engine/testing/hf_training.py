@@ -32,7 +32,7 @@ class Norm64(torch.nn.Module):
 
 
 def in_fp64(directory):
-    """Load a model with transformers and make every part of it compute in fp64."""
+    """Load a model with transformers in fp64, and make its RMS norms compute in fp64 too."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="sdpa")

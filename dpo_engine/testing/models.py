@@ -52,10 +52,10 @@ class TinyModels:
 
         key = repr((family, str(dtype), max_shard_size, sorted(config.items(), key=str)))
         if key not in self._made:
-            torch.manual_seed(zlib.crc32(key.encode()))  # not from a counter, which would depend on the order of tests
+            torch.manual_seed(zlib.crc32(key.encode()))  # a counter would depend on the order of tests
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY, **config}))
             for name, parameter in model.named_parameters():
-                # the biases of all experts of a layer form a matrix, but are zeros like other biases
+                # the biases of all experts of a layer form a matrix, but start as zeros, so they are treated as vectors
                 is_matrix = parameter.dim() > 1 and not name.endswith("bias")
                 parameter.data.mul_(3.0) if is_matrix else parameter.data.add_(0.1 * torch.randn_like(parameter))
             for name, buffer in model.named_buffers():

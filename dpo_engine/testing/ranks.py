@@ -26,7 +26,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240
 
     Raises ``AssertionError`` with the traceback of the first rank that fails. If a rank is killed or does not return
     within ``timeout_s`` seconds, the ``AssertionError`` names that rank.
-    Raises ``RuntimeError`` if this process can use a CUDA device, which does not survive a fork.
+    Raises ``RuntimeError`` if this process can use a CUDA device, because CUDA does not work after a fork.
     """
     import dpo_engine.verbs.evaluate
     import dpo_engine.verbs.train  # noqa: F401  also imports all other modules, before the fork

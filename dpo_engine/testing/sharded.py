@@ -1,4 +1,4 @@
-"""Open a sharded model and compute its logits; the checks call this on each rank."""
+"""Open a sharded model and compute its logits. The checks call these functions on each rank."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_dire
 
     dtype           "fp32", "bf16" or "fp64"
     arch_directory  directory whose ``config.json`` describes the architecture; None: ``directory``
-    groups          process groups of an earlier call with the same layout
+    groups          process groups of an earlier call with the same layout; None: create them
     """
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.policy import build_chunks, transformer_config

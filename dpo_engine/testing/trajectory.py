@@ -10,7 +10,7 @@ VOCAB = 515
 
 
 def run_config(start: Path | str, output: Path | str, /, **sections: dict[str, Any]):
-    """Return a :class:`Config` for a run on random pairs; ``sections`` are merged into the defaults of these tests."""
+    """Return a :class:`Config` for a run on random pairs; ``sections`` are merged into the defaults below."""
     from dpo_engine.config.run import Config
 
     raw: dict[str, Any] = {
@@ -46,8 +46,8 @@ def train_steps(
     """Train on every rank, with one optimizer step per global batch.
 
     sizes    numbers of pairs in the global batches
-    export   directory to which the weights are exported; an adapter is exported to a directory beside it; None: no
-             export
+    export   directory to which the weights are exported; None: no export. If adapters are trained, only a PEFT adapter
+             is exported, to a directory beside ``export``
     fp64     whether to compute in fp64
     weighted, judged, few, masked   as for :class:`~dpo_engine.testing.pairs.RandomPairs`
 

@@ -39,7 +39,7 @@ def angles_of(module: torch.nn.Module, positions: torch.Tensor) -> dict[str | No
     asked = [(torch.zeros(1), positions, *([] if kind is None else [kind])) for kind in kinds]
     found = {kind: module(*given) for kind, given in zip(kinds, asked, strict=True)}
     if isinstance(found.get(None), torch.Tensor):
-        # Use torch.cos and torch.sin. In fp32, torch.polar rounds cosines and sines differently.
+        # Use torch.cos and torch.sin, because torch.polar rounds differently from them in fp32.
         angles = positions[..., None].float() * module.inv_freq
         parts = (part.double() * module.attention_scaling for part in (angles.cos(), angles.sin()))
         return {None: torch.complex(*parts)}
@@ -52,7 +52,9 @@ def _known_angles(parts, x, position_ids, layer_type=None):
 
 
 def wide_model(directory: Path, length: int, prepare=lambda model: None) -> torch.nn.Module:
-    """Load a model with transformers in fp64, inside :func:`wide`. Its rotary angles are in fp32, as in the engine.
+    """Load a model with transformers in fp64. Its rotary angles have fp32 values, as in the engine.
+
+    Run the model inside :func:`wide`.
 
     length   maximum number of tokens in a row
     prepare  function that is called with the loaded model

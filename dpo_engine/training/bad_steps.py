@@ -143,8 +143,8 @@ class BadSteps:
         found = f"{why} (loss {metrics['loss']:.4g}, grad norm {metrics['grad_norm']:.4g})"
         if self.in_a_row >= self.asked.stop_after:
             raise NumbersError(
-                f"step {step}: {found}; bad steps in a row: {self.in_a_row}, the limit (bad_steps.stop_after); "
-                f"inspect the pairs listed in {file.parent}, or lower optim.lr"
+                f"step {step}: {found}; bad steps in a row: {self.in_a_row}; the limit bad_steps.stop_after is reached"
+                f"; inspect the pairs listed in {file.parent}, or lower optim.lr"
             )
         return (
             f"step {step} skipped: {found}; pairs in this step: {named}, listed in {file}; bad steps in a "

@@ -127,7 +127,9 @@ class Callbacks:
             reason = getattr(callback, event)(run, *seen)
             if reason is not None:
                 if not (isinstance(reason, str) and reason):
-                    raise ConfigError(f"{key}: {event} returned {show(reason)}; return a reason as text, or None")
+                    raise ConfigError(
+                        f"{key}: {event} returned {show(reason)}; return the reason to end the run as text, or None"
+                    )
                 self.asked = self.asked or (key, reason)
             if any(metrics.get(name) is not value for name, value in before.items()):
                 raise ConfigError(f"{key}: {event} changed or removed a metric; add metrics under other names")

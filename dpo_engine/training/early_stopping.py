@@ -33,11 +33,11 @@ class ReportedMetric(Callback):
         run.sinks.say(f"best checkpoint: {self.by} (checkpoint.keep_best; number kept: {self.by.count})")
 
     def on_eval(self, run: Run, metrics: dict[str, float]) -> None:
-        """Raise :class:`~dpo_engine.errors.ConfigError` if the first evaluation does not report the metric."""
+        """Raise :class:`~dpo_engine.errors.ConfigError` on rank 0 if the first evaluation lacks the metric."""
         # Only rank 0 checks, because other callbacks add metrics on rank 0 only.
         if not self._checked and _first(run) and self.by.metric.removeprefix("eval/") not in metrics:
             reported = join([f"eval/{name}" for name in sorted(metrics)], "and")
-            raise ConfigError(f"{unreported(self.by.metric)}; the metrics are {reported}")
+            raise ConfigError(f"{unreported(self.by.metric)}; the reported metrics are {reported}")
         self._checked = True
 
 

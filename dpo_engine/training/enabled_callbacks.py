@@ -9,7 +9,9 @@ from dpo_engine.training.warnings import Warnings
 
 
 def enabled_callbacks(config: Config) -> Callbacks:
-    """Return the callbacks of a run, by the configuration key that enables each callback. Warnings are always enabled.
+    """Return the callbacks of a run. The name of each callback is the configuration key that enables it.
+
+    The callback ``warnings`` has no such key, because it is always enabled.
 
     Raises :class:`~dpo_engine.errors.ConfigError` for wrong names or options.
     """

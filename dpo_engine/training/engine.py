@@ -65,7 +65,7 @@ class Engine:
     dtype: torch.dtype  # dtype of weights and activations
     spec: str  # layer implementation: native or te (Transformer Engine)
     objective: Objective
-    adaptation: Adaptation | None  # the adapters that are trained; None: all weights are trained
+    adaptation: Adaptation | None  # the adapters that are trained; None: weights of the model are trained
     start: str | None  # digest of the adapter at adapter.path, equal on all ranks; None: no such adapter
     rank_facts: dict[str, dict[str, str]]  # settings and versions that must be equal on all ranks; see rank_guard
     row_tokens: int | None = None  # fixed size of all rows of trees, from settle_batches; None: sizes vary
@@ -133,7 +133,8 @@ class Engine:
         close_graphs()
         if isinstance(sys.exc_info()[1], Interrupted | None):
             say_unmet()
-            close_buffers()  # after any other error, this could wait for kernels that wait for other ranks
+            # Not after other exceptions: closing waits for kernels, and these may wait for a rank that has failed.
+            close_buffers()
         close_groups()
 
     @property
@@ -334,7 +335,7 @@ class Engine:
         Raises `RuntimeError` if :meth:`settle_batches` must still replace an ``auto`` in the section ``batch``.
         """
         if not is_settled(self.config):
-            raise RuntimeError("Engine.batches: call Engine.settle_batches first, before a model is built")
+            raise RuntimeError("Engine.host_batches: call Engine.settle_batches first, before a model is built")
         ranks, split = (self.groups.dp.rank(), self.groups.cp.rank()), self.sequence_parallel
         given = (self.config, self.groups.dims, *ranks, split, self.cost, self.row_tokens)
         return share_batches(dataset, indices, *given)

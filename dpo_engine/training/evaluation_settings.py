@@ -49,7 +49,7 @@ def metric_problems(config: Config) -> list[str]:
         hint = "the documentation of metrics says when it is reported"
     else:
         near = nearest(by.metric, known)
-        hint = f"did you mean {near}?" if near else "the documentation of metrics lists all of them"
+        hint = f"did you mean {near}?" if near else "the documentation of metrics lists all metrics"
     return [f"{unreported(by.metric)}; {hint}"]
 
 
@@ -73,4 +73,4 @@ def evaluation_metrics(config: Config) -> list[str] | None:
 
 def unreported(metric: str) -> str:
     """Return the first part of the error line for a metric that no evaluation reports."""
-    return f"checkpoint.keep_best.metric={metric}: no evaluation reports this metric"
+    return f"checkpoint.keep_best.metric={metric}: no evaluation of this run reports this metric"

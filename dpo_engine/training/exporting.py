@@ -41,11 +41,11 @@ def export_policy(
     to a directory beside the checkpoint. The directory's name ends with ``_adapter``.
 
     dtype, card  as for :func:`~dpo_engine.model.weights.save.save_hf`
-    tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared
-    say          called with each line for the log. On the first rank, there is a line if the tokenizer differs from the
-                 one used in training, a line for each property of the tokenizer that the export cannot keep, and a line
-                 if the export waits because another export may be running. With adapters, every rank also gets a line
-                 about the PEFT adapter
+    tokenizer    digest of the tokenizer and the chat template at the time of training; None: not compared
+    say          called with each line for the log. On the first rank, there is a line if the tokenizer or the chat
+                 template has changed since training, a line for each property of the tokenizer that the export cannot
+                 keep, and a line if the export waits because another export may be running. With adapters, every rank
+                 also gets a line about the PEFT adapter
 
     *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf` and
     :func:`~dpo_engine.training.output_lease.sole_exporter`, and two all-gathers of objects over world. With adapters,

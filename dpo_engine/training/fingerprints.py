@@ -11,9 +11,10 @@ FOLD = 0x5851F42D4C957F2D
 def fingerprint(tensor: Tensor) -> Tensor:
     """Hash a tensor's bits into one number, [] int64, with the same result on every device.
 
-    The hash is a sum over the elements, modulo 2^64. Each term is the integer value of an element's bits times a fixed
-    odd pseudorandom factor. Integer sums do not depend on the order of additions. Flipping one bit always changes the
-    hash. Any other change of the bits almost always changes the hash.
+    The hash is a sum modulo 2^64, with one term for each element and one for the number of elements. The term of an
+    element is the integer value of its bits times an odd pseudorandom factor. The factor depends only on the element's
+    position and the number of elements. Integer sums do not depend on the order of additions. Flipping one bit always
+    changes the hash. Any other change of the bits almost always changes the hash.
     """
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().reshape(-1).view(size)

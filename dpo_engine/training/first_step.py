@@ -14,7 +14,7 @@ SAME_PASS = 1e-4
 """Tolerance, relative to ``max(1, |value|)``, if policy and reference run the same code on the same rows."""
 
 EARLIER_PASS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Tolerance if the reference scored the pairs earlier, perhaps in another layout, or if its matrix products differ."""
+"""Tolerance if the reference scored the pairs earlier, perhaps in another layout, or if ``tp_comm_overlap`` is on."""
 
 CAUSES = {
     "resident": "dropout in the model, different weights in policy and reference, a nondeterministic kernel",

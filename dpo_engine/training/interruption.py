@@ -9,7 +9,8 @@ The solution: the signal handler only records the first signal. Between steps, a
 raise `Interrupted`, whose exit code tells the launcher to requeue the job. Later signals are ignored, so they cannot
 interrupt the save that the first signal requested. `train.save_by` works the same way: rank 0 reads its clock and
 requests a stop if one more step or evaluation, followed by a save, might exceed the time limit. The same number also
-tells all ranks that a callback on one rank ends the run. Therefore one such reduction per step is enough.
+tells all ranks that a callback on one rank ends the run. Therefore one such reduction is enough after each step, and
+after each evaluation.
 
 During startup, this solution is not enough. Python runs a signal handler only between bytecode instructions, and a rank
 that waits for other ranks inside a C call executes no bytecode. Therefore the C-level handler also writes the signal's
@@ -61,8 +62,9 @@ RECENT = 16
 class Interruption:
     """Record the first of :data:`SIGNALS` that this process receives, and share it with all ranks between steps.
 
-    Use this class as a context manager. It installs signal handlers, and restores the previous handlers on exit. If a
-    signal was received, :data:`SIGNALS` are ignored after the exit, so that no signal can interrupt the shutdown.
+    Use this class as a context manager, which installs signal handlers. If no signal was received, the previous
+    handlers are restored on exit. Otherwise, :data:`SIGNALS` are ignored after the exit, so that no signal can
+    interrupt the shutdown.
 
     received  number of the first signal received; 0 if there was none
     save_s    expected duration of a save in seconds, as set by the trainer
@@ -106,7 +108,7 @@ class Interruption:
         self.received = self.received or number
 
     def _wait_for_others(self) -> None:
-        # Keep the socket open after the first signal, because Python reports an error for each number it cannot write.
+        # Keep the socket open after the first signal, because Python reports an error for each signal it cannot write.
         number = self._read.recv(1)
         if number and not self._met.wait(MEETING_S):
             name = signal.Signals(number[0]).name

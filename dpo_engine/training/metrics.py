@@ -1,4 +1,7 @@
-"""Compute metrics that do not depend on the layout: sum over pairs, reduce once over all ranks, and divide once."""
+"""Compute the metrics of a global batch from sums over all of its pairs.
+
+Each sum is divided only after it covers all ranks. The metrics therefore do not depend on the layout.
+"""
 
 import re
 from collections.abc import Sequence
@@ -29,20 +32,21 @@ SPREADS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 DISPLACEMENTS = ("displacement/chosen", "displacement/rejected", "displacement/chosen_fell")
 ENTROPIES = ("entropy/chosen", "entropy/rejected")
 ROUNDING = 1e-14
-"""A variance of at most this share of the mean square counts as a rounding error of fp64."""
+"""If a variance is at most this fraction of the mean of the squares, it counts as a rounding error of fp64."""
 SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
 METRICS = {
-    "loss": "mean loss; if policy and reference are equal, most losses have a known value at step 1 (ln 2 for "
-    "`sigmoid`), and any other value stops the run",
+    "loss": "mean loss over the pairs. If policy and reference are equal at step 1, most loss functions have a known "
+    "value (ln 2 for `sigmoid`). The run stops if the metric differs from this value",
     "loss/NAME": "a term of `loss`, multiplied by its weight; the terms add up to `loss`; reported for losses that are "
-    "sums of terms: NAME is the name of a loss for `mix`, and it is `preference` or `likelihood` for `cpo` and `orpo`",
-    "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference (without a "
-    "reference, beta times the log-probability), summed over tokens, for every loss, as in TRL (`ld_alpha` applies)",
+    "sums of terms. For `mix`, NAME is the name of a loss. For `cpo` and `orpo`, it is `preference` or `likelihood`",
+    "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, summed over "
+    "tokens. Without a reference, it is beta times the log-probability. As in TRL, rewards are sums over tokens even "
+    "if the loss averages over tokens. `ld_alpha` applies to rewards, too",
     "rewards/rejected": "reward of the rejected responses",
     "rewards/margins": "chosen reward minus rejected reward",
     "rewards/accuracies": "share of pairs whose chosen reward is larger than the rejected reward; a tie counts as half",
-    "loss_margin/mean": "beta times the difference between the chosen and the rejected log-ratio, each per token; "
+    "loss_margin/mean": "mean over the pairs of the chosen reward per token minus the rejected reward per token; "
     "reported for losses that average over tokens (`ipo`, `simpo`, `average: true`), because `rewards/margins` "
     "compares sums",
     "loss_margin/accuracies": "share of pairs for which the difference in `loss_margin/mean` is positive; a tie counts "
@@ -54,8 +58,8 @@ METRICS = {
     "logps/rejected": "log-probability of the rejected responses under the policy, summed over tokens, in nats",
     "likelihood/accuracies": "share of pairs whose chosen response has a larger log-probability under the policy than "
     "the rejected response, regardless of the reference; a tie counts as half",
-    "likelihood/accuracies_per_token": "like `likelihood/accuracies`, for log-probabilities divided by the numbers of "
-    "tokens",
+    "likelihood/accuracies_per_token": "like `likelihood/accuracies`, but each log-probability is first divided by the "
+    "number of tokens in its response",
     "displacement/chosen": "log-probability of the chosen responses under the policy minus their log-probability under "
     "the reference, in nats; negative values mean that chosen responses are less likely than under the reference; "
     "reported if there is a reference",
@@ -71,14 +75,15 @@ METRICS = {
     "tokens of the chosen responses; reported if `logging.entropy` is set",
     "entropy/rejected": "like `entropy/chosen`, for the rejected responses",
     "router/balance": "for models with experts: how unevenly the routers use the experts at the tokens that predict "
-    "responses. For a response and a layer, the value is the number of experts times the sum, over experts, of the "
-    "product of the expert's share of all uses and its mean normalized score. The metric is the mean over responses, "
-    "pairs and layers; 1 if all experts are used equally. `loss.balance` times this number is part of the training "
-    "objective, but not of `loss`",
+    "responses; 1 if all experts are used equally. For a response and a layer, each expert's share of all uses is "
+    "multiplied by the expert's mean normalized score. The sum of these products is then multiplied by the number of "
+    "experts. The metric is the mean over responses, pairs and layers. `loss.balance` times the metric is part of the "
+    "training objective, but not of `loss`",
     "router/z": "for models with experts: squared logarithm of the sum of exponentials of the routers' logits, "
-    "averaged like `router/balance`; its coefficient is `loss.router_z`",
-    "router/load": "for models with experts: number of uses of an expert at the tokens that predict responses, divided "
-    "by the mean over the experts of its layer; the maximum over all experts of all layers",
+    "averaged like `router/balance`; `loss.router_z` times the metric is part of the training objective, but not of "
+    "`loss`",
+    "router/load": "for models with experts: largest load of an expert in any layer. An expert's load is its number of "
+    "uses at the tokens that predict responses, divided by the mean of this number over the experts of the layer",
     "sft_loss": "negative log-probability per token of the chosen responses",
     "grad_norm": "global gradient norm before clipping",
     "num_zeros_in_grad": "number of gradient values that are exactly 0, over all parameters of the model that are not "
@@ -92,15 +97,18 @@ METRICS = {
     "step_time_s": "wall-clock time of the step on rank 0, in seconds",
     "pairs_per_s": "pairs of the global batch, divided by `step_time_s`",
     "tokens_per_s": "tokens of the rows that the policy computed, divided by `step_time_s`; in `tree`, a shared prompt "
-    "counts once, and in `stacked`, padding counts",
+    "counts once; padding counts in both layouts",
     "layout_gain": "operations of a forward pass in the `stacked` layout, divided by those in the layout of the run",
     "peak_memory_bytes": "on a GPU: largest amount of memory that tensors have occupied so far on rank 0",
     "reserved_memory_bytes": "on a GPU: largest amount of memory that torch has reserved so far on rank 0",
     "mfu": "operations that the step's matrix products execute per second, divided by the peak of all GPUs; reported "
-    "only on GPUs whose peak is known, in bf16, and without frozen weights; in a run with adapters, only if the first "
-    "layer has an adapter",
+    "only on GPUs whose peak is known, in bf16, and if neither `optim.freeze` nor `train.freeze_router` is set. In a "
+    "run with adapters, the first layer must also have an adapter",
 }
-"""Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
+"""Every metric of a step and its meaning.
+
+An evaluation reports only the metrics that are computed from pairs. Their names then have the prefix ``eval/``.
+"""
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,10 @@ class Reported:
 
     @property
     def names(self) -> list[str]:
-        """Names of all metrics. Metrics of a source are reported only if the batch has pairs from this source."""
+        """Names of all metrics that are computed from pairs.
+
+        The metrics of a source are reported only if the batch has pairs from this source.
+        """
         names = [name for name in self.weighted if not name.endswith("^2")] + [f"{name}_std" for name in SPREADS]
         names += ENTROPIES if self.entropy else ()
         if len(self.sources) > 1:
@@ -145,7 +156,10 @@ class Reported:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """The numbers of sums over all pairs, over all tokens, and over the pairs from each source."""
+        """Three numbers of sums: over all pairs, over all tokens, and over the pairs from one source.
+
+        The last number counts the sums of all sources together.
+        """
         by_source = len(self.sources) * (2 + len(SOURCE_METRICS)) if len(self.sources) > 1 else 0
         return len(self.weighted), 2 * len(ENTROPIES) * self.entropy, by_source
 
@@ -269,8 +283,8 @@ def source_names(paths: Sequence[str | Path]) -> tuple[str, ...]:
 
     The name is the last part of the source's path, without a slice and without the suffix of a known file type.
     Characters other than letters, digits, ``_``, ``.`` and ``-`` are replaced by ``_``. If the last part has no letter
-    or digit, the last part with a letter or digit is used instead; if there is none, the name is ``data``. If several
-    sources have the same name, a number is appended to all of these names but the first.
+    or digit, the nearest part before it that has one is used instead. If no part has one, the name is ``data``. If
+    several sources have the same name, a number is appended to all of these names but the first.
 
     >>> source_names(["a/train.jsonl", "b/train.jsonl.gz[:10%]", "b/more pairs.parquet", "org/set:train"])
     ('train', 'train_2', 'more_pairs', 'set_train')

@@ -1,6 +1,6 @@
 """Prepare the data of the next step on a second thread while the current step runs.
 
-Problem. Planning a global batch and building its micro-batches take the host between a few and several hundred
+Problem. To plan a global batch and build its micro-batches, the host needs a few milliseconds to several hundred
 milliseconds. During this time, a GPU would be idle, because the previous step has ended and no micro-batch of the next
 step exists.
 
@@ -13,8 +13,9 @@ same as without the thread. If the run stops, a step that is prepared but not ru
 fails, the main thread raises the error at the step that needs the data. The thread ends with the training loop, so that
 a later fork does not copy a process in which the thread runs.
 
-Not covered. The interpreter runs one thread at a time. On a GPU, the main thread mostly waits for the device or for
-room in its queue of launches. If launches limit the speed of a step, preparing the next step still delays the launches.
+Not covered. The Python interpreter runs one thread at a time, so the second thread can delay the main thread. On a GPU,
+this delay is usually harmless, because the main thread mostly waits for the device, or for room in the device's queue
+of kernel launches. But if the launches limit the speed of a step, preparing the next step slows the current step down.
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ class OneAhead(Generic[T]):
         self._coming: tuple[int, Future[T]] | None = None
 
     def take(self, number: int) -> T:
-        """Return the item with this number. Unless the latest :meth:`begin` was for this number, make the item now.
+        """Return the item with this number.
+
+        If the latest :meth:`begin` was for this number, the item may be ready. Otherwise, the second thread makes the
+        item now. Each :meth:`begin` serves only the next call of this method.
 
         Raises the error that ``make`` raised.
         """

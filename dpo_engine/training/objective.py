@@ -15,8 +15,9 @@ are removed, and the other rows are sorted by the pairs' indices in the data set
 and splits them by micro-batch. The matrix holds only a few numbers per pair, so computing the loss on every rank is
 cheaper than a distributed sort.
 
-Not covered: `couple` runs on the last pipeline stage only, and gathers the first `LOSS_READS` fields of
-:class:`~dpo_engine.objective.losses.PairLogps`. A coupled loss that reads more fields would need more columns.
+Not covered: `couple` runs on the last pipeline stage only. Of the fields of
+:class:`~dpo_engine.objective.losses.PairLogps`, it gathers only the first `LOSS_READS`. A coupled loss that reads more
+fields would need more columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,8 @@ from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.training.metrics import Reported, pair_sums
 
 LOSS_READS = 4
-"""A loss reads this many leading fields of :class:`PairLogps`: the summed log-probabilities and the token counts."""
+"""Number of fields that a loss reads, from the first field of :class:`PairLogps` on: summed log-probabilities and token
+counts."""
 
 
 class BatchFacts(NamedTuple):
@@ -51,8 +53,8 @@ class BatchFacts(NamedTuple):
     total_weight        sum of the weights of all pairs; the denominator of every mean
     mean_chosen_tokens  weighted mean of the number of tokens in a chosen response
     sources             names of the data set's sources; ``Batch.source`` is an index into this tuple
-    tie                 largest difference between log-probabilities that counts as a tie in accuracies, relative to
-                        the log-probabilities; 0: only equal values are a tie
+    tie                 largest difference between two log-probabilities that counts as a tie in accuracies, relative
+                        to the sum of their absolute values; 0: only equal values are a tie
     """
 
     total_weight: float
@@ -83,8 +85,8 @@ class Objective:
     use_weighting  whether to multiply each pair's loss by its weight from :meth:`likelihoods`
     entropy        whether to report the policy's entropy
 
-    *Source*: for ``ld_alpha``, LD-DPO (arXiv 2409.06411), which is applied to the policy and to the reference, as in
-    TRL; for ``use_weighting``, WPO (arXiv 2406.11827) eq. 2, with the paper's "sampled alignment".
+    *Source*: ``ld_alpha``: LD-DPO (arXiv 2409.06411); as in TRL, the factor applies to the policy and to the reference.
+    ``use_weighting``: WPO (arXiv 2406.11827) eq. 2, with the paper's "sampled alignment".
     """
 
     def __init__(
@@ -124,7 +126,8 @@ class Objective:
         if logps.chosen_shared is None or logps.rejected_shared is None:
             raise ConfigError(
                 f"loss.ld_alpha={self.ld_alpha}: needs log-probabilities summed up to the shorter response's length, "
-                "but the reference provides only sums over whole responses; remove it, or set reference.mode=resident"
+                "but the reference provides only sums over whole responses; remove loss.ld_alpha, or set "
+                "reference.mode=resident"
             )
         return logps._replace(
             chosen=logps.chosen_shared + self.ld_alpha * (logps.chosen - logps.chosen_shared),
@@ -133,7 +136,7 @@ class Objective:
 
     @staticmethod
     def likelihoods(policy: PairLogps) -> Tensor:
-        """Return WPO's weights: both responses' likelihood per token, relative to tokens that the policy would sample.
+        """Return WPO's weights: the likelihood per token of both responses, relative to tokens sampled from the policy.
 
         Returns  [b]  the product over both responses of ``exp(mean(log p - log sum_v p_v^2))``, without gradient; the
                  mean is over the response's tokens, and the sum over the vocabulary
@@ -214,7 +217,8 @@ class Objective:
         policy, reference   log-probabilities of this rank's pairs, one record per micro-batch
         data                the other columns that a loss can read, one record per micro-batch
         places              indices of this rank's pairs in the data set, one tensor [b] per micro-batch. The loss gets
-                            the pairs sorted by index, so that ties have the same result in every layout
+                            the pairs sorted by index, so that pairs with equal values have the same order in every
+                            layout
 
         Returns  this rank's part of the loss, one record per micro-batch
 

@@ -1,4 +1,4 @@
-"""Describe the memory that is planned for a rank, and explain an out-of-memory error of a GPU with this plan."""
+"""Describe the memory that is planned for a rank, and use this plan to explain an out-of-memory error of the GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_engine.model.savings import savings
 from dpo_engine.training.engine import Engine
 
 SHOWN = 6
-"""Maximum number of changes that the error of a training run names."""
+"""Maximum number of changes to the configuration that the error message of a training run suggests."""
 
 
 SCORING = ("reference.", "train.micro_batch_size", "batch.", "parallel.")
@@ -72,7 +72,7 @@ def explanation(engine: Engine, error: torch.OutOfMemoryError, scoring: bool) ->
     else:
         plan = f"planned for this rank: {planned_memory(engine)}"
         names = ", ".join(f"{change.name} ({gib(cost.peak)})" for change, cost in found[:SHOWN])
-        order = "; in order of increasing cost in speed, each with the memory planned for the rank that needs most"
+        order = "; least loss of speed first; in parentheses: the plan for the rank that needs the most memory"
     if not names:
-        return [allocated, plan, "no other change lowers this memory; use more ranks, or lower data.max_length"]
-    return [allocated, plan, f"next: one of {names}{order}"]
+        return [allocated, plan, "use more ranks, or lower data.max_length; no other single change lowers this memory"]
+    return [allocated, plan, f"to use less memory, set one of {names}{order}"]

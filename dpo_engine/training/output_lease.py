@@ -31,9 +31,9 @@ from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.rank_guard import PER_NODE, ranks_text
 
 LOOK_S = 10.0
-"""Seconds for which a rank looks for a file, because NFS can show a new directory with a delay."""
+"""Maximum number of seconds for which a rank looks for a file. NFS can show a new directory with a delay."""
 LOOK_PER_NODE_S = 1.0
-"""Seconds for which a rank looks for a file in a directory that nodes need not share."""
+"""Maximum number of seconds for which a rank looks for a file in a directory that nodes need not share."""
 POLL_S = (0.05, 1.0)
 """Initial and maximum number of seconds between two attempts to read a file."""
 MOST_HOSTS = 3
@@ -139,7 +139,7 @@ def require_shared(directories: Mapping[str, Path], world: dist.ProcessGroup, no
     ((name, origin),) = box
     first = world.rank() == 0
 
-    meter = Meter("looking at the directories that all ranks share")
+    meter = Meter("checking that all ranks see the same directories")
 
     def leave_files() -> None:
         for directory in directories.values():

@@ -1,7 +1,8 @@
 """Profile a few steps of a run (``logging.profile``) with torch's profiler, Nsight Systems, or a record of GPU memory.
 
-Profiling starts at the end of the step before ``steps[0]``, and stops at the end of step ``steps[1]``. Evaluations and
-saves between these two moments are included. :mod:`~dpo_engine.platform.ranges` marks the parts of a step, and
+Profiling starts at the end of the step before ``steps[0]``, and stops at the end of step ``steps[1]``. If training
+starts at a step from ``steps[0]`` to ``steps[1]``, profiling starts with the training loop. Evaluations and saves
+between the start and the stop are included. :mod:`~dpo_engine.platform.ranges` marks the parts of a step, and
 Megatron's timers mark forward and backward passes. None of the tools changes what a step computes.
 """
 
@@ -188,7 +189,9 @@ def require_profile(config: Config, *, gpu: bool, num_steps: int) -> None:
         return
     why = TOOLS[asked.tool]().needs_gpu
     if why and not gpu:
-        problems.append(f"logging.profile.tool={asked.tool}: needs a GPU, because {why}; use tool: torch")
+        problems.append(
+            f"logging.profile.tool={asked.tool}: needs a GPU, because {why}; set logging.profile.tool=torch"
+        )
     if asked.steps[1] > num_steps:
         steps = f"{num_steps} step{'' if num_steps == 1 else 's'}"
         problems.append(

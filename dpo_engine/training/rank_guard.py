@@ -1,7 +1,7 @@
 """Check that all ranks agree on settings, code, data, and weights, and report any difference.
 
-The problem: if one rank has a different setting, code version, environment variable, data file or weight, the run hangs
-or trains a wrong model, and no error explains why.
+The problem: if one rank has a different setting, code version, environment variable, data file or weight, the run can
+hang or train a wrong model, and no error explains why.
 
 The solution: compare the facts of the ranks with two functions. Facts are named values, such as settings and versions,
 that must be equal on all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with
@@ -12,9 +12,9 @@ step; if the interval is 0, none of these later checks run.
 `RankGuard.check` also compares facts about the data, and all weights of which several ranks have copies: data-parallel
 and context-parallel replicas, parameters that tensor parallelism does not split, experts, and tied embeddings.
 
-Why this way: a check costs one all-gather of a few integers per rank: a hash of the facts, the rank's numbers in four
-process groups, and combined fingerprints of the weights. If ranks disagree, they also exchange the facts and all
-fingerprints, so that the error can name the difference.
+Why this way: a check reads the weights once, and exchanges only a few integers per rank, in one all-gather: a hash of
+the facts, the rank within each of four process groups, and combined fingerprints of the weights. If ranks disagree,
+they also exchange the facts and all fingerprints, so that the error can name the difference.
 A fingerprint is a weighted sum of integers modulo 2^64. Equal tensors therefore have equal fingerprints on every
 device, in any order of additions. A failed check raises the same error on all ranks. Facts are compared in the order of
 `KINDS`.
@@ -88,7 +88,7 @@ LOGS = ("NVTE_DEBUG*", "TORCH_NCCL_*DUMP*", "TORCH_NCCL_*TRACE*", "TORCH_NCCL_DE
 """Variables that match :data:`SWITCHES` but are not compared, because they affect only logs and dumps."""
 
 PER_NODE = ("data.cache_dir",)
-"""Configuration keys that may differ between ranks, because they are paths on a node's local disk."""
+"""Configuration keys that may differ between ranks, because their values can be paths on a node's local disk."""
 
 KINDS: dict[str, tuple[type[EngineError], str]] = {
     "ranks": (ConfigError, "start all ranks of a job with the same world size"),
@@ -100,7 +100,7 @@ KINDS: dict[str, tuple[type[EngineError], str]] = {
     "tokenizer": (ConfigError, "the tokenizer's files differ between nodes; copy them again"),
     "data": (DataError, "the files differ between nodes, or a node sees an old version; copy them again"),
 }
-"""Kinds of facts, with the error to raise and its advice. A difference often explains differences in later kinds."""
+"""Kinds of facts, each with an error type and advice. A difference often explains differences in later kinds."""
 
 NUMBER = "number of ranks"
 MOST_LINES = 10
@@ -151,8 +151,8 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
     a key and returns its value; None: ``store.get``, with the store's own time limit.
 
     Raises :class:`~dpo_engine.errors.ConfigError` on every rank, with a line for each of the first ``MOST_LINES``
-    differences. Rank 0 does not read the facts of additional ranks, whose numbers are at least rank 0's ``world``. If
-    all other ranks agree, only the additional ranks raise the error.
+    differences. Ranks whose number is not below rank 0's ``world`` are additional ranks. Rank 0 does not read their
+    facts. If all other ranks agree, only the additional ranks raise the error.
     """
     if world == 1:
         return
@@ -321,7 +321,7 @@ class RankGuard:
 def _agree(rows: Sequence[Sequence[int]]) -> bool:
     """Whether all ranks agree.
 
-    The row of a rank contains a hash of its facts, its numbers in tp, pp, expt_tp and ep, and four numbers per model.
+    The row of a rank contains a hash of its facts, its rank in tp, pp, expt_tp and ep, and four fingerprints per model.
     """
     seen: dict[Any, int] = {}
     for facts, tp, pp, expt_tp, ep, *prints in rows:
@@ -345,6 +345,6 @@ def _different_weights(everyone: Sequence[Mapping[tuple[str, str, int], int]], s
     others = len(different) - 1
     more = f" and {others} more {'parameter' if others == 1 else 'parameters'}" if others else ""
     return (
-        f"step {step}: copies of {model} {name}{more} differ: {values}; restart from the last checkpoint, and check "
-        "the rank that differs for memory errors"
+        f"step {step}: copies of {model} {name}{more} differ: {values}; restart from the last checkpoint, and test "
+        "the memory of the rank that differs"
     )

@@ -50,8 +50,8 @@ def open_reference(
     pairs      all pairs that the run will score: training and held-out pairs
     upcoming   returns the micro-batches of the next steps, for a reference that scores several steps ahead
     say        called with each line for the log
-    between    called on all ranks after every segment that is written to a store; it can raise an exception to stop the
-               work, because filling a store can take a long time
+    between    called on all ranks after every segment that is written to a store. Filling a store can take a long
+               time, so this function can stop the work by raising an exception
 
     *Collectives*: those of loading and scoring. If one rank fails, all ranks raise its error.
     Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing or do not match the reference,
@@ -141,7 +141,7 @@ def _from_store(
         raise DataError(
             [
                 f"reference.store={engine.config.store_path}: {count} of {len(wanted)} pairs have no stored "
-                f"log-probabilities in {store.folder.name}; fill it with `dpo-engine reference`, or set "
+                f"log-probabilities in {store.folder.name}; fill the store with `dpo-engine reference`, or set "
                 "reference.missing=score",
                 *complaints,
             ]

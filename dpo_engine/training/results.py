@@ -24,7 +24,7 @@ from dpo_engine.training.model_card import card_writer
 def write_results(run: Run, evaluator: Evaluator | None, identity: dict[str, Any]) -> dict[str, str]:
     """Write the files that a finished run leaves in addition to its checkpoints.
 
-    evaluator  evaluator of the held-out pairs, whose latest evaluation is written; None without held-out pairs
+    evaluator  evaluator of the held-out pairs; its latest evaluation is written. None: there are no held-out pairs
     identity   the run's identity; see :mod:`~dpo_engine.checkpoint.identity`
 
     Returns  the paths of the evaluation (``eval_pairs``) and of the export (``hf``), if they were written
@@ -32,8 +32,8 @@ def write_results(run: Run, evaluator: Evaluator | None, identity: dict[str, Any
     *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`, of exporting, and of
     :func:`~dpo_engine.training.evaluation_files.write_run_page`; over world, two all-gathers of objects; with
     ``checkpoint.export: best``, also those of choosing and loading a checkpoint. Writing has no time limit.
-    Raises :class:`~dpo_engine.errors.EngineError` on all ranks if a result cannot be written. Unless a rank was lost or
-    numbers are not finite, the message says how to write the file later.
+    Raises :class:`~dpo_engine.errors.EngineError` on all ranks if the evaluation or the export cannot be written. The
+    message says how to write the result later, except if a rank was lost or if numbers are not finite.
     """
     written = {}
     if evaluator:
@@ -98,5 +98,5 @@ def _saved_already(verb: str, step: int) -> Iterator[None]:
         raise
     except EngineError as error:
         *others, last = error.problems
-        later = f"the checkpoint for step {step} is saved; `dpo-engine {verb} RUN.yaml` can do this later"
+        later = f"the checkpoint for step {step} is saved; write the result later with `dpo-engine {verb} RUN.yaml`"
         raise type(error)([*others, f"{last}; {later}"]) from error

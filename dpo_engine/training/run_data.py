@@ -88,7 +88,8 @@ def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -
     the date were not fixed, a template that writes the date would produce different tokens after midnight. If
     data.template_date is set, or if the template reads no date, the configuration is returned unchanged.
 
-    *Collectives* over ``world``: those of :func:`~dpo_engine.platform.long_work.from_first`.
+    *Collectives*, if ``world`` is given and no date is set: those of
+    :func:`~dpo_engine.platform.long_work.from_first` over ``world``.
     """
     if config.data.template_date:
         return config
@@ -156,7 +157,10 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
 
 
 def _progress(config: Config, groups: ParallelGroups, interruption: Interruption | None = None) -> Progress:
-    """Return the progress display for tokenization: only rank 0 shows it, and a signal stops the work on any rank."""
+    """Return the progress display for tokenization. Only rank 0 shows the display.
+
+    On every rank, the display also stops the tokenization if this rank received a signal.
+    """
 
     def leave() -> None:
         if interruption and interruption.received:
@@ -212,8 +216,8 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
         if len(absent):
             file = pairs.sources[pairs.source_ids[absent[0]]]
             raise DataError(
-                f"{file}: {reader} needs {field} in every record of {key}, but it is missing in {len(absent)} of "
-                f"{len(pairs)} pairs; add it to every record, or choose another {reader.split()[0]}"
+                f"{file}: {reader} needs {field} in every record of {key}, but {len(absent)} of {len(pairs)} pairs "
+                f"have no {field}; add {field} to every record, or choose another {reader.split()[0]}"
             )
 
 

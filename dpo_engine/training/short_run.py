@@ -102,7 +102,7 @@ def _measure(engine: Engine, data: RunData, steps: list[np.ndarray]) -> dict[str
 def _facts(engine: Engine, data: RunData, indices: np.ndarray) -> BatchFacts:
     """Return the facts of a batch.
 
-    Accuracies count differences up to `TIE` as ties; otherwise, rounding could change them.
+    In accuracies, relative differences up to `TIE` count as ties. Otherwise, rounding could change the accuracies.
     """
     return batch_facts(data.train, indices)._replace(tie=TIE[engine.dtype])
 
@@ -118,7 +118,7 @@ def _largest(engine: Engine, steps: list[list[Batch]]) -> int:
 def _rows(evaluator: Evaluator, reference: Reference) -> list[dict[str, float]]:
     """Return the log-probabilities and losses from the latest evaluation, one row per pair.
 
-    Without a reference, a row has only the policy's log-probabilities.
+    Without a reference, a row has no log-probabilities of the reference.
     """
     columns = evaluator.per_pair()
     names = ("index", "loss", *(PAIR_LOGPS[:2] if isinstance(reference, NoReference) else PAIR_LOGPS))

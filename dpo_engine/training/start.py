@@ -63,7 +63,7 @@ class Start:
 
 
 def saved(
-    engine: Engine, step: int | None, say: Callable[[str], None], *, way_out: str = "set the run's train.output_dir"
+    engine: Engine, step: int | None, say: Callable[[str], None], *, way_out: str = "set another train.output_dir"
 ) -> Checkpoint:
     """Find the checkpoint for ``step`` (None: the newest intact checkpoint), and check that it fits the model.
 
@@ -167,10 +167,10 @@ def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def pairs_seen(manifest: Mapping[str, Any]) -> int:
-    """Return the number of pairs in the steps before a checkpoint.
+    """Return the number of pairs in all steps up to a checkpoint.
 
-    Older checkpoints do not record this number. For them, the number is computed from the position in the data, which
-    is correct unless the training data or the order changed during the run.
+    Older checkpoints do not record this number. For these checkpoints, the number is computed from the position in the
+    data. The result can be wrong if the training data or the order changed during the run.
     """
     run = manifest["run"]
     if "pairs_seen" in run:

@@ -62,7 +62,8 @@ def train_step(
 ) -> dict[str, float]:
     """Score the batch with the reference, run the policy forward and backward, and update the policy once.
 
-    batches  this rank's micro-batches: for each pair of its dp rank, the tokens of its cp rank
+    batches  this rank's micro-batches. The ranks of dp have different pairs, and the ranks of cp different tokens of
+             each pair
     known    BatchFacts of the *whole* global batch, because the loss is the weighted mean over all of its pairs
     refuses  called with the metrics and ``grad_norm`` before the update; returns whether to skip the update, and must
              return the same value on all ranks. The learning rate schedule advances in either case
@@ -71,12 +72,12 @@ def train_step(
     Returns  the metrics of the step, equal on every rank: the metrics of the pairs before the update, ``grad_norm``
              before clipping, and the ``learning_rate`` used; for a model with experts, also the routers' metrics
 
-    *Collectives*: those of the reference; for coupled losses, those of scoring and an all-gather of the
-    log-probabilities over dp; those of the pipeline schedules and of the loss; gradients over dp_cp (experts' gradients
-    over expt_dp; tied weights also over embd, replicated weights over tp); one SUM of the metrics over dp and a
-    broadcast over pp; for a model with experts, one SUM of the routers' numbers over all ranks; those of
-    :func:`~dpo_engine.optim.optimizer.update` and of ``refuses``; with ``count_zeros``, those of
-    :func:`~dpo_engine.optim.zeros.num_zeros`.
+    *Collectives*: those of the reference, of the pipeline schedules, of the loss, of
+    :func:`~dpo_engine.optim.optimizer.update`, and of ``refuses``; one SUM of the metrics over dp, and one broadcast of
+    the metrics over pp. Gradients are reduced over dp_cp, but gradients of experts over expt_dp. Gradients of tied
+    weights are also reduced over embd, and gradients of replicated weights over tp. For coupled losses, also those of
+    scoring, and an all-gather of the log-probabilities over dp. For a model with experts, also one SUM of the routers'
+    numbers over all ranks. With ``count_zeros``, also those of :func:`~dpo_engine.optim.zeros.num_zeros`.
     """
     reach("reference")
     with part("reference"):

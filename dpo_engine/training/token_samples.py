@@ -105,5 +105,5 @@ def unknown_reference(engine: Engine) -> str | None:
         return None
     return (
         f"tokens: reference.mode={mode} has only sums over responses, so tokens have no log-probability under the "
-        "reference; `dpo-engine eval RUN.yaml --tokens N reference.mode=resident` computes it"
+        "reference; `dpo-engine eval RUN.yaml --tokens N reference.mode=resident` adds these log-probabilities"
     )

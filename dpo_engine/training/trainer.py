@@ -49,7 +49,7 @@ class Trainer:
 
     step        number of steps done
     pairs_seen  number of pairs in these steps
-    stopped     why the run has ended early, as its checkpoint records it; None if it has not ended early
+    stopped     record of why the run ended early, as saved in checkpoints; None if the run did not end early
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Trainer:
         """Run the remaining steps, evaluate and save when due, and export at the end. Return the run's summary.
 
         Raises :class:`~dpo_engine.errors.Interrupted` on all ranks, after the same step, if a signal was received or
-        the time limit is near.
+        the limit ``train.save_by`` is near.
         """
         self.resume()
         self.check_ranks()
@@ -230,7 +230,7 @@ class Trainer:
         groups, interruption = self.engine.groups, self.interruption
         interruption.finish = bool(self.callbacks.asked)
         stop = interruption.agreed(groups.world, self.engine.platform.device, after=after)
-        # A signal hides a callback's request in the maximum of all ranks, but the checkpoint must record the request.
+        # If a rank has a signal, the MAX hides a callback's request, but the checkpoint must record this request.
         asked: list[Any] = [None] * groups.world.size()
         if interruption.finish or stop:
             dist.all_gather_object(asked, self.callbacks.asked, group=groups.world)

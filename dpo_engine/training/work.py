@@ -1,9 +1,9 @@
 """Count the tokens and floating-point operations of a step, for the throughput metrics.
 
-Only matrix products count: for each token, 2 operations per matrix parameter (without the experts that the token does
-not use), and for each attention head, 4 times the head size per visible (query, key) pair. Pairs that are not visible
-do not count, because a kernel skips them. In a layer with a sliding window, pairs outside the window are not visible.
-Recomputed activations (`model.recompute`) do not count either.
+Only matrix products count. Each token takes 2 operations per matrix parameter. Experts that the token does not use do
+not count, and the output layer counts only at scored sites. Each attention head takes 4 times the head size per visible
+(query, key) pair. Pairs that are not visible do not count, because a kernel skips them. In a layer with a sliding
+window, pairs outside the window are not visible. The operations of recomputation (`model.recompute`) do not count.
 """
 
 import math
@@ -48,7 +48,11 @@ class Work(NamedTuple):
 
 
 def count_work(engine: Engine, pairs: PairDataset, indices: np.ndarray, batches: Sequence[Batch]) -> Work:
-    """Count the work of the pairs ``indices``, of which this rank has the micro-batches ``batches`` in host memory."""
+    """Count the work of a global batch.
+
+    indices  the pairs of the global batch
+    batches  this rank's micro-batches of these pairs, in host memory
+    """
     dims, sequence = engine.groups.dims, engine.sequence_parallel
     padded = padded_flops(engine.arch, pairs, indices, engine.config, dims, sequence)
     return Work(forward_work(engine.arch, batches), padded)
@@ -124,7 +128,10 @@ def padded_flops(
 
 
 def _products(arch: Architecture, layers: Sequence[int], tokens: int, computed: int) -> int:
-    """Return the number of operations of the matrix products in ``layers``. For a token, only its own experts count.
+    """Return the number of operations of the matrix products in ``layers``.
+
+    Experts that a token does not use do not count.
+
 
     tokens    number of tokens for which the layers compute queries, keys and values
     computed  number of tokens for which the layers compute outputs

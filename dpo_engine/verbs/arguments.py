@@ -21,7 +21,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="dpo-engine",
-        description="Preference optimization on Megatron-Core. A run is described by a YAML file: `dpo-engine init` "
+        description="Preference optimization on Megatron-Core. A run is described by a YAML file. `dpo-engine init` "
         "writes a first file, and `dpo-engine config` prints all keys.",
         epilog=EXIT_CODES,
     )
@@ -43,10 +43,13 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "check", parents=[shared], help="validate a run and print a summary (needs neither a GPU nor Megatron)"
     )
     check.add_argument(
-        "--world-size", type=int, metavar="N", help="number of ranks in the run (default: the minimum of the layout)"
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="number of ranks in the run (default: the smallest number that the layout allows)",
     )
     plan = verbs.add_parser(
-        "plan", parents=[shared], help="rank the parallel layouts that fit a number of GPUs (needs no GPU)"
+        "plan", parents=[shared], help="list the fastest layouts that fit on a given number of GPUs (needs no GPU)"
     )
     plan.add_argument("--gpus", type=int, required=True, metavar="N", help="total number of GPUs")
     plan.add_argument(
@@ -58,7 +61,9 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         default="H100",
         help="GPU model (default: %(default)s)",
     )
-    plan.add_argument("--nodes", type=int, metavar="M", help="number of nodes (default: one per 8 GPUs)")
+    plan.add_argument(
+        "--nodes", type=int, metavar="M", help="number of nodes (default: the fewest with at most 8 GPUs per node)"
+    )
     verbs.add_parser(
         "tokenize",
         parents=[shared],
@@ -82,7 +87,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--data",
         metavar="FILE[,FILE...]",
-        help="sources of pairs to evaluate on, as in data.validation (default: the run's held-out pairs)",
+        help="sources of the pairs to evaluate, written like data.validation (default: the run's held-out pairs)",
     )
     evaluation.add_argument(
         "--to", type=_path, metavar="FILE", help=".parquet file to write (default: a file in train.output_dir)"
@@ -99,7 +104,10 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
     compare.add_argument("first", type=_path, metavar="FIRST.parquet", help=".parquet file written by eval or train")
     compare.add_argument(
-        "second", type=_path, metavar="SECOND.parquet", help="the other .parquet file; differences: first minus second"
+        "second",
+        type=_path,
+        metavar="SECOND.parquet",
+        help="the other .parquet file; each difference is FIRST minus SECOND",
     )
     report = verbs.add_parser(
         "report", parents=[debug], help="write a page that shows what runs have learned (needs no GPU and no model)"
@@ -111,7 +119,11 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         metavar="FILE",
         help=".html file to write (default: report.html in DIR, or in the current directory if there are several DIRs)",
     )
-    report.add_argument("--text", action="store_true", help="print the verdict and tables on the terminal instead")
+    report.add_argument(
+        "--text",
+        action="store_true",
+        help="print the verdict, tables and curves on the terminal instead of writing a page",
+    )
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face format")
     which = export.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest checkpoint)")
@@ -134,12 +146,15 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "metrics with those of an uninterrupted run",
     )
     rehearse.add_argument(
-        "--world-size", type=int, metavar="N", help="number of ranks to start (default: the minimum of the layout)"
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="number of ranks to start (default: the smallest number that the layout allows)",
     )
     parity = verbs.add_parser(
-        "parity", parents=[shared], help="compare the run's layout with a single process, on a few of its pairs"
+        "parity", parents=[shared], help="compare the run's layout with a single process, on a few pairs of the run"
     )
-    parity.add_argument("--fp64", action="store_true", help="compute in fp64, where all layouts agree to 1e-10")
+    parity.add_argument("--fp64", action="store_true", help="compute in fp64, in which all layouts agree to 1e-10")
     verbs.add_parser("fetch", parents=[shared], help="download the run's models and data sets from the Hub")
     config = verbs.add_parser("config", parents=[shared], help="print every key with its value and meaning")
     config.add_argument("--schema", action="store_true", help="print the JSON Schema of a run instead")

@@ -40,7 +40,6 @@ from dpo_engine.verbs.first_records import FIRST_RECORDS, all_dropped
 from dpo_engine.wording import join, nearest, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
-
 OF_MEGATRON = ("model.recompute", "model.spec", "model.dtype", "parallel", "optim", "reference", "adapter", "batch")
 REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("loss",): loss_problems,
@@ -50,7 +49,7 @@ REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("optim.schedule", "optim.schedule_options"): schedule_problems,
     ("optim.optimizer", "optim.optimizer_options", "parallel.distributed_optimizer"): optimizer_problems,
 }
-"""The functions that check registered names and options of Megatron-Core, by the keys that each function reads."""
+"""The functions that check registered names or Megatron-Core options, by the keys that each function reads."""
 
 
 @dataclass
@@ -180,13 +179,13 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
     if parallel.overlap and world_size is not None and world == parallel.tp * parallel.pp:
         problems.append(
             f"parallel.overlap=true: requires dp x cp >= 2, but dp x cp is 1 with {world} "
-            f"rank{'' if world == 1 else 's'}; remove it, or use at least {2 * needed} ranks"
+            f"rank{'' if world == 1 else 's'}; remove parallel.overlap, or use at least {2 * needed} ranks"
         )
     if arch:
         if arch.experts and parallel.tp > 1 and parallel.sequence_parallel is False:
             problems.append(
-                "parallel.sequence_parallel=false: each tensor-parallel rank must have tokens of its own to send to "
-                "experts; remove it"
+                "parallel.sequence_parallel=false: is not possible with experts and tp > 1, because each "
+                "tensor-parallel rank must send its own tokens to the experts; remove parallel.sequence_parallel"
             )
         dims = parallel_dims(config, arch, world)
         # contradictions() already reports parallel.vpp without pipeline stages.
@@ -208,7 +207,7 @@ def _lengths(config: Config, arch: Architecture) -> list[str]:
         return []
     return [
         f"data.max_length={length}: must be at most {arch.max_positions}, the model's maximum number of positions; "
-        "lower it"
+        "lower data.max_length"
     ]
 
 
@@ -234,7 +233,7 @@ def _trackers(config: Config) -> list[str]:
     }
     missing = [
         f"logging.{key}={show(value)}: the package {name} is not installed; run pip install 'dpo-engine[{name}]', or "
-        "remove it"
+        f"remove logging.{name}"
         for name, (key, value) in asked.items()
         if value is not None and importlib.util.find_spec(name) is None
     ]
@@ -271,8 +270,8 @@ def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> To
             names = ", ".join(repr(tokenizer.name_of(token)) for token in absent[:3])
             found.config.append(
                 f"{key}={config.tokenizer_path}: has {tokenizer.vocab_size} tokens, but the model has only "
-                f"{arch.vocab_size} embedding rows, none for {names}{', ...' if len(absent) > 3 else ''}; use the "
-                "tokenizer that the model was trained with"
+                f"{arch.vocab_size} embedding rows, and no row for {names}{', ...' if len(absent) > 3 else ''}; use "
+                "the tokenizer with which the model was trained"
             )
     if config.data.add_eos and tokenizer.eos_id is None:
         found.config.append(
@@ -346,5 +345,6 @@ def _no_template(source: Source, tokenizer: Tokenizer, skip: bool) -> str:
     fields = join([repr(field) for field in getattr(FORMATS[name], "fields", ()) if field in row], "and")
     return (
         f"data.chat_template=null: {source.path} is read as conversations (format {name}: {fields}), but the tokenizer "
-        f"of {tokenizer.path} has no chat template; set it to a file with a Jinja template, or use text records"
+        f"of {tokenizer.path} has no chat template; set data.chat_template to a file with a Jinja template, or use "
+        "text records"
     )

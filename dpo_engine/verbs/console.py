@@ -77,10 +77,9 @@ def outcome(config: Config, summary: Mapping[str, Any]) -> list[str]:
 
 
 def known(error: Exception) -> EngineError | None:
-    """Convert a failed operation on a named file, or a failed communication between ranks, to an error that a user can
-    act on.
+    """Return an error whose message tells the user what has failed, or ``None`` if ``error`` does not show this.
 
-    Return ``None`` for any other exception.
+    ``error`` shows it if it is a failed operation on a named file, or a failed communication between ranks.
     """
     if isinstance(error, OSError) and error.filename is not None:
         return EngineError(f"{error.filename}: {error.strerror}")
@@ -120,9 +119,9 @@ def rank() -> int:
 def _speaks(error: EngineError) -> bool:
     """Whether this rank should print an error that all ranks raise.
 
-    Under torchrun, the first rank that registers the error in the agent's store prints it. Otherwise the first rank on
-    each node prints it. If a rank was lost (:class:`PeerError`), the second rank on each node also prints the error,
-    because the first may be the rank that died.
+    Under torchrun, the first rank that registers the error in the agent's store prints it. If there is no such store,
+    or if the store cannot be used, the first rank on each node prints the error. If a rank was lost
+    (:class:`PeerError`), the second rank on each node then prints the error, too, because the first rank may be lost.
     """
     from dpo_engine.platform.launcher import local_rank
 

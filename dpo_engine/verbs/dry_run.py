@@ -1,4 +1,4 @@
-"""Try what `train` does first, without Megatron: call the loss, compare with a checkpoint, and open the trackers."""
+"""Try without Megatron what `train` does first: call the loss, look at the newest checkpoint, and open the trackers."""
 
 from __future__ import annotations
 
@@ -29,16 +29,20 @@ from dpo_engine.verbs.summary import most_pairs
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 UNKNOWN = ("train_data", "reference")
-"""Parts of a run's identity that are known only after tokenizing and loading; `train` compares them."""
+"""Parts of a run's identity that are known only after tokenizing the data and loading the reference.
+
+`train` compares these parts."""
 
 
 def dry_run(config: Config) -> list[tuple[str, str]]:
-    """Try the loss, the intervals, the checkpoint, and the trackers of a run in which `check` has found no problems.
+    """Call the loss, open the trackers, and check the intervals and the newest checkpoint of a run.
+
+    Call this for a run in which `check` has found no problems.
 
     Returns  the lines to print, each with its subject
 
-    Raises `ConfigError` with all problems of the loss, the intervals and the trackers. If there are no such problems,
-    raises `CheckpointError` if `train` would refuse to resume from the newest checkpoint.
+    Raises `ConfigError` with all problems of the loss, the intervals and the trackers. Without such problems, raises
+    `CheckpointError` as :func:`try_resume` does.
     """
     options = all_options(config.loss.name, config.loss.options)
     problems = trial_problems(config.loss.name, options)
@@ -48,19 +52,20 @@ def dry_run(config: Config) -> list[tuple[str, str]]:
     if problems + found:
         raise ConfigError(problems + found)
     coupled = loss_facts(LOSSES[config.loss.name], options).couples_pairs
-    alone = "couples the pairs of a step" if coupled else "computes each pair alone"
-    lines = [("loss", f"called on two example pairs: is finite, has gradients, and {alone}")]
+    alone = "couples the pairs of a step" if coupled else "does not couple pairs"
+    lines = [("loss", f"on two example pairs, it is finite, has gradients, and {alone}")]
     lines += [("resume", line) for line in try_resume(config)]
     return lines + [("tracker", line) for line in tracked]
 
 
 def try_resume(config: Config) -> list[str]:
-    """Compare the run with its newest checkpoint, as far as this is possible without tokenizing and loading weights.
+    """Compare the run with its newest checkpoint. This neither tokenizes data nor loads weights.
 
-    Returns  a line about the step after which the run resumes, and a line for each damaged checkpoint; no line if the
-             run has no checkpoint
+    Returns  a line for each damaged checkpoint that is newer than all readable ones; then, if there is a readable
+             checkpoint, a line about the step after which the run would resume
 
-    Raises `CheckpointError` if `train` would refuse to resume.
+    Raises `CheckpointError` if `train` would refuse to resume, or if the run has a checkpoint but
+    ``checkpoint.resume`` is false.
     """
     refuse_unasked(config)
     lines = []
@@ -75,7 +80,10 @@ def try_resume(config: Config) -> list[str]:
         changes = compare(saved, current, config.checkpoint.accept_changes, where=directory)
         accepted = f", with accepted changes of {', '.join(change.key for change in changes)}" if changes else ""
         weights = ", the base weights" if config.adapter else ""
-        rest = f"train also compares the training data{weights} and the reference, and checks the files' hashes"
+        rest = (
+            f"train also compares the training data{weights} and the reference, and checks the hashes of the "
+            "checkpoint's files"
+        )
         return [*lines, f"would resume after step {manifest['step']}{accepted}; {rest}"]
     return lines
 
@@ -83,7 +91,7 @@ def try_resume(config: Config) -> list[str]:
 def _identity(config: Config, saved: dict[str, Any], position: Position) -> dict[str, Any]:
     """Return the known part of the run's identity.
 
-    The training data and, with adapters, the base weights are assumed to be those of the checkpoint.
+    The number of training pairs and, with adapters, the base weights are assumed to be those of the checkpoint.
     """
     pairs, arch, adapter = saved["train_data"]["pairs"], read_architecture(config.model.path), None
     if config.adapter:
@@ -133,7 +141,8 @@ def try_trackers(config: Config) -> tuple[list[str], list[str]]:
     Returns  lines that say what was tried, and a line for each problem
     """
     logging = config.logging
-    left = [f"{', '.join(logging.sinks)}: not opened, because this could create a run"] if logging.sinks else []
+    unopened = f"{', '.join(logging.sinks)}: not opened, because a registered sink could create a run on a server"
+    left = [unopened] if logging.sinks else []
     if not (logging.tensorboard or logging.wandb or logging.mlflow):
         return left, []
     with tempfile.TemporaryDirectory(prefix="dpo-engine-check-") as folder, _quiet():

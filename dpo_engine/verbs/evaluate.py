@@ -68,7 +68,7 @@ def evaluate(
     if to is not None and not to.endswith(".parquet"):
         raise ConfigError(f"--to={to}: must end with .parquet; pass --to FILE.parquet (the summary goes to FILE.json)")
     if tokens is not None and tokens < 1:
-        raise ConfigError(f"--tokens={tokens}: must be at least 1; pass a number of pairs")
+        raise ConfigError(f"--tokens={tokens}: must be at least 1; pass the number of pairs whose tokens are written")
     engine = Engine.open(without_graphs(config))
     config = engine.config
     try:

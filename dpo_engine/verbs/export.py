@@ -56,7 +56,8 @@ def export(
         load_checkpoint(found, trained, engine.arch, engine.groups)
         target = Path(to) if to else Path(config.train.output_dir) / f"hf_step_{found.step:08d}"
         identity, run = found.manifest["identity"], found.manifest["run"]
-        # A run evaluates its last step after saving it, so metrics.jsonl in the checkpoint lacks this evaluation.
+        # At its last step, a run saves first and then evaluates. The checkpoint's copy of metrics.jsonl therefore lacks
+        # the last evaluation, so the run's own metrics.jsonl is preferred.
         metrics = metrics_file(config) if metrics_file(config).is_file() else found.directory / HISTORY
         chosen = str(criterion(config)) if best else None
         card = card_writer(run["config"], identity, found.manifest["layout"], found.step, metrics, dtype, chosen)

@@ -13,7 +13,9 @@ from dpo_engine.verbs import console
 
 
 def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]:
-    """Download everything that a run names by Hub id into the Hub's cache, and update branches to their newest commit.
+    """Download the models and data sets that a run names by Hub id. The files go to the Hub's cache.
+
+    If a Hub id refers to a branch, the branch's newest commit is downloaded even if an older one is in the cache.
 
     say  called with a line for each repository
 
@@ -27,7 +29,7 @@ def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]
     problems, directories = [], []
     wanted = hub_ids(config)
     if wanted and constants.HF_HUB_OFFLINE:
-        raise ConfigError("HF_HUB_OFFLINE=1: forbids the downloads of this verb; unset it")
+        raise ConfigError("HF_HUB_OFFLINE=1: forbids the downloads of fetch; unset HF_HUB_OFFLINE")
     for key, (text, repo) in wanted.items():
         try:
             directory = snapshot(repo, again=True)

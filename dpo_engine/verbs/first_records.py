@@ -1,4 +1,4 @@
-"""Encode the first records of a source. Find records that the run would drop, and prompts that responses repeat."""
+"""Encode the first records of a source. Find records that the run would drop, and responses that repeat the prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_engine.data.tokenizer import Tokenizer
 
 FIRST_RECORDS = 8
 MOST_RECORDS = 1000
-"""Number of records in which `check` looks for a pair that is not dropped."""
+"""Maximum number of usable records in which `check` looks for a pair that is not dropped."""
 
 
 def all_dropped(source: Source, tokenizer: Tokenizer, config: Config) -> Counter[str] | None:

@@ -59,7 +59,7 @@ def init(
     validation: str | None = None,
     output_dir: str = "runs/first",
 ) -> Path:
-    """Write a commented YAML file of a run for a model and preference data. Return the file's path.
+    """Write a commented YAML file for a run that trains a model on preference data. Return the file's path.
 
     model         directory or Hub id of a Hugging Face checkpoint; it is not read
     data          source of preference pairs; it is not read

@@ -1,4 +1,4 @@
-"""Show how a run's pairs are tokenized, as text or tokens. Each token has a kind, such as `cut` or `scored`."""
+"""Show the tokens of a run's pairs, as text or as token strings. Each token has a kind, such as `cut` or `scored`."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Inspected:
-    """A pair as the run uses it.
+    """A pair as the run uses it, or a pair or record that the run does not use, with the reason.
 
     place     `file:line` of the record
     prompt, chosen, rejected   the pieces of the prompt and of both responses
-    note      why the run does not use the pair; empty if the run uses it
+    note      why the run does not use the pair or the record; empty if the run uses the pair
     """
 
     place: str
@@ -94,7 +94,10 @@ def _all(config: Config, tokenizer: Tokenizer) -> Iterator[Inspected]:
 
 
 def _records(source: Source) -> Iterator[tuple[str, Pair | str]]:
-    """Yield the `file:line` of each record with each of its pairs or, for an unusable record, with the reason."""
+    """Yield each pair of a source, with the `file:line` of the pair's record.
+
+    If a record cannot be used, or if the data format leaves it out, yield the reason instead of a pair.
+    """
     bad = _Reasons(skip=True)
     for line, found in read_pairs(source.path, source.format, bad, source.columns):
         yield from bad.take()
@@ -141,7 +144,7 @@ def _inspected(
 
 
 def _shared(pair: TokenPair) -> int:
-    """Return the number of tokens with which both responses begin."""
+    """Return the length of the common prefix of both responses, in tokens."""
     end = min(len(pair.chosen), len(pair.rejected))
     differ = np.flatnonzero(pair.chosen[:end] != pair.rejected[:end])
     return int(differ[0]) if len(differ) else end
@@ -166,7 +169,7 @@ def saved_line(config: Config) -> str | None:
 
 
 def lines(pair: Inspected, *, tokens: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the lines that describe a pair, each with the kind of token that determines its style, or "".
+    """Yield the lines that describe a pair, each with the kind of its tokens, or with "" if it contains no tokens.
 
     tokens   show the token strings instead of the decoded text
     """

@@ -40,15 +40,15 @@ FIRST = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 3e-2}
 additions. In bf16, every intermediate result has a precision of 8 bits."""
 
 LATER = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 5e-2}
-"""Largest accepted difference after an update. If a gradient is close to zero, its rounding error is relatively large,
-and an Adam step changes the weight by up to the learning rate in either direction. In fp64, rounding errors are much
-smaller than Adam's epsilon. The gradient norm has this tolerance in the first step, too, because a backward pass adds
-up more rounding errors than a forward pass."""
+"""Largest accepted difference after an update. If the gradient of a weight is close to zero, the gradient's rounding
+error is relatively large, and an Adam step changes the weight by up to the learning rate in either direction. In fp64,
+rounding errors are much smaller than Adam's epsilon. The gradient norm has this tolerance in the first step, too,
+because a backward pass adds up more rounding errors than a forward pass."""
 
 JUMPS = ("accuracies", "accuracies_per_token", "chosen_fell", "load")
-"""Last components of the names of metrics that jump if a rounding error changes a sign or the choice of an expert.
+"""Metrics that jump if a rounding error changes a sign or the choice of an expert.
 
-These metrics are not compared in bf16."""
+Each item is the last component of the names of such metrics. The metrics are not compared in bf16."""
 
 
 class Difference(NamedTuple):
@@ -92,7 +92,8 @@ def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, list[Dif
         rest = [name for name in b["metrics"] if name not in ("loss", "grad_norm")]
         rest = [name for name in rest if dtype != "bfloat16" or name.rpartition("/")[2] not in JUMPS]
         found[METRICS].append(_worst([(name, a["metrics"][name], b["metrics"][name]) for name in rest], allowed))
-    # The reference must not change in any step, so its numbers after all steps are compared with those before step 1.
+    # The reference must not change in any step. Therefore its numbers in the layout after all steps are compared with
+    # its numbers in the single process before step 1.
     reference = [name for name in one["before"][0] if name.startswith("ref_")]
     if reference:
         found[REFERENCE] = [_worst_row(many["after"], one["before"], FIRST[dtype], reference)]
@@ -142,9 +143,9 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     srun, it uses the ranks that were started.
 
     FP8 is turned off, because its rounding errors are larger than those of bf16, for which the tolerances are chosen.
-    The differences between layouts in FP8 have not been measured on a GPU. With ``fp64``, ``tp_comm_overlap``,
-    ``model.attention: te`` and ``model.flash_attention`` are also turned off, because their kernels do not support
-    fp64.
+    The differences between layouts in FP8 have not been measured on a GPU. With ``fp64``, ``tp_comm_overlap`` is
+    also turned off, and ``model.attention: te`` and ``model.flash_attention`` are replaced by the defaults of these
+    keys, because the kernels do not support fp64.
 
     Returns  whether every difference is within its tolerance (always True on ranks other than rank 0)
     """
@@ -167,7 +168,7 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     usual |= {"flash_attention": 2} if config.model.flash_attention != 2 else {}
     if fp64 and usual:
         if rank == 0:
-            say(f"model.{' and model.'.join(usual)}: left out, because these kernels do not support fp64")
+            say(f"model.{' and model.'.join(usual)}: left out, because the selected kernels do not support fp64")
         config = config.model_copy(update={"model": config.model.model_copy(update=usual)})
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
     on_device = config.optim.model_copy(update={"states": "device"})
@@ -201,12 +202,12 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     if parallel.ep > 1 or parallel.etp:
         layout += f", ep {parallel.ep}, etp {ParallelDims.of(parallel, ranks).etp}"
     layout += f" on {_count(ranks, 'rank')}"
-    layout += f", {many['layout']} batches of up to {_count(many['largest'], 'pair')}"
+    layout += f", {many['layout']} micro-batches of up to {_count(many['largest'], 'pair')}"
     computed = many["dtype"] + (", native layers and plain AdamW" if fp64 else "")
     steps, pairs = len(many["steps"]), len(many["steps"][0]["pairs"])
     say(
-        f"{_count(steps, 'step')} of {_count(pairs, 'pair')} in {computed}: {layout}, compared with one process, "
-        f"stacked batches of up to {_count(one['largest'], 'pair')}"
+        f"{_count(steps, 'step')} of {_count(pairs, 'pair')} in {computed}: {layout}, compared with one process "
+        f"and stacked micro-batches of up to {_count(one['largest'], 'pair')}"
     )
     for line in table(found):
         say(f"  {line}")

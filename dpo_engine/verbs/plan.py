@@ -1,11 +1,16 @@
-"""``dpo-engine plan``: rank the parallel layouts that fit a number of GPUs, by predicted memory and time.
+"""``dpo-engine plan``: list the fastest parallel layouts that fit on a given number of GPUs.
 
-The prediction needs neither a GPU nor Megatron. Memory is computed by :mod:`~dpo_engine.model.memory`. Time is the sum
-of these parts: the operations of the slowest stage at `EFFICIENCY` times the GPU's peak FLOP/s, the bytes of each kind
-of communication at the speed of its link, the optimizer's update if it runs on the host, and the pipeline bubble. Use
-the prediction to compare layouts; it is not the exact time of a step. All rows are assumed to have ``data.max_length``
-tokens, which is the worst case. In layers with a sliding window, each token attends only to the keys within the window.
-The communication between context-parallel ranks is predicted as if no layer had a window.
+The prediction needs neither a GPU nor Megatron. Memory is computed by :mod:`~dpo_engine.model.memory`. The predicted
+time of a step is the sum of these parts:
+
+- the time of the slowest stage's operations; the speed is `EFFICIENCY` times the GPU's peak FLOP/s
+- the time to send the bytes of each kind of communication; the speed is that of the link
+- the time of the optimizer's update, if the update runs on the host
+- the pipeline bubble
+
+Use the prediction to compare layouts; it is not the exact time of a step. All rows are assumed to have
+``data.max_length`` tokens, which is the worst case. In layers with a sliding window, each token attends only to the
+keys within the window. The communication between context-parallel ranks is predicted as if no layer had a window.
 """
 
 from __future__ import annotations
@@ -33,7 +38,9 @@ from dpo_engine.platform.dims import ParallelDims, divisors
 from dpo_engine.wording import join
 
 EFFICIENCY = 0.5
-"""Typical FLOP/s of a training step, including the operations between matrix products, as a fraction of the peak."""
+"""Typical FLOP/s of a training step, as a fraction of the GPU's peak.
+
+The FLOP/s are lower than those of a single matrix product, because a step also spends time between matrix products."""
 HOST = 5e9
 """Parameters that a node's CPUs update per second (``optim.states: host``), at 200 GB/s and 40 bytes per parameter."""
 PER_NODE = 8
@@ -136,7 +143,7 @@ def plan(
     for place, layout in enumerate(best[:SHOWN], 1):
         lines += [f"{place}. {_title(layout)}", *("   " + line for line in _details(layout))]
     if best:
-        lines += ["to use the first:", *_yaml(best[0])]
+        lines += ["to use the first layout:", *_yaml(best[0])]
     else:
         lines += _way_out(config, arch, gpus, per_node, size, GPUS[gpu], layouts)
     tight = [one for one in layouts if one.memory.needed > size and one.recompute == "full"]
@@ -275,8 +282,8 @@ def _details(layout: Layout) -> list[str]:
     times = ", ".join(f"{name} {seconds:.3g}" for name, seconds in layout.seconds.items())
     sent = ", ".join(f"{name} {size / 1e9:.3g} GB {link}" for name, (size, link) in layout.sent.items())
     return [
-        f"memory in GiB{stage}: {parts}; the rest is reserve; micro-batches of at most {layout.tokens:,} tokens"
-        f"{cost.on_host}",
+        f"memory in GiB{stage}: {parts}; the rest of the total is allocator overhead and memory outside of torch; "
+        f"micro-batches of at most {layout.tokens:,} tokens{cost.on_host}",
         f"seconds: {times}; the largest part is {limit}; {layout.flops / 1e15:.3g} PFLOP per step",
         *([f"sent by a rank: {sent}"] if sent else []),
     ]
@@ -288,7 +295,7 @@ def _yaml(layout: Layout) -> list[str]:
         section, _, name = key.partition(".")
         sections.setdefault(section, []).append(f"  {name}: {value}")
     if not sections:
-        return ["  (no keys: the defaults are this layout)"]
+        return ["  (no keys are needed: this layout is the default)"]
     return [line for section, keys in sections.items() for line in (f"{section}:", *keys)]
 
 
@@ -298,7 +305,7 @@ def _way_out(
     """Return lines about the smallest layout, and about changes with which the run would fit."""
     lines = ["does not fit"]
     if layouts:
-        lines[0] += f"; the smallest is {_title(min(layouts, key=lambda one: one.memory.needed))}"
+        lines[0] += f"; the smallest layout is {_title(min(layouts, key=lambda one: one.memory.needed))}"
     dims = ParallelDims(1, 1, None, 1, 1, gpus)
     tokens = largest_micro_batch(config, arch, dims, dtype="bf16", device_memory=size)
     lighter = lighter_runs(config, dims, dtype="bf16", tokens=tokens)
@@ -317,4 +324,5 @@ def _way_out(
         found, _ = _layouts(changed, arch, number, min(per_node, number) if number > gpus else per_node, size, gpu)
         if any(one.memory.needed <= size for one in found):
             enough.append(name)
-    return [*lines, f"what would fit: {join(enough, 'or')}" if enough else "none of the changes tried makes it fit"]
+    nothing = "the run would not fit with any of the changes that were tried"
+    return [*lines, f"what would fit: {join(enough, 'or')}" if enough else nothing]

@@ -1,9 +1,9 @@
 """``dpo-engine rehearse``: test with injected faults whether a user's own run resumes correctly.
 
 The test trains the first steps of the run, kills and stops it, resumes it, and compares its metrics with those of an
-uninterrupted run. Each rank is a process on this machine, and reads its rank and the address of rank 0 from environment
-variables. Each case trains in its own directory under ``<train.output_dir>/rehearsal``. Outside this directory, the
-test changes only the cache of tokenized data and the reference store.
+uninterrupted run. Each rank is a process on this machine. The process reads its rank and the address of rank 0 from
+environment variables. Each case trains in its own directory under ``<train.output_dir>/rehearsal``. Outside
+``rehearsal``, the test changes only the cache of tokenized data and the reference store.
 """
 
 import json
@@ -37,7 +37,7 @@ CLOCK = {
     "peak_memory_bytes",
     "reserved_memory_bytes",
 }
-"""Metrics for speed and memory. They depend on the machine and the layout, so they are not compared."""
+"""Metrics for time, speed and memory. They can differ although all results are equal, so they are not compared."""
 
 
 class Rehearsal(NamedTuple):
@@ -73,7 +73,8 @@ def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], N
     world   number of ranks to start on this machine; None: the smallest number that the layout allows
     say     called with each line of the report
 
-    Returns  whether every resumed run has the same metrics as the uninterrupted run
+    Returns  whether every fault had the expected outcome, and every resumed run has the same metrics as the
+             uninterrupted run
 
     Raises :class:`~dpo_engine.errors.ConfigError` if this is called under torchrun or srun with several ranks, and
     :class:`~dpo_engine.errors.EngineError` if the uninterrupted run fails or is too short.

@@ -1,4 +1,4 @@
-"""Build the summary that `check` prints, from the model and the layout to the planned memory and warnings."""
+"""Build the summary that `check` prints. It describes the run, from its model and layout to its memory and warnings."""
 
 from __future__ import annotations
 
@@ -277,8 +277,8 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
     if config.batch.tokens_per_micro_batch == "auto" and config.train.micro_batch_size is None:
         lines.append(
             f"batch.tokens_per_micro_batch: {ENOUGH['gpu'] * dims.cp:,} on a GPU with enough memory, "
-            f"{ENOUGH['cpu'] * dims.cp:,} on a CPU; fewer if pipeline stages would wait, but at least the longest "
-            f"pair; {here}"
+            f"{ENOUGH['cpu'] * dims.cp:,} on a CPU; fewer if pipeline stages would be idle otherwise, but enough for "
+            f"the longest pair; {here}"
         )
     if (by := config.checkpoint.keep_best) and by.mode is None:
         lines.append(f"checkpoint.keep_best.mode: {by.direction} for {by.metric}")
@@ -306,7 +306,7 @@ def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tupl
     dtypes = [asked] if asked != "auto" else ["bf16"] if gpu_present() else ["bf16", "fp32"]
     lines = []
     for dtype in dtypes:
-        # For a GPU of unknown size, show the least memory with which the run fits.
+        # If the GPU's memory is unknown, show the least memory that is enough for the run.
         size = gpu_memory() if gpu_present() else 0 if dtype == "bf16" else None
         tokens = largest_micro_batch(config, arch, dims, dtype=dtype, device_memory=size)
         cost = memory(config, arch, dims, dtype=dtype, tokens=tokens)
@@ -314,8 +314,9 @@ def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tupl
         lines.append(
             (
                 "memory",
-                f"{dtype}: {gib(cost.peak)} per rank{stage} = {cost.terms}; rows of {tokens:,} tokens per micro-batch"
-                f"{' at least' * (size == 0)}; a GPU needs about {gib(OUTSIDE)} more{cost.on_host}",
+                f"{dtype}: {gib(cost.peak)} per rank{stage} = {cost.terms}; rows of "
+                f"{'at least ' * (size == 0)}{tokens:,} tokens per micro-batch; "
+                f"CUDA and NCCL need about {gib(OUTSIDE)} more{cost.on_host}",
             )
         )
         lines.append(("", cost.formula))

@@ -58,8 +58,8 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     writer = world.rank() == 0
     if config.optim.gradients == "bf16" and engine.dtype_name != "bfloat16":
         raise ConfigError(
-            f"optim.gradients=bf16: requires model.dtype=bf16, but it is {config.model.dtype} ({engine.dtype_name} on "
-            "this device); set model.dtype=bf16, or remove it"
+            f"optim.gradients=bf16: requires model.dtype=bf16, but model.dtype is {config.model.dtype} "
+            f"({engine.dtype_name} on this device); set model.dtype=bf16, or remove optim.gradients"
         )
     if problems := callback_problems(config) + metric_problems(config):
         raise ConfigError(problems)

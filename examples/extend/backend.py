@@ -1,4 +1,4 @@
-"""A plugin with a kernel backend: the output layer's operations, with torch's logsumexp for the partition function."""
+"""A plugin with a kernel backend for the output layer, which computes statistics with torch's logsumexp."""
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ class LogSumExp:
 
     @staticmethod
     def linear_keep(*args, moments: bool = False, **scaling) -> tuple[LinearStats, KeptLogits]:
-        """Like :func:`dpo_kernels.eager.linear_keep`, but with the log-sum-exp in place of the maximum.
+        """Like :func:`dpo_kernels.eager.linear_keep`, but return the log-sum-exp in the field ``maximum``.
 
-        The sum of exponentials is then 1, or 0 if the shard has no valid columns.
+        The field ``sum_exp`` is then 1, or 0 if the shard has no valid columns.
         """
         stats, kept = eager.linear_keep(*args, **scaling)
         logits = kept.logits[:, : kept.valid]

@@ -1,4 +1,4 @@
-"""A plugin with a model family that uses only the engine's blocks: CWM, a Llama with windows in most layers."""
+"""A plugin with a model family that uses only the engine's blocks: CWM, a Llama with sliding windows in most layers."""
 
 from dpo_engine import FAMILIES
 from dpo_engine.model.architecture import Architecture, HFConfig
@@ -12,12 +12,12 @@ ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""The rotary fields that are used if ``config.json`` has none, as in transformers."""
+"""The rotary fields for a ``config.json`` that has none. transformers uses the same defaults."""
 
 
 @FAMILIES.register("cwm")
 class Cwm:
-    """CWM has Llama's weight names. Without ``layer_types``, layers 0, 4, 8 and so on have no window."""
+    """CWM has Llama's weight names. If ``config.json`` has no ``layer_types``, layers 0, 4, 8, ... have no window."""
 
     rules = DENSE
 

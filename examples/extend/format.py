@@ -9,7 +9,8 @@ from dpo_engine.data.formats import FORMATS, BadRecord, Pair
 def scored(row: dict[str, Any]) -> Pair | None:
     """Read ``{"question": ..., "answers": [{"text": ..., "score": ...}, ...]}``.
 
-    A record without two different scores is left out and counted.
+    The margin of the pair is the difference between the two scores. A record that does not have two different scores is
+    left out, and such records are counted.
     """
     try:
         answers = sorted(row["answers"], key=lambda answer: answer["score"])

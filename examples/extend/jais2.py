@@ -1,4 +1,4 @@
-"""A plugin with a model family that has an activation of its own: Jais 2, with layer norms and biases everywhere."""
+"""A plugin with a model family and an activation: Jais 2. All its layer norms and linear layers have biases."""
 
 import torch
 

@@ -39,7 +39,7 @@ def train_tokenizer(questions: list[Question]) -> bytes:
         model_writer=model,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
-        normalization_rule_name="identity",  # transformers' LlamaTokenizer, which also reads this file, expects this
+        normalization_rule_name="identity",  # expected by transformers' LlamaTokenizer, which also reads this file
         character_coverage=1.0,
         num_threads=1,
         minloglevel=2,
@@ -103,7 +103,7 @@ def warm_up(
 def write_pairs(path: Path, questions: list[Question]) -> None:
     """Write one JSON object per line, with the right answer as the chosen one.
 
-    A response continues its prompt without a separator, so it starts with the space between the two.
+    The engine puts nothing between a prompt and its response, so each response starts with a space.
     """
     rows = ({"prompt": pair.prompt, "chosen": f" {pair.right}", "rejected": f" {pair.wrong}"} for pair in questions)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -130,7 +130,7 @@ def make(directory: Path, *, seed: int, pairs: int, held_out: int, steps: int) -
 def main() -> None:
     """Create the task, unless the same task already exists. After an interruption, start from the beginning."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory to create")
+    parser.add_argument("--out", type=Path, required=True, help="directory to create, or to replace")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=2400, help="number of training pairs")
     parser.add_argument("--held-out", type=int, default=255, help="number of held-out pairs")
@@ -145,7 +145,7 @@ def main() -> None:
     if stamp.is_file() and stamp.read_text() == made_of.hexdigest():
         print(f"{options.out}: already exists")
         return
-    print("creating pairs, a tokenizer and a checkpoint that gives right and wrong answers (about 30 s)", flush=True)
+    print("creating pairs, a tokenizer and a checkpoint with 50% wrong answers; this takes about 30 s", flush=True)
     partial = options.out.with_name(options.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     make(partial, seed=options.seed, pairs=options.pairs, held_out=options.held_out, steps=options.warm_up)

@@ -20,12 +20,13 @@ from task import Question
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-# The values are sums of at most a dozen fp32 log-probabilities, added in different orders; they differ by about 1e-5.
+# For each answer, transformers and the engine add at most a dozen fp32 log-probabilities, in different orders. The two
+# sums differ by about 1e-5.
 TOLERANCE = 1e-4
 
 
 class Judge:
-    """Evaluation of a checkpoint: the log-probabilities of the held-out answers, and the answers that are generated."""
+    """Evaluation of a checkpoint: the log-probabilities of the held-out answers, and the model's own greedy answers."""
 
     def __init__(self, checkpoint: Path, held_out: list[Question]):
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint / "tokenizer.model"))

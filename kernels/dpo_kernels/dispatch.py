@@ -43,9 +43,7 @@ def register_backend(name: str, module: ModuleType | Any) -> None:
                 f"kernel backend {name!r}: lacks {', '.join(missing)} of the group {group}; implement the whole group"
             )
     if not _groups(module):
-        raise ValueError(
-            f"kernel backend {name!r}: does not implement a group of operations; the groups are {_names(GROUPS)}"
-        )
+        raise ValueError(f"kernel backend {name!r}: implements no group of operations; the groups are {_names(GROUPS)}")
     BACKENDS[name] = module
 
 
@@ -58,7 +56,7 @@ def use_backend(name: str, *groups: str) -> None:
     """
     able = _implemented(name, "kernels")
     if lacking := [group for group in groups if group not in able]:
-        raise ValueError(f"kernel backend {name!r}: does not implement {_names(lacking)}; it has {_names(able)}")
+        raise ValueError(f"kernel backend {name!r}: does not implement {_names(lacking)}; it implements {_names(able)}")
     for group in groups or able:
         _chosen[group] = name
 
@@ -71,7 +69,7 @@ def set_default(name: str, group: str) -> None:
     Raises ``ValueError`` like :func:`use_backend`.
     """
     if name == "auto" or group not in _implemented(name, "kernels"):
-        raise ValueError(f"kernel backend {name!r}: does not implement {group}")
+        raise ValueError(f"kernel backend {name!r}: does not implement {group}; choose a backend that does")
     _defaults[group] = name
 
 
@@ -79,7 +77,7 @@ def backend_name(group: str) -> str:
     """Return the name of the backend that runs a group of operations.
 
     A choice made with :func:`use_backend` takes precedence over the environment variable ``DPO_KERNELS``, which is a
-    comma-separated list of names. The last name in the list whose backend implements the group is used. If
+    comma-separated list of names. Of the names whose backend implements the group, the last one is used. If
     :func:`use_backend` has not chosen a backend for the group, the variable is read at every call, because plugins can
     register backends at any time.
 
@@ -95,7 +93,10 @@ def backend(group: str) -> Any:
 
 
 def backends_in_use() -> str:
-    """Return the backends in use, for the log: ``eager (head), sdpa (attention)``. Raises like :func:`backend_name`."""
+    """Return the backends in use, for the log: ``eager (head, layer), sdpa (attention)``.
+
+    Raises ``ValueError`` like :func:`use_backend`.
+    """
     groups: dict[str, list[str]] = {}
     for group in GROUPS:
         groups.setdefault(backend_name(group), []).append(group)

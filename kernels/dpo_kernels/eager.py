@@ -1,6 +1,7 @@
 """The backend ``eager``: the reference implementation in plain torch. Tests compare the other backends with it.
 
-This module implements the output layer and attention, and imports the rest from :mod:`~dpo_kernels.eager_layer`.
+This module implements the groups ``head`` (output layer) and ``attention``, and imports the group ``layer`` from
+:mod:`~dpo_kernels.eager_layer`.
 
 Problem. The log-probability of a target is its logit minus the log-sum-exp of all logits. The output layer's weight is
 sharded by vocabulary, so no rank has all logits of a row, and the logits of all rows together need too much memory.
@@ -10,7 +11,7 @@ Solution. For each row of a shard with logits x, :func:`linear_stats` returns th
 the target's logit, or 0 if the target is in another shard. From these, the caller computes the log-probability with a
 MAX and a SUM all-reduce over the shards. At any time, at most ``chunk`` rows have logits in memory. :func:`linear_grad`
 takes the global log-sum-exp and the gradient of each row's log-probability, computes the logits of a chunk again, and
-turns them into their own gradient, ``grad * (onehot - softmax)``. Two matrix products then give the gradients of the
+overwrites them with their gradient, ``grad * (onehot - softmax)``. Two matrix products then give the gradients of the
 hidden states and of the weight. If a chunk's loss depends only on that chunk, the caller can use :func:`linear_keep`
 and :func:`linear_kept_grad`. They keep the logits between the forward pass and the gradient, and need three matrix
 products instead of four.
@@ -106,7 +107,7 @@ def linear_stats(
     hidden   [n, h]    rows to score
     weight   [v/t, h]  this shard of the output layer, in the dtype of ``hidden``
     targets  [n]       global token ids; for an id outside this shard, ``target_logit`` is 0
-    start              global id of the shard's first row
+    start              global token id of the first row of ``weight``
     valid              number of rows of ``weight`` that belong to tokens; the other rows are padding and are ignored
     chunk              maximum number of rows whose logits are in memory at once
     logit_scale        factor for the logits, applied before the soft cap
@@ -154,7 +155,7 @@ def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:
 
 
 def _in_shard(targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor]:
-    """Return, for each target, whether its column is valid [n], and the column, clamped to the valid ones [n, 1]."""
+    """Return whether each target's column is valid [n], and the column, clamped to the valid range [n, 1]."""
     local = targets - start
     return (local >= 0) & (local < valid), local.clamp(0, valid - 1)[:, None]
 
@@ -216,7 +217,7 @@ def linear_keep(
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
-    """Like :func:`linear_grad`, but for one chunk whose logits were kept. This can overwrite the kept logits."""
+    """Like :func:`linear_grad`, but for one chunk whose logits were kept. The call can overwrite these logits."""
     d_logits = kept.logits if kept.softcap is None else kept.logits.clone()
     d_logits[:, kept.valid :] = 0
     if kept.valid:
@@ -257,8 +258,8 @@ def tree_attention(
     key         [n, kv_heads, d]    keys of all tokens of the row; heads is a multiple of kv_heads
     value       [n, kv_heads, d_v]  values of all tokens of the row
     scale       factor for the scores; the default is 1 / sqrt(d)
-    window      maximum number of tokens that a query sees: itself, and the last tokens before it on its own path from
-                the root; None: no maximum
+    window      maximum number of tokens that a query sees: its own token, and the last tokens before that token on the
+                path from the root; None: no maximum
     softcap     if given, scores become ``softcap * tanh(score / softcap)``
     sinks       [heads]  if given, each head has an additional key with this score and with value 0. The soft cap does
                 not apply to this score

@@ -1,4 +1,4 @@
-"""The reference implementation of a layer's operations between its matrix products and attention, in plain torch.
+"""The reference implementation, in plain torch, of a layer's operations other than matrix products and attention.
 
 The autograd functions make few passes over memory. For the backward pass, they save at most their inputs, and the norm
 also saves one scale per row.

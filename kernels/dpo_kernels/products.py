@@ -20,7 +20,7 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the product ``left @ right``, which is summed in fp32 or wider, to ``total`` in the dtype of ``total``."""
+    """Add ``left @ right`` to ``total``, in the dtype of ``total``. The product itself is summed in fp32 or wider."""
     if total.is_cuda and total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda and total.dtype == torch.float32:

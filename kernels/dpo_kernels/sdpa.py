@@ -30,8 +30,8 @@ class Chain(NamedTuple):
     The tokens of a chain are contiguous in the row. The first segment of a chain is a root or a child that is not a
     first child.
 
-    prefix       the tokens of the chain's ancestors, as pairs (p, t): the first t tokens of part p, an earlier part of
-                 the result of :func:`parts`
+    prefix       the tokens of the chain's ancestors. A pair (p, t) means the first t tokens of the part with index p in
+                 the result of :func:`parts`. This part comes before the chain
     start, stop  the range of the chain's tokens
     runs         contiguous runs of queries: (index in ``tree.rows`` of the first query, its token, number of queries)
     """
@@ -148,7 +148,7 @@ def tree_attention(
     widest = 1 << (tree.n - 1).bit_length()  # rounded up to a power of 2, so that a few masks serve all row lengths
     corner = _corner(widest, q.device, q.dtype)
     band = None if window is None else _band(window, q.device, q.dtype)
-    short = window if window is not None and window < SHORT else None  # other windows contain a whole short tree
+    short = window if window is not None and window < SHORT else None  # a wider window hides nothing in a short tree
     sizes = [part.stop - part.start for part in plan]
     key_parts, value_parts = k.split(sizes), v.split(sizes)
     visible = tree.prepared(("visible", q.device, short), lambda: _visible(tree, plan, q.device, short))

@@ -49,7 +49,7 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor, scale: float, softcap: flo
     slope = None
     if softcap is not None:
         scores.div_(softcap).tanh_()
-        slope = 1 - scores.square()  # before the scores are masked: -inf would give NaN
+        slope = 1 - scores.square()  # before masking, because the soft cap would make -inf finite
         scores.mul_(softcap)
     if mask.dtype is torch.bool:
         return scores.masked_fill_(~mask, -torch.inf), slope
@@ -98,7 +98,7 @@ class _TileAttention(torch.autograd.Function):
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """Return the gradient of the sinks [heads]. A sink's value is 0, so it only reduces the other weights.
+    """Return the gradient of the sinks [heads]. A sink has no value vector, so it only reduces the weights of the keys.
 
     lse     [heads, n_q]  log-sum-exp of each query's scores, including the sink
     delta   [heads, n_q]  dot product of each query's output and the output's gradient

@@ -25,7 +25,9 @@ class Blocks(NamedTuple):
 
 
 def blocks_for(width: int, dtype: torch.dtype, generation: int, extended: bool = False) -> Blocks:
-    """Return block sizes that fit in shared memory and spill no registers, for heads of at most 256 dimensions.
+    """Return block sizes for heads of at most 256 dimensions.
+
+    With these sizes, the kernels fit in shared memory and spill no registers.
 
     width       padded head dimension
     generation  major compute capability of the GPU: 8 (A100), 9 (H100), 10 (B200); the sizes for 8 also suit GPUs
@@ -60,8 +62,8 @@ class TileLists(NamedTuple):
 class TileMap(NamedTuple):
     """The tiles of a tree for given block sizes.
 
-    first, stop       [n, rounded up to whole blocks] the key is visible to the queries first <= i < stop, if the window
-                      contains the key; padding keys are not visible to any query
+    first, stop       [n, rounded up to whole blocks] the queries first <= i < stop see the key, except for queries
+                      whose window does not contain the key; no query sees a padding key
     queries_at, keys_at  [n_q] and [n], rounded up to whole blocks: positions; None if there is no window
     by_query, by_key  the same tiles, listed for each block of queries and for each block of keys
     """
@@ -95,9 +97,9 @@ def tile_matrix(
     high = np.minimum(low + blocks.queries, n_q)
     # A key that no query sees has first == stop, and this value can be inside a block of queries. Exclude these keys.
     furthest = np.where(first < stop, stop, 0).max(axis=1)
-    # The tile has a visible pair even if different keys satisfy the two conditions. If all keys of the block have
-    # first < high, the key with stop > low satisfies both. If only some keys have first < high, query high - 1 is a
-    # token of the block, because `first` ascends along the row, and this query sees itself.
+    # The tile has a visible pair if a key has first < high and a key has stop > low, even if these are different keys.
+    # If all keys of the block have first < high, the key with stop > low satisfies both conditions. If only some keys
+    # have first < high, query high - 1 is a token of the block, because `first` ascends along the row. It sees itself.
     seen = (first.min(axis=1) < high) & (furthest > low)
     full = (first.max(axis=1) <= low) & (stop.min(axis=1) >= high)
     if window is not None:
@@ -123,7 +125,8 @@ def tile_map(tree: Tree, blocks: Blocks, device: torch.device, window: int | Non
 
     def lists(seen: np.ndarray, full: np.ndarray) -> list[np.ndarray]:
         whole, visits = full.sum(axis=1), seen.sum(axis=1)
-        # The stable sort puts a block's fully visible tiles first and otherwise keeps the order of the row.
+        # A block's fully visible tiles come first, then its partly visible tiles. The stable sort otherwise keeps the
+        # order of the row.
         ranked = np.argsort(np.where(full, 0, np.where(seen, 1, 2)), axis=1, kind="stable")
         tiles = ranked[np.arange(seen.shape[1]) < visits[:, None]]
         starts = np.cumsum(visits) - visits

@@ -54,7 +54,8 @@ class Tree:
         lengths, parents = np.asarray(lengths, dtype=np.int64), np.asarray(parents, dtype=np.int64)
         if lengths.ndim != 1 or lengths.shape != parents.shape or not lengths.size:
             raise ValueError(
-                f"tree: lengths {lengths.shape} and parents {parents.shape} must be non-empty lists of equal length"
+                f"tree: lengths has the shape {lengths.shape}, and parents has the shape {parents.shape}; both must be "
+                "non-empty lists of equal length"
             )
         if (lengths < 1).any():
             raise ValueError(f"tree: segment {int(np.argmax(lengths < 1))} has no tokens; leave it out")
@@ -64,8 +65,8 @@ class Tree:
                 path.pop()
             if not path and parent != -1:
                 raise ValueError(
-                    f"tree: segment {segment} has parent {parent}; it must be the previous segment, an ancestor of "
-                    "that segment, or -1 (depth-first order)"
+                    f"tree: segment {segment} has parent {parent}; the parent must be the previous segment, an "
+                    "ancestor of the previous segment, or -1 (depth-first order)"
                 )
             path.append(segment)
         n = int(lengths.sum())
@@ -124,7 +125,7 @@ class Tree:
 
     @property
     def visible(self) -> int:
-        """Number of visible (query, key) pairs, to which the cost of attention is proportional."""
+        """Number of visible (query, key) pairs without a window. The cost of attention is proportional to it."""
         return int((self.stop - self.first).sum())
 
     def reached(self, window: int | None = None) -> np.ndarray:
@@ -165,7 +166,7 @@ def _minima(values: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarr
     """Return the minimum of each range of values, first <= i < stop; no range is empty."""
     minima = np.empty(len(first), dtype=values.dtype)
     width = 1
-    while (wide := stop - first >= width).any():  # `values` are now the minima of `width` values each
+    while (wide := stop - first >= width).any():  # values[i] is the minimum of `width` original values from i on
         minima[wide] = np.minimum(values[first[wide]], values[stop[wide] - width])
         values, width = np.minimum(values[:-width], values[width:]), 2 * width
     return minima

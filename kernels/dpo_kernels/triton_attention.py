@@ -24,7 +24,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _load_rows(base, rows, limit, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Load [rows, PADDED] of a matrix with row stride ``stride``; elements outside the matrix are 0."""
+    """Load rows of a matrix with row stride ``stride`` as a tile [rows, PADDED]; elements outside the matrix are 0."""
     columns = tl.arange(0, PADDED)
     where = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(base + where, mask=(rows < limit)[:, None] & (columns < WIDTH)[None, :], other=0.0)
@@ -45,8 +45,8 @@ def _scores(
 ):  # fmt: skip
     """Compute the scores of a tile, and the soft cap's derivative. Scores and ``softcap`` are divided by ln 2.
 
-    A score is -inf if the key is not visible. The derivative is computed before the scores are masked, because -inf
-    would turn it into NaN.
+    A score is -inf if the key is not visible. The soft cap is applied before the scores are masked, because it would
+    turn -inf into a finite score.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     slope = 1.0
@@ -318,7 +318,7 @@ class _Launch:
         }
 
     def arguments(self, by_key: bool = False) -> tuple[Any, ...]:
-        """Return the mask, the positions, the tile lists (per block of queries or keys), the sizes and the strides."""
+        """Return mask, positions, tile lists (per block of queries or of keys), sizes, score options and strides."""
         tiles, lists = self.tiles, self.tiles.by_key if by_key else self.tiles.by_query
         places = (tiles.first, tiles.stop) if tiles.queries_at is None else (tiles.queries_at, tiles.keys_at)
         return tiles.first, tiles.stop, *places, *lists, *self.sizes

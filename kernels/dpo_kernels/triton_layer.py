@@ -59,7 +59,7 @@ def _move(source, target, inside, token, table, tokens, direction,
 @triton.jit
 def _normalize(source, target, norm, offset, eps, inside, token, table, tokens,
                D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """Like :func:`_move` forward, but first normalize the head by its root mean square, and multiply by the weight."""
+    """Like :func:`_move`, but first divide the head by its root mean square, and multiply it by ``norm + offset``."""
     columns = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (columns < D)
     values = tl.load(source[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
@@ -79,7 +79,7 @@ def _normalize_backward(
     source, grad, target, sums, norm, offset, eps, inside, token, table, tokens,
     D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Write the head's gradient to ``target``. SUMS: write the weight's gradient, summed over the rows, to ``sums``."""
+    """Write the gradient of the norm's input to ``target``. SUMS: write the weight's gradient, summed over rows."""
     columns = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (columns < D)
     g = _load_turned(grad, columns, mask, token, table, tokens, -1.0, HALF, INTERLEAVED)
@@ -113,10 +113,11 @@ def _split_heads(
     QUERIES: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     TOKENS: tl.constexpr, BACKWARD: tl.constexpr, NORMED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Copy ``mixed`` to ``query``, ``key`` and ``value``; BACKWARD: copy the gradients of these three to ``d_mixed``.
+    """Copy ``mixed`` to ``query``, ``key`` and ``value``, and rotate queries and keys.
 
-    NORMED  normalize queries and keys before they are rotated
-    SUMS    also write each program's part of the gradients of the norms' weights to ``sums``
+    BACKWARD  copy the gradients of queries, keys and values to ``d_mixed``, and rotate the first two back
+    NORMED    normalize queries and keys before they are rotated
+    SUMS      also write each program's part of the gradient of each norm's weight to ``sums``
     """
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot, slots = tl.program_id(1), tl.num_programs(1)
@@ -157,7 +158,7 @@ def _activate(gate, ACTIVATION: tl.constexpr):
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         return gate * sigmoid, sigmoid * (1.0 + gate * (1.0 - sigmoid))
     if ACTIVATION == "gelu":
-        below = 0.5 * (1.0 + tl.math.erf(gate * 0.7071067811865476))  # the normal distribution function
+        below = 0.5 * (1.0 + tl.math.erf(gate * 0.7071067811865476))  # cumulative normal distribution function
         return gate * below, below + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
     inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
     below = 1.0 / (1.0 + tl.exp(-2.0 * inner))  # (1 + tanh(inner)) / 2
@@ -281,7 +282,7 @@ def _split(
     norms: HeadNorms | None,
     sums: Tensor | None,
 ) -> None:
-    """Run the kernel forward or, with ``d_mixed``, backward. The kernel does not use arguments that are None."""
+    """Run the kernel forward or, with ``d_mixed``, backward. For None, the kernel gets a tensor that is not used."""
     tokens, rows, groups, slots, width = (mixed if d_mixed is None else d_mixed).shape
     strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:3]]
     unused = query

@@ -38,7 +38,7 @@ ROWS, VOCAB, INNER = 128, 128, 64
 """Tile sizes for the output layer's product: rows, columns, and step along the hidden dimension."""
 
 SPLITS = 8
-"""Maximum number of vocabulary parts that are summed in parallel; with few rows, one part would not occupy a GPU."""
+"""Maximum number of vocabulary parts that run in parallel. With few rows, a single part would not occupy a GPU."""
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _capped(x, scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _d_logits(x, real, hit, lse, grad, scale, softcap, CAPPED: tl.constexpr):
-    """Compute the gradient of the matrix product from a tile of scaled and capped logits; 0 in padding columns."""
+    """Turn a tile of scaled and capped logits into the gradient of the unscaled product; 0 in padding columns."""
     d = grad[:, None] * (tl.where(hit, 1.0, 0.0) - tl.exp(x - lse[:, None])) * scale
     if CAPPED:
         d = d * (1.0 - (x / softcap) * (x / softcap))

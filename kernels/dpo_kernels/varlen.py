@@ -269,8 +269,8 @@ def attention_in_runs(
 ) -> Tensor:
     """Compute tree attention with a function for causal rows of different lengths.
 
-    The arguments are those of :func:`tree_attention`, but ``causal_rows`` must apply the sinks. This function uses
-    ``sinks`` only if there are no queries, to make the sinks a part of the autograd graph.
+    The other arguments are those of :func:`tree_attention`. The caller's ``causal_rows`` must apply the sinks. The
+    argument ``sinks`` is used only if there are no queries: then it makes the sinks a part of the autograd graph.
 
     causal_rows  called with the queries [n_q, heads, d], the copied keys and values [k, kv_heads, d] of the runs, the
                  :class:`Copies`, the scale and the window. All heads have the same size d. Returns [n_q, heads, d]

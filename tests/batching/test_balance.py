@@ -45,7 +45,7 @@ def test_capacity_is_respected(items, count):
 
 
 def test_by_hand():
-    # Placing the largest items first gives 3 2 2 | 3 2. Exchanging a 3 for a 2 then gives 2 2 2 | 3 3.
+    # Placing the most expensive items first gives 3 2 2 | 3 2. Exchanging a 3 for a 2 then gives 2 2 2 | 3 3.
     assert np.bincount(deal_evenly([3, 3, 2, 2, 2], 2), [3, 3, 2, 2, 2]).tolist() == [6, 6]
     # If items were placed in order of cost alone, no bin would have room for the last item, which is large but cheap.
     assert deal_evenly([9, 8, 1], 2, sizes=np.array([1, 1, 4]), capacity=4).tolist() == [1, 1, 0]

@@ -28,7 +28,7 @@ def row(*trees, n=0):
 
 
 def attention(positions, owner, cp_size):
-    """Count the keys that the queries of each rank attend to."""
+    """Return the number of visible (query, key) pairs of each rank."""
     return np.array([sum(p + 1 for p in positions[owner == rank].tolist()) for rank in range(cp_size)])
 
 
@@ -84,8 +84,8 @@ def test_padding_and_blocks_for_any_length(n, cp_size, multiple):
 
 
 def test_by_hand():
-    # On one rank, only the multiple matters. On two ranks, 129 tokens need at least 65 tokens per rank. 65 tokens
-    # cannot be split into equal blocks of 32 to 64 tokens, but 66 tokens can.
+    # On one rank, only the multiple matters. If two ranks share 129 tokens, each rank must have at least 65 tokens. 65
+    # tokens cannot be split into equal blocks of 32 to 64 tokens, but 66 tokens can.
     assert [padded_length(n, 1, 4) for n in (1, 4, 5)] == [4, 4, 8]
     assert [padded_length(n, 2) for n in (1, 128, 129)] == [2, 128, 132]
     # Each of the four blocks has 33 tokens, and the attention work increases from block to block. One rank gets the

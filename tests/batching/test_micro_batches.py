@@ -140,10 +140,10 @@ class TestStacked:
 
 
 def test_unsettled_micro_batches_are_refused(tmp_path):
-    """Without this check, the micro-batches of a benchmark or a plugin could differ from those of `train`."""
+    """If unsettled micro-batches were accepted, a benchmark or a plugin could use other micro-batches than `train`."""
     for sections in ({}, {"batch": {"layout": "stacked"}, "train": {"micro_batch_size": None}}):
         engine = SimpleNamespace(config=config(tmp_path, **sections))
-        with pytest.raises(RuntimeError, match="Engine.batches: call Engine.settle_batches first, before a model"):
+        with pytest.raises(RuntimeError, match="Engine.host_batches: call Engine.settle_batches first, before a model"):
             Engine.host_batches(engine, None, None)
 
 

@@ -1,4 +1,7 @@
-"""Tests of packing trees into micro-batches: exact costs, each pair once, the token budget, and balanced costs."""
+"""Tests of packing trees into micro-batches.
+
+Costs must be exact and balanced, each pair must occur once, and the token budget must be respected.
+"""
 
 import collections
 import gzip
@@ -176,8 +179,8 @@ class TestDealing:
         assert sum(map(len, held)) == len(set(parts[:, 0].tolist()))
 
     def test_prompt_over_the_budget_is_split_between_pairs(self):
-        # Four responses of 10 tokens to a prompt of 20 tokens form six pairs. The prompt needs 60 tokens together with
-        # all four responses, and 50 tokens together with three responses. Sorted by response, the pairs are split into
+        # Four responses of 10 tokens to a prompt of 20 tokens form six pairs. The prompt and all four responses have 60
+        # tokens in total. The prompt and three responses have 50. The pairs are sorted by response, and then split into
         # 0-1 0-2 | 0-3 | 1-2 1-3 2-3.
         names = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2)]
         lengths, parts = np.full((6, 3), 10), np.array([(9, *pair) for pair in names])
@@ -261,9 +264,9 @@ def number_of(text):
 def check_balance(lengths, parts, contiguous=1.0):
     """Check the distribution of 128 pairs over 8 ranks.
 
-    Checks the largest cost of a rank relative to the mean cost, and the number of tokens relative to the number of
-    tokens of unsplit trees. Returns the imbalance (the largest cost divided by the mean cost) that would result if each
-    rank got consecutive pairs. This imbalance must exceed ``contiguous``.
+    The largest cost of a rank must be close to the mean cost, and splitting trees must add few tokens. Returns the
+    imbalance (the largest cost divided by the mean cost) that would result if each rank got consecutive pairs. This
+    imbalance must exceed ``contiguous``.
     """
     dealt = deal_trees(np.arange(128), lengths, parts, cost=LLAMA_8B, dp_size=8, tokens_per_micro_batch=8192)
     ranks = [np.concatenate(rank) for rank in dealt]

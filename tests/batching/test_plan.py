@@ -288,7 +288,7 @@ class TestIntervals:
     )
     @settings(deadline=None)
     def test_parts_of_an_epoch(self, size, batch, epochs, interval):
-        """A step is due if the number of used pairs reaches or passes a multiple of the interval in this step."""
+        """An event is due after each step that reaches or passes a multiple of the interval, counted in epochs."""
         plan = plan_of([size], global_batch_size=batch, epochs=epochs)
         due = [step for step in range(1, plan.num_steps + 1) if plan.due(step, Fraction(interval))]
         twentieths = round(20 * float(interval))  # the interval in twentieths of an epoch

@@ -85,7 +85,10 @@ class TestPlant:
         assert (plain.segments[1] == -1).all()
 
     def test_equal_responses_with_other_masks_are_scored_separately(self):
-        """Both pairs have the same response. The second pair scores only one token, so it has its own scored sites."""
+        """Both pairs have the same chosen response, but the mask of the second pair scores only one of its tokens.
+
+        The second pair therefore has its own scored sites.
+        """
         pair = MANY[0]._replace(chosen=np.array([5, 6, 7], dtype=np.int32), chosen_mask=None)
         masked = pair._replace(chosen_mask=np.array([False, True, False]))
         batch = plant([pair, masked], [0, 1], pad_id=99)

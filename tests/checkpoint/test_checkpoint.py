@@ -290,7 +290,7 @@ def test_damage_is_reported_on_every_rank(change, message, saved, tmp_path):
 
 def test_unknown_format_is_refused(saved, tmp_path):
     found = damaged(saved, tmp_path, lambda d: (d / "manifest.json").write_text('{"format": 99}'))
-    says = "has format 99, but this version of dpo-engine reads format 2; use the version that wrote it"
+    says = "has format 99, but this version of dpo-engine reads format 2; use the version that wrote this checkpoint"
     assert found.endswith(f"manifest.json: {says}")
 
 
@@ -399,7 +399,9 @@ def test_each_rank_hashes_its_own_share_of_the_files(part, flipped, tmp_path):
 
 
 def resumed_reference(config, folder):
-    """Save and load a bf16 reference with its exact fp32 weights. The checkpoint is of step 5, after 2 updates by Adam.
+    """Save and load a bf16 reference with its exact fp32 weights.
+
+    The checkpoint is for step 5, although Adam has made only 2 updates.
 
     Returns the reference's exact weights and Adam's number of updates, before saving and after loading.
     """
@@ -431,7 +433,7 @@ def resumed_reference(config, folder):
 
 
 def test_resume_keeps_the_exact_reference_and_the_count_of_updates(tiny_hf, tmp_path):
-    """The checkpoint is of step 5 but has only two updates, as if three steps had been skipped.
+    """The checkpoint is for step 5, but Adam has made only two updates, as if three steps had been skipped.
 
     Adam must therefore continue with its third update.
     """
@@ -440,7 +442,7 @@ def test_resume_keeps_the_exact_reference_and_the_count_of_updates(tiny_hf, tmp_
     config = config_of(model, tmp_path, {}, model={"path": str(model), "dtype": "bf16"}, reference=reference)
     (before, updates), (after, resumed) = run_ranks(resumed_reference, 1, config=config, folder=tmp_path / "c")[0]
     assert updates == resumed == 2
-    assert any(not torch.equal(one, one.bfloat16().float()) for one in before), "some weights must not be exact in bf16"
+    assert any(not torch.equal(one, one.bfloat16().float()) for one in before), "some weights must be inexact in bf16"
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
@@ -517,7 +519,7 @@ EMPTY = {"format": 2, "step": 4, "updates": 4, "schedule": 4, "layout": {}, "ide
 
 
 def test_ranks_that_read_different_storage_are_refused(tmp_path):
-    """Each rank reads a folder of its own under the same path, as on nodes that do not share a file system."""
+    """Each rank reads its own folder, as if each node had another file system under the same path."""
     from dpo_engine.checkpoint.directory import seal
 
     for node in (0, 1):

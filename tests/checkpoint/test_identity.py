@@ -1,6 +1,7 @@
 """Tests of a run's identity: the settings and data that determine the run's results.
 
-When a run resumes, its identity is compared with the identity in the checkpoint. Each change is refused or accepted.
+When a run resumes, its identity is compared with the identity in the checkpoint. A difference is refused, unless its
+key can be accepted and `checkpoint.accept_changes` lists this key.
 """
 
 import json
@@ -113,7 +114,7 @@ def test_another_model_is_always_refused(arch):
     says = "model.vocab_size was 515 and is now 600; the saved weights do not fit"
     assert error.value.problems == [f"c: {says}; restore the old value, or set another train.output_dir"]
     assert compare(saved, identity_of(replace(arch, max_positions=9)), where="c") == [], (
-        "a limit on lengths does not change computed values"
+        "max_positions limits only the length of rows, and does not change computed values"
     )
 
 
@@ -137,7 +138,7 @@ def test_state_of_another_optimizer_is_always_refused(optim, says, arch):
             compare(saved, changed, ["optim"], where="c")
         ending = "the saved optimizer state does not fit; restore the old value, or set another train.output_dir"
         assert error.value.problems == [f"c: {says}; {ending}"]
-    with pytest.raises(CheckpointError, match="is now"):  # changing back to the default is refused too
+    with pytest.raises(CheckpointError, match="is now"):  # the reverse change, to the default, is refused too
         compare(changed, identity_of(arch), where="c")
 
 
@@ -162,7 +163,10 @@ def test_accepting_a_change_also_accepts_its_change_of_total_steps(change, arch)
 
 
 def test_window_counts_only_if_rows_may_be_longer(tiny_hf):
-    """Earlier versions did not record the window, and refused rows longer than the window."""
+    """The size of the sliding window is recorded only if rows may be longer than the window.
+
+    Earlier versions never recorded the size, because they refused such rows.
+    """
     from dpo_engine.model.architecture import read_architecture
 
     narrow, wide = (read_architecture(tiny_hf("mistral", sliding_window=window)) for window in (64, 96))
@@ -202,7 +206,10 @@ def test_accepted_key_without_a_change_is_reported(arch):
     ids=str,
 )
 def test_total_steps_count_only_if_the_learning_rate_reads_them(optim, arch):
-    """Compute the learning rates for runs of two lengths, to check whether they depend on the length."""
+    """Compare the learning rates of two runs that differ only in their total number of steps: 10 and 20.
+
+    The identity must contain the total number of steps only if these learning rates differ.
+    """
     from dpo_engine.optim.schedule import build_schedule
 
     optim = OptimConfig(**optim)
@@ -265,7 +272,7 @@ def test_accept_changes_without_resume_is_refused():
     config = Config.parse({**RAW, "checkpoint": {"accept_changes": ["loss"], "resume": False}})
     assert contradictions(config) == [
         "checkpoint.accept_changes=[loss]: applies only to a run that resumes, but checkpoint.resume is false; "
-        "remove it"
+        "remove checkpoint.accept_changes"
     ]
 
 

@@ -41,7 +41,7 @@ def refused(output, host, pid, **options):
 
 
 def plant(output, holder, number=1):
-    """Write a lease file as if ``holder`` had left it."""
+    """Write a lease file as if ``holder`` had written it, and return the path of the file."""
     (output / "lease").mkdir(parents=True, exist_ok=True)
     path = output / "lease" / f"{number:08d}.json"
     path.write_bytes(leases._text(holder))
@@ -50,7 +50,7 @@ def plant(output, holder, number=1):
 
 @pytest.fixture
 def sleeper():
-    """Return a process that runs until the end of the test."""
+    """Yield a child process that runs until a test or the end of the test kills it."""
     process = subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"], stdout=-1)
     process.stdout.readline()
     yield process
@@ -154,7 +154,7 @@ def test_silent_lease_of_another_machine_is_taken_with_a_line(tmp_path, monkeypa
     take(tmp_path, say=said.append, watch_s=0.5).release()
     (line,) = said
     assert line.startswith(f"{tmp_path}: was last held by another run (host far, process {os.getpid()}, Slurm job 7, ")
-    assert line.endswith("); waiting up to 1 s for a heartbeat") or line.endswith("0 s for a heartbeat")
+    assert line.endswith("); waiting up to 1 s for its heartbeat") or line.endswith("0 s for its heartbeat")
 
 
 def test_renewed_lease_of_another_machine_is_respected(tmp_path):
@@ -213,7 +213,10 @@ def test_empty_file_of_a_run_that_is_just_starting_is_read_again(tmp_path):
 
 
 def test_process_that_slept_through_another_run_does_not_take_its_number_again(tmp_path, monkeypatch):
-    """This process finds that the holder of lease 1 is dead. Before it continues, other runs take leases 2 and 3."""
+    """This process finds that the holder of lease 1 is dead, and sleeps.
+
+    During the sleep, other runs take leases 2 and 3.
+    """
     plant(tmp_path, elsewhere())
     living, others = leases._living, []
 
@@ -306,7 +309,7 @@ def test_storage_that_fails_for_a_while_does_not_stop_the_run(tmp_path, monkeypa
     os.utime(lease.path, (1, 1))
     deadline = time.monotonic() + 5
     while os.stat(lease.path).st_mtime == 1:
-        assert time.monotonic() < deadline, "the lease must be renewed again"
+        assert time.monotonic() < deadline, "the renewals must resume when the storage works"
         time.sleep(0.01)
     lease.confirm()
     lease.release()
@@ -349,7 +352,10 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize("turns", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_races_have_one_winner(turns, tmp_path):
-    """Four processes try to take one lease at the same moment. Half of the directories hold a dead process's lease."""
+    """In each turn, four processes try to take the lease of a new directory at the same moment.
+
+    In every second turn, the directory contains the lease of a dead process.
+    """
     racers = [
         subprocess.Popen([sys.executable, "-c", RACE], stdin=-1, stdout=-1, text=True, bufsize=1) for _ in range(4)
     ]

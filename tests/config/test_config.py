@@ -146,7 +146,7 @@ def test_invalid_override_is_refused(run, override, expected):
 def test_override_past_the_end_of_a_list_is_refused(run):
     path = run(WHOLE.replace("a.jsonl", "[a, b]"))
     assert problems(path, "data.train[2]=c") == [
-        "data.train[2]=c: data.train has length 2; use an index from 0 to 1, or set the list"
+        "data.train[2]=c: data.train has length 2; use an index from 0 to 1, or set the whole list"
     ]
 
 
@@ -167,13 +167,13 @@ ONE_KEY = {
     "optim: {lr: .nan}": "optim.lr=nan: must be a finite number; the default is 1e-06",
     "optim: {warmup_ratio: 1.0}": "optim.warmup_ratio=1.0: must be null, or a number of at least 0 and less than 1; "
     "the default is null",
-    "optim: {betas: [0.9]}": "optim.betas: must be a list of 2 (each item a number of at least 0 and less than 1); "
-    "the default is [0.9, 0.999]",
+    "optim: {betas: [0.9]}": "optim.betas: must be a list of 2 items (each item a number of at least 0 and less than "
+    "1); the default is [0.9, 0.999]",
     "optim: {betas: [0.9, 2]}": "optim.betas[1]=2: must be a number of at least 0 and less than 1; fix this item",
-    "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 (each item a number of at least 0 and less than 1); "
-    "the default is [0.9, 0.999]",
+    "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 items (each item a number of at least 0 and less than "
+    "1); the default is [0.9, 0.999]",
     "loss: sigmoid": "loss=sigmoid: must be a mapping with the keys name, ld_alpha, use_weighting, balance and "
-    "router_z; write the keys to set, indented below `loss:`",
+    "router_z; write the keys that you want to set, indented below `loss:`",
     "lr: 1e-6": "lr=1e-06: no such key; did you mean optim.lr?",
     "optimm: {lr: 1}": "optimm={lr: 1}: no such key; did you mean optim?",
     "checkpoint: {global_batch_size: 2}": "checkpoint.global_batch_size=2: no such key; "
@@ -366,7 +366,10 @@ def test_problems_are_plain_records():
     ],
 )
 def test_time_limit_formats_give_seconds(said, expected, tmp_path):
-    """Unquoted and quoted values must give the same result. YAML 1.1 would read some unquoted values as numbers."""
+    """Unquoted and quoted values must give the same result. YAML 1.1 would read some unquoted values as numbers.
+
+    The value with a trailing space is not tested without quotes, because YAML removes the space.
+    """
     for text in (said, f'"{said}"'):
         path = tmp_path / "run.yaml"
         path.write_text(f"model: {{path: m}}\ndata: {{train: a}}\ntrain: {{output_dir: o, save_by: {text}}}\n")

@@ -28,8 +28,8 @@ def configured(**changes) -> Config:
 CONTRADICTIONS = [
     (
         {"bad_steps__spike_window": 64},
-        "bad_steps.spike_window=64: has no effect when bad_steps.spike_sigma is null; set "
-        "bad_steps.spike_sigma, or remove it",
+        "bad_steps.spike_window=64: has no effect without bad_steps.spike_sigma; set "
+        "bad_steps.spike_sigma, or remove bad_steps.spike_window",
     ),
     (
         {"checkpoint__keep_best": {"metric": "loss"}},
@@ -46,14 +46,18 @@ CONTRADICTIONS = [
         "reference.mode=shared: requires an adapter, because the reference is the policy's model without its adapter; "
         "set adapter, or reference.mode=resident",
     ),
-    ({"reference__adapter": "none"}, "reference.adapter=none: applies only with adapter.path; remove it"),
+    (
+        {"reference__adapter": "none"},
+        "reference.adapter=none: applies only with adapter.path; remove reference.adapter",
+    ),
     (
         {"adapter__rank": 4, "reference__adapter": "none"},
-        "reference.adapter=none: applies only with adapter.path; remove it",
+        "reference.adapter=none: applies only with adapter.path; remove reference.adapter",
     ),
     (
         {"adapter__path": "a", "reference__adapter": "none", "reference__path": "r", "reference__mode": "resident"},
-        "reference.adapter=none: has no effect with reference.path, whose model is used without an adapter; remove it",
+        "reference.adapter=none: has no effect with reference.path, whose model is used without an adapter; "
+        "remove reference.adapter",
     ),
     (
         {"adapter__rank": 4, "reference__mode": "offloaded"},
@@ -77,7 +81,7 @@ CONTRADICTIONS = [
     (
         {"adapter__rank": 4, "reference__sync_every": 2, "reference__sync_alpha": 0.5},
         "reference.sync_alpha=0.5: must be 1 with an adapter, because averaging the matrices A and B of two adapters "
-        "does not average the two models; set it to 1",
+        "does not average the two models; set reference.sync_alpha=1",
     ),
     (
         {
@@ -90,15 +94,16 @@ CONTRADICTIONS = [
     ),
     (
         {"adapter__rank": 4, "optim__freeze": ["x"]},
-        "optim.freeze=[x]: has no effect with an adapter, because only the adapter is trained; remove it",
+        "optim.freeze=[x]: has no effect with an adapter, because only the adapter is trained; remove optim.freeze",
     ),
     (
         {"adapter__rank": 4, "optim__gradients": "bf16", "model__dtype": "bf16"},
-        "optim.gradients=bf16: has no effect with an adapter, whose parameters and gradients are fp32; remove it",
+        "optim.gradients=bf16: has no effect with an adapter, whose parameters and gradients are fp32; "
+        "remove optim.gradients",
     ),
     (
         {"optim__gradients": "bf16", "model__dtype": "fp32"},
-        "optim.gradients=bf16: requires model.dtype=bf16, but it is fp32; remove it",
+        "optim.gradients=bf16: requires model.dtype=bf16, but it is fp32; remove optim.gradients",
     ),
     (
         {"optim__states": "host", "parallel__distributed_optimizer": False},
@@ -107,20 +112,20 @@ CONTRADICTIONS = [
     ),
     (
         {"checkpoint__export": "best"},
-        "checkpoint.export=best: requires checkpoint.keep_best, but it is null; set it, for example to {metric: "
-        "eval/loss}, or set checkpoint.export=true",
+        "checkpoint.export=best: requires checkpoint.keep_best, but it is null; set checkpoint.keep_best, for example "
+        "to {metric: eval/loss}, or set checkpoint.export=true",
     ),
     (
         {"train__stop_after_no_gain": 2},
         "train.stop_after_no_gain=2: requires validation data; set data.validation or data.validation_fraction, "
-        "or remove it",
+        "or remove this key",
     ),
     (
         {"train__stop_after_no_gain": 2, "data__validation_fraction": 0.1},
         "train.stop_after_no_gain=2: requires evaluations before the end of the run, but train.eval_interval is 0; set "
         "train.eval_interval, for example to 0.1epoch",
     ),
-    ({"parallel__vpp": 2}, "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it"),
+    ({"parallel__vpp": 2}, "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove parallel.vpp"),
     (
         {"model__attention": "te", "model__spec": "native", "train__deterministic": False},
         "model.attention=te: requires Transformer Engine's layers; set model.spec=te",
@@ -132,15 +137,16 @@ CONTRADICTIONS = [
     ),
     (
         {"model__flash_attention": 3, "model__dtype": "fp32"},
-        "model.flash_attention=3: requires model.dtype=bf16; set it to 2",
+        "model.flash_attention=3: requires model.dtype=bf16; set model.flash_attention=2",
     ),
     (
         {"parallel__sequence_parallel": True},
-        "parallel.sequence_parallel=true: requires parallel.tp >= 2, but it is 1; remove it",
+        "parallel.sequence_parallel=true: requires parallel.tp >= 2, but it is 1; remove parallel.sequence_parallel",
     ),
     (
         {"loss__name": "free", "reference__mode": "none", "reference__path": "r"},
-        "reference.path=r: is not used when reference.mode is none; remove it, or set reference.mode=resident",
+        "reference.path=r: is not used when reference.mode is none; remove reference.path, or set "
+        "reference.mode=resident",
     ),
     (
         {"reference__mode": "none"},
@@ -153,49 +159,52 @@ CONTRADICTIONS = [
     (
         {"reference__sync_every": 4, "reference__mode": "offloaded"},
         "reference.sync_every=4: applies only when reference.mode is resident or shared, but it is offloaded; "
-        "remove it",
+        "remove reference.sync_every",
     ),
     (
         {"reference__sync_alpha": 0.5},
-        "reference.sync_alpha=0.5: has no effect without reference.sync_every; set reference.sync_every, or remove it",
+        "reference.sync_alpha=0.5: has no effect without reference.sync_every; set reference.sync_every, or "
+        "remove reference.sync_alpha",
     ),
     (
         {"reference__ahead": 2},
-        "reference.ahead=2: applies only when reference.mode is offloaded, but it is resident; remove it",
+        "reference.ahead=2: applies only when reference.mode is offloaded, but it is resident; remove reference.ahead",
     ),
     (
         {"reference__store": "s"},
-        "reference.store=s: applies only when reference.mode is stored, but it is resident; remove it",
+        "reference.store=s: applies only when reference.mode is stored, but it is resident; remove reference.store",
     ),
     (
         {"reference__missing": "error", "reference__mode": "dataset"},
-        "reference.missing=error: applies only when reference.mode is stored, but it is dataset; remove it",
+        "reference.missing=error: applies only when reference.mode is stored, but it is dataset; remove "
+        "reference.missing",
     ),
     (
         {"reference__verify": 0},
-        "reference.verify=0: applies only when reference.mode is stored or dataset, but it is resident; remove it",
+        "reference.verify=0: applies only when reference.mode is stored or dataset, but it is resident; "
+        "remove reference.verify",
     ),
     (
         {"reference__mode": "dataset", "reference__verify": 0, "reference__path": "r"},
         "reference.path=r: is not used, because reference.verify=0 turns off the check of the records' "
-        "log-probabilities; remove it",
+        "log-probabilities; remove reference.path",
     ),
     (
         {"loss__name": "simpo", "reference__mode": "stored"},
-        "reference.mode=stored: loss simpo does not use a reference; remove it, or set reference.mode=none",
+        "reference.mode=stored: loss simpo does not use a reference; remove reference.mode, or set reference.mode=none",
     ),
     (
         {"loss__ld_alpha": 0.5, "reference__mode": "dataset"},
         "loss.ld_alpha=0.5: requires the reference's log-probability of each token, but records contain only sums; "
-        "remove it, or set reference.mode=stored",
+        "remove loss.ld_alpha, or set reference.mode=stored",
     ),
     (
         {"loss__name": "simpo", "reference__sync_every": 3},
-        "reference.sync_every=3: loss simpo does not use a reference; remove it",
+        "reference.sync_every=3: loss simpo does not use a reference; remove reference.sync_every",
     ),
     (
         {"batch__layout": "stacked", "batch__share": False},
-        "batch.share=false: applies only when batch.layout is tree or auto, but it is stacked; remove it",
+        "batch.share=false: applies only when batch.layout is tree or auto, but it is stacked; remove batch.share",
     ),
     (
         {"batch__tokens_per_micro_batch": 900, "train__micro_batch_size": 1},
@@ -207,35 +216,36 @@ CONTRADICTIONS = [
     ),
     (
         {"data__max_length": 64, "data__max_prompt_length": 64},
-        "data.max_prompt_length=64: has no effect unless it is less than data.max_length=64; lower it, or remove it",
+        "data.max_prompt_length=64: has an effect only below data.max_length=64; lower or remove "
+        "data.max_prompt_length",
     ),
     (
         {"data__seed": 3, "data__shuffle": False},
-        "data.seed=3: has no effect when data.shuffle is false; remove it",
+        "data.seed=3: has no effect when data.shuffle is false; remove data.seed",
     ),
     (
         {"data__train": [{"path": "a", "weight": 2}]},
-        "data.train[0].weight=2.0: has no effect with a single data source; remove it",
+        "data.train[0].weight=2.0: has no effect with a single data source; remove the weight",
     ),
     (
         {"loss__name": "sft", "loss__ld_alpha": 0.5},
-        "loss.ld_alpha=0.5: loss sft has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, "
-        "or use a loss without that term",
+        "loss.ld_alpha=0.5: loss sft has a likelihood term, in which all tokens have equal weight; remove "
+        "loss.ld_alpha, or use a loss without that term",
     ),
     (
         {"loss__name": "mix", "loss__losses": [{"name": "sigmoid"}, {"name": "orpo"}], "loss__ld_alpha": 0.0},
-        "loss.ld_alpha=0.0: loss mix has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, "
-        "or use a loss without that term",
+        "loss.ld_alpha=0.0: loss mix has a likelihood term, in which all tokens have equal weight; remove "
+        "loss.ld_alpha, or use a loss without that term",
     ),
     (
         {"loss__name": "cpo", "loss__ld_alpha": 0.5, "reference__mode": "none"},
-        "loss.ld_alpha=0.5: loss cpo has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, "
-        "or use a loss without that term",
+        "loss.ld_alpha=0.5: loss cpo has a likelihood term, in which all tokens have equal weight; remove "
+        "loss.ld_alpha, or use a loss without that term",
     ),
     (
         {"loss__name": "aot", "loss__use_weighting": True},
         "loss.use_weighting=true: requires a separate loss for each pair, but loss aot couples all pairs of a step; "
-        "remove it",
+        "remove loss.use_weighting",
     ),
     (
         {"optim__warmup_steps": 3, "optim__warmup_ratio": 0.1},
@@ -243,34 +253,39 @@ CONTRADICTIONS = [
     ),
     (
         {"optim__decay_steps": 3},
-        "optim.decay_steps=3: applies only to schedule wsd, but optim.schedule is cosine; remove it",
+        "optim.decay_steps=3: applies only to schedule wsd, but optim.schedule is cosine; remove optim.decay_steps",
     ),
     (
         {"optim__schedule": "constant", "optim__min_lr": 1e-7},
-        "optim.min_lr=1e-07: has no effect with the constant schedule; remove it",
+        "optim.min_lr=1e-07: has no effect with the constant schedule; remove optim.min_lr",
     ),
-    ({"optim__lr": 1e-6, "optim__min_lr": 1e-5}, "optim.min_lr=1e-05: must be at most optim.lr=1e-06; lower it"),
+    (
+        {"optim__lr": 1e-6, "optim__min_lr": 1e-5},
+        "optim.min_lr=1e-05: must be at most optim.lr=1e-06; lower optim.min_lr",
+    ),
     (
         {"optim__warmup_steps": 10, "train__max_steps": 10},
-        "optim.warmup_steps=10: must be less than train.max_steps=10, or the run ends during warmup; lower it",
+        "optim.warmup_steps=10: must be less than train.max_steps=10, or the run ends during warmup; use fewer "
+        "warmup steps",
     ),
     (
         {"optim__schedule": "wsd", "optim__warmup_steps": 4, "optim__decay_steps": 8, "train__max_steps": 10},
-        "optim.decay_steps=8: the sum with optim.warmup_steps must be at most train.max_steps=10; use at most 6",
+        "optim.decay_steps=8: optim.warmup_steps + optim.decay_steps must be at most train.max_steps=10; lower "
+        "optim.decay_steps to at most 6",
     ),
     (
         {"train__micro_batch_size": 8, "train__global_batch_size": 4},
-        "train.micro_batch_size=8: must be at most train.global_batch_size=4; lower it",
+        "train.micro_batch_size=8: must be at most train.global_batch_size=4; lower train.micro_batch_size",
     ),
     (
         {"train__eval_interval": 5},
         "train.eval_interval=5: requires validation data; set data.validation or data.validation_fraction, "
-        "or remove it",
+        "or remove this key",
     ),
     (
         {"train__eval_at_start": True},
         "train.eval_at_start=true: requires validation data; set data.validation or data.validation_fraction, "
-        "or remove it",
+        "or remove this key",
     ),
 ]
 
@@ -389,7 +404,10 @@ LOSS_PROBLEMS = [
             "reference_free"
         ],
     ),
-    ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; this loss has no options; remove it"]),
+    (
+        {"name": "free", "beta": 1},
+        ["loss.beta=1: loss free has no such option; this loss has no options; remove loss.beta"],
+    ),
     (
         {"name": "sigmoid", "beta": "high", "label_smoothing": True},
         [
@@ -410,7 +428,7 @@ LOSS_PROBLEMS = [
             "loss.kind=c: must be a or b; the default is a",
             "loss.steps=1.5: must be a whole number; the default is 3",
             "loss.on=1: must be true or false; the default is false",
-            "loss.pair=[1]: must be a list of 2 (each item a number); the default is [1.0, 2.0]",
+            "loss.pair=[1]: must be a list of 2 items (each item a number); the default is [1.0, 2.0]",
             "loss.bare=x: must be a number; the default is 0.5",
         ],
     ),
@@ -418,7 +436,7 @@ LOSS_PROBLEMS = [
     ({"name": "sigmoid", "divergence": "alpha", "alpha": 0.5}, []),
     (
         {"name": "hinge", "alpha": 0.5},
-        ["loss.alpha=0.5: applies only to divergence alpha, but divergence is reverse_kl; remove it"],
+        ["loss.alpha=0.5: applies only to divergence alpha, but divergence is reverse_kl; remove alpha"],
     ),
     (
         {"name": "ipo", "divergence": "alpha"},
@@ -426,7 +444,7 @@ LOSS_PROBLEMS = [
     ),
     (
         {"name": "sigmoid", "divergence": "js", "reference_free": True},
-        ["loss.divergence=js: needs a reference, but reference_free is true; remove one of them"],
+        ["loss.divergence=js: needs a reference, but reference_free is true; remove one of the two"],
     ),
     (
         {"name": "nca_pair", "divergence": "js"},
@@ -435,14 +453,14 @@ LOSS_PROBLEMS = [
     (
         {"name": "cpo", "kind": "ipo", "label_smoothing": 0.1, "nll_weight": 0, "nll": "sum"},
         [
-            "loss.label_smoothing=0.1: applies only to kind sigmoid, but kind is ipo; remove it",
-            "loss.nll=sum: has no effect when nll_weight is 0; remove it",
+            "loss.label_smoothing=0.1: applies only to kind sigmoid, but kind is ipo; remove label_smoothing",
+            "loss.nll=sum: has no effect when nll_weight is 0; remove nll",
         ],
     ),
     (
         {"name": "ipo", "loss_type": "hinge", "rpo_alpha": 1.0},
         [
-            "loss.loss_type=hinge: loss ipo has no such option; called loss.name here (the same names)",
+            "loss.loss_type=hinge: loss ipo has no such option; called loss.name here (the losses have the same names)",
             "loss.rpo_alpha=1.0: loss ipo has no such option; called loss.losses here "
             "(use loss.name=mix with the losses sigmoid and sft, where sft has the weight rpo_alpha)",
         ],
@@ -451,7 +469,7 @@ LOSS_PROBLEMS = [
     ({"name": "mix", "losses": "sft"}, ["loss.losses=sft: must be a list (each item a mapping); fix the value"]),
     (
         {"name": "mix", "losses": []},
-        ["loss.losses=[]: must not be empty; list losses, each with its name, weight and options"],
+        ["loss.losses=[]: must not be empty; give at least one loss, with its name, weight and options"],
     ),
     ({"name": "mix", "losses": [{"name": "sigmoid", "weight": 0.8, "beta": 0.2}, {"name": "sft"}]}, []),
     (
@@ -472,7 +490,7 @@ LOSS_PROBLEMS = [
             "loss.losses[3].weight=0: must be a number greater than 0; the default is 1.0",
             "loss.losses[3].beta=1: loss sft has no such option; its options are nll",
             "loss.losses[4].weight=true: must be a number greater than 0; the default is 1.0",
-            "loss.losses[4].alpha=2: applies only to divergence alpha, but divergence is reverse_kl; remove it",
+            "loss.losses[4].alpha=2: applies only to divergence alpha, but divergence is reverse_kl; remove alpha",
         ],
     ),
     (

@@ -95,7 +95,10 @@ def test_a_cycle_of_bases_is_refused(write):
     second = write("b.yaml", base="a.yaml")
     with pytest.raises(ConfigError) as caught:
         Config.load(first)
-    assert str(caught.value) == f"{second}: base=a.yaml: creates a cycle of base files; remove one of the base keys"
+    assert (
+        str(caught.value)
+        == f"{second}: base=a.yaml: creates a cycle of base files; remove the key base from one of them"
+    )
 
 
 def test_a_problem_in_a_base_is_reported(write):

@@ -83,13 +83,13 @@ def test_recorded_configuration_has_expanded_paths_and_does_not_change(monkeypat
         ),
         (
             "data.cache_dir='${DATA:-x}'",
-            "data.cache_dir=${DATA:-x}: must be a path with variables of the form $NAME or ${NAME}, not ${DATA:-x}; "
+            "data.cache_dir=${DATA:-x}: must be a path with variables of the form $NAME or ${NAME}, not '${DATA:-x}'; "
             "write the path in full",
         ),
         (
             "data.cache_dir=$(pwd)",
-            "data.cache_dir=$(pwd): must be a path with variables of the form $NAME or ${NAME}, not $(; write the path "
-            "in full",
+            "data.cache_dir=$(pwd): must be a path with variables of the form $NAME or ${NAME}, not '$('; write the "
+            "path in full",
         ),
         (
             "reference.store=~nobody-here/x",
@@ -135,7 +135,7 @@ def test_override_that_yaml_cannot_contain_is_one_line(value):
 
 
 def test_no_file_is_looked_up(monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda path: pytest.fail("must not depend on files"))
+    monkeypatch.setattr(Path, "exists", lambda path: pytest.fail("expanding a path must not look for files"))
     assert expand("$DATA/x") == "/big/x"
 
 

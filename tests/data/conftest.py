@@ -1,4 +1,4 @@
-"""Fixtures of the data tests: a byte-level tokenizer with a BOS token, and a builder of data sets that uses it."""
+"""Fixtures of the data tests: a byte-level tokenizer with a BOS token, and a data-set builder with this tokenizer."""
 
 import pytest
 

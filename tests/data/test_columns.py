@@ -1,4 +1,4 @@
-"""Tests of `data.columns`, of fields that are read or refused, and of prompts in fields with other names."""
+"""Tests of `data.columns`, of fields that are read or refused, and of prompts in fields that are not named `prompt`."""
 
 import json
 
@@ -156,8 +156,8 @@ class TestColumns:
         ("row", "says"),
         [
             (ANSWERS, "data.columns.prompt=q: there is no field 'q' (found chosen, rejected)"),
-            ({"q": "a", **TEXT}, "data.columns.prompt=q: the record has a field 'prompt' too; rename one of them"),
-            ({"q": "a", **ANSWERS, "prompt": None}, "data.columns.prompt=q: the record has a field 'prompt' too"),
+            ({"q": "a", **TEXT}, "data.columns.prompt=q: the record also has a field 'prompt'; rename one of the two"),
+            ({"q": "a", **ANSWERS, "prompt": None}, "data.columns.prompt=q: the record also has a field 'prompt'"),
         ],
     )
     def test_absent_and_doubled_fields_are_errors_with_a_line(self, row, says, tmp_path):
@@ -246,7 +246,8 @@ class TestFieldsWithAMeaning:
     def test_media_are_refused(self, row, name):
         for value in ("a.png", ["a.png"], {"bytes": None, "path": "a.png"}):
             with pytest.raises(
-                BadRecord, match=f"^{name}: only text is supported; set data.columns=.{name}: null. to leave it out$"
+                BadRecord,
+                match=f"^{name}: only text is supported; set data.columns=.{name}: null. to leave out this field$",
             ):
                 FORMATS["auto"]({**row, name: value})
         for empty in (None, "", [], "[]", {"bytes": None, "path": None}, [None], b"", False, 2):
@@ -256,9 +257,9 @@ class TestFieldsWithAMeaning:
     @pytest.mark.parametrize(
         ("name", "value", "way"),
         [
-            ("system", "Be brief.", "set format: messages, or data.columns=.system: null. to leave it out"),
-            ("tools", [TOOL], "set data.columns=.tools: null. to leave it out"),
-            ("tools", json.dumps([TOOL]), "set data.columns=.tools: null. to leave it out"),
+            ("system", "Be brief.", "set format: messages, or data.columns=.system: null. to leave out this field"),
+            ("tools", [TOOL], "set data.columns=.tools: null. to leave out this field"),
+            ("tools", json.dumps([TOOL]), "set data.columns=.tools: null. to leave out this field"),
             (
                 "chat_template_kwargs",
                 {"enable_thinking": False},
@@ -306,13 +307,13 @@ class TestFieldsWithAMeaning:
             ({"Tools": [TOOL]}, "Tools is not read; set data.columns={tools: Tools}"),
             (
                 {"loss_mask": [0, 1]},
-                "loss_mask is not read; give turns weight 0 instead, or set data.columns={loss_mask: null} to le",
+                "loss_mask is not read; set weight 0 on the turns that must not be scored, or set data.columns={loss",
             ),
-            ({"train": [False, True]}, "train is not read; give turns weight 0 instead"),
-            ({"chosen_mask": [0, 1]}, "chosen_mask is not read; give turns weight 0 instead"),
+            ({"train": [False, True]}, "train is not read; set weight 0 on the turns that must not be scored"),
+            ({"chosen_mask": [0, 1]}, "chosen_mask is not read; set weight 0 on the turns that must not"),
             ({"functions": [TOOL]}, "functions is not read; set data.columns={tools: functions}"),
             ({"rejected_tools": [TOOL]}, "rejected_tools is not read; set data.columns={rejected_tools: null}"),
-            ({"documents": [{"text": "a"}]}, "documents is not read; set data.columns={documents: null} to leave it"),
+            ({"documents": [{"text": "a"}]}, "documents is not read; set data.columns={documents: null} to leave"),
             ({"system": 3}, "system must be text, not a number"),
             ({"system": " "}, "system contains only whitespace"),
         ],

@@ -1,4 +1,7 @@
-"""Tests of finding the tokens that were cut from a prompt: with the remaining tokens, they form the whole prompt."""
+"""Tests of finding the tokens that were cut from a prompt.
+
+The cut tokens and the remaining tokens together form the whole prompt.
+"""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tests of the token-pair cache: its key, the files that remain after a kill or on a full disk, and its pairs."""
+"""Tests of the token-pair cache: its key, its pairs, and its files after a kill or when the disk is full."""
 
 import os
 import time
@@ -72,7 +72,7 @@ class TestCache:
         monkeypatch.setitem(FORMATS, "odd", lambda row: Pair("a", "b", "c") if row["n"] % 2 else None)
         path = {"path": str(write(tmp_path / "rows.jsonl", [{"n": n} for n in range(5)])), "format": "odd"}
         report = build(path)[1]
-        assert (report.read, report.kept, report.dropped) == (5, 2, {"records left out by the data format": 3})
+        assert (report.read, report.kept, report.dropped) == (5, 2, {"record left out by the data format": 3})
 
     def test_killed_build_leaves_no_usable_cache(self, build, tmp_path, monkeypatch):
         monkeypatch.setattr(pair_writer, "ROWS", 2)

@@ -1,9 +1,9 @@
 """Tests of records in the documented formats of other systems: the detected format, and the resulting pairs.
 
 Each record has the form of an example in the documentation or tests of another system, but its content is invented.
-Comments name the files of that system that define the meaning of the fields. The systems' revisions are ColossalAI
-4f9953b, NeMo-Aligner af2b3bd, NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL f2cd577 and
-EasyDeL 090a03b.
+Comments name the files in which the other system defines the meaning of the fields. The systems' revisions are
+ColossalAI 4f9953b, NeMo-Aligner af2b3bd, NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL
+f2cd577 and EasyDeL 090a03b.
 """
 
 import copy
@@ -117,7 +117,7 @@ class TestAlpaca:
             "rejected": WORST,
         }
         pair = made("alpaca", row)
-        assert pair.tools == (TOOL,)  # with the envelope that LLaMA-Factory's tool formatter adds
+        assert pair.tools == (TOOL,)  # wrapped as {type, function}, as by LLaMA-Factory's tool formatter
         assert conversation(pair) == (EARLIER, BEST, WORST)
 
     @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ class TestAlpaca:
         [
             ({"instruction": "", "input": ""}, "instruction and input are empty"),
             ({"instruction": 3, "input": ""}, "instruction and input must be text, not a number"),
-            ({"history": [["a"]]}, r"history\[0\] must be a list of a user turn and the assistant's answer"),
+            ({"history": [["a"]]}, r"history\[0\] must be a list with a user turn and the assistant's answer"),
             ({"history": "a"}, "history must be a list, not text"),
             ({"chosen": ["a"]}, "chosen must be text, not a list"),
         ],
@@ -160,7 +160,7 @@ class TestOrca:
 
     def test_another_part_of_the_prompt_is_not_left_out(self):
         row = {"context": "Herons fly.", "question": "What flies?", "chosen": BEST, "rejected": WORST}
-        with pytest.raises(BadRecord, match="'context' and 'question' may be the prompt; make them one field 'prompt'"):
+        with pytest.raises(BadRecord, match="'context' and 'question' may be the prompt; join them as 'prompt'"):
             detect(row)
 
 
@@ -318,11 +318,11 @@ class TestSwift:
         [
             (
                 {"messages": [turn("assistant", BEST)]},
-                "messages must have a user turn, and the chosen response must follow the last user turn",
+                "messages must have a user turn, and the chosen response must follow the last user or tool turn",
             ),
             (
                 {"messages": EARLIER},
-                "messages must have a user turn, and the chosen response must follow the last user turn",
+                "messages must have a user turn, and the chosen response must follow the last user or tool turn",
             ),
             ({"rejected_response": [MORE, FIRST]}, "rejected_response has a user turn; give .* as rejected_messages"),
             ({"rejected_response": None}, "rejected_response must be text or a list of messages, not null"),
@@ -352,7 +352,9 @@ class TestNemoRl:
         assert made("nemo_rl", self.record(1, 1)) is None
 
     def test_other_records_are_refused(self):
-        with pytest.raises(BadRecord, match="completions must have 2 items, not 0; for more, use the format ranked"):
+        with pytest.raises(
+            BadRecord, match="completions must have 2 items, not 0; for more items, use the format ranked"
+        ):
             FORMATS["nemo_rl"](self.record(0, 1, completions=[]))
         with pytest.raises(BadRecord, match=r"completions\[1\] must be an object with rank and completion"):
             FORMATS["nemo_rl"](self.record(0, 1, completions=[self.record(0, 1)["completions"][0], {"rank": 1}]))
@@ -361,7 +363,7 @@ class TestNemoRl:
 
     def test_binary_preference_data_set(self):
         # nemo_rl/data/datasets/preference_datasets/binary_preference_dataset.py makes the prompt a user turn. TRL and
-        # `auto` read the same record as plain text, so a run needs the format `messages` for a user turn.
+        # `auto` read the same record as plain text. With the format `messages`, the prompt is a user turn.
         row = {"prompt": ASK["content"], "chosen": BEST, "rejected": WORST}
         assert conversation(FORMATS["messages"](row)) == ([ASK], BEST, WORST)
         assert checked(FORMATS["auto"](row)) == Pair(ASK["content"], BEST, WORST)
@@ -434,7 +436,7 @@ class TestTrl:
 
 class TestUltraFeedback:
     # EasyDeL's docs/trainers/dpo.md and TRL use HuggingFaceH4/ultrafeedback_binarized. The fields are described in the
-    # data set's card. An annotator gave the scores, so they are rewards.
+    # data set's card. An annotator gave each response its score, so the engine reads the scores as rewards.
     ROW = {
         "prompt": ASK["content"],
         "prompt_id": "f0e37e9f",
@@ -464,15 +466,15 @@ class TestUltraFeedback:
 
 
 def test_anthropic_hh():
-    # The data set's card, and ms-swift's swift/dataset/dataset/llm.py HHRLHFPreprocessor, describe the form. ms-swift
-    # splits the text into turns, but the engine keeps it as plain text.
+    # The data set's card describes the form. In ms-swift, HHRLHFPreprocessor (swift/dataset/dataset/llm.py) reads
+    # the form. ms-swift splits the text into turns, but the engine keeps the text as it is.
     start = "\n\nHuman: What eats a heron?\n\nAssistant:"
     row = {"chosen": f"{start} {BEST}", "rejected": f"{start} {WORST}"}
     assert made("hh", row) == Pair(start, f" {BEST}", f" {WORST}")
 
 
 def test_every_form_is_read_from_files(tmp_path):
-    """JSON lines and Parquet files give the same pairs, although Parquet fills missing fields with nulls."""
+    """JSON lines and Parquet files give the same pairs, even if fields are null or empty, as is usual in tables."""
     rows = {
         "colossalchat": TestColossalChat().record(),
         "sharegpt": TestSharegpt().record(system=None),

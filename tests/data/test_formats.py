@@ -48,7 +48,7 @@ def make(name, row):
 
 
 def written(bad, path, monkeypatch):
-    """Write the malformed file, and return its path. For an endless line, also lower the limit on line length."""
+    """Write the file of `bad`, and return its path. For an endless line, also lower the limit on line length."""
     if bad.kind == "endless line":
         monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", LIMIT)
     path.write_bytes(bad.content)
@@ -140,7 +140,7 @@ class TestMalformed:
             ({**GOOD, "margin": [1]}, "margin must be a number, not a list"),
             (
                 {**GOOD, "tools": [{"type": "function"}]},
-                "tools needs a conversation; set data.columns={tools: null} to leave it out",
+                "tools needs a conversation; set data.columns={tools: null} to leave out this field",
             ),
             ({**GOOD, "chosen": "a\0b"}, "chosen contains a NUL character"),
         ],
@@ -329,7 +329,7 @@ class TestFormats:
         path = write(tmp_path / "a.jsonl", [3, {"chosen": "is 1", "rejected": "is 2"}, GOOD])
         lines = BadLines(skip=True)
         assert [pair.prompt for _, (pair,) in read_pairs(path, "auto", lines)] == ["is"]
-        assert "unexpected prompt: the data format reads it from chosen" in lines.first[1]
+        assert "unexpected field 'prompt': the format takes the prompt from chosen" in lines.first[1]
 
     def test_unknown_format_is_refused(self, tmp_path):
         with pytest.raises(DataError, match="unknown data format 'txt'; did you mean text"):

@@ -126,15 +126,15 @@ class TestCache:
         with pytest.raises(ConfigError) as error:
             read_architecture("org/absent", "reference.path")
         assert str(error.value) == (
-            "reference.path=org/absent: no such directory, nor a usable Hub id: the model is not in the cache "
-            f"{offline} and HF_HUB_OFFLINE is set; run `dpo-engine fetch RUN.yaml` on a machine with a network"
+            "reference.path=org/absent: not an existing directory, and not a usable Hub id: the model is not in the "
+            f"cache {offline}, and HF_HUB_OFFLINE is set; run `dpo-engine fetch RUN.yaml` on a machine with a network"
         )
 
     def test_absent_data_names_both_readings_and_fetch(self, offline):
         with pytest.raises(DataError) as error:
             find_shards("org/absent:train[:5]")
         assert str(error.value).startswith(
-            "org/absent:train[:5]: no such file or directory, nor a usable Hub id: the data set is not in the cache "
+            "org/absent:train[:5]: not an existing file or directory, and not a usable Hub id: the data set is not in "
         )
         assert "run `dpo-engine fetch RUN.yaml`" in str(error.value)
 
@@ -174,7 +174,7 @@ class TestDownload:
         for path, commit in (("org/m", second), ("org/m@v1", first), (f"org/m@{first}", first)):
             assert model_directory(path).name == commit
         with pytest.raises(
-            ConfigError, match=r"org/m@v2: no such directory, nor a usable Hub id: the model is not in the"
+            ConfigError, match=r"org/m@v2: not an existing directory, and not a usable Hub id: the model is not in the"
         ):
             model_directory("org/m@v2")
 
@@ -182,7 +182,7 @@ class TestDownload:
         server.add("model", "org/m", folder_of(tmp_path / "m", **MODEL))
         (model_directory("org/m") / "model.safetensors").unlink()
         go_offline(monkeypatch)
-        with pytest.raises(ConfigError, match="the model is not complete in the cache .* and HF_HUB_OFFLINE is set"):
+        with pytest.raises(ConfigError, match="the model is not complete in the cache .*, and HF_HUB_OFFLINE is set"):
             model_directory("org/m")
 
     def test_unreachable_hub_leaves_the_cache(self, server, tmp_path, monkeypatch):
@@ -190,14 +190,14 @@ class TestDownload:
         model_directory("org/m")
         use_hub(monkeypatch, tmp_path, "http://127.0.0.1:9")
         assert model_directory("org/m").name == commit
-        with pytest.raises(ConfigError, match="the model is not in the cache .* and the Hub cannot be reached; run"):
+        with pytest.raises(ConfigError, match="the model is not in the cache .*, and the Hub cannot be reached; run"):
             model_directory("org/other")
 
     @pytest.mark.parametrize(
         ("path", "says"),
         [
             ("org/none", "the Hub has no such model, or it is private; correct the name, or set HF_TOKEN"),
-            ("org/m@v9", "the model has no revision v9; correct it"),
+            ("org/m@v9", "the model has no revision v9; correct the revision"),
             ("org/gated", "the model is gated; request access on its page, and set HF_TOKEN"),
         ],
     )
@@ -207,7 +207,7 @@ class TestDownload:
         server.gated.add("org/gated")
         with pytest.raises(ConfigError) as error:
             model_directory(path)
-        assert str(error.value) == f"model.path={path}: no such directory, nor a usable Hub id: {says}"
+        assert str(error.value) == f"model.path={path}: not an existing directory, and not a usable Hub id: {says}"
         asked = len(server.asked)
         with pytest.raises(ConfigError):
             model_directory(path)
@@ -290,7 +290,7 @@ class TestData:
         }.items():
             with pytest.raises(DataError) as error:
                 find_shards(source)
-            assert str(error.value) == f"{source}: no such file or directory, nor a usable Hub id: {says}"
+            assert str(error.value) == f"{source}: not an existing file or directory, and not a usable Hub id: {says}"
 
     def test_splits_must_be_named_if_there_are_several(self, server, tmp_path):
         server.add("dataset", "org/d", folder_of(tmp_path / "d", train__jsonl=lines(ROWS), test__jsonl=lines(ROWS)))
@@ -338,7 +338,7 @@ class TestData:
     def test_missing_data_set(self, server):
         with pytest.raises(
             DataError,
-            match="org/none:train: no such file or directory, nor a usable Hub id: the Hub has no such data",
+            match="org/none:train: not an existing file or directory, and not a usable Hub id: the Hub has no such",
         ):
             find_shards("org/none:train")
 

@@ -1,6 +1,7 @@
 """Tests of `.json` files, which contain one array or JSON lines.
 
-The records must equal those that the json module parses. Errors in an array must give the number of the record.
+The records that are read must equal those that the json module returns. An error message about an array must give the
+number of the faulty record.
 """
 
 import json
@@ -85,13 +86,13 @@ def test_array_lines_and_shards_give_the_same_pairs(tmp_path, build):
         ('[{"a": 1}, 5, {}]', ":2: is a number, not an object"),
         ('[{"a": 1}, [{}]]', ":2: is a list, not an object"),
         ('[{"a": 1},\n {"a": 1},]', ":3: there is no record after the last comma"),
-        ("[{},, {}]", ":2: there is no record before this comma"),
+        ("[{},, {}]", ":2: there is no record before a comma"),
         ('[{"a": 1} {"b": 2}]', ":1: invalid JSON at column 10: there is more text after the end of the value"),
         ('[{"a": 1], {}', ":1: invalid JSON at column 8: "),
         ('[{"a": 1}, {"a": "b', ":2: the array does not end; check that the file is complete"),
         ('[{"a": 1}, {"a": "b\\', ":2: the array does not end; check that the file is complete"),
         ('[{"a": 1}, {"a": 2}', ":2: the array does not end; check that the file is complete"),
-        ('[{"a": 1}}', ":1: a closing brace has no opening brace; correct it"),
+        ('[{"a": 1}}', ":1: a closing brace has no opening brace; correct the brackets and braces"),
         ("[{}, {}] [{}]", ":2: there is more text after the end of the array; write all records as one array"),
         ("\ufeff[{}]", ":1: starts with a byte-order mark; save the file as UTF-8 without one"),
         ('{\n "data": [{}]\n}', ":1: the file is neither an array nor JSON lines; write the records as one array, "),

@@ -1,4 +1,4 @@
-"""Tests of the text of each token: with any tokenizer, the joined pieces are the decoded text."""
+"""Tests of splitting a text into one piece per token. With any tokenizer, the joined pieces are the decoded text."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_pieces_join_to_the_text(make, text, tmp_path):
 
 @pytest.mark.parametrize("make", [byte_level, piece_model])
 def test_the_time_is_linear(make, tmp_path, monkeypatch):
-    """Check that a long response is not decoded from its start for every token."""
+    """Check that the number of decoded ids is proportional to the number of tokens, not to its square."""
     tokenizer = load_tokenizer(make(tmp_path / "tokenizer.model"))
     ids = tokenizer.encode(" of them \N{OWL}" * 300)
     lengths = []

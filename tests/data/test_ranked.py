@@ -1,4 +1,4 @@
-"""Tests of ranked lists: the pairs that each rule forms, their weights and rewards, ties, and rejected records."""
+"""Tests of ranked lists: the pairs that each rule forms, their weights and rewards, ties, and refused records."""
 
 import json
 import math
@@ -21,7 +21,7 @@ EQUAL = {**ROW, "scores": [3, 3, 3, 3]}
 
 
 def made(name, row):
-    """Return the responses (chosen, rejected) of each pair, in order."""
+    """Return (chosen, rejected) for each pair, in the order in which the format returns the pairs."""
     return [(pair.chosen, pair.rejected) for pair in FORMATS[name](row)]
 
 
@@ -99,8 +99,8 @@ def test_every_shape_of_conversation_gives_the_same_pair(prompt, responses, tmp_
         ({"prompt": None}, "prompt must be text, not null"),
         ({"responses": [[RIGHT], [WRONG], [USER, RIGHT], [WRONG]]}, r"responses\[2\] does not start with"),
         ({"responses": [[RIGHT], [{**WRONG, "content": ""}], "a", "b"]}, r"responses\[1\]\[0\].content is empty"),
-        ({"margin": 1.0}, "margin is computed from scores; remove it from records with responses"),
-        ({"ref_chosen_logps": -3.0}, "ref_chosen_logps applies to a single pair; remove it"),
+        ({"margin": 1.0}, "margin is computed from scores; remove this field from records with a field 'responses'"),
+        ({"ref_chosen_logps": -3.0}, "ref_chosen_logps applies to a single pair; remove this field"),
         ({"tools": [{"type": "function"}]}, "tools needs a conversation; set data.columns={tools: null}"),
         ({"weight": -3.0}, "weight must be > 0, not -3"),
     ],
@@ -150,7 +150,7 @@ def test_dataset_and_its_report(build, tmp_path):
     dataset, report = build(source(tmp_path / "a.jsonl", [ROW, EQUAL, long], "ranked_all"), max_length=40)
     assert (report.read, report.kept, len(dataset)) == (3, 6, 6)
     assert sorted(report.dropped.values()) == [1, 1]
-    assert str(report).startswith("6 pairs from 3 records") and "1 dropped: records left out by the data format" in str(
+    assert str(report).startswith("6 pairs from 3 records") and "1 dropped: record left out by the data format" in str(
         report
     )
     assert dataset.weights.tolist() == pytest.approx([1 / 6] * 6)

@@ -132,7 +132,7 @@ class TestTurns:
         assert pair.rejected_mask is None and report.masked == 1
         assert pair.scored_counts == (sum(mask), len(pair.rejected))
         assert dataset.scored.tolist() == [[sum(mask), len(pair.rejected)]]
-        assert "1 pair with turns in a response that are not scored" in str(report)
+        assert "1 pair with unscored turns in a response" in str(report)
 
     def test_turns_with_weight_0_are_not_scored(self, build):
         for key, value in (("weight", 0), ("training", False), ("masked", True)):
@@ -254,7 +254,7 @@ class TestTemplateFaults:
             (
                 CHATML.partition("{% if add_gen")[0],
                 {},
-                "has no generation prompt with '<|im_start|>assistant', which would be scored in each response",
+                "has no generation prompt with '<|im_start|>assistant', so this header would be scored in responses",
                 "has no generation prompt with the role header, so each response begins with the header",
             ),
         ],
@@ -358,7 +358,7 @@ class TestPublicTemplates:
 
     def test_generation_prompt_of_another_role(self, build, tmp_path):
         template = CHATML.replace("<|im_start|>assistant", "<|im_start|>model")
-        with pytest.raises(DataError, match="generation prompt with 'assistant', which would be scored in each"):
+        with pytest.raises(DataError, match="generation prompt with 'assistant', so this header would be scored in"):
             build([self.ROW], tokenizer=own_template(build, tmp_path, template))
 
     def test_header_of_another_turn_after_each_response(self, build, tmp_path):

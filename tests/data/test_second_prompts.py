@@ -46,7 +46,7 @@ class TestTwoPrompts:
             {"question": " Add  the numbers. "},
             {"instruction": "Add", "input": "the numbers."},
             {"query": "", "input": None, "messages": []},
-            {"messages": [ASK, {"role": "assistant", "content": "An answer that is neither of both."}]},
+            {"messages": [ASK, {"role": "assistant", "content": "An answer that is neither of the two."}]},
             {"conversation": [{"input": TEXT["prompt"], "output": "Another answer."}]},
             {
                 "prompt_id": "8f",
@@ -89,7 +89,7 @@ class TestTwoPrompts:
             BadRecord, match="^'input' may be the prompt; set data.columns={prompt: input}, or format: im"
         ):
             FORMATS["auto"](row)
-        with pytest.raises(BadRecord, match="^'input' and 'query' may be the prompt; make them one field 'prompt', or"):
+        with pytest.raises(BadRecord, match="^'input' and 'query' may be the prompt; join them as 'prompt', or"):
             FORMATS["auto"]({**row, "query": MORE})
 
     @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ class TestTwoPrompts:
     )
     def test_labels_in_the_place_of_responses_are_refused(self, chosen, rejected, others):
         row = {"prompt": "2 + 2 =", "chosen": chosen, "rejected": rejected}
-        with pytest.raises(BadRecord, match="^chosen and rejected name the fields '.*' and '.*'; replace each name by"):
+        with pytest.raises(BadRecord, match="^chosen and rejected only refer to the fields '.*' and '.*'; write the"):
             FORMATS["auto"]({**row, others[0]: "It is 4.", others[1]: "It is 5."})
         assert FORMATS["auto"]({**row, "id": "4", others[0]: 1})
 
@@ -170,7 +170,7 @@ class TestRepeatedPrompts:
     )
     def test_a_repeated_header_is_refused(self, header):
         row = {"prompt": f"Add. {header}", "chosen": f"{header} It is 4.", "rejected": f"{header} It is 5."}
-        with pytest.raises(BadRecord, match="^prompt ends, and responses begin, with '.*'; remove it from prompt$"):
+        with pytest.raises(BadRecord, match="^responses begin with '.*', the end of prompt; remove it from prompt$"):
             FORMATS["auto"](row)
         assert FORMATS["auto"]({**row, "prompt": "Add. "})
 
@@ -194,9 +194,7 @@ class TestRepeatedPrompts:
             {"prompt": "which is", "chosen": " larger", "rejected": " smaller"},
         ]
         report = build(rows)[1]
-        says = (
-            "1 pair whose responses begin with the whole prompt, which is therefore trained on; if this is not intended"
-        )
+        says = "1 pair whose responses begin with the whole prompt, so the loss also covers this copy of the prompt; if"
         assert report.repeated == 1 and says in str(report)
         report = build(rows[1:], cache="b")[1]
         assert report.repeated == 0 and "begin with" not in str(report)

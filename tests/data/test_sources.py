@@ -127,7 +127,7 @@ class TestShards:
             (
                 [],
                 "set/*.jsonl",
-                "set/*.jsonl: no such file, and no file matches it as a glob pattern; correct",
+                "set/*.jsonl: no such file, and the glob pattern matches no file; correct",
             ),
             (
                 ["a.jsonl", "b.parquet"],
@@ -346,12 +346,12 @@ class TestTables:
         assert "cannot read further (" in refusal(path) and f"{path}:" in refusal(path)
 
     UNREADABLE = {
-        "a date after 9999": pa.array([0, 253402300800000000], pa.timestamp("us")),
+        "a date after the year 9999": pa.array([0, 253402300800000000], pa.timestamp("us")),
         "text that is not UTF-8": pa.StringArray.from_buffers(
             2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xff\xfe")
         ),
         "an unknown time zone": pa.array([None, 1], pa.timestamp("us", "Mars/Olympus")),
-        "fields of one name": pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], ["x", "x"]),
+        "two fields with the same name": pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], ["x", "x"]),
     }
 
     @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_check_names_the_key_of_a_source(tmp_path):
     write(tmp_path / "a.jsonl", [GOOD])
     raw = {"model": {"path": "m"}, "train": {"output_dir": "o"}, "data": {"train": f"{tmp_path}/b*.jsonl"}}
     assert (
-        f"data.train[0].path={tmp_path}/b*.jsonl: no such file, and no file matches it as a glob pattern; "
+        f"data.train[0].path={tmp_path}/b*.jsonl: no such file, and the glob pattern matches no file; "
         "correct the path" in check(Config.parse(raw))
     )
     with pytest.raises(ConfigError, match=r"data\.max_pairs=0: must be null, or a whole number of at least 1"):

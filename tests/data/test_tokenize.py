@@ -50,8 +50,8 @@ class TestIds:
         rendered = {"tokenize": True, "return_dict": False}
         assert prompt == library.apply_chat_template([SYSTEM, USER], add_generation_prompt=True, **rendered)
         for response, message in ((chosen, RIGHT), (rejected, WRONG)):
-            # The template ends with a line feed after the EOS. Responses exclude this line feed, because no model
-            # should generate it.
+            # The rendered conversation ends with a line feed after the EOS. Responses exclude this line feed, because
+            # no model should generate it.
             expected = library.apply_chat_template([SYSTEM, USER, message], **rendered)[:-1]
             assert prompt + response == expected
             assert response[-1] == library.eos_token_id and response.count(library.eos_token_id) == 1
@@ -80,13 +80,14 @@ class TestIds:
         assert tokenizer.decode(dataset[0].chosen) == "The second.<|im_end|>"
 
     def test_prompt_that_is_not_a_prefix_is_shortened(self, build, tokenizer_path, tmp_path):
-        # The generation prompt of this reasoning template opens a thought, but a finished conversation contains none.
+        # As in the templates of reasoning models, the generation prompt ends with the tag <think>. A finished
+        # conversation does not contain this tag.
         (tmp_path / "t.jinja").write_text(CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
         tokenizer = load_tokenizer(tokenizer_path, tmp_path / "t.jinja")
         dataset, report = build([TALK], tokenizer=tokenizer)
         assert tokenizer.decode(dataset[0].prompt).endswith("<|im_start|>assistant\n")
         assert tokenizer.decode(dataset[0].chosen) == "The second.<|im_end|>"
-        assert report.merged == 1 and "1 prompt without the last tokens, because a response changes them" in str(report)
+        assert report.merged == 1 and "1 prompt lost the last tokens, which change if a response follows" in str(report)
 
     def test_prompt_ends_where_either_response_changes_its_tokens(self, tmp_path):
         """The prompt's last letter merges with the response only in the chosen text: "xy" + "z" has a token "yz"."""
@@ -245,7 +246,9 @@ class TestBadLines:
         assert len(build([GOOD], tokenizer=tokenizer, add_eos=False)[0]) == 1
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real preference data at {REAL}; set DPO_TEST_DATA")
+@pytest.mark.skipif(
+    not REAL.is_dir(), reason=f"no preference data in {REAL}; set DPO_TEST_DATA to use another directory"
+)
 class TestRealData:
     @pytest.mark.parametrize(
         ("name", "count", "repeated"), [("hh_harmless/harmless-base", 2000, 2), ("qa_feedback/qa-feedback", 2366, 6)]

@@ -79,7 +79,7 @@ class TestTransformers:
         settings = json.loads((path / "tokenizer_config.json").read_text())
         settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
         (path / "tokenizer_config.json").write_text(json.dumps(settings))
-        with pytest.raises(ConfigError, match="transformers cannot load it"):
+        with pytest.raises(ConfigError, match="transformers cannot load this directory"):
             load_tokenizer(path)
 
     def test_model_without_a_tokenizer_is_refused(self, tiny_hf):
@@ -149,7 +149,7 @@ class TestErrors:
         template = tmp_path / "t.jinja"
         template.write_text("{{ 'a' * 101 }}")
         with pytest.raises(
-            ConfigError, match=r"t\.jinja: produces 101 characters for one conversation; set it to a file"
+            ConfigError, match=r"t\.jinja: produces 101 characters for one conversation, more than 100; set data"
         ):
             load_tokenizer(piece_model(tmp_path / "m"), template)
 

@@ -1,4 +1,4 @@
-"""Tests of comparing transformers' tokenizer class with the tokenizer.json in the same directory."""
+"""Tests: tokenizer.json decides the token ids, and the log shows where transformers' tokenizer class disagrees."""
 
 import json
 import shutil
@@ -35,14 +35,17 @@ def test_ids_are_those_of_tokenizer_json_and_the_log_shows_both_readings(qwen2):
     assert theirs.encode(SAMPLES[0], add_special_tokens=False) != own_ids(qwen2)[0]  # transformers' class differs
     assert ours.encode_all(TEXTS) == own_ids(qwen2)
     assert (ours.chat_template, ours.name_of(ours.eos_id)) == (CHATML, "<|im_end|>")
-    release = f"tokenizer: Qwen2Tokenizer of transformers {transformers.__version__} reads {SAMPLES[0]!r} from token "
+    release = (
+        f"tokenizer: Qwen2Tokenizer of transformers {transformers.__version__} tokenizes {SAMPLES[0]!r} differently "
+        "than tokenizer.json does: from token "
+    )
     assert ours.note.startswith(release) and ours.note.endswith("; using tokenizer.json")
     at = int(ours.note.removeprefix(release).split()[0])
     as_read, as_meant = (
         " ".join(map(repr, theirs.convert_ids_to_tokens(ids[at : at + 4])))
         for ids in (theirs.encode(SAMPLES[0], add_special_tokens=False), own_ids(qwen2)[0])
     )
-    assert f" on as {as_read}, but tokenizer.json says {as_meant}; " in ours.note and as_read != as_meant
+    assert f" on, the tokens are {as_read} instead of {as_meant}; " in ours.note and as_read != as_meant
 
 
 def test_the_same_reading_has_no_note(tmp_path):
@@ -65,9 +68,10 @@ def test_a_release_that_cannot_use_tokenizer_json_is_refused(qwen2, monkeypatch)
     theirs = transformers.AutoTokenizer.from_pretrained(qwen2)
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", lambda path, **options: theirs)
     says = (
-        r"^model\.tokenizer=.*/qwen2: Qwen2Tokenizer of transformers [\d.]+ reads 'what is 7 .* from token \d+ on as "
+        r"^model\.tokenizer=.*/qwen2: Qwen2Tokenizer of transformers [\d.]+ tokenizes 'what is 7 .* differently than "
+        r"tokenizer\.json does: from token \d+ on, the tokens are "
     )
-    with pytest.raises(ConfigError, match=says + ".*, but tokenizer.json says .*; use another transformers release$"):
+    with pytest.raises(ConfigError, match=says + ".* instead of .*; use another transformers release$"):
         load_tokenizer(qwen2)
 
 

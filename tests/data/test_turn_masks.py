@@ -1,4 +1,4 @@
-"""Tests of other systems' masks that exclude turns from the loss: a mask keeps its meaning, or an error names it."""
+"""Tests of other systems' masks that exclude turns from the loss: a mask keeps its meaning, or is refused by name."""
 
 import pytest
 
@@ -51,7 +51,10 @@ def test_each_spelling_has_its_own_meaning(form):
     ("mask", "says"),
     [
         *(
-            ({name: value}, f"chosen[0].{name} may be a mask, but has no clear meaning; replace it by weight: 0 or 1")
+            (
+                {name: value},
+                f"chosen[0].{name} may be a mask, but has no clear meaning; use the field weight (0 or 1) instead",
+            )
             for name, value in (
                 ("mask", True),
                 ("mask", 0),
@@ -107,9 +110,9 @@ def test_other_fields_of_a_message_reach_the_template():
         ({"sampleWeight": 2}, "^sampleWeight is not read; set data.columns={weight: sampleWeight}, or {sampleWeight"),
         (
             {"train": False},
-            "^train is false, but the engine ignores it; remove the record, or set data.columns={train: null}",
+            "^train is false, but the engine does not read this field; remove the record, or set data.columns={train: ",
         ),
-        ({"trainable": [True]}, "^trainable is not read; give turns weight 0 instead, or set data.columns={trainable"),
+        ({"trainable": [True]}, "^trainable is not read; set weight 0 on the turns that must not be scored, or set "),
     ],
 )
 def test_masks_of_a_whole_record_are_refused_too(field, says):

@@ -1,4 +1,4 @@
-"""Tests of tokenizing in worker processes: the cache and the errors are as with one process, and no worker remains."""
+"""Tests of tokenizing in worker processes: cache and errors are the same as with one process, and all workers end."""
 
 import gzip
 import hashlib
@@ -211,7 +211,7 @@ class TestTheSameDataSet:
 class TestErrors:
     @pytest.mark.parametrize("count", [1, 2])
     def test_first_bad_record_of_the_file_is_named(self, count, build, tmp_path):
-        """Line 601 fails when it is tokenized. Line 602 of the same block fails earlier, when it is parsed."""
+        """Parsing finds the error in line 602 before tokenizing finds the error in line 601 of the same block."""
         rows = text_rows(1200)
         rows[600] = {**rows[600], "chosen": "<|im_end|>"}
         path = write(tmp_path / "bad.jsonl", rows)
@@ -219,7 +219,7 @@ class TestErrors:
         lines[601] = lines[1100] = "{"
         path.write_text("\n".join(lines))
         with pytest.raises(
-            DataError, match=r"bad\.jsonl:601: chosen has no tokens, not counting the EOS; to skip"
+            DataError, match=r"bad\.jsonl:601: chosen has no tokens apart from the EOS; to skip"
         ) as error:
             build(path, workers=count)
         assert "\n" not in str(error.value) and not list((tmp_path / "cache").iterdir())
@@ -257,7 +257,7 @@ class TestErrors:
             build({"path": str(path), "format": plugin}, workers=2)
 
     def test_format_that_no_worker_can_import(self, build, tmp_path, monkeypatch):
-        """The format is refused if `data.workers` is set. By default, the main process tokenizes the data itself."""
+        """The format is refused if `data.workers` is set. If it is not set, the main process tokenizes the data."""
         monkeypatch.setitem(FORMATS, "local", lambda row: FORMATS["text"](row))
         source = {"path": str(write(tmp_path / "d.jsonl", text_rows(300))), "format": "local"}
         message = r"data\.workers=2: .*d\.jsonl cannot be tokenized in worker processes \(.*[Pp]ickl.*\); set data\."
@@ -322,7 +322,7 @@ def test_workers_end_with_their_parent(number):
         assert len(pids) == 2 and all(map(alive, pids))
         if number == signal.SIGKILL:
             parent.send_signal(number)
-        else:  # signal the whole process group, as a terminal or a scheduler does
+        else:  # send the signal to the whole process group, as a terminal or a scheduler does
             os.killpg(parent.pid, number)
         parent.wait(timeout=10)
     assert gone(pids)

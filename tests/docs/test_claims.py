@@ -1,4 +1,7 @@
-"""Tests of statements in the README and the pages: losses, metrics, exit codes, keys, signatures and files."""
+"""Tests that the README and the pages are right about losses, metrics, exit codes, keys, signatures, files and memory.
+
+Other tests check links, spelling and the length of the README.
+"""
 
 import ast
 import inspect
@@ -42,7 +45,7 @@ def prose(text: str) -> str:
 
 
 def table(text: str, heading: str) -> list[list[str]]:
-    """Return the rows of the table whose header begins with the cells ``heading``, each row as a list of cells."""
+    """Return the rows of a table, each row as a list of cells. The header begins with the text ``heading``."""
     rows = text[text.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
 
@@ -69,7 +72,7 @@ def test_losses_declare_the_values_in_the_table(changed):
     for names, _, said, *_ in table(TEXTS["docs/losses.md"], "`loss.name` | per pair"):
         name = re.findall(r"`(\w+)`", names)[0]
         if name == "mix":
-            assert said == "weighted sum of their values, if known"
+            assert said == "weighted sum of the values of its terms, if these are known"
             continue
         defaults = with_defaults(LOSSES[name], {})
         options = defaults | {key: value for key, value in changed.items() if key in defaults}
@@ -88,7 +91,7 @@ def test_the_readme_counts_the_losses():
 
 
 def test_the_table_of_metrics_is_what_is_reported():
-    """The table has exactly the metrics that are means over pairs, and the metrics that other parts of a step add."""
+    """`METRICS` has exactly the metrics that `means` returns, and the metrics that other functions of a step add."""
     reported = Reported(reference=True, entropy=True, sources=("NAME", "other"), averages=True, parts=("NAME",))
     sums = means(torch.ones(sum(reported.sizes), dtype=torch.float64), reported, 1.0)
     names = {name for name in sums if "other" not in name}
@@ -139,13 +142,16 @@ def test_losses_in_yaml_take_their_options(name):
 
 
 def test_the_python_page_has_every_function_with_its_parameters():
+    def shown(value: object) -> str:
+        return f'"{value}"' if isinstance(value, str) else str(value)
+
     rows = [row[0].strip("`") for row in table(TEXTS["docs/python.md"], "name")]
     functions = {row.partition("(")[0]: row for row in rows if not row.lower().startswith("config.")}
     assert set(functions) == {name for name in dpo_engine.__all__ if name.islower()}
     for name, row in functions.items():
         said = dict(re.findall(r"[(,] ?(\w+)(?:=([^,)]+))?", row))
         parameters = inspect.signature(getattr(dpo_engine, name)).parameters
-        declared = {key: "" if p.default is p.empty else str(p.default) for key, p in parameters.items()}
+        declared = {key: "" if p.default is p.empty else shown(p.default) for key, p in parameters.items()}
         assert said == {key: value for key, value in declared.items() if key not in ("say", "interruption")}, name
 
 
@@ -165,7 +171,7 @@ def test_the_readme_lists_every_file_under_its_wing():
         listed += ["/".join([*folders, name]) for name in re.findall(r"\w+\.py", line)]
     package = ROOT / "dpo_engine"
     files = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name[:2] != "__"]
-    # docs/models.md lists the families, each of which has a file.
+    # docs/models.md lists the families, so the README names only those files in families/ that families share.
     families = {f"model/families/{name}" for name in ("blocks.py", "mixtures.py", "rule.py", "rope.py")}
     files = [name for name in files if not name.startswith("model/families/") or name in families]
     assert sorted(listed) == sorted(files)

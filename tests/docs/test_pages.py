@@ -1,4 +1,7 @@
-"""Tests of the README and the pages of docs/: tables, files, commands, YAML and records are valid. The site builds."""
+"""Tests of the README and the pages of docs/: their tables, commands, YAML and records are valid.
+
+The files that they name exist, and the site builds.
+"""
 
 import json
 import re
@@ -104,7 +107,10 @@ def test_commands_name_what_exists(page, command):
 
 
 def engine_commands() -> list[tuple[str, str]]:
-    """Return all commands that start dpo-engine in code blocks without a language, as (name of the page, command)."""
+    """Return the commands that start dpo-engine, as (name of the page, command).
+
+    The commands come from code blocks without a language.
+    """
     start = re.compile(r"(DPO_FAULT=\S+ )?(dpo-engine|torchrun) ")
     return [(page, line) for page, line in lines("") if start.match(line)]
 

@@ -1,7 +1,7 @@
-"""Tests of extensions as a fork would write them: in a package outside the tree, with code from the documentation.
+"""Tests of extensions in a package outside the source tree. The extensions' code comes from docs/extending.md.
 
-The fast tests import the package in this process. The slow tests start other processes, which import the package
-without Megatron, or train through the command line.
+The fast tests import the package in this process. The slow tests start other processes: one test checks that importing
+the package does not import Megatron, and the other test trains through the command line.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Tests of model families outside the tree, with the checks that a family's author can import from `dpo_engine`."""
+"""Tests of model families that are not part of the engine, with the public checks of `dpo_engine.testing`."""
 
 import importlib.util
 import os
@@ -108,7 +108,7 @@ def test_a_family_is_one_short_file_that_needs_no_megatron():
 
 @pytest.fixture
 def package(tmp_path):
-    """Return the directory of a repository with a family and the test file from the documentation page."""
+    """Create a repository with a family and with the test file from docs/extending.md. Return its directory."""
     page = (ROOT / "docs/extending.md").read_text(encoding="utf-8").partition("### Test the family")[2]
     text = re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1]
     assert len(text.splitlines()) <= 15
@@ -135,7 +135,7 @@ def test_test_file_on_the_page(package):
     family.write_text(wrong.replace('count("sliding_window", 8192) if', 'count("sliding_window", 8192) + 1 if'))
     report = run_pytest(package, "-k", "cwm- and (defaults or logits or export)")
     assert "2 failed, 1 passed" in report, report
-    assert "AssertionError: cwm: without layer_types, the architecture has ['sliding_layers=" in report
+    assert "AssertionError: cwm: without layer_types, the engine and transformers differ: ['sliding_layers=" in report
     assert "AssertionError: cwm: logits differ from those of transformers by " in report
 
 

@@ -76,7 +76,7 @@ def made(run_files, tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def write(run_yaml, run_files, tiny_hf, tmp_path):
-    """Return a variant of ``run_yaml`` whose runs write to ``folder``.
+    """Return a function like ``run_yaml``: the output directory is in ``folder``, and there is no validation data.
 
     The model has four layers. The learning rate is so low that the steps do not amplify rounding errors.
     """
@@ -226,7 +226,7 @@ def test_changed_run_is_refused(change, says, made, write, tiny_hf, tmp_path):
         assert place == f"{output}/checkpoints/" and rest.startswith(expected) and len(rest) <= 250
         way_out = "the saved weights do not fit" if key == "model" else f"set checkpoint.accept_changes=[{key}]"
         assert way_out in rest and rest.endswith("or set another train.output_dir")
-    assert trajectory(output) == trajectory(stopped), "the directory must be unchanged"
+    assert trajectory(output) == trajectory(stopped), "the metrics in the directory must be unchanged"
 
 
 def without_moments(directory):
@@ -267,7 +267,7 @@ def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
 
     Returns the metrics and the pairs by step, and the record of the run in the last checkpoint.
 
-    counts  whether the change also changes the number of steps; the new number is then accepted too
+    counts  whether the change also affects the number of steps; accepting the change then also accepts the new number
     """
     stopped, _ = made("one", write, stop=STOP)
     asked = f"checkpoint.accept_changes=[{', '.join(accepted)}]"
@@ -292,7 +292,10 @@ def cosine(step, total, peak=1e-4, warmup=1):
 
 @slow
 class TestAccepted:
-    """An accepted change has only the intended effect. The expected values come from uninterrupted runs."""
+    """An accepted change has only the intended effect.
+
+    The expected values come from uninterrupted runs, and expected learning rates come from :func:`cosine`.
+    """
 
     @pytest.fixture
     def whole(self, made, write):
@@ -306,7 +309,7 @@ class TestAccepted:
             assert steps[step]["learning_rate"] == pytest.approx(cosine(step, STEPS, peak=1e-5), rel=1e-6)
             assert pairs[step] == whole[1][step]
         assert steps[STOP + 1]["loss"] == whole[0][STOP + 1]["loss"], (
-            "before the first update with the new rate, nothing may differ"
+            "the loss before the first update with the new rate must be the same"
         )
         assert steps[STOP + 1]["grad_norm"] == whole[0][STOP + 1]["grad_norm"]
 
@@ -331,7 +334,7 @@ class TestAccepted:
         other = other_pairs(tmp_path, 20)
         fresh = run_fresh(write, tmp_path, **other)
         steps, pairs, record = continued(made, write, tmp_path, ["train_data"], counts=True, **other)
-        assert sorted(steps) == list(range(1, STOP + 10 + 1)), "two epochs of the 20 new pairs"
+        assert sorted(steps) == list(range(1, STOP + 10 + 1)), "the run must train on the 20 new pairs for two epochs"
         assert {step - STOP: ids for step, ids in pairs.items()} == fresh
         assert record["position"] == {"step": 14, "epoch": 2, "pair": 0}
         assert steps[STOP + 1]["learning_rate"] == pytest.approx(cosine(STOP + 1, 14), rel=1e-6)

@@ -1,4 +1,6 @@
-"""Replay recorded operations on a checkpoint folder: once a checkpoint is published, the loader must always find one.
+"""Replay a run's operations on its checkpoint folder, and check that the loader always finds an intact checkpoint.
+
+This must hold from the time when the first checkpoint is published.
 
 After every operation, the test rebuilds three states in which a crash can leave the disk:
 
@@ -182,7 +184,7 @@ def rebuild(files: dict[str, bytes | None], before: dict[str, bytes | None], fol
 
 @pytest.fixture(scope="module", params=[1, 2])
 def operations(request, run_files, tiny_hf, tmp_path_factory):
-    """Return the operations of all ranks on a checkpoint folder, ordered by start time, and the name of the folder."""
+    """Return all ranks' operations on a checkpoint folder, ordered by start time, and the path of the folder."""
     folder = tmp_path_factory.mktemp("recorded")
     sections = {"train": {"max_steps": 5}, "checkpoint": {"save_interval": 1}}
     path = write_run(folder, "run", run_files, tiny_hf, sections)
@@ -254,7 +256,7 @@ def test_replay_detects_a_missing_sync(tmp_path):
         return chosen(folder)
 
     assert [outcome(view, set()) for view in VIEWS] == [4, 4, 4]
-    assert [outcome(view, {3}) for view in VIEWS] == [4, -1, -1], "the file's content was not synced"
-    assert [outcome(view, {4}) for view in VIEWS] == [4, 4, -1], "the name in the directory was not synced"
-    assert [outcome(view, {6}) for view in VIEWS] == [4, 4, None], "the directory's own name was not synced"
+    assert [outcome(view, {3}) for view in VIEWS] == [4, -1, -1], "expected outcomes if the manifest is not synced"
+    assert [outcome(view, {4}) for view in VIEWS] == [4, 4, -1], "expected outcomes if the directory is not synced"
+    assert [outcome(view, {6}) for view in VIEWS] == [4, 4, None], "expected outcomes if its parent /c is not synced"
     shutil.rmtree(tmp_path)

@@ -47,7 +47,8 @@ def runs(run_files, tiny_hf, tmp_path_factory):
 def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
     """Drop all evaluations except that of step ``last``.
 
-    A run that ended at an earlier step has evaluated that step, but an uninterrupted run has not.
+    A run evaluates the policy after its last step. A resumed run can therefore have the evaluation of an earlier end,
+    which an uninterrupted run lacks.
     """
     return [line for line in lines if "loss" in line or line["step"] == last]
 
@@ -55,8 +56,8 @@ def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
 def flip(path: Path, place: float | bytes) -> None:
     """Change one byte of a file.
 
-    place  the byte's position as a fraction of the file's size; or a sequence of bytes, to change the last
-           byte of its first occurrence
+    place  the byte's position as a fraction of the file's size. If ``place`` is a sequence of bytes, the last byte of
+           the first occurrence of this sequence is changed
     """
     data = bytearray(path.read_bytes())
     at = data.index(place) + len(place) - 1 if isinstance(place, bytes) else int(place * (len(data) - 1))
@@ -195,7 +196,7 @@ def test_newest_intact_checkpoint_is_used(name, again, runs):
     continued(finished, run, runs, 4)
     (line,) = [line for line in finished.output[0].splitlines() if " skipped: " in line]
     assert f"checkpoint for step 6 skipped: {run}/checkpoints/step_00000006" in line and says in line
-    assert " skipped: " not in finished.output[1], "each message must be printed once"
+    assert " skipped: " not in finished.output[1], "only one rank must print the message"
 
 
 @pytest.mark.parametrize("name", cases(UNHARMED))
@@ -220,7 +221,7 @@ def test_two_damaged_in_a_row(again, runs):
 
 @pytest.mark.parametrize("name", cases(["everything"]))
 def test_resume_is_refused_if_all_are_damaged(name, again):
-    """The run must not silently restart at step 0, and must leave the folder unchanged."""
+    """The run must not silently restart at step 0, and must not remove a checkpoint."""
 
     def harm(folder):
         for path in folder.glob(f"step_*/{SHARD}"):
@@ -230,7 +231,7 @@ def test_resume_is_refused_if_all_are_damaged(name, again):
     assert finished.codes == [4, 4]
     lines = finished.errors[0].splitlines()
     assert [line.partition(" skipped")[0] for line in lines[:3]] == [f"checkpoint for step {n}" for n in (6, 4, 2)]
-    way_out = "restore a checkpoint, or remove all of them to start from step 0"
+    way_out = "restore a checkpoint, or remove all checkpoints to start from step 0"
     expected = f"{run}/checkpoints: no checkpoint is intact; {way_out}"
     assert lines[3:] == [expected] and not finished.errors[1]
     assert len(list((run / "checkpoints").glob("step_*"))) == 3
@@ -249,7 +250,7 @@ def test_newer_format_is_refused(step, again):
     finished, run = again(harm)
     assert finished.codes == [4, 4]
     expected = f"step_{step:08d}/manifest.json: has format 3, but this version of dpo-engine reads format 2; "
-    expected += "use the version that wrote it\n"
+    expected += "use the version that wrote this checkpoint\n"
     assert finished.errors[0].endswith(expected)
 
 
@@ -314,5 +315,5 @@ def test_other_verbs_refuse_a_damaged_checkpoint(verb, again, runs, tmp_path):
     assert newest.codes == [0, 0], newest.said
     assert "checkpoint for step 6 skipped" in newest.output[0]
     assert (run / "checkpoints/step_00000008.tmp.beef").is_dir(), (
-        "the verb is not part of a run and must not remove a run's files"
+        "eval and export must not remove files that may belong to a running job"
     )

@@ -22,7 +22,7 @@ def pairs(count, **fields):
 
 @pytest.fixture
 def job(run_yaml, tmp_path):
-    """Return a function: ``job(rows)`` trains on the rows, on two ranks and with a global batch of 8.
+    """Return a function: ``job(rows)`` trains on the rows with two ranks and a global batch size of 8.
 
     ``job(None)`` trains on the ``pairs.jsonl`` that already exists.
     """
@@ -139,7 +139,7 @@ def test_pair_without_a_preference_is_refused(fields, says, job, tmp_path):
     rows = [*pairs(4), {**GOOD, **fields}]
     template = tmp_path / "turns.jinja"
     template.write_text("{{ messages[0].content }}{% if messages[1] %}{{ messages[1].content }}{% endif %}")
-    if fields["chosen"] == "</s>":  # this text becomes the control token only in a rendered conversation
+    if fields["chosen"] == "</s>":  # only in a rendered conversation is this text encoded as the EOS
         talk = [{"role": "user", "content": "Which?"}]
         rows = [
             {"prompt": talk, **{name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}}

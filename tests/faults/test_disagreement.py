@@ -38,7 +38,7 @@ def lines_of(job, code):
 
 
 def line_of(job, code):
-    """Check the ranks as :func:`lines_of` does, and check that stderr has a single line. Return the line."""
+    """Check the ranks as :func:`lines_of` does, and check that stderr has one short line. Return the line."""
     (line,) = lines_of(job, code)
     assert len(line) < 260
     return line
@@ -66,7 +66,7 @@ def test_different_setting_is_refused(own, says, run_yaml, tmp_path):
     changed = [f"{key}={value}" for key, value in own.items()]
     lines = lines_of(run_job(["train", str(run)], 4, tmp_path / "log", own={2: changed}), 2)
     assert lines[0] == f"{says}; {ALIKE}" and len(lines) == len(own)
-    assert not (tmp_path / "run").exists(), "nothing may have been written"
+    assert not (tmp_path / "run").exists(), "no rank may create the output directory"
 
 
 @slow
@@ -229,7 +229,7 @@ def test_ranks_started_by_torchrun_compare_their_settings(factor, code, run_yaml
 
 
 def test_different_weights_are_not_saved(run_yaml, tmp_path):
-    """The save itself must compare the weights, because the next regular comparison comes much later."""
+    """The save itself must compare the weights, because the run ends before the next regular comparison."""
     path = str(run_yaml(train={"guard_interval": 1000}))
     done = run_job(["train", path], 2, tmp_path / "log", before=flips_a_bit(MATRIX, 4))
     assert done.codes == [5, 5], done.said

@@ -1,6 +1,7 @@
-"""Fault tests: if a rank dies, hangs or fails, the others soon exit, and one line says what happened.
+"""Fault tests: if a rank dies, hangs or raises an error, the other ranks soon exit, and one line says what happened.
 
-The other ranks exit with code 6 unless all ranks report the same error.
+The other ranks exit with code 6, and so does a rank that hangs. If all ranks report the same error, all ranks exit with
+that error's code.
 """
 
 import os
@@ -28,8 +29,8 @@ def hasty(**sections):
 
 
 DEATHS = {
-    "rendezvous": "dp2",  # the other ranks cannot detect the loss yet, so their start must time out
-    "data": "dp2",  # one rank tokenizes for all ranks; the engine has no data loader processes
+    "rendezvous": "dp2",  # the ranks are not connected yet, so only a timeout can detect the death
+    "data": "dp2",  # one rank tokenizes for all ranks; no data loader processes exist that could die
     "reference": "pp2",
     "forward": "tp2",
     "reduce": "dp2",
@@ -68,7 +69,7 @@ def test_exception_keeps_its_traceback_and_peers_exit(phase, run_yaml, tmp_path)
 
 @slow
 def test_exception_while_all_wait_for_one_rank(run_yaml, tmp_path):
-    """If all ranks wait for the work of one rank, they get the text of that rank's error."""
+    """Rank 1 waits while rank 0 prepares the data. If rank 0 fails, rank 1 reports the text of rank 0's error."""
 
     def before():
         from dpo_engine.training import run_data
@@ -93,7 +94,7 @@ def test_full_disk_on_one_rank(run_yaml, tmp_path):
 
 
 def test_tracker_that_rank_0_cannot_open(run_yaml, tmp_path):
-    """The error occurs only on rank 0, but all ranks exit with it."""
+    """The error occurs only on rank 0, but all ranks exit with the error's code, and the message appears once."""
 
     def before():
         from dpo_engine.errors import ConfigError
@@ -125,7 +126,7 @@ def test_stopped_rank_ends_the_job(run_yaml, tmp_path):
     done = run_job(["train", path], 2, tmp_path / "log", fault=fault, ends_with=lambda codes: codes[0] is not None)
     assert done.codes == [6, -signal.SIGKILL] and done.seconds[0] < 3 + TIMEOUT_S + WITHIN_S
     assert len(said(done, 0)) == 1 and "did not answer within parallel.timeout_s" in said(done, 0)[0]
-    # A stopped process cannot exit. After the process is continued, it detects the failure and exits.
+    # A stopped process cannot exit. After the process is continued, it detects that rank 0 has exited, and exits too.
     done = run_job(["train", path], 2, tmp_path / "log", fault=fault, during=continued)
     assert done.codes == [6, 6] and not done.survivors, done.said
 
@@ -212,7 +213,7 @@ def another_shape():
 @pytest.mark.parametrize("change", [skip_a_collective, another_shape], ids=lambda change: change.__name__)
 def test_mismatched_collectives_end_the_job(change, run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml(**hasty()))], 2, tmp_path / "log", before=on_rank_1(change))
-    # gloo aborts the process if it receives more bytes than expected.
+    # If gloo receives more bytes than expected, it aborts the process.
     assert all(code in (6, -signal.SIGABRT) for code in done.codes) and 6 in done.codes, done.said
     assert max(done.seconds) < 3 + TIMEOUT_S + WITHIN_S and "Traceback" not in done.said and not done.survivors
 
@@ -267,7 +268,7 @@ def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
 
 
 def checks_slowly(rank, seconds, marker):
-    """Return a ``before`` hook: one rank creates the file `marker`, and its checks of the run take `seconds` longer."""
+    """Return a ``before`` hook: one rank creates the file `marker`, then sleeps for `seconds`, then checks the run."""
 
     def before():
         from dpo_engine.verbs import check

@@ -1,4 +1,4 @@
-"""Fault tests: malicious checkpoints with valid hashes cannot harm a run that resumes from them."""
+"""Fault tests: malicious checkpoints, even with valid hashes, cannot harm a run that tries to resume from them."""
 
 import hashlib
 import json
@@ -37,9 +37,9 @@ def facts(content: bytes) -> dict:
 
 
 def place(name):
-    """Return a change that adds the file ``name(checkpoint)`` to the manifest, with the size and hash of a pickle.
+    """Return a function for ``sealed`` that adds a file to the manifest, with the size and hash of a pickle.
 
-    The pickle is outside of the checkpoint.
+    The file's name is ``name(checkpoint)``. The pickle itself is outside of the checkpoint.
     """
 
     def change(manifest, checkpoint):
@@ -50,7 +50,10 @@ def place(name):
 
 
 def replaced(content):
-    """Return a change that replaces the content of a shard, and updates its size and hash in the manifest."""
+    """Return a function for ``sealed`` that replaces the content of a shard.
+
+    The function also replaces the shard's size and hash in the manifest.
+    """
 
     def change(manifest, checkpoint):
         (name,) = (name for name in manifest["files"] if name.endswith(".safetensors"))
@@ -83,9 +86,9 @@ def given(**fields):
 CHANGES = {
     "a shard that is a pickle": replaced(PICKLE),
     "a shard without tensors": replaced(tensors()),
-    "a shard of tensors without a name": replaced(tensors(x=("F32", [4], 16))),
-    "a shard with names that must be numbers but are not": replaced(tensors(main__decoder__x__y=("F32", [4], 16))),
-    "a shard of tensors without a shape": replaced(tensors(main__decoder__0__0=("F32", [], 4))),
+    "a shard with incomplete tensor names": replaced(tensors(x=("F32", [4], 16))),
+    "a shard with text in place of numbers in tensor names": replaced(tensors(main__decoder__x__y=("F32", [4], 16))),
+    "a shard of tensors without dimensions": replaced(tensors(main__decoder__0__0=("F32", [], 4))),
     "a shard with a header bomb": replaced((2**62).to_bytes(8, "little") + b"{}"),
     "a name in the parent directory": place(lambda checkpoint: "../outside.safetensors"),
     "an absolute name": place(lambda checkpoint: str(checkpoint.parent / "outside.safetensors")),

@@ -52,7 +52,7 @@ def folder(tiny_hf, tokenizers, tmp_path):
 
 
 def unharmed(found, folder):
-    """Check what must hold in every case: no code ran, no file outside `out` changed, and all output is printable."""
+    """Check that no planted code ran, that no file outside `out` changed, and that all output is printable."""
     assert not list(folder.parent.rglob(CANARY)) and not found.changed
     for line in [*found.errors, *found.output.splitlines()]:
         assert line.isprintable(), line
@@ -84,7 +84,7 @@ def test_hostile_file_is_refused_with_one_line_at_low_cost(name, folder):
 
 @pytest.mark.slow
 class TestTraining:
-    """Hostile files that only training opens: in the cache, the reference store, and elsewhere in the run's folder."""
+    """Training with hostile files in the output directory: in place of the cache, store segments, and output files."""
 
     def train(self, folder, *overrides):
         found = run_alone(["train", "run.yaml", *overrides], folder)
@@ -140,7 +140,7 @@ FORBIDDEN = {
 
 
 OWN_PIPES = {PACKAGE / name: {"pickle"} for name in ("data/workers.py", "testing/ranks.py")}
-"""Files that unpickle only data that the engine and its own child processes send to each other."""
+"""Modules that may import pickle: they unpickle only data from the engine and from its own child processes."""
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_package_uses_no_unsafe_readers(path):
 
 
 def test_vulnerable_library_versions_are_excluded():
-    """The required versions are not vulnerable to known attacks with files.
+    """The required versions do not have the known vulnerabilities to malicious files.
 
-    The attacks are CVE-2025-32434 and CVE-2026-24747 (torch), CVE-2026-4372 (transformers), CVE-2025-27516 (Jinja), and
+    These are CVE-2025-32434 and CVE-2026-24747 (torch), CVE-2026-4372 (transformers), CVE-2025-27516 (Jinja), and
     CVE-2023-47248 (pyarrow).
     """
     text = (PACKAGE.parent / "pyproject.toml").read_text()

@@ -1,6 +1,7 @@
-"""Fault tests, group A: kill one rank of a run in one phase. The tests cover all phases and about half of the ranks.
+"""Fault tests, group A: kill one rank of a run in one phase.
 
-The other ranks must exit, and a restart must give the metrics of an uninterrupted run.
+The other ranks must exit, and a restart must give the metrics of an uninterrupted run. The tests cover all phases and
+layouts, and about half of the ranks for each phase and layout.
 """
 
 import signal
@@ -12,7 +13,9 @@ from support.outcomes import LAYOUTS, trajectory
 from support.small_run import write_run
 
 # The run has 6 steps. It saves after steps 2, 4 and 6, and deletes the oldest checkpoint after the last save. It
-# evaluates after step 3 and at the end. If a phase occurs several times, the fault is in step 3 or in the second save.
+# evaluates after step 3 and at the end. The numbers say at which occurrence of the phase the fault is injected. If a
+# phase occurs several times, the fault is in step 3, in the evaluation after step 3, or in the second save. `None`
+# means the first micro-batch of step 3.
 PHASES = {
     "rendezvous": 1,
     "data": 1,
@@ -39,7 +42,7 @@ DEFAULT = {
 
 
 def victims(layout: str, phase: str) -> set[int]:
-    """Return the ranks to kill, each in its own run: about half of the ranks, and the ranks in `DEFAULT`.
+    """Return the ranks to kill, each in its own run: half of the ranks, and the ranks in `DEFAULT` for this case.
 
     The half consists of either the even or the odd ranks. This choice alternates between layouts and between phases, so
     rank 0 is killed in some layouts of each phase, but not in all.
@@ -65,7 +68,7 @@ def sections(parallel: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(run_files, tiny_hf, tmp_path_factory):
-    """Return a function that returns the metrics of an uninterrupted run in a layout. Each layout runs only once."""
+    """Return a function that trains once per layout, without a kill, and returns the metrics of this run."""
     known = {}
 
     def of(layout: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Tests of tokenizing that takes longer than `parallel.timeout_s`, or that a signal or a lost rank interrupts."""
+"""Tests of tokenization: it takes longer than `parallel.timeout_s`, a signal stops it, or a rank dies meanwhile."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def hasty(run_yaml):
 
 @pytest.mark.slow
 def test_tokenizing_may_take_longer_than_a_collective(hasty, tmp_path):
-    """Tokenizing takes 3 s for the training pairs, and 3 s more for the held-out pairs."""
+    """The timeout is 2 s. Tokenizing takes 3 s for the training pairs, and 3 s more for the held-out pairs."""
     done = run_job(hasty, 2, tmp_path / "log", before=takes(3, tmp_path / "marker"))
     assert done.codes == [0, 0], done.said
     assert min(done.seconds) > 6

@@ -1,7 +1,7 @@
-"""Fault tests, group E: non-finite values, and spikes if `bad_steps.spike_sigma` is set.
+"""Fault tests, group E: steps with non-finite values and, if `bad_steps.spike_sigma` is set, steps with spikes.
 
-All ranks skip the step, the state does not change, and the log names the pairs. Too many bad steps in a row end the
-run.
+All ranks skip such a bad step, the step does not change the state, and the log names pairs of the step. Too many bad
+steps in a row end the run.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def state_digest(trained):
 
 
 def watched(folder):
-    """Return a ``before`` hook of ``run_job``: each rank records for each step whether its state changed."""
+    """Return a ``before`` hook of ``run_job``: each rank records, for each step, whether the rank's state changed."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -92,7 +92,7 @@ CASES = {
         "reference-logps:1:3:inf",
         REFERENCE,
     ),
-    "a reference that follows": ("dp2", {"reference": {"sync_every": 3}}, "gradient:0:3:nan", GRADIENT),
+    "a reference that follows the policy": ("dp2", {"reference": {"sync_every": 3}}, "gradient:0:3:nan", GRADIENT),
     "one process": ("one", {}, "loss:0:5:nan", LOSS),
 }
 QUICK = ("nan gradient on a dp rank",)
@@ -162,7 +162,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(layout, run_yaml, tmp_path):
     assert done.codes == [5] * ranks and not done.survivors, done.said
     says = [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
     assert len(says) == 1 and says[0].startswith(f"step 5: {GRADIENT} (loss 0.6")
-    assert "bad steps in a row: 3, the limit (bad_steps.stop_after)" in says[0]
+    assert "bad steps in a row: 3; the limit bad_steps.stop_after is reached" in says[0]
     assert run_job(["train", path], ranks, tmp_path / "log").codes == [0] * ranks, (
         "the run did not resume from its last checkpoint"
     )
@@ -206,7 +206,10 @@ def test_bad_step_at_a_save_saves_finite_weights(run_yaml, tmp_path):
 
 
 def poison(when, value=float("nan")):
-    """Return a ``before`` hook of ``run_job``: before each save or after each load, a weight of rank 1 gets `value`."""
+    """Return a ``before`` hook of ``run_job`` that sets a weight of rank 1 to `value`.
+
+    when  "save": before each save; "load": after each load
+    """
 
     def spoil(trainer):
         if os.environ["RANK"] == "1":

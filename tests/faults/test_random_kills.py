@@ -1,4 +1,4 @@
-"""Fault tests: kill jobs at random moments, and restart each job until it finishes, with 80 kills in total."""
+"""Fault tests: kill jobs at random moments, and restart each job until it finishes, with at least 80 kills in total."""
 
 import os
 import random

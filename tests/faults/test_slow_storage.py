@@ -40,14 +40,14 @@ PLACES = (
     r"llama.*/model\.safetensors",
     r"tok\.model",
 )
-"""Patterns of paths. For each pattern, only a process's first access to a matching path is slow."""
+"""Patterns of paths. For each pattern, only the first access of a process to a matching path is slow."""
 
 
 def slow_storage(rank, log, places=PLACES, seconds=SLOW_S):
     """Return a ``before`` hook: on one rank, the first access to each of the `places` takes `seconds` longer.
 
-    A place is a pattern of paths. Accesses are opening, syncing and renaming a file after the ranks have connected.
-    Each slow access adds a line to `log`.
+    A place is a pattern of paths. An access opens, syncs or renames a file. Accesses before the ranks have connected do
+    not count and are not slow. Each slow access adds a line to `log`.
     """
 
     def before():
@@ -185,7 +185,8 @@ def test_failed_export_of_a_finished_run_is_written_later(name, run_yaml, tmp_pa
     done = run_job(["train", str(run)], 2, tmp_path / "log", **options)
     lines = [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
     assert done.codes == [4, 4] and len(lines) == 1 and what in lines[0], done.said
-    assert lines[0].endswith(f"; the checkpoint for step 2 is saved; `dpo-engine {verb} RUN.yaml` can do this later")
+    way_out = f"; the checkpoint for step 2 is saved; write the result later with `dpo-engine {verb} RUN.yaml`"
+    assert lines[0].endswith(way_out)
     assert not list((tmp_path / "run").glob(".hf*")) and not (tmp_path / "run/hf").exists()
     later = run_job([verb, str(run)], 2, tmp_path / "later")
     assert later.codes == [0, 0], later.said

@@ -34,7 +34,10 @@ def left(output: Path) -> list[str]:
 
 
 def refused(finished, says: str) -> str:
-    """Check that both ranks exited with code 4, and that rank 0 printed a single line. Return the line."""
+    """Check that both ranks exited with code 4, and return the line that rank 0 wrote to stderr.
+
+    Rank 0 must write a single line, and the line must contain ``says``.
+    """
     lines = [line for line in finished.errors[0].splitlines() if not line.startswith("DPO_FAULT")]
     assert finished.codes == [4, 4] and len(lines) == 1 and says in lines[0], finished.said
     return lines[0]
@@ -169,7 +172,7 @@ def test_read_only_directory(whole, run_yaml, tmp_path):
 
 
 def removing(what: str, when: int):
-    """Return a hook that removes a directory of the run before the step ``when``."""
+    """Return a hook that, immediately before step ``when``, removes the run's directory ``what``."""
 
     def hook() -> None:
         from dpo_engine.training.trainer import Trainer
@@ -274,7 +277,7 @@ def test_run_stopped_by_bad_numbers_finishes_its_save(run_yaml, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_storage_slower_than_a_step(rank, whole, run_yaml, tmp_path):
-    """One rank's write takes longer than the steps between two saves, so each save waits for the previous save."""
+    """Every step is saved, and one rank's write takes longer than a step. Each save must wait for the previous save."""
     run = run_yaml(**{**SHORT, "checkpoint": {"save_interval": 1}})
 
     def hook() -> None:

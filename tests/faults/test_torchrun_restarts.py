@@ -1,4 +1,7 @@
-"""Tests of restarts by torchrun itself. launch/task.sh starts it twice, as on two nodes, with a c10d rendezvous."""
+"""Tests of restarts by torchrun itself, with a c10d rendezvous.
+
+Two processes of launch/task.sh act as two nodes. Each process starts one torchrun.
+"""
 
 import os
 import socket
@@ -54,7 +57,7 @@ def nodes(tmp_path):
 
 @pytest.mark.long
 def test_killed_rank_is_restarted_and_the_run_resumes(nodes, run_yaml, tmp_path):
-    """Either node can notice the death first, and the nodes' counts of restarts depend on this order."""
+    """Either node can notice the death first. The nodes' counts of restarts depend on this, and are not checked."""
     often = {"save_interval": 2}
     assert run_job(["train", str(run_yaml("whole", checkpoint=often))], 2, tmp_path / "log").codes == [0, 0]
     codes, said = nodes(

@@ -44,7 +44,12 @@ def unhurried(pause_s):
 
 
 def far(watch_s=1.0):
-    """Return a ``before`` hook: the job seems to be on another machine, so it must judge leases by their renewals."""
+    """Return a ``before`` hook: the job seems to run on another machine than the holder of the lease.
+
+    The job can then tell only from the renewals of the lease whether the holder is alive.
+
+    watch_s  seconds without a renewal after which the job regards the holder as dead
+    """
 
     def before():
         from dpo_engine.checkpoint import lease
@@ -130,7 +135,10 @@ def steps(output):
 
 
 def unrenewed():
-    """Make each process a job with one rank that checks its lease only when it writes."""
+    """Make each process a job with one rank.
+
+    The job does not renew its lease during the test, so the job checks the lease only before it writes.
+    """
     from dpo_engine.checkpoint import lease
 
     alone()
@@ -166,7 +174,7 @@ def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, mom
     assert len(lines) == 1 and "another run took over this directory (host " in lines[0]
     assert lines[0].endswith("this run stops without writing anything more")
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole") and not leftovers(tmp_path / "run")
-    assert "for a heartbeat" in found[0].output[0]
+    assert "for its heartbeat" in found[0].output[0]
 
 
 @slow

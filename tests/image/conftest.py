@@ -1,4 +1,7 @@
-"""Fixtures: the image of docker/Dockerfile, built once for all tests in this folder, and a cluster to run it on."""
+"""Fixtures: the image of docker/Dockerfile, and a Slurm cluster that can run containers of the image.
+
+The image is built once for all tests in this folder.
+"""
 
 import re
 
@@ -52,7 +55,10 @@ def built(store, build):
 
 @pytest.fixture(scope="session")
 def inside(store, built, tmp_path_factory):
-    """Return a function: ``inside("python3", "-V")`` runs a command in a container that can read the tests' files."""
+    """Return a function: ``inside("python3", "-V")`` runs a command in a container, and returns the command's output.
+
+    The container can read and write the tests' files.
+    """
     name = store.run("buildah", "from", IMAGE).strip()
     files = tmp_path_factory.getbasetemp()
 

@@ -1,4 +1,7 @@
-"""Tests of the image's files without a build: hadolint, and the constraints that docker/install.py writes."""
+"""Tests of docker/Dockerfile and docker/install.py without building the image.
+
+hadolint checks the Dockerfile. The tests of install.py check the constraints that it writes and its messages.
+"""
 
 import importlib.util
 import re
@@ -133,10 +136,12 @@ def test_contradiction_is_resolved_by_the_second_list(main, tmp_path, capsys):
     assert len(calls) == 2 and "rich==14.0.0" in written[0] and "rich==15.0.0" in written[1]
     assert all("torch==2.13.0+cpu" in lines and "numpy==1.26.4" in lines for lines in written)
     assert all("triton==3.7.1" in lines for lines in written)
-    assert written[0][0].endswith("packages of the base image that stay: all that pyproject.toml allows")
-    assert written[1][0].endswith("packages of the base image that stay: those compiled against torch or never tested")
+    assert written[0][0].endswith("packages kept from the base image: all that pyproject.toml allows")
+    assert written[1][0].endswith(
+        "packages kept from the base image: those compiled against torch or without a tested version"
+    )
     said = capsys.readouterr().out
-    assert "the base image's versions contradict the engine's requirements; trying the second list\n" in said
+    assert "contradict the base image's versions; retrying with fewer of these versions\n" in said
     assert "replaced in /opt/venv: rich==14.0.0 -> ==15.0.0\n" in said
 
 

@@ -1,6 +1,6 @@
-"""Tests of the image, with a base made from this machine's Debian.
+"""Tests of the image, which is built on a base image made from this machine's Debian.
 
-They cover the image's contents, and training in containers on one node and on two nodes.
+The tests cover the image's contents, and training in containers on one node and on two nodes.
 """
 
 import re
@@ -30,9 +30,7 @@ def test_image_reports_its_contents(built, inside):
     assert re.search(r"^torch \d", said, re.MULTILINE) and re.search(r"^megatron-core 0\.16\.", said, re.MULTILINE)
     assert "Transformer Engine absent (No module named 'transformer_engine'): model.spec=auto uses native" in said
     assert "Apex absent" in said
-    assert re.search(
-        r"^constraints constraints/megatron-0.16.txt; packages of the base image that stay: all", said, re.M
-    )
+    assert re.search(r"^constraints constraints/megatron-0.16.txt; packages kept from the base image: all", said, re.M)
 
 
 def test_image_has_the_tested_versions(inside):
@@ -116,9 +114,9 @@ def test_image_trains(inside, run_yaml, tmp_path):
 
 @pytest.fixture
 def in_containers(store, built, submit_from, tmp_path_factory):
-    """Return a function that takes the path of an interpreter.
+    """Return a function that takes the path of the program that the containers run as Python.
 
-    The function returns a directory to submit container jobs from, and the environment variables of these jobs.
+    The function returns a :class:`Submission` for container jobs, and the environment variables of these jobs.
     """
     files = tmp_path_factory.getbasetemp()
 

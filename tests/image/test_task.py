@@ -1,6 +1,6 @@
 """Tests of launch/task.sh and launch/variables.sh: verbs, torchrun's options, and variables passed to containers.
 
-The launchers and container programs are stand-ins that record their arguments.
+Stand-ins replace Python and the container programs. The stand-ins record their arguments and environment variables.
 """
 
 import os
@@ -164,7 +164,7 @@ def test_apptainer_runs_the_image(task, tmp_path):
     found = recorded_environment(tmp_path)
     # Without the prefix `APPTAINERENV_`, the image's own values would take precedence.
     assert found["APPTAINERENV_WANDB_NOTES"] == value and found["APPTAINERENV_NVTE_FUSED_ATTN"] == "0"
-    assert found["APPTAINERENV_PYTHONNOUSERSITE"] == "1", "apptainer mounts the home directory"
+    assert found["APPTAINERENV_PYTHONNOUSERSITE"] == "1", "must be set, because apptainer mounts the home directory"
     assert "APPTAINERENV_MY_SECRET" not in found and "APPTAINERENV_HOME" not in found
     (call,) = task("run.yaml", CONTAINER="apptainer", CONTAINER_OPTIONS="--cleanenv --no-home")
     assert call[call.index("--cleanenv") :][:3] == ["--cleanenv", "--no-home", "lab/engine:1"]
@@ -172,14 +172,16 @@ def test_apptainer_runs_the_image(task, tmp_path):
 
 def test_pyxis_runs_the_task_in_the_container(task, tmp_path):
     assert task("run.yaml", CONTAINER="pyxis") == [["python", "-m", "dpo_engine", "train", "run.yaml"]]
-    assert recorded_environment(tmp_path)["PYTHONNOUSERSITE"] == "1", "enroot may mount the home directory"
+    assert recorded_environment(tmp_path)["PYTHONNOUSERSITE"] == "1", (
+        "must be set, because enroot may mount the home directory"
+    )
 
 
 def test_docker_output_belongs_to_the_user(task):
     call, *_ = task("run.yaml", CONTAINER="docker")
     assert values(call, "--user") == [f"{os.getuid()}:{os.getgid()}"]
     assert set(values(call, "--group-add")) == set(map(str, {*os.getgroups(), os.getgid()}))
-    assert "HOME=/tmp" in values(call, "--env"), "without a home directory, docker sets HOME=/"
+    assert "HOME=/tmp" in values(call, "--env"), "must be set, because docker sets HOME=/ otherwise"
     call, *_ = task("run.yaml", CONTAINER="podman")
     assert "--user" not in call and "HOME=/tmp" not in call
 

@@ -1,4 +1,4 @@
-"""Tests of choosing kernel backends: automatic choice, requested backends, and refusal instead of silent fallbacks."""
+"""Tests of the choice of kernel backends: automatic choice, requested backends, and errors in place of fallbacks."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from dpo_kernels import dispatch, eager, sdpa, varlen
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Start from the initial state of a machine without a GPU; undo registrations and choices after the test."""
+    """Start from the initial state of `dispatch`, without a GPU. Undo registrations and choices after the test."""
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(dispatch, "BACKENDS", {"eager": eager, "sdpa": sdpa, "varlen": varlen})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -83,7 +83,7 @@ def test_plugin_backend_may_be_registered_after_the_environment_names_it(monkeyp
         (
             "lab",
             SimpleNamespace(),
-            "'lab': does not implement a group of operations; the groups are attention, head,",
+            "'lab': implements no group of operations; the groups are attention, head,",
         ),
         ("sdpa", eager, "kernel backend 'sdpa': this name is taken"),
         ("triton", eager, "'triton': this name is taken"),
@@ -100,9 +100,9 @@ def test_unusable_backends_are_refused(monkeypatch):
         ValueError, match="kernels='trition': unknown backend; use one of auto, eager, sdpa, triton, varlen"
     ):
         dispatch.use_backend("trition")
-    with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head; it has attention"):
+    with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head; it implements attention"):
         dispatch.use_backend("sdpa", "head")
-    with pytest.raises(ValueError, match="kernel backend 'auto': does not implement heads; it has attention, head,"):
+    with pytest.raises(ValueError, match="kernel backend 'auto': does not implement heads; it implements attention, "):
         dispatch.use_backend("auto", "heads")
     with_triton(monkeypatch, True)
     with pytest.raises(

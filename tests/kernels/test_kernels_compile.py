@@ -106,14 +106,18 @@ for sm in map(int, sys.argv[1].split(",")):
 
 
 def compile_for(sm, operand, width, tmp_path, *kernels):
-    """Compile kernels. Return (shared memory, stack, use of Hopper's tensor cores) by (compute capability, kernel).
+    """Compile kernels. Map (compute capability, kernel) to (shared memory, stack, use of Hopper's tensor cores).
 
-    Sizes are in bytes. `sm` is one or more compute capabilities, separated by commas. `kernels` selects kernels and
-    variants.
+    sm       one or more compute capabilities, separated by commas
+    operand  dtype of the operands
+    width    size of each attention head; 0: do not compile the attention kernels
+    kernels  names that select kernels and variants
+
+    Each size is the maximum over the kernel's variants, in bytes.
     """
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = tmp_path / "compile.py"  # a file, because Triton reads a kernel's source from its file
+    script = tmp_path / "compile.py"
     script.write_text(COMPILE)
     done = subprocess.run(
         [sys.executable, script, str(sm), operand, str(width), *kernels],

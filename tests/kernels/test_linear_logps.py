@@ -1,4 +1,4 @@
-"""Tests of log-probabilities from hidden states: every backend must match log_softmax of all logits in fp64."""
+"""Tests of log-probabilities from hidden states: every backend must match an fp64 log_softmax over all logits."""
 
 import runpy
 from pathlib import Path
@@ -34,9 +34,10 @@ def backends(monkeypatch):
 
 
 def inputs(rows, width, tp, dtype=torch.float32, hidden_size=HIDDEN):
-    """Make hidden states, a weight, targets, and a gradient. The targets include the edges of all shards.
+    """Make hidden states, a weight, targets, and a gradient.
 
-    The weight is padded to ``tp`` equal shards. The padding rows would give huge logits if they were used.
+    The targets include the first and the last vocabulary index of each shard, except indices of padding rows. The
+    weight is padded to ``tp`` equal shards. The padding rows would give huge logits if they were used.
     """
     generator = torch.Generator().manual_seed(rows + width)
     hidden = torch.randn(rows, hidden_size, generator=generator).to(dtype)
@@ -71,7 +72,7 @@ def merged(stats: list[LinearStats]) -> tuple[torch.Tensor, ...]:
     """Merge the shards' statistics as the engine's all-reduces do.
 
     Returns the log-sum-exp, the target logit, and the expected probability and expected logit under the softmax
-    distribution. The two expected values are None without moments.
+    distribution. The two expected values are None if the statistics were computed without ``moments``.
     """
     peak = torch.stack([one.maximum for one in stats]).amax(0)
     factors = [(one.maximum - peak).exp() for one in stats]
@@ -129,7 +130,7 @@ def shard_args(shard, targets, *more):
 def test_kept_logits_give_the_same_results(name, options, backends):
     """Process the rows in chunks, and compute each chunk's gradient from its kept logits before the next chunk starts.
 
-    The engine computes gradients in this way if chunks consist of whole pairs.
+    The engine also does this for each chunk of whole pairs that has at most ``CHUNK_SITES`` rows.
     """
     ops = backends[name]
     hidden, weight, targets, grad = inputs(21, 38, 2)
@@ -225,7 +226,10 @@ def test_gradients_in_fp64():
 
 
 class Work(TorchDispatchMode):
-    """Count the FLOPs of matrix products, including in-place ones, and record the largest floating-point output."""
+    """Count the FLOPs of matrix products, and record the number of elements of the largest floating-point output.
+
+    Products that are added to a tensor in place are also counted. Outputs that are views are ignored.
+    """
 
     def __init__(self):
         super().__init__()
@@ -277,11 +281,13 @@ def test_triton_scores_without_logits(backends):
     triton = backends["triton"]
     with Work() as scored:
         stats = triton.linear_stats(hidden, weight, targets, 0, v, chunk=n)
-    assert scored.flops == 0 and scored.largest <= hidden.numel()  # the interpreter copies the arguments of a kernel
+    # Triton's interpreter copies the kernel's arguments. The largest of them is hidden.
+    assert scored.flops == 0 and scored.largest <= hidden.numel()
     with Work() as again:
         lse = stats.maximum + stats.sum_exp.log()
         triton.linear_grad(hidden, weight, targets, lse, grad, 0, v, chunk=8, d_weight=torch.zeros_like(weight))
-    assert again.flops == 4 * n * HIDDEN * v  # the kernel computes a third product, the logits
+    # Two products, for the two gradients. The kernel computes a third product, the logits, which Work does not count.
+    assert again.flops == 4 * n * HIDDEN * v
     assert again.largest <= max(8 * v, hidden.numel(), weight.numel())
 
 

@@ -1,4 +1,4 @@
-"""Tests that attention computes few scores besides the visible ones, with Triton's tiles and with sdpa."""
+"""Tests of Triton's tiles and of sdpa: attention must compute few scores besides the visible ones."""
 
 import itertools
 
@@ -13,7 +13,10 @@ from dpo_kernels.tiles import Blocks, tile_map, tile_matrix
 
 
 def random_tree(generator: np.random.Generator) -> Tree:
-    """Make a random row of trees in depth-first order. The queries are a random, ascending subset of the tokens."""
+    """Make a random row of trees. The queries are a random subset of the tokens.
+
+    The segments of a tree are in depth-first order, and the queries are in ascending order.
+    """
     parents: list[int] = []
     for segment in range(int(generator.integers(1, 9))):
         ancestors, above = [-1], segment - 1
@@ -108,7 +111,7 @@ def test_sdpa_work_relative_to_the_visible_area():
 @pytest.mark.parametrize(
     "pairs, expected",
     [
-        ([(4, 3, 3)] * 32, 6),  # six trees fit into a call, which has at most 64 tokens
+        ([(4, 3, 3)] * 32, 6),  # 10 tokens per tree: a call has at most 64 tokens, so at most six trees
         ([(30, 20, 14)] * 3, 3),  # exactly 64 tokens
         ([(30, 20, 15)] * 3, 6),  # 65 tokens: each tree takes one call for prompt and chosen, and one for rejected
         ([(4, 3, 3), (200, 20, 20), (4, 3, 3), (4, 3, 3)], 4),

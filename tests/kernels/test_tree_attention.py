@@ -89,7 +89,7 @@ def with_grads(attention, inputs, grad, tree, scale=None):
 def compare(
     attention, tree, heads=2, kv_heads=2, d=16, d_v=None, scale=None, dtype=torch.float32, rtol=1e-5, atol=2e-5
 ):
-    """Compare output and gradients of ``attention`` with :func:`unshared` in fp64."""
+    """Compare the output and gradients of ``attention`` with those of :func:`unshared`, computed in fp64."""
     inputs, grad = tensors(tree, heads, kv_heads, d, d_v or d, dtype)
     got = with_grads(attention, inputs, grad, tree, scale)
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -159,7 +159,10 @@ def test_shard_without_queries_has_gradients(name, backends):
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "varlen", "triton"])
 def test_inputs_may_be_views_of_one_projection(name, backends):
-    """Query, key and value of a layer are slices of one product, so neither tokens nor heads are contiguous."""
+    """A layer's query, key and value are slices of one projection's output.
+
+    In memory, the tokens and heads of the key and the value are therefore not contiguous.
+    """
     tree = Tree.of(*TREES["pair"])
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(tree.n, 2, 4 * 16, generator=generator, requires_grad=True)
@@ -231,10 +234,10 @@ def test_rows_of_different_lengths_share_a_mask():
 @pytest.mark.parametrize(
     "lengths, parents, rows, message",
     [
-        ([3, 2], [-1], None, r"lengths \(2,\) and parents \(1,\) must be non-empty lists of equal length"),
-        ([], [], None, r"lengths \(0,\)"),
+        ([3, 2], [-1], None, r"lengths has the shape \(2,\), and parents has the shape \(1,\); both must be non-empty"),
+        ([], [], None, r"lengths has the shape \(0,\)"),
         ([3, 0, 2], [-1, 0, 0], None, "segment 1 has no tokens; leave it out"),
-        ([3, 2, 2, 2], [-1, 0, -1, 1], None, "segment 3 has parent 1; it must be the previous segment, an ancestor of"),
+        ([3, 2, 2, 2], [-1, 0, -1, 1], None, "segment 3 has parent 1; the parent must be the previous segment, an"),
         ([3, 2], [-1, 1], None, "segment 1 has parent 1"),
         ([3, 2], [-1, -2], None, "segment 1 has parent -2"),
         ([3, 2], [-1, 0], [0, 3, 3], "rows must be strictly ascending indices, each between 0 and 4"),

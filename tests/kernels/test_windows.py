@@ -1,7 +1,7 @@
-"""Tests of windows, soft caps and sinks: every backend must match the definition of attention with explicit masks.
+"""Tests of windows, soft caps and sinks: every backend must match the definition of attention.
 
-A token's mask is built by walking from the token toward the root of its tree, one token at a time. The expected values
-and gradients are computed in fp64 with autograd.
+The expected values and gradients are computed by this definition in fp64, with autograd and an explicit mask. A token's
+mask is built by walking from the token toward the root of its tree, one token at a time.
 """
 
 import itertools
@@ -161,7 +161,10 @@ def test_varlen_refuses_a_soft_cap():
 
 
 def test_sinks_are_added_to_flash_attention(monkeypatch):
-    """Replace the passes of flash attention, which needs a GPU, with CPU functions that do not support sinks either."""
+    """Replace flash attention's forward and backward passes, which need a GPU, with CPU functions.
+
+    Like flash attention, the CPU functions do not support sinks.
+    """
     tree = Tree.of(*TREES["pairs"])
     window = 7
     inputs, grad = tensors(tree, 4, 2, 8, 8, torch.float64)

@@ -1,4 +1,8 @@
-"""Tests of attention from other packages. On a CPU, stand-ins with the documented behavior replace the packages."""
+"""Tests of attention from packages besides torch.
+
+Only the tests with the mark ``gpu`` use the packages. In the other tests, stand-ins replace the packages. The stand-ins
+behave as the documentation of the packages says.
+"""
 
 from types import SimpleNamespace
 
@@ -26,9 +30,9 @@ TREES = {
 
 
 class DotProductAttention:
-    """A stand-in that follows the documentation of Transformer Engine's attention in the format ``thd``.
+    """A stand-in for Transformer Engine's attention that behaves as documented for rows in the format ``thd``.
 
-    It computes row by row.
+    The stand-in computes one row after another.
     """
 
     def __init__(self, heads, head_dim, *, num_gqa_groups, window_size, softmax_scale, **options):
@@ -70,7 +74,7 @@ def fresh(monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Make ``transformer_engine.pytorch`` importable."""
+    """Make a stand-in importable as ``transformer_engine.pytorch``, and return it."""
     package = SimpleNamespace(DotProductAttention=DotProductAttention)
     monkeypatch.setitem(__import__("sys").modules, "transformer_engine", SimpleNamespace(pytorch=package))
     monkeypatch.setitem(__import__("sys").modules, "transformer_engine.pytorch", package)
@@ -133,7 +137,10 @@ def test_te_is_refused_if_it_has_no_fused_kernel(unfused, installed):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """Return a list of the versions of FlashAttention that torch is told to activate. Nothing is loaded."""
+    """Return a list that records the versions of FlashAttention that the engine activates.
+
+    torch's function for the activation is replaced, so no version is loaded.
+    """
     monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"], raising=False)
     found, enabled = [], torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr(attention, "activate_flash_attention_impl", found.append, raising=False)
@@ -155,7 +162,7 @@ def test_flash_attention_2_needs_no_activation(loaded):
 
 def test_flash_attention_needs_a_gpu(loaded):
     with pytest.raises(
-        ConfigError, match="^model.flash_attention=3: requires a GPU, but this machine has none; set it"
+        ConfigError, match="^model.flash_attention=3: requires a GPU, but this machine has none; set the"
     ):
         choose_kernels(AUTO, ARCH, CPU, torch.bfloat16, flash=3)
     assert loaded == []
@@ -167,9 +174,9 @@ def test_flash_attention_needs_bf16(loaded):
     assert loaded == []
 
 
-# Each key has the attention backend of trees, the layer spec, the layout, and whether the model's attention is plain.
-# Each value says whether model.flash_attention=3 has an effect, and whether model.attention=te has an effect (None: not
-# checked).
+# Each key consists of the attention backend for rows of trees, the layer spec, the layout, and a flag. The flag is True
+# if the model's attention is plain. Each value consists of two flags. The first is True if model.flash_attention=3 has
+# an effect. The second is True if model.attention=te has an effect; if it is None, this is not checked.
 USED = {
     ("varlen", "native", "tree", True): (True, None),
     ("sdpa", "te", "tree", True): (True, None),
@@ -201,12 +208,12 @@ def test_kernels_without_effect_are_refused(case, monkeypatch):
     assert refusal("auto", 2) is None
     said = refusal("auto", 3)
     kernels = f"model.attention={name}" if layout == "tree" else "model.spec=te"
-    expected = f"model.flash_attention=3: has no effect in {layout} rows of llama models with {kernels}; remove it"
+    expected = f"model.flash_attention=3: has no effect in {layout} rows of llama models with {kernels}; remove the key"
     assert said == (None if flash else expected)
     if te is not None:
         expected = (
-            "model.attention=te: has no effect in stacked rows of llama models, because te layers compute them with "
-            "Transformer Engine's attention anyway; remove it"
+            "model.attention=te: has no effect in stacked rows of llama models, because te layers compute these rows "
+            "with Transformer Engine's attention anyway; remove the key"
         )
         assert refusal("te", 2) == (None if te else expected)
 
@@ -228,7 +235,9 @@ def test_the_trial_has_the_heads_dtype_and_options_of_the_run(loaded, monkeypatc
     assert tried == [(*layer, None, True), "gradient", (*layer, 2, True), "gradient"]
     tried.clear()
     choose_kernels(asked, ARCH, GPU, torch.bfloat16, flash=3)
-    assert tried == [(4, 2, torch.bfloat16, None, False), "gradient"], "a window that no row exceeds is not tried"
+    assert tried == [(4, 2, torch.bfloat16, None, False), "gradient"], (
+        "if no row is longer than the window, the window must not be tried"
+    )
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -258,8 +267,10 @@ def test_flash_attention_that_is_not_installed(version, module, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ConfigError) as refused:
         choose_kernels(AUTO, ARCH, GPU, torch.bfloat16, flash=version)
-    assert str(refused.value).startswith(f"model.flash_attention={version}: the package cannot be loaded: ")
-    assert str(refused.value).endswith("; install it, or set the key to 2")
+    assert str(refused.value).startswith(
+        f"model.flash_attention={version}: the package of FlashAttention {version} cannot be loaded: "
+    )
+    assert str(refused.value).endswith("; install the package, or set the key to 2")
 
 
 @pytest.mark.parametrize("function", ["causal", "tree_attention_in_varlen"])

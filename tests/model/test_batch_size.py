@@ -1,4 +1,8 @@
-"""Tests of choosing the size of micro-batches: enough work, room for the longest pair, and the device's memory."""
+"""Tests of the choice of the size of micro-batches.
+
+The size depends on the number of tokens that keeps a device busy, on the stages of a pipeline, on the longest pair, and
+on the device's memory.
+"""
 
 import math
 from types import SimpleNamespace
@@ -60,7 +64,7 @@ class TestChoice:
         best = min(costs, key=costs.__getitem__)
         tokens, reason = choose(tmp_path, ParallelDims(pp=pp, vpp=vpp, world=pp), per_step=work)
         assert costs[math.ceil(work / tokens)] == pytest.approx(costs[best], rel=0.001)
-        assert reason == "with more, pipeline stages would wait for too large a part of a step"
+        assert reason == "with more, pipeline stages would be idle for too large a part of a step"
 
     def test_long_runs_in_a_pipeline_are_limited_by_what_is_enough(self, tmp_path):
         assert choose(tmp_path, ParallelDims(pp=2, world=2), per_step=1e7)[0] == ENOUGH["cpu"]
@@ -68,7 +72,7 @@ class TestChoice:
     @pytest.mark.parametrize("gib", [None, 250])
     def test_the_longest_pair_has_room(self, gib, tmp_path):
         tokens, reason = choose(tmp_path, gib=gib, longest=9000)
-        assert tokens == 9000 and reason.startswith("the length of the longest pair")
+        assert tokens == 9000 and reason.startswith("this is the length of the longest pair")
 
     @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
     def test_memory_is_filled_but_not_exceeded(self, recompute, tmp_path):
@@ -90,8 +94,8 @@ class TestChoice:
     def test_a_pair_without_room_is_named(self, tmp_path):
         tokens, reason = choose(tmp_path, gib=20, longest=1000)
         assert tokens == 1000 and reason == (
-            "the length of the longest pair, although 92% of 20.0 GiB of device memory has room for 0 tokens, "
-            "according to the memory estimate"
+            "this is the length of the longest pair, although 92% of 20.0 GiB of device memory has room for only 0 "
+            "tokens, according to the memory estimate"
         )
 
 
@@ -153,6 +157,8 @@ def test_unknown_pairs_are_assumed_to_have_the_maximum_length(tmp_path):
     overlap = {"transformer": {"tp_comm_overlap": True}}
     padded = run_config("m", tmp_path, data={"max_length": 300}, train={"micro_batch_size": None}, megatron=overlap)
     facts = {"dtype": "bf16", "device_memory": 250 * GIB}
-    assert largest_micro_batch(padded, LLAMA_8B, ParallelDims(world=32), **facts) == ENOUGH["gpu"], "rows are padded"
+    assert largest_micro_batch(padded, LLAMA_8B, ParallelDims(world=32), **facts) == ENOUGH["gpu"], (
+        "with tp_comm_overlap, all rows must be padded to the chosen size, even if a step's pairs have fewer tokens"
+    )
     asked = run_config("m", tmp_path, batch={"tokens_per_micro_batch": 77}, train={"micro_batch_size": None})
     assert largest_micro_batch(asked, LLAMA_8B, ParallelDims(), dtype="bf16", device_memory=None) == 77

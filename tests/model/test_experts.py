@@ -1,4 +1,4 @@
-"""Tests of routers, of the weights of experts, and of layers that are exported but not trained."""
+"""Tests of routers, of the parameters of experts, and of layers that are exported but not trained."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def test_names_of_transformer_engines_experts():
 
 
 def test_experts_are_counted_on_all_ranks():
-    """Megatron-Core 0.16 wrongly marks Transformer Engine's experts as weights of which all tp ranks have copies."""
+    """Megatron-Core 0.16 wrongly marks the weights of Transformer Engine's experts as replicated on all tp ranks."""
     names = ("decoder.layers.0.mlp.experts.linear_fc1.weight0", "decoder.layers.0.mlp.shared_experts.linear_fc1.weight")
     named = {name: torch.nn.Parameter(torch.zeros(2, 2)) for name in names}
     for parameter in named.values():

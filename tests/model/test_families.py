@@ -1,4 +1,4 @@
-"""Tests of reading config.json, and of the weight tables: they must cover every tensor of transformers' models."""
+"""Tests of reading config.json, and of the weight tables, which must cover every tensor of transformers' models."""
 
 import json
 import math
@@ -234,7 +234,10 @@ PINNED = {
 
 @pytest.mark.parametrize("family, variant", PINNED)
 def test_digest_and_identity_of_a_known_model_never_change(family, variant, config_dir):
-    """The engine finds stored references by the digest. It resumes from a checkpoint only if the identity is equal."""
+    """The engine finds stored references by the digest of the model.
+
+    The engine resumes from a checkpoint only if the checkpoint has the same model identity as the run.
+    """
     options = {**VARIANTS[variant], "max_window_layers": "absent"}
     arch = read_architecture(config_dir(family, **options))
     assert arch.digest == PINNED[family, variant]
@@ -303,7 +306,7 @@ REFUSED = {
     ),
     "longrope with other factors": (
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [1, 2]}},
-        "short_factor: its length is 2, but must be the number of frequencies of a head, 4; correct config.json",
+        "short_factor: its length is 2, but must be 4, the number of frequencies of a head; correct config.json",
     ),
     "quantized": (
         {"quantization_config": {"quant_method": "fp8"}},
@@ -355,20 +358,23 @@ REFUSED_IN_FAMILIES = {
         {"use_sliding_window": True, "max_window_layers": "1"},
         "max_window_layers='1': must be a whole number; correct it in config.json",
     ),
-    "smollm3": ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]: must have 3 entries, 0 or 1; correct config.json"),
+    "smollm3": (
+        {"no_rope_layers": [1, 0]},
+        "no_rope_layers=[1, 0]: must have 3 entries, each 0 or 1; correct config.json",
+    ),
     "gemma3_text": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0: soft caps of attention are not"),
     "gemma2": ({"final_logit_softcapping": -1}, "final_logit_softcapping=-1: must be a number above 0; correct it in"),
     "olmo3": (
         {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
-        "layer_types: must have 3 entries, full_attention or sliding_attention; use another model",
+        "layer_types: must have 3 entries, each full_attention or sliding_attention; use another model",
     ),
     "seed_oss": (
         {"attention_bias": False, "attention_out_bias": True},
-        "attention has a bias in its output projection, but none in its query, key and value projections, which Mega",
+        "attention has a bias in its output projection, but none in its query, key and value projections. Megatron",
     ),
     "arcee": (
         {"hidden_act": "xielu"},
-        "hidden_act='xielu': the engine's MLP does not support this activation, only silu, gelu, gelu_new, gelu_fast, ",
+        "hidden_act='xielu': the engine's MLP does not support this activation, but supports silu, gelu, gelu_new, ",
     ),
 }
 
@@ -447,7 +453,7 @@ def test_absent_fields_have_the_defaults_of_transformers(case, tiny_models):
 
 
 def test_sparse_text_configs_have_the_defaults_of_transformers(config_dir):
-    """Published Gemma 3 files have few fields in ``text_config``."""
+    """The published config.json files of Gemma 3 have few fields in ``text_config``."""
     from transformers import AutoConfig
 
     given = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 7, "sliding_window": 1024}
@@ -528,6 +534,7 @@ def test_megatrons_distributed_checkpoint_is_refused_and_never_loaded(name, tmp_
     with pytest.raises(ConfigError) as caught:
         read_architecture(tmp_path)
     assert str(caught.value) == (
-        f"model.path={tmp_path}: is a distributed checkpoint of Megatron or torch, whose index is a pickle and is "
-        "never loaded; convert it to a Hugging Face checkpoint first (see Models in the documentation)"
+        f"model.path={tmp_path}: is a distributed checkpoint of Megatron or torch, and such checkpoints are never "
+        "loaded, because their index is a pickle; convert this one to a Hugging Face checkpoint first (see Models in "
+        "the documentation)"
     )

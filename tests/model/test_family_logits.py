@@ -1,4 +1,7 @@
-"""Tests of every family in several layouts: fp64 logits match those of transformers, and exports are bitwise equal."""
+"""Tests of every family in several layouts.
+
+The fp64 logits must match those of transformers, and exports must be bitwise equal to the loaded checkpoints.
+"""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""Tests of checkpoints that have one tensor for all experts of a layer, and of quantized experts."""
+"""Tests of checkpoints with fused experts, and of quantized experts.
+
+In each layer, fused experts have one tensor per projection. Each tensor contains all experts.
+"""
 
 import json
 import shutil
@@ -23,7 +26,7 @@ EXPERTS = "model.layers.1.mlp.experts."
 
 
 def fused_copy(directory, folder):
-    """Save a model with one tensor for all experts of a layer, as transformers holds experts in memory."""
+    """Save a model with fused experts. transformers also holds experts in memory in this form."""
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(directory).save_pretrained(folder, save_original_format=False)
@@ -62,7 +65,10 @@ def both_digests(compute, directories):
 
 
 def quantize(source, target):
-    """Replace the experts' matrices with random MXFP4 matrices, which are named as in the published checkpoints."""
+    """Replace the experts' matrices with random MXFP4 matrices.
+
+    Their tensors are named as in the published checkpoints of gpt-oss.
+    """
     shutil.copytree(source, target)
     tensors, generator = load_file(target / FILE), torch.Generator().manual_seed(7)
     for name in [name for name in tensors if name.endswith("_proj")]:
@@ -107,7 +113,7 @@ def test_quantized_experts_are_read_as_by_transformers(layout, ranks, quantized,
 
 
 def test_every_quantized_number_is_that_of_transformers():
-    """Combine every byte with every scale. The largest scale must give NaN, as specified."""
+    """Combine every byte with every scale. In the MX specification, values with the largest scale are NaN."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()
@@ -149,7 +155,7 @@ def test_what_does_not_fit_the_experts_is_refused(quantized, tiny_hf, tmp_path):
     scales = f"{name}_scales"
     assert changed(quantized, tmp_path / "d", lambda t: t.update({scales: t[scales][..., :1].clone()})) == [
         f"tensor {name}_blocks in {FILE} has shape [8, 128, 2, 16] and dtype U8, which do not fit 8 experts or "
-        f"{scales}; {OTHER}"
+        f"do not fit tensor {scales}; {OTHER}"
     ]
     lines = changed(quantized, tmp_path / "e", lambda t: t.pop(scales))
     assert lines[0].startswith(missing)

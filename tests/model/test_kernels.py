@@ -64,7 +64,7 @@ def test_small_operations_are_fused_on_a_gpu(platform, dtype, able, layer, monke
 
 
 def test_precedence(monkeypatch):
-    """The order of precedence is: configuration, plugin, environment variable, automatic choice."""
+    """The order of precedence, highest first, is: configuration, plugin, environment variable, automatic choice."""
     arch = SimpleNamespace(head_dim=128)
     monkeypatch.setenv("DPO_KERNELS", "eager,sdpa")
     choose_kernels(AUTO, arch, GPU, torch.bfloat16)
@@ -80,7 +80,7 @@ def test_precedence(monkeypatch):
     "asked, says",
     [
         ({"attention": "flash"}, "model.attention=flash: kernels='flash': unknown backend; use one of auto, eager, "),
-        ({"head": "sdpa"}, "model.head=sdpa: kernel backend 'sdpa': does not implement head; it has attention"),
+        ({"head": "sdpa"}, "model.head=sdpa: kernel backend 'sdpa': does not implement head; it implements attention"),
         ({"head": "triton"}, "model.head=triton: kernels='triton': requires a CUDA device, but there is none"),
     ],
 )
@@ -130,8 +130,8 @@ def test_soft_caps_do_not_run_on_flash_attention(able, attention, monkeypatch):
         with pytest.raises(ConfigError) as refused:
             choose_kernels(AUTO | asked, arch, CPU, torch.float32, needs)
         assert str(refused.value) == (
-            "model.attention=varlen: flash attention does not support the soft cap on attention scores that "
-            "gemma2 models use; set model.attention=auto"
+            "model.attention=varlen: flash attention does not support a soft cap on attention scores, but "
+            "gemma2 models have one; set model.attention=auto"
         )
 
 

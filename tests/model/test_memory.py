@@ -1,4 +1,7 @@
-"""Tests of the estimates of parameters and memory, compared with real models and with sums written out by hand."""
+"""Tests of the estimates of parameters and memory.
+
+The estimates are compared with real models and with sums that are written out by hand.
+"""
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -100,7 +103,9 @@ def test_states_on_the_host_take_host_memory(tiny_hf):
 
     device, host, count = cost(), cost(states="host"), stage_parameters(arch, ParallelDims(), 0) // 2
     assert (device.optimizer, device.host) == (12 * count, {})
-    assert host.optimizer == 8 * count  # two fp32 buffers; with a larger model, they are smaller than the states
+    # Two fp32 buffers for updates in pieces. Each buffer has one element for each parameter of this rank's optimizer,
+    # but at most PIECE elements. This small model does not reach the limit.
+    assert host.optimizer == 8 * count
     assert host.host == {"optimizer states": 12 * count, "buffers": 16 * count}
     assert host.formula.startswith(
         f"{2 * count:,} parameters x (2 weight + 4 gradient + 12 optimizer in host memory / 2"
@@ -108,7 +113,7 @@ def test_states_on_the_host_take_host_memory(tiny_hf):
     saved = cost(states="host", gradients="bf16")
     assert saved.host["copies for saves"] == 12 * count and saved.update == 0
     rounded = cost(gradients="bf16")
-    assert (rounded.update, rounded.optimizer) == (0, 16 * count)  # one buffer in fp32 for updates in pieces
+    assert (rounded.update, rounded.optimizer) == (0, 16 * count)  # states, and an fp32 buffer for updates in pieces
     at_once = cost({"distributed_optimizer": False}, gradients="bf16")
     assert at_once.update == 8 * count  # fp32 copies of all gradients
 
@@ -136,9 +141,10 @@ def test_memory_without_reference_or_distributed_optimizer(tiny_hf):
 
 
 def kept_by_hand(tokens, layers, hidden, heads, kv_heads, dim, ffn):
-    """Return the bytes of activations that a GPU keeps in bf16.
+    """Return the bytes of the bf16 activations that a GPU keeps for the backward pass.
 
-    The activations are the inputs and outputs of norms, and tensors of attention and the MLP.
+    These activations are the inputs and outputs of the norms, four tensors of attention (query, key, value and output),
+    and three tensors of the MLP (gate, up projection, and output of the gated activation).
     """
     return 2 * tokens * layers * (4 * hidden + 2 * heads * dim + 2 * kv_heads * dim + 3 * ffn)
 

@@ -1,4 +1,4 @@
-"""Tests of adapters as PEFT files: reading, writing, merging, and messages about files that cannot be read."""
+"""Tests of adapters in PEFT files: reading, writing, merging, and errors about invalid files and settings."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_peft_adapter_survives_and_merges_as_peft_merges(ranks, layout, kind, dt
         for other in (before, weights)
     )
     if dtype is torch.float32:
-        assert lost == "rounding the merged weights loses almost nothing"
+        assert lost == "rounding the merged weights loses almost nothing of the adapter's contribution"
     else:
         assert 0.05 < error / change < 0.95
         assert f"changes the adapter's contribution by {float(error / change):.0%}; use the adapter itself" in lost
@@ -119,7 +119,7 @@ def adaptation(model, **keys):
     "settings",
     [
         *KINDS.values(),
-        {"rank_pattern": {"proj": 3, "q_proj": 5}},  # both patterns match q_proj; the first one counts
+        {"rank_pattern": {"proj": 3, "q_proj": 5}},  # both patterns match q_proj; the first match applies
         {"rank_pattern": {"q_proj": 5, r".*\.0\..*": 6}, "alpha_pattern": {r"[kv]_proj": 3}},
         {"target_modules": ["model.layers.2.mlp.up_proj", "q_proj"], "layers_to_transform": 0},
     ],
@@ -131,7 +131,7 @@ def test_the_same_projections_have_adapters_as_in_peft(settings, tiny_hf, tmp_pa
 
     model, arch = tiny_hf("qwen3"), read_architecture(str(tiny_hf("qwen3")))
     given = {"r": 4, "lora_alpha": 8, "target_modules": list(PROJECTIONS), **settings}
-    LoraConfig(task_type="CAUSAL_LM", **given).save_pretrained(tmp_path)  # this sorts the patterns
+    LoraConfig(task_type="CAUSAL_LM", **given).save_pretrained(tmp_path)  # PEFT sorts the patterns
     base = AutoModelForCausalLM.from_pretrained(model)
     adapted = get_peft_model(base, LoraConfig.from_pretrained(tmp_path))
     expected = {
@@ -142,7 +142,7 @@ def test_the_same_projections_have_adapters_as_in_peft(settings, tiny_hf, tmp_pa
     found = read_adaptation(tmp_path, arch)
     assert {name: tuple(shape) for name, shape in adapter_shapes(found, arch).items()} == expected
 
-    # The engine's file must have the same meaning for PEFT, which sorts patterns when it saves them again.
+    # PEFT can load the engine's file and save it again. It then sorts the patterns, and this must change no adapter.
     (tmp_path / "again").mkdir()
     (tmp_path / "again/adapter_config.json").write_text(adapter_config(found, arch, "base"))
     LoraConfig.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "last")
@@ -164,14 +164,20 @@ REFUSED = {
     "use_dora": ("false", 'use_dora="false": must be true or false; correct it'),
     "another_feature": (0, "another_feature=0: is not supported (the engine's adapters do not have"),
     "r": (0, "r=0: must be a whole number above 0; correct it"),
-    "lora_alpha": (10**400, "must be a number above 0; correct it"),
+    "lora_alpha": (10**400, "must be a number above 0 and below 1e30; correct it"),
     "alpha": ("8", 'alpha="8": is not supported'),
     "use_rslora": (1, "use_rslora=1: must be true or false; correct it"),
     "lora_bias": ("8", 'lora_bias="8": is not supported'),
-    "-lora_alpha": ("8", 'lora_alpha="8": must be a number above 0; correct it'),
-    "rank_pattern": ({"q_proj": 0}, 'rank_pattern={"q_proj": 0}: must be an object of whole numbers; correct it'),
+    "-lora_alpha": ("8", 'lora_alpha="8": must be a number above 0 and below 1e30; correct it'),
+    "rank_pattern": (
+        {"q_proj": 0},
+        'rank_pattern={"q_proj": 0}: must be an object whose values are whole numbers above 0; correct it',
+    ),
     "alpha_pattern": ([], None),
-    "layers_to_transform": ([-1], "layers_to_transform=[-1]: must be a layer's index, or a list of them; correct it"),
+    "layers_to_transform": (
+        [-1],
+        "layers_to_transform=[-1]: must be the index of a layer, or a list of such indices; correct it",
+    ),
     "target_modules": ([], "target_modules: must be a list of names or a regular expression; correct it"),
 }
 
@@ -185,7 +191,7 @@ def test_adapters_that_are_not_a_function_of_the_checkpoint_are_refused(field, t
     with pytest.raises(ConfigError) as error:
         read_adaptation(tmp_path, arch)
     assert f"adapter.path={tmp_path}: adapter_config.json: " in str(error.value)
-    assert (expected or "alpha_pattern=[]: must be an object of numbers") in str(error.value)
+    assert (expected or "alpha_pattern=[]: must be an object whose values are numbers above 0") in str(error.value)
 
 
 def test_adapter_files_are_compared_with_the_model(tiny_hf, tmp_path):
@@ -202,7 +208,7 @@ def test_adapter_files_are_compared_with_the_model(tiny_hf, tmp_path):
     make_adapter(model, adapter, target_modules=["q_proj"])
     assert adapter_problems(asked, arch) == []
     assert adapter_problems(AdapterConfig(path=str(adapter), rank=3), arch) == [
-        "adapter.rank=3: is set by adapter.path; remove it"
+        "adapter.rank=3: is set by adapter.path; remove adapter.rank"
     ]
     tensors = adapter_tensors(adapter)
     first, second, *_ = sorted(tensors)
@@ -227,7 +233,7 @@ def test_adapter_files_are_compared_with_the_model(tiny_hf, tmp_path):
         f"{prefix}tensor {second} has dtype F64; convert it to bf16, fp16 or fp32",
     ]
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    assert "adapter_model.bin: pickled weights can run code" in adapter_problems(asked, arch)[0]
+    assert "adapter_model.bin: pickled weights are refused" in adapter_problems(asked, arch)[0]
     (adapter / "adapter_config.json").write_text("{")
     assert "adapter_config.json cannot be read (" in adapter_problems(asked, arch)[0]
 
@@ -252,11 +258,15 @@ SETTINGS = [
         {"targets": "("},
         "adapter.targets: ( is not a regular expression (missing ), unterminated subpattern at position 0); correct it",
     ),
-    ({"targets": "q_proj"}, "adapter.targets=q_proj: an expression must match whole names; write [q_proj]"),
+    (
+        {"targets": "q_proj"},
+        "adapter.targets=q_proj: a text is read as a regular expression, which must match whole names; write the list "
+        "[q_proj]",
+    ),
     ({"targets": "q_porj"}, "adapter.targets=q_porj: matches no projection; did you mean q_proj?"),
     (
         {"targets": ".*"},
-        "adapter.targets=.*: also matches lm_head, which cannot be adapted, because the engine computes the output "
+        "adapter.targets=.*: matches lm_head, which cannot be adapted, because the engine computes the output "
         "layer and the log-probabilities in one operation, which has no adapters; restrict the expression",
     ),
     (
@@ -264,10 +274,11 @@ SETTINGS = [
         "adapter.rank_pattern: (?i)q_proj is not a regular expression (global flags not at the start of the "
         "expression at position 8); correct it",
     ),
-    ({"layers": [4]}, "adapter.layers: contains 4, but the model's layers are 0 to 3; remove it"),
+    ({"layers": [4]}, "adapter.layers: contains 4, but the model's layers are 0 to 3; remove 4"),
     (
         {"targets": ".*q_proj", "layers": [0]},
-        "adapter.layers: requires a list of names in adapter.targets; put the layers into the expression",
+        "adapter.layers: requires a list of names in adapter.targets, but adapter.targets is a regular expression; put "
+        "the layers into this expression",
     ),
     ({"rank_pattern": {"lm_head": 3}}, "adapter.rank_pattern: lm_head matches no adapted projection; remove it"),
     ({"alpha_pattern": {"x(": 3}}, None),
@@ -285,16 +296,16 @@ def test_messages_about_settings(keys, expected, tiny_hf):
 NO_TARGETS = [
     (
         ["q_proj", "gate_proj"],
-        "adapter.targets[1]=gate_proj: names matrices of experts, which have no adapters; name whole modules, such as "
-        "model.layers.0.mlp.gate_proj, or remove it",
+        "adapter.targets[1]=gate_proj: matches matrices of experts, which have no adapters; write whole names, such as "
+        "model.layers.0.mlp.gate_proj, or remove this target",
     ),
     (
         ["experts.0.up_proj"],
-        "adapter.targets[0]=experts.0.up_proj: names matrices of experts, which have no adapters; remove it",
+        "adapter.targets[0]=experts.0.up_proj: matches matrices of experts, which have no adapters; remove this target",
     ),
     (
         ".*_proj",
-        "adapter.targets=.*_proj: also matches model.layers.1.mlp.experts.0.gate_proj, which cannot be adapted, "
+        "adapter.targets=.*_proj: matches model.layers.1.mlp.experts.0.gate_proj, which cannot be adapted, "
         "because experts have no adapters; restrict the expression",
     ),
     (["gate"], "adapter.targets[0]=gate: matches no projection; did you mean gate_proj?"),
@@ -318,7 +329,7 @@ def test_attention_of_gpt_oss_is_adapted_but_not_its_experts(tiny_hf):
     shapes = adapter_shapes(Adaptation.of(AdapterConfig(), arch), arch)
     assert {name.rpartition("self_attn.")[2] for name in shapes} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert adapter_problems(AdapterConfig(targets=["gate_up_proj"]), arch) == [
-        "adapter.targets[0]=gate_up_proj: names matrices of experts, which have no adapters; remove it"
+        "adapter.targets[0]=gate_up_proj: matches matrices of experts, which have no adapters; remove this target"
     ]
     assert adapter_problems(AdapterConfig(targets=["router"]), arch) == [
         "adapter.targets[0]=router: matches no projection; the model has q_proj, k_proj, v_proj and o_proj"
@@ -393,7 +404,8 @@ def test_new_adapters_have_the_same_bits_in_every_layout(tiny_hf, tmp_path):
     for other in others:
         assert all(torch.equal(other[name], value) for name, value in one.items())
 
-    # New adapters have the same distribution as those of PEFT, and the magnitudes are the norms of the rows.
+    # New adapters have the same distribution as PEFT's new adapters. DoRA's magnitudes are the norms of the rows of the
+    # base weights.
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     settings = LoraConfig(r=4, target_modules=list(PROJECTIONS), use_dora=True, task_type="CAUSAL_LM")
     theirs = get_peft_model(base, settings)

@@ -58,7 +58,7 @@ def test_ids_are_those_of_sentencepiece(make, options, tmp_path):
     made = list(conversions(path))
     texts = [*TEXTS, *(["a <|turn|>which<|turn|>xa"] if "user_defined_symbols" in options else [])]
     assert [made[-1].tokenizer.encode(text).ids for text in texts] == [model.encode(text) for text in texts]
-    # If the model doubles a leading space, the first conversion removes the additional space, as the engine does.
+    # The engine uses made[0]. If the sentencepiece model doubles a leading space, made[0] removes the additional space.
     doubles = model.encode(" a", out_type=str)[1:2] == model.encode("a", out_type=str)
     assert doubles == (options.get("add_dummy_prefix", True) and "remove_extra_whitespaces" in options)
     wanted = [model.encode(text.removeprefix(" ") if doubles else text) for text in texts]

@@ -12,7 +12,7 @@ from dpo_engine.platform.device import Platform
 from support.family_cases import checkpoint
 
 LLAMA = SimpleNamespace(model_type="llama", suits_transformer_engine=True, experts=None)
-CASES = [  # gpu, installed, dtype, and None or the reason why Transformer Engine cannot be used
+CASES = [  # gpu, installed, dtype, and the reason why Transformer Engine cannot be used (None if it can be used)
     (False, True, torch.float32, "this machine has no GPU"),
     (True, False, torch.bfloat16, "Transformer Engine is not installed"),
     (True, True, torch.float64, "Transformer Engine does not support fp64"),
@@ -49,10 +49,10 @@ def test_transformer_engine_is_not_used_for_other_layers(case, lack, tiny_hf, mo
 
 
 def test_transformer_engine_is_not_used_if_some_experts_are_frozen(tiny_hf, monkeypatch):
-    """Transformer Engine has one module for all experts of a rank.
+    """In each layer, one module of Transformer Engine holds one matrix of every expert of a rank.
 
-    If the first of these experts is frozen, the module computes no weight gradients. Otherwise, the module computes the
-    weight gradients of all experts.
+    If this matrix is frozen in the first of these experts, the module computes no weight gradients. Otherwise, the
+    module computes the weight gradients of all these experts.
     """
     monkeypatch.setattr(spec, "has_transformer_engine", lambda: True)
     given = read_architecture(checkpoint(tiny_hf, "qwen3_moe")), Platform("cuda", "nccl", gpu=True), torch.bfloat16
@@ -61,5 +61,5 @@ def test_transformer_engine_is_not_used_if_some_experts_are_frozen(tiny_hf, monk
         assert spec.choose_spec("te", *given, frozen) == "te"
     for frozen in ([matrices.format(0)], [down.replace(r"\d", "[1-7]", 1)]):
         assert spec.choose_spec("native", *given, frozen) == spec.choose_spec("auto", *given, frozen) == "native"
-        with pytest.raises(ConfigError, match="or none, but optim.freeze freezes only some; set 'native' or 'auto'"):
+        with pytest.raises(ConfigError, match="but optim.freeze freezes only some of them; set 'native' or 'auto'"):
             spec.choose_spec("te", *given, frozen)

@@ -30,7 +30,8 @@ def divisions(layers, chunks):
 def test_balanced_division_is_the_best_of_all(vocabulary, chunks, tiny_hf):
     arch = read_architecture(tiny_hf("llama", num_hidden_layers=7, vocab_size=vocabulary))
     hidden, ffn, kv = 64, 96, arch.num_kv_heads * arch.head_dim
-    layer = 2 * (hidden * (2 * hidden + 2 * kv) + 3 * hidden * ffn + hidden * 64)  # rows of 64 tokens, causal
+    # The last term is attention: in a row of 64 tokens, a query sees about 32 keys on average.
+    layer = 2 * (hidden * (2 * hidden + 2 * kv) + 3 * hidden * ffn + hidden * 64)
 
     def worst_and_spread(division):
         work = [layer * count for count in division]
@@ -61,17 +62,17 @@ def test_impossible_divisions_are_refused(tiny_hf):
 
     assert problems(pp=2) == ["parallel.pp=2: must divide model.num_layers=7; use 1 or 7, or set parallel.layers=auto"]
     assert problems(pp=2, layers=[3, 3]) == [
-        "parallel.layers=[3, 3]: must sum to model.num_layers=7, but the sum is 6; correct it"
+        "parallel.layers=[3, 3]: must sum to model.num_layers=7, but the sum is 6; correct the list"
     ]
     assert problems(pp=4, vpp=2, layers="auto") == [
-        "parallel.pp=4 x parallel.vpp=2: must be at most model.num_layers=7; lower it"
+        "parallel.pp=4 x parallel.vpp=2: must be at most model.num_layers=7; use a smaller number"
     ]
     assert problems(pp=3, layers="auto") == problems(pp=3, layers=[1, 1, 5]) == []
     assert contradictions(config_of(pp=2, vpp=2, layers=[3, 4])) == [
         "parallel.layers=[3, 4]: must have 4 numbers, one for each model chunk; correct it"
     ]
     assert contradictions(config_of(layers="auto")) == [
-        "parallel.layers=auto: requires parallel.pp >= 2, but it is 1; remove it"
+        "parallel.layers=auto: requires parallel.pp >= 2, but it is 1; remove parallel.layers"
     ]
     with pytest.raises(ConfigError, match=r"parallel.layers\[0\]"):
         config_of(pp=2, layers=[0, 7])
@@ -79,7 +80,7 @@ def test_impossible_divisions_are_refused(tiny_hf):
 
 def test_plan_divides_models_whose_layers_cannot_be_divided_equally(tiny_hf):
     raw = {**SMALLEST, "model": {"path": str(tiny_hf("llama", num_hidden_layers=7))}, "train": {"output_dir": "o"}}
-    raw["train"]["global_batch_size"] = 1  # so that dp and cp cannot use the GPUs
+    raw["train"]["global_batch_size"] = 1  # so that dp 3 is not possible
     lines = plan(Config.parse(raw), 3)
     assert any("pp 3, cp 1, dp 1, layers " in line for line in lines), lines
     assert "  layers: auto" in lines

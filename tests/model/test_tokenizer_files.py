@@ -75,11 +75,13 @@ def test_tokenizer_without_config_is_read_as_its_own_json_says(family, tmp_path)
     if family == "qwen2":
         (note,) = made.notes
         wrong = AutoTokenizer.from_pretrained(tmp_path / "hf")
-        assert wrong("3+4=7 12345")["input_ids"] != own.encode("3+4=7 12345").ids, "otherwise this test proves nothing"
+        assert wrong("3+4=7 12345")["input_ids"] != own.encode("3+4=7 12345").ids, (
+            "AutoTokenizer must produce other ids, or this test proves nothing"
+        )
         assert note.startswith("AutoTokenizer of transformers ")
         assert "'Which number is larger, 9.11 or 9.9?\\n' is tokenized as [" in note and "but training used [" in note
         assert " does not reproduce the training tokenizer from the exported files: " in note
-        assert note.endswith("; load it with PreTrainedTokenizerFast")
+        assert note.endswith("; load the exported tokenizer with PreTrainedTokenizerFast")
     else:
         assert made.notes == []
 
@@ -171,7 +173,7 @@ def test_named_template_that_links_elsewhere_is_refused(tmp_path):
         companions(tmp_path, directory)
     assert str(caught.value) == (
         f"model.tokenizer={directory}: additional_chat_templates/private.jinja links to a file outside that directory; "
-        "replace it with a copy"
+        "replace the link with a copy"
     )
 
 
@@ -200,7 +202,7 @@ def test_each_kind_of_difference_is_named(tmp_path):
     values = json.loads((directory / "tokenizer.json").read_text())
     edit(directory / "tokenizer.json", post_processor=None)
     a = values["model"]["vocab"]["a"]
-    starts = f"with special tokens, the text 'a' begins with the ids [{a}], but began with [0, {a}] in training"
+    starts = f"with special tokens, the ids of 'a' begin with [{a}], but began with [0, {a}] in training"
     assert sample.difference(FAST, str(directory)) == starts
     edit(directory / "tokenizer.json", post_processor=values["post_processor"], normalizer={"type": "Lowercase"})
     ids = sample.difference(FAST, str(directory))

@@ -113,7 +113,9 @@ def test_links_out_of_the_checkpoint_are_not_followed(source, tmp_path):
     (source / "tokenizer.json").symlink_to(tmp_path / "private")
     with pytest.raises(ConfigError) as caught:
         companions(source, None)
-    expected = f"model.path={source}: tokenizer.json links to a file outside that directory; replace it with a copy"
+    expected = (
+        f"model.path={source}: tokenizer.json links to a file outside that directory; replace the link with a copy"
+    )
     assert str(caught.value) == expected
     (source / "tokenizer.json").unlink()
     (source / "tokenizer.json").symlink_to("tokenizer.model")

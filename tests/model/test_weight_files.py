@@ -1,4 +1,4 @@
-"""Tests of defective checkpoints: each defect is reported in one line that names the tensor and the file."""
+"""Tests of checkpoint files: valid files can be read, and errors about defects name the tensor or the file."""
 
 import json
 import os
@@ -154,7 +154,8 @@ def test_index_entries_must_be_local_safetensors_names(name, copy):
     directory = copy(sharded=True)
     edit_index(directory, lambda places: places.update({"model.norm.weight": name}))
     assert problems(directory) == [
-        f"{INDEX} lists {name!r}, which is not the name of a safetensors file in this directory"
+        f"{INDEX} lists {name!r}, which is not the name of a safetensors file in this directory; download the "
+        "checkpoint again"
     ]
 
 
@@ -179,7 +180,7 @@ def test_stale_single_file_next_to_an_index_is_refused(copy):
     directory = copy(sharded=True)
     save_file({"x": torch.zeros(1)}, directory / "model.safetensors")
     assert problems(directory) == [
-        f"has model.safetensors and also {INDEX}, but the index does not list this file; remove the stale one"
+        f"has model.safetensors and also {INDEX}, but the index does not list model.safetensors; remove the stale file"
     ]
 
 
@@ -192,7 +193,7 @@ def test_pickled_weights_are_refused(copy):
     torch.save({}, directory / "pytorch_model.bin")
     [line] = problems(directory)
     assert line.startswith(
-        "pytorch_model.bin: pickled weights can run code when loaded and are refused; if you trust them, convert"
+        "pytorch_model.bin: pickled weights are refused, because loading them can run code; if you trust them, convert"
     )
 
 

@@ -61,7 +61,7 @@ def tokens():
 
 
 def cases():
-    """Yield every model with every layout. For models other than llama, small layouts are marked slow."""
+    """Yield every model with every layout. The layouts one, tp2 and pp2 are marked slow, except for the model llama."""
     for model in MODELS:
         for layout in LAYOUTS:
             contained = model != "llama" and layout in ("one", "tp2", "pp2")
@@ -173,7 +173,10 @@ def padding(directory, layout):
 
 
 def doctored(directory: Path, target: Path, **changes) -> Path:
-    """Copy a checkpoint, and add or replace tensors in the copy. None removes a tensor. ``__`` stands for a dot."""
+    """Copy a checkpoint, and add or replace tensors in the copy.
+
+    None removes a tensor. ``__`` in a name stands for a dot.
+    """
     held = load_weights(directory)
     for name, value in changes.items():
         held[name.replace("__", ".")] = value
@@ -206,7 +209,8 @@ def test_checkpoint_of_another_architecture_is_refused(tiny_hf):
     other = tiny_hf("llama", rms_norm_eps=1e-6)
     [problems] = run_ranks(round_trip, 1, directory=other, layout={}, arch_directory=tiny_hf("llama"))
     assert problems == [
-        f"model.path={other}: has norm_eps=1e-06 instead of 1e-05; it must have the policy's architecture"
+        f"model.path={other}: must have the policy's architecture, but has norm_eps=1e-06 instead of 1e-05; use a "
+        "checkpoint with the same architecture"
     ]
 
 
@@ -218,7 +222,7 @@ def test_parameter_without_a_rule_is_refused(tiny_hf):
         "parameter decoder.final_layernorm.weight: has shape [60], but its rule gives [64]",
         f"model.path={directory}: tensor model.layers.0.input_layernorm.weight was not loaded into any parameter of "
         "the model",
-        "tensor model.layers.0.input_layernorm.weight: was not written exactly once, by a single rank",
+        "tensor model.layers.0.input_layernorm.weight: must be written exactly once, by a single rank",
     ]
 
 
@@ -364,9 +368,9 @@ def test_loading_and_saving_hold_one_file_and_one_tensor(tiny_hf, tmp_path):
     total = sum(value.nbytes for value in load_weights(directory).values())
     [(loading, saving)] = run_ranks(peaks, 1, directory=directory, export=tmp_path / "hf", shard=16_000_000)
     assert total > 125e6
-    allowed = (
-        2 * 16e6 + 3 * 2 * 2048 * 512 * 4
-    )  # two files, because a layer can span two files; two copies of one fused tensor; and a third copy as a margin
+    # Memory for two files, because a layer can span two files, and for two copies of one fused tensor. The margin is a
+    # third copy of this tensor.
+    allowed = 2 * 16e6 + 3 * 2 * 2048 * 512 * 4
     assert loading < allowed and saving < allowed, f"{loading / 1e6:.0f} MB, {saving / 1e6:.0f} MB of {total / 1e6:.0f}"
 
 

@@ -25,7 +25,7 @@ mkdir -p build
 functions_in() { nm "$@" | awk '$2 == "T" { print $3 }' | sort -u; }
 stubs() { sed 's/.*/__attribute__((visibility("default"))) int &(void) { return 0; }/'; }
 
-# The real libraries' versions of these functions are used, because they work without a GPU.
+# These functions of the real libraries work without a GPU, so they are used.
 works='^(cuda(GetErrorName|GetErrorString|RuntimeGetVersion)'
 works+='|cudnn(GetVersion|GetErrorString|GetCudartVersion|GetProperty|GetLastErrorString)'
 works+='|nccl(GetVersion|GetErrorString|GetLastError)|cublasLtGetVersion|cublasGetStatusString)$'

@@ -17,7 +17,7 @@ COUNTERS = (
     "graphs", "captured", "stray",
 )  # fmt: skip
 WAITS = ("stream_waits", "device_waits", "event_waits", "blocking_copies")
-"""Counters of the events in which the host waits for the device."""
+"""Names of the counters that count the host's waits for the device."""
 ATTENTION = ("flash", "fmha", "triton:_forward", "triton:_backward_query", "triton:_backward_key")
 """A kernel is an attention kernel if its name contains one of these strings."""
 SOURCES = ("/dpo_engine/", "/dpo_kernels/", "/megatron/", "/transformer_engine/")
@@ -35,7 +35,10 @@ class Card:
         return Counter({name: self._library.nullgpu_counter(name.encode()) for name in COUNTERS})
 
     def details(self) -> dict[str, Counter[str]]:
-        """Return two counters: ``kernel`` has launches by kernel, and ``collective`` has NCCL calls by operation."""
+        """Return two counters: ``kernel`` has launches by kernel, and ``collective`` has NCCL calls by kind.
+
+        Calls are of one kind if they have the same operation, size in bytes, and number of ranks.
+        """
         found: dict[str, Counter[str]] = {"kernel": Counter(), "collective": Counter()}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "details"
@@ -46,7 +49,11 @@ class Card:
         return found
 
     def announce_group(self, rank: int, ranks: int) -> None:
-        """Announce this process's rank in the next NCCL communicator that is split off, and the communicator's size."""
+        """Tell the null GPU about the next NCCL communicator to be split off.
+
+        rank    this process's rank in the communicator
+        ranks   number of ranks in the communicator
+        """
         self._library.nullgpu_announce_group(rank, ranks)
 
 
@@ -62,7 +69,10 @@ def attention_launches(kernels: Counter[str]) -> int:
 
 @contextmanager
 def waits_by_line() -> Iterator[Counter[str]]:
-    """Count the waits about which torch warns inside the block, by the three innermost frames of files in SOURCES."""
+    """Count the waits about which torch warns inside the block, by their place in the source code.
+
+    The place consists of the three innermost stack frames whose file paths contain one of the strings in SOURCES.
+    """
     import torch
 
     places: Counter[str] = Counter()

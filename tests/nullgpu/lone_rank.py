@@ -78,8 +78,8 @@ def replace_peers(card: Card, rank: int, world: int) -> None:
 def replace_numbers(*, weights: bool = False) -> None:
     """Replace the numbers that control a step, so that every step is accepted.
 
-    Kernels do not run, so the real numbers are arbitrary bits. The copies and waits that read these numbers still
-    happen.
+    Kernels do not run, so the real numbers are arbitrary bits. The host still copies these numbers from the device, and
+    waits for them.
 
     weights   whether the engine reads the weights of a checkpoint, and draws the weights of new adapters
     """
@@ -91,7 +91,7 @@ def replace_numbers(*, weights: bool = False) -> None:
 
     def norm(trained: Any) -> float:
         real_norm(trained)
-        return 2.0  # above optim.clip_grad, so that gradients are clipped
+        return 2.0  # above the default of optim.clip_grad, so that gradients are clipped
 
     def means(totals: torch.Tensor, *rest: Any) -> dict[str, float]:
         return real_means(torch.zeros_like(totals), *rest)
@@ -117,7 +117,10 @@ def replace_numbers(*, weights: bool = False) -> None:
 
 
 def _distribute_tokens_equally() -> None:
-    """Make each rank send equally many tokens to all experts. The host derives tensor sizes from the token counts."""
+    """Make each rank send the same number of tokens to each expert, up to a difference of 1.
+
+    The host derives the sizes of tensors from these numbers, so arbitrary numbers could stop the run.
+    """
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
 
     real = Dispatcher.preprocess

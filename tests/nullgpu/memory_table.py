@@ -1,4 +1,6 @@
-"""Write the table of estimated and measured memory in docs/gpu.md. First build the null GPU with `build.sh`, then run
+"""Write the table of estimated and measured memory in docs/gpu.md.
+
+First build the null GPU with `build.sh`. Then run this command:
 
     PYTHONPATH=.:kernels python tests/nullgpu/memory_table.py
 
@@ -38,11 +40,12 @@ CELLS: dict[str, tuple[str, ...]] = {
     "the same, `recompute: full`, stored reference": (*QWEN_4B, "model.recompute=full", "reference.mode=stored"),
     "Llama-3.2-1B, 1 GPU": LLAMA_1B,
     "the same, full recomputation, bf16 gradients, stored reference": (*LLAMA_1B, *LEAST),
-    "the same with `optim.states: host`": (*LLAMA_1B, *LEAST, "optim.states=host"),
+    "the row above, with `optim.states: host`": (*LLAMA_1B, *LEAST, "optim.states=host"),
 }
 """The arguments of each run, by the run's name in the table.
 
-By default, a step has two pairs of 2048 + 1024 + 1024 tokens on each data-parallel rank.
+By default, a step has two pairs on each data-parallel rank. A pair has 2048 + 1024 + 1024 tokens (prompt, chosen and
+rejected response).
 """
 
 
@@ -56,7 +59,7 @@ def row(name: str, report: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Run all cells, and replace the table in docs/gpu.md."""
+    """Run all entries of CELLS, and replace the table in docs/gpu.md."""
     lines = ["| run | state estimated | state | peak estimated | peak | difference | reserved |", "|---" * 7 + "|"]
     for name, arguments in CELLS.items():
         lines.append(row(name, run(*arguments)))

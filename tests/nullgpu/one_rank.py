@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     add("--world", type=int, default=1, help="number of ranks in the run")
     add("--rank", type=int, default=0)
     add("--pairs", type=int, default=2, help="pairs per step and data-parallel rank")
-    add("--lengths", default="2048,1024,1024", help="tokens of prompt, chosen and rejected")
+    add("--lengths", default="2048,1024,1024", help="tokens of the prompt, the chosen and the rejected response")
     add("--vary", action="store_true", help="give pairs different lengths, from 0.3 to 1 times --lengths")
     add("--steps", type=int, default=2, help="number of steps; the first one creates Adam's moments")
     add("--waits", action="store_true", help="print where the host waits in the last step")
@@ -141,7 +141,8 @@ class OneRank:
         self.phases: dict[str, Counter[str]] = {}
         replace_peers(self.card, asked.rank, asked.world)
         replace_numbers()
-        assert not torch.cuda.is_initialized()  # Engine.open sets the allocator's options, which CUDA reads once
+        # Engine.open sets environment variables that CUDA and torch read only when they first use the GPU.
+        assert not torch.cuda.is_initialized()
         self.engine = Engine.open(config)
         per_step = asked.pairs * self.engine.groups.dims.dp
         self.pairs = synthetic_pairs(folder / "pairs.arrow", per_step * asked.steps)
@@ -165,7 +166,7 @@ class OneRank:
 
     def _reference(self) -> Reference:
         if self.config.reference.mode == "stored":
-            # The reference cannot fill a store on the null GPU, because its scores would not be finite. Zeros suffice.
+            # On the null GPU, the reference's scores may not be finite, so they cannot fill a store. Zeros suffice.
             rows = Rows.empty().with_more(
                 keys(self.pairs.digests), np.zeros((len(self.pairs), len(VALUES)), np.float32)
             )
@@ -286,7 +287,10 @@ def outside_torch() -> int:
 
 
 def estimate(rank: OneRank) -> Memory:
-    """Return the memory that `check` would estimate for this rank's stage if ``max_length`` were the pairs' length."""
+    """Return the memory that `check` would estimate for this rank's stage.
+
+    ``max_length`` is set to the number of tokens of the longest prompt with its longer response.
+    """
     engine, (prompt, chosen, rejected) = rank.engine, (int(text) for text in asked.lengths.split(","))
     config = engine.config.model_copy(
         update={"data": engine.config.data.model_copy(update={"max_length": prompt + max(chosen, rejected)})}

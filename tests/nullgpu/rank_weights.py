@@ -2,10 +2,11 @@
 
     tests/nullgpu/nullgpu python tests/nullgpu/rank_weights.py --model MODEL --out FOLDER --world 2 parallel.ep=2
 
-The null GPU executes copies of at most 16 MiB between host and device, so weights reach the device and can be read
-back. Positional arguments are configuration keys. For each parameter, the report contains the parameter's name in the
-weight table and the attributes that determine how the gradient is reduced. If this rank can export the parameter's
-tensors without other ranks, the report also says for each of these tensors whether it equals the checkpoint's tensor.
+The null GPU executes copies of at most 16 MiB between host and device, so weights of at most this size reach the device
+and can be read back. Positional arguments are configuration keys. For each parameter, the report contains the
+parameter's name in the weight table and the attributes that determine how the gradient is reduced. If this rank can
+export the parameter's tensors without other ranks, the report also says for each of these tensors whether it equals the
+checkpoint's tensor.
 """
 
 import argparse

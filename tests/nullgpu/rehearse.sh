@@ -11,7 +11,7 @@
 #   PYTHON       an interpreter, as in run.sh
 #   PARTS        the parts to run, such as "stack kernels" (default: all)
 #   SCALE        a factor for all time limits (default: 4, for machines with fewer cores than the GPU's machine)
-#   SHAPE        the model to train, such as tiny, for a short rehearsal (default: 1b)
+#   SHAPE        a model to train in place of 1b and 7b-width; tiny makes the rehearsal short
 #   NULLGPU_MIB  the GPU's memory in MiB (default: that of an H200)
 #   NULLGPU_SM   the GPU's compute capability, times 10 (default: 90, as for an H200)
 set -euo pipefail

@@ -20,7 +20,7 @@ LARGE_CARD = "400000"
 """Memory of the card in MiB. It is enough for every run, so peaks above the memory of real cards can be measured."""
 
 LONGEST_NAME = 200
-"""Longest name of a report, without a digest. File systems allow 255 characters."""
+"""Maximum length of a report's name. A longer name is cut and gets a digest. File systems allow 255 characters."""
 
 requires_null_gpu = [
     pytest.mark.nullgpu,

@@ -1,4 +1,4 @@
-"""Tests of mixtures of experts with Transformer Engine's layers: their weights and attributes, waits and launches."""
+"""Tests of experts in Transformer Engine's layers: weights, attributes of weights, waits of the host, and launches."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = [*requires_null_gpu, requires_transformer_engine]
 
 EXPERTS = 8
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-LAYOUTS = {  # the family; tp, ep and etp; the number of ranks; and the rank to act as
+LAYOUTS = {  # the family; tp, ep and etp; the number of ranks; and the tested rank
     "ep2": ("qwen3_moe", (1, 2, 1), 2, 1),
     "tp2 ep2 etp2": ("qwen3_moe", (2, 2, 2), 4, 3),
     "shared experts tp2 ep2": ("qwen2_moe", (2, 2, 1), 4, 1),
@@ -35,7 +35,10 @@ def held_weights(directory, folder, world, rank, *keys):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_grouped_experts_are_loaded_and_exported(layout, tiny_hf, tmp_path):
-    """Compare weights with slices of the checkpoint, and check the attributes on which gradient reduction depends."""
+    """Compare loaded weights with slices of the checkpoint, and exported tensors with tensors of the checkpoint.
+
+    Also check the attributes on which gradient reduction depends.
+    """
     family, (tp, ep, etp), world, rank = LAYOUTS[layout]
     directory = tiny_hf(family, pad_token_id=0, dtype=torch.bfloat16, **CASES[family][1])
     keys = (f"parallel.tp={tp}", f"parallel.ep={ep}", f"parallel.etp={etp}")
@@ -78,7 +81,10 @@ STEPS = {
 
 @pytest.mark.parametrize("layout", STEPS)
 def test_the_host_waits_once_for_each_layer_of_experts(layout):
-    """In a layer's forward pass, the host waits for the numbers of tokens per expert. Recomputation waits again."""
+    """In a layer's forward pass, the host waits for the numbers of tokens per expert.
+
+    If the forward pass is recomputed, the host waits again.
+    """
     last = run(*MIXTURE, "--layers", "2", *STEPS[layout])["last"]
     passes = 3 if layout == "recompute" else 2  # one of the reference, and one or two of the policy
     assert last["waits_in_micro_batches"] == 2 * passes * last["micro_batches"], last["phases"]
@@ -86,7 +92,10 @@ def test_the_host_waits_once_for_each_layer_of_experts(layout):
 
 
 def test_products_and_launches_of_experts():
-    """cuBLAS multiplies by the experts' matrices. For each matrix, one kernel adds the gradient to the buffer."""
+    """cuBLAS computes the products of the experts.
+
+    For each matrix of an expert, one kernel adds the matrix's gradient to Megatron's gradient buffer.
+    """
     few, many = (run(*MIXTURE, "--layers", layers, *STEPS["tp2 ep2"])["last"] for layers in "24")
     layers, local = 2 * many["micro_batches"], 64
     products = (many["counts"]["products"] - few["counts"]["products"]) / layers

@@ -74,7 +74,10 @@ def test_linear_layers_compute_in_fp8(name):
 
 
 def test_no_other_product_is_in_fp8():
-    """Products of attention, of the output layer, and of a run without FP8 are not in FP8."""
+    """A run without FP8 has no FP8 products. A run with FP8 also has other products, such as those of the output layer.
+
+    Both runs have the same number of products.
+    """
     plain, fp8 = (run(*SHAPE, *TP2, *keys)["last"]["counts"] for keys in ((), BLOCKWISE))
     assert plain["fp8_products"] == 0
     assert plain["products"] == fp8["products"] > fp8["fp8_products"] > 0
@@ -96,7 +99,7 @@ def test_each_pass_rounds_the_weights_once(layout, mode):
 
 
 def test_memory():
-    """The estimate includes the weights' FP8 copies. It is too high, because it counts activations as without FP8."""
+    """The estimate includes the weights' FP8 copies. It is too high, because it assumes bf16 activations."""
     gib = {}
     for name, keys in {"bf16": (), "tensorwise": TENSORWISE, "blockwise": BLOCKWISE}.items():
         report = run("--model", "llama3_8b", "--world", "8", "model.spec=te", "parallel.tp=2", *keys)
@@ -143,7 +146,10 @@ REFUSED = {
         "FP8 block scaled GEMM requires compute capability 9.0 or higher and CUDA >= 12.9; use a GPU and a version of",
     ),
     90: (MXFP8, "Device compute capability 10.0 or higher required for MXFP8 execution; use blockwise or tensorwise"),
-    100: (BLOCKWISE, "Transformer Engine would convert its scales to those of mxfp8 in every product; use mxfp8 or"),
+    100: (
+        BLOCKWISE,
+        "Transformer Engine would convert blockwise scales to mxfp8 scales in every matrix product; use mxfp8 or",
+    ),
 }
 
 

@@ -48,8 +48,9 @@ def check_replays(keys, layers):
         counts, before = step["counts"], plain[-1]["counts"]
         assert counts["graphs"] == 4 * layers * step["micro_batches"], "two forward and two backward pieces in a layer"
         assert counts["stray"] == 0, "every launch during a recording is recorded"
-        # A layer's forward pass has two products of attention and two of the MLP. Its backward pass has four products
-        # for the gradients of inputs. If weights are trained, it has four more for their gradients.
+        # A layer has four linear layers: two in attention and two in the MLP. Each one has one product in the forward
+        # pass, and one in the backward pass for the gradient of its input. If its weight is trained, the backward pass
+        # has one more product for the gradient of the weight.
         assert before["products"] - counts["products"] >= 8 * layers * step["micro_batches"]
         assert before["launches"] - counts["launches"] > 8 * layers * step["micro_batches"]
     waits = "waits_in_micro_batches"  # in the second step, the host waits while torch's cache is emptied
@@ -100,6 +101,6 @@ def test_peak_is_what_the_estimate_says(keys):
 
 
 def test_memory_of_the_first_step_is_used_again():
-    """Without emptying torch's cache, the activations of the first step would be reserved twice."""
+    """If torch's cache were not emptied, the activations of the first step would be reserved twice."""
     report = run(*ROWS, "--layers", "8", "adapter.rank=16", ON)["last"]
     assert report["reserved"] <= 1.15 * report["peak"]

@@ -1,4 +1,4 @@
-"""Tests of the memory that a rank needs: state, activations, the allocator's reserve, and the out-of-memory report."""
+"""Tests of a rank's memory (state, activations, the allocator's reserve), and of the out-of-memory report."""
 
 import re
 
@@ -66,9 +66,10 @@ def test_adamw_needs_no_temporary_copy():
 
 
 def test_states_on_the_host_leave_the_device():
-    """The device needs 12 bytes less per owned parameter, but it also needs two more fp32 buffers.
+    """The device needs 12 bytes less for each parameter that the rank owns.
 
-    The update processes the parameters in pieces. For each piece, it waits for the gradients and for a free buffer.
+    The update processes the parameters in pieces. It needs two additional buffers, and each of them holds one piece in
+    fp32. For each piece, the update waits for the gradients and for a free buffer.
     """
     device, host = run(*LLAMA_8B, "reference.mode=stored"), run(*LLAMA_8B_HOST)
     owned = 8_030_261_248 // 8
@@ -101,7 +102,7 @@ def test_out_of_memory_reports_the_plan_and_the_changes():
     assert {name: parts[name] for name in ("weights", "gradients", "reference")} == pytest.approx(
         {name: report["parts"][name] / GIB for name in ("weights", "gradients", "reference")}, rel=0.01
     )
-    assert change.startswith("next: one of reference.mode=stored (")
+    assert change.startswith("to use less memory, set one of reference.mode=stored (")
     assert all(len(line) <= LONGEST for line in report["out_of_memory"]), "longer lines are cut when they are printed"
 
 

@@ -64,7 +64,7 @@ def expected(tp, layers, *, reference=1, again=0, fused=True, blocks=False):
     blocks     whether output gradients are gathered once more, with other scales, for the gradients of weights
     """
     sums, gathers = 2 * (reference + 1) + again, 4 + 2 * blocks
-    if not fused:  # fused layers gather their inputs in pieces only in passes that compute gradients
+    if not fused:  # fused layers gather their inputs in pieces only while autograd is on
         gathers += 2 * reference + again
     return {
         "sums of pieces": layers * SPLITS * sums,
@@ -133,7 +133,8 @@ def test_every_row_has_the_size_of_the_buffers():
     assert min(collectives(last, tokens).values()) > 0
     whole = [name for name in last["collectives"] if name.startswith("all_gather") and name.endswith("over 2")]
     assert f"all_gather {tokens * HIDDEN * 2} bytes over 2" in whole
-    # The other gathers contain only the columns that the last layer computes. These columns predict a scored token.
+    # The other gathers contain only the columns that the last layer computes. Each of these columns predicts a scored
+    # token.
     assert all(int(name.split(" ")[1]) <= tokens * HIDDEN * 2 for name in whole)
 
 
@@ -168,7 +169,7 @@ def test_a_model_with_norms_of_heads():
 
 @pytest.mark.parametrize("model, shared", [("qwen3_30b_a3b", False), ("qwen2_moe_14b", True)])
 def test_experts(model, shared):
-    """The overlap covers attention and MLPs that process all tokens. NCCL still exchanges the tokens of experts."""
+    """The overlap covers attention, and MLPs with all tokens as input. NCCL still exchanges the tokens of experts."""
     keys = ("--model", model, "--layers", "2", "--lengths", "64,32,32", "model.spec=te", "batch.layout=tree")
     last = run(*keys, *layout(tp=2), "parallel.ep=2", ON)["last"]
     found = {name: calls // last["micro_batches"] for name, calls in kernels(last).items()}

@@ -61,7 +61,7 @@ def losses_of(name: str, policy: PairLogps, reference: PairLogps | None, weights
 
 
 class Scalars:
-    """The values of one pair, named as in the formulas of the papers."""
+    """The values of one pair, with the short names that ``FORMULAS`` uses."""
 
     def __init__(self, policy: PairLogps, reference: PairLogps, data: PairData, i: int):
         self.pc, self.pr, self.lc, self.lr = (tensor[i].item() for tensor in policy[:4])

@@ -85,10 +85,11 @@ def trl_loss(
     precomputed=True,
     **options,
 ) -> torch.Tensor:
-    """Return the loss of TRL's ``DPOTrainer``. The arguments replace the outputs of its fused head.
+    """Return the loss of TRL's ``DPOTrainer``. ``logps`` and ``log_sum_sq`` replace outputs of the policy's fused head.
 
-    reference_logps  values for each token, instead of ``reference_sums``; with ``precomputed``, they are summed first,
-                     as TRL does with ``precompute_ref_log_probs``
+    reference_logps  the reference's log-probability of each token, instead of ``reference_sums``
+    precomputed      whether the loss gets sums of the reference, as with TRL's ``precompute_ref_log_probs``; if not, it
+                     gets ``reference_logps``
     log_sum_sq       for each token, the log of the sum of squared probabilities; it turns on ``use_weighting``
     """
     from collections import defaultdict
@@ -159,7 +160,7 @@ def by_response(tokens, mask) -> list[list[torch.Tensor]]:
 
 
 def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
-    """Return the sums that the engine's scoring would compute from ``logps``, pair by pair."""
+    """Return the sums that the engine's scoring would compute for each pair from ``logps`` and ``log_sum_sq``."""
     pairs = by_response(logps, mask)
     shared = [[response[: min(map(len, pair))] for response in pair] for pair in pairs]
     columns = [[[response.sum() for response in pair] for pair in kind] for kind in (pairs, shared)]
@@ -276,8 +277,8 @@ def summed(batch: dict, logits: torch.Tensor) -> tuple[PairLogps, PairData]:
 def trainer_of(kind, batch: dict, logits: torch.Tensor, **attributes):
     """Run the loss function of the trainer class ``kind`` with a fake model that returns ``logits``.
 
-    The trainer's constructor is not called. Instead, an object with only the attributes that the loss function reads
-    replaces the trainer.
+    The trainer's constructor is not called. Instead, a plain object replaces the trainer. It has only the attributes
+    that the loss function reads.
     """
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),

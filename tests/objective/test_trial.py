@@ -103,7 +103,7 @@ CASES = [
     (
         right,
         {"couple_pairs": True},
-        "the loss is registered with couple_pairs, which is not a fact of losses; did you",
+        "the loss is registered with couple_pairs, which is not a keyword of LOSSES.register; did you",
     ),
 ]
 

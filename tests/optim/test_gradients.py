@@ -64,5 +64,6 @@ def test_gradients_in_bf16_require_weights_in_bf16(files, tiny_hf, tmp_path):
     config = config_of(files, tiny_hf("llama"), tmp_path / "run", optim={"gradients": "bf16"})
     kind, message = run_ranks(run, 1, config=config)[0]
     assert kind == "ConfigError" and message.startswith(
-        "optim.gradients=bf16: requires model.dtype=bf16, but it is auto (float32 on this device); set model.dtype=bf16"
+        "optim.gradients=bf16: requires model.dtype=bf16, but model.dtype is auto (float32 on this device); set "
+        "model.dtype=bf16, or remove optim.gradients"
     )

@@ -19,7 +19,7 @@ class Groups:
 
 
 def rates(schedule: str, **options) -> list[float]:
-    """Return the learning rate of every step in a run of ``STEPS`` steps."""
+    """Return the learning rate of every step in a run of ``STEPS`` steps, and check the weight decay in every step."""
     optim = OptimConfig(lr=LR, min_lr=LOW, schedule=schedule, weight_decay=0.1, **options)
     groups = Groups()
     made = build_schedule(groups, optim, total_steps=STEPS)

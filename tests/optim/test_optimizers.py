@@ -105,11 +105,11 @@ def config(distributed=False, **optim):
         (
             {"optimizer_options": {"momentum": 0.5}},
             "optim.optimizer_options.momentum=0.5: optimizer adamw has no such option; this optimizer has no options; "
-            "remove it",
+            "remove optim.optimizer_options.momentum",
         ),
         (
             {"optimizer": "sgd", "eps": 1e-6},
-            "optim.eps=1e-06: applies only to optimizer adamw, but optim.optimizer is sgd; remove it, or use "
+            "optim.eps=1e-06: applies only to optimizer adamw, but optim.optimizer is sgd; remove optim.eps, or use "
             "optim.optimizer_options",
         ),
         (

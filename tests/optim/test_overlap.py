@@ -1,4 +1,4 @@
-"""Tests of gathering weights while the next step runs: every reader must see the weights of the last update."""
+"""Tests of gathering weights during the next step: all code that reads weights must get those of the last update."""
 
 from functools import partial
 

@@ -1,4 +1,7 @@
-"""Tests of registered schedules: the learning rate of each step, invalid factors, and the messages of ``check``."""
+"""Tests of registered schedules: the learning rate of each step, invalid factors, and the messages of ``check``.
+
+The last test checks for which schedules the learning rate depends on the length of the run.
+"""
 
 import math
 from typing import Literal
@@ -23,7 +26,7 @@ class Groups:
 
 @pytest.fixture
 def power(monkeypatch):
-    """Register a schedule for one test. Return the list of the schedule's calls."""
+    """Register a schedule for one test. Return a list that records the step and the total steps of each call."""
     calls = []
 
     def decay(step, total_steps, *, exponent: float = 1.0, kind: Literal["down", "up"] = "down"):
@@ -98,7 +101,7 @@ def test_factor_out_of_range_ends_the_run_before_its_first_step(power):
         (
             {"schedule": "cosine", "schedule_options": {"exponent": 2.0}},
             "optim.schedule_options.exponent=2.0: schedule cosine has no such option; this schedule has no options; "
-            "remove it",
+            "remove optim.schedule_options.exponent",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tests of one update against AdamW's formula: clipping, betas, weight decay, and the reported learning rate."""
+"""Tests of updates against AdamW's formula (clipping, betas and weight decay), and of the reported learning rate."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def updated(config, fp64, scale, fused=False):
     trained = engine.load_policy(total_steps=4)
     if fused:
         fuse_adam(trained.optimizer)
-        set_adam_step(trained, 0)  # loading a checkpoint also creates the state in this way
+        set_adam_step(trained, 0)  # create the optimizer state as loading a checkpoint does
     named = [(name, p) for chunk in trained.chunks for name, p in chunk.named_parameters()]
     before = {name: p.detach().double().clone() for name, p in named}
     size = sum(float(value.square().sum()) for value in before.values()) ** 0.5
@@ -71,7 +71,7 @@ def two_updates(config):
 
 
 def test_moments_decay_with_their_own_beta(tiny_hf, tmp_path):
-    """Compare two successive updates with the formula. With swapped betas, the second update would differ."""
+    """Compare two successive updates with the formula. With swapped betas, the second one would not match it."""
     optim = {"lr": LR, "betas": list(BETAS), "eps": EPS, "clip_grad": 0.0}
     (values,) = run_ranks(two_updates, 1, config=run_config(tiny_hf("llama"), tmp_path, optim=optim))
     first, second, weight = 0.0, 0.0, values[0]

@@ -25,9 +25,9 @@ LAYOUTS = {
 
 
 def fused(function, config, at_once=False, **arguments):
-    """Call ``function`` with torch's fused AdamW, as on a GPU. A piece has at most 1,024 elements.
+    """Call ``function``. Updates use torch's fused AdamW, as on a GPU, and a piece has at most 1,024 elements.
 
-    at_once  whether Megatron's optimizer updates all weights at once
+    at_once  whether Megatron's optimizer updates all weights at once, even if ``config`` selects updates in pieces
     """
     from dpo_engine.optim import optimizer, pieces
 
@@ -47,7 +47,7 @@ def fused(function, config, at_once=False, **arguments):
         for single in getattr(made, "chained_optimizers", [made]):
             for parameter, (group, order) in single.model_param_group_index_map.items():
                 tensor = single.param_groups[group]["params"][order]
-                if parameter.dtype is torch.bfloat16:  # the tensor has a shape, but memory for at most one element
+                if parameter.dtype is torch.bfloat16:  # the slice's shape, but memory for one element
                     assert tensor.untyped_storage().nbytes() <= 4 < tensor.nbytes
                     assert parameter.main_param is None
 

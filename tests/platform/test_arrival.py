@@ -1,4 +1,7 @@
-"""Tests of ranks that wait for a key in the store: the time limit counts from the latest sign of life of any rank."""
+"""Tests of a rank that waits for a key in the store that all ranks share.
+
+Each sign of life from a rank that is still preparing restarts the time limit.
+"""
 
 import threading
 import time

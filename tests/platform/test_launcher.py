@@ -48,7 +48,7 @@ def test_rank_and_number_of_ranks(env, expected):
 
 
 COUNT = "because ranks start at 0"
-SET = "start with torchrun or launch/train.sbatch, which set it"
+SET = "start with torchrun or launch/train.sbatch, which set valid values"
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ TOKEN = b"t" * 16
 
 
 def linked(world, first=lambda port: None):
-    """Open the lifelines of several ranks within this process, connect them, and return them by rank.
+    """Connect `world` ranks within this process, and return their lifelines by rank.
 
-    Each rank except rank 0 calls `first` with the port of rank 0 before the rank connects.
+    Each rank except rank 0 calls `first` with the port of rank 0 before it connects to this port.
     """
     box, known, ends = [], threading.Event(), {}
 
@@ -56,7 +56,7 @@ def test_unexpected_exit_is_reported_to_all_ranks(monkeypatch):
     assert ends[1].who() == "rank 2" and ends[0].who() == "rank 2"
     time.sleep(0.5)
     assert sorted(rank for rank, _ in exits) == [0, 1]
-    expected = "rank 2 died or lost its connection; its own log shows the cause, and all ranks stop. "
+    expected = "rank 2 died or lost its connection (its own log shows the cause); all ranks stop. "
     assert all(line.startswith(expected) for _, line in exits)
     [ends[rank].leave(orderly=False) for rank in (0, 1)]
 

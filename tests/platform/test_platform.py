@@ -1,4 +1,7 @@
-"""Tests of the platform: patches for the CPU, device properties, parallel dimensions, and operations on the CPU."""
+"""Tests of the platform: patches for the CPU, device properties, parallel dimensions, and operations on the CPU.
+
+Further tests cover process groups, errors that occur on only one rank, and the store that ranks share.
+"""
 
 import datetime
 import os
@@ -54,7 +57,10 @@ def test_installed_host_maps_cuda_to_the_cpu():
 
 
 def open_twice():
-    """Open the groups for tp 2 on 4 ranks twice. Return which groups are one object, and a sum over the group `tp`."""
+    """Open the groups of 4 ranks with tp 2, close them, and open them again.
+
+    Returns a dictionary that says for pairs of groups whether both are the same object, and a sum over the group `tp`.
+    """
     dims = ParallelDims(tp=2, world=4)
     platform = device.open_platform(deterministic=True)
     groups = open_groups(dims, platform, seed=1, timeout_s=60)
@@ -136,7 +142,7 @@ def test_all_impossible_splits_are_reported_at_once():
     assert problems[0] == "parallel.tp=5: must divide model.num_attention_heads=12; use 1, 2, 3, 4, 6 or 12"
     assert any(p.startswith("parallel.pp=4: must divide model.num_layers=6; use 1, 2, 3 or 6") for p in problems)
     assert ParallelDims(tp=2, pp=3, vpp=2, world=6).problems(Arch) == []
-    assert "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it" in (
+    assert "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove parallel.vpp" in (
         ParallelDims(vpp=2, world=1).problems(Arch)
     )
     assert "parallel.ep=2: model type llama has no experts; use 1" in ParallelDims(ep=2, world=2).problems(Arch)
@@ -281,7 +287,7 @@ def test_weight_gradient_accumulates_in_fp32(dtype):
 
 
 def test_peaks_follow_from_the_hardware():
-    """Dense bf16 FLOP/s are multiprocessors x FLOP per clock x boost clock.
+    """Peak dense bf16 FLOP/s = number of multiprocessors x FLOP per multiprocessor and clock cycle x boost clock.
 
     The value of the B200 follows from the published sparse FP8 peak of 8 GPUs.
     """

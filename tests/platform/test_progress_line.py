@@ -35,7 +35,7 @@ def work(clock, seconds=40, **options):
 
 def test_lines_at_intervals(clock, capsys):
     work(clock)
-    advance(1)  # has no effect, because nothing is counted here
+    advance(1)  # has no effect outside of a counting() block
     assert capsys.readouterr().out.splitlines() == [
         r"eval\x1buating: 10% of 200 pairs, 4 pairs/s, 0:00:45 left",
         r"eval\x1buating: 40% of 200 pairs, 4 pairs/s, 0:00:30 left",

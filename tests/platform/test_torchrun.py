@@ -1,4 +1,4 @@
-"""Tests of torchrun as this package starts it: after a signal, ranks can save, and more signals do no harm."""
+"""Tests of the module that starts torchrun: after a signal, ranks can save, and further signals do no harm."""
 
 import os
 import signal
@@ -29,7 +29,10 @@ sys.exit(75)
 
 
 def signaled(folder, work_s, times, limit=None):
-    """Start a rank, signal torchrun, and return torchrun's output and whether the rank has saved."""
+    """Start a rank with torchrun, and send `times` signals to torchrun.
+
+    Returns torchrun's output, and whether the rank has saved.
+    """
     (folder / "rank.py").write_text(RANK)
     environment = {**os.environ, "WORK_S": str(work_s)}
     environment.pop(torchrun.LIMIT, None)

@@ -1,4 +1,4 @@
-"""Tests of the page in Chromium: charts, pairs, themes, widths, printing, and planted text."""
+"""Tests of the page of `dpo-engine report` in Chromium: charts, pairs, themes, widths, printing, and hostile text."""
 
 import os
 import shutil
@@ -29,7 +29,11 @@ HOSTILE = (
 
 
 def check_steps(driver):
-    """Check that hover boxes name steps only if curves have different steps, and that the x axes have equal ranges."""
+    """Check the hover boxes, the x axes, and the order in which marks are drawn.
+
+    A hover box must name the step of each value if and only if the curves of its chart have different steps. All x axes
+    with steps must have the same range.
+    """
     hover = "return document.querySelector('#chart-{} .plot').data.map(t => t.hovertemplate)"
     assert all("at step %{x}" in text for text in driver.execute_script(hover.format("loss")))
     assert not any("at step" in text for text in driver.execute_script(hover.format("grad_norm")))
@@ -152,7 +156,7 @@ def test_widths_and_themes(width, dark, tmp_path):
         if width == 390:
             driver.execute_script("document.querySelector('.opened .token').click()")
             seen = driver.execute_script("return document.querySelector('.detail').getBoundingClientRect().bottom")
-            assert seen == 844, "after a tap, the numbers must be at the bottom of the screen"
+            assert seen == 844, "after a tap on a token, its numbers must be at the bottom"
             margin = "return document.querySelectorAll('#pair-table tr.pair td')[1].getBoundingClientRect().right"
             assert driver.execute_script(margin) < width
         paper = lambda: driver.find_element("css selector", "body").value_of_css_property("background-color")  # noqa: E731
@@ -193,7 +197,7 @@ def test_single_points_many_runs_and_the_direction_of_text(tmp_path):
             "return [...document.querySelectorAll('#chart-loss .points path, #chart-grad_norm .points path')]"
             ".filter(path => path.getBoundingClientRect().width > 3).length"
         )
-        assert driver.execute_script(points) == 3, "one point each for training loss, held-out loss and norm"
+        assert driver.execute_script(points) == 3, "both losses and the norm must have one point each"
         driver.execute_script("document.querySelector('#pair-table tr.pair').click()")
         ways = driver.execute_script(
             "return [...document.querySelectorAll('.opened .foreign')].map(e => getComputedStyle(e).direction)"
@@ -201,7 +205,7 @@ def test_single_points_many_runs_and_the_direction_of_text(tmp_path):
         assert ways == ["ltr", "rtl", "rtl"]
         tokens = "return [...document.querySelectorAll('.opened .tokens')[0].children].map(e => e.offsetLeft)"
         first, second = driver.execute_script(tokens)[:2]
-        assert first > second, "in a text that runs to the left, the second token must be left of the first one"
+        assert first > second, "in right-to-left text, the second token must be left of the first one"
         support.show(driver, tmp_path / "many.html")
         heights = driver.execute_script(
             "return [...document.querySelectorAll('.plot')].map(plot => [plot.parentElement.id,"
@@ -254,7 +258,7 @@ def test_the_largest_page_opens(tmp_path):
 
 @pytest.mark.slow
 def test_without_decompression_the_verdict_is_still_shown(tmp_path):
-    """The verdict is plain HTML. If the browser cannot unpack the charts, a line on the page reports it."""
+    """The verdict is plain HTML. If the browser cannot unpack the data of the charts, a line on the page says so."""
     page = tmp_path / "page.html"
     write_page([write_directory(tmp_path / "one", count=20, shown=2)], page)
     text = page.read_text()

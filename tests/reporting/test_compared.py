@@ -1,4 +1,4 @@
-"""Tests of the page's comparison of two runs: the summary sentence, the rows, and the exact test."""
+"""Tests of the page's comparison of two runs: the summary sentence, the rows, and the sign test."""
 
 import io
 import math
@@ -21,7 +21,7 @@ WAVE = np.sin(np.arange(COUNT))
 
 
 def judged(name, chosen, rejected, wrong=0, **more):
-    """Return a run that ranks `wrong` pairs wrongly.
+    """Return a run whose rewards rank the first `wrong` pairs incorrectly.
 
     `chosen` and `rejected` are the mean changes of the responses' log-probabilities, in nats.
     """
@@ -32,9 +32,9 @@ def judged(name, chosen, rejected, wrong=0, **more):
 
 
 def test_a_run_with_a_better_accuracy_that_broke():
-    """The second run ranks four pairs correctly that the first ranks wrongly. Four pairs are no clear difference.
+    """The first run ranks four pairs incorrectly, and the second run ranks all pairs correctly.
 
-    The summary must also say what became worse.
+    A difference of four pairs is not clear. The summary must also say what became worse.
     """
     told = comparison(judged("dpo", 0.6, -3.7, wrong=4), judged("hot", -2.07, -48.8))
     assert told["found"]["sign_test"] == 0.125 and (told["found"]["won"], told["found"]["lost"]) == (4, 0)
@@ -79,13 +79,13 @@ def test_rows_that_cannot_be_compared_are_left_out():
 
 
 def test_runs_with_other_references_are_compared_by_likelihood(tmp_path):
-    """A reward accuracy is relative to the reference, so the sentence compares likelihood accuracies instead."""
+    """If the references differ, the summary compares likelihood accuracies instead of reward accuracies."""
     logps = {"chosen_tokens": [4] * COUNT, "ref_chosen_logps": [math.nan] * COUNT}
     simpo = judged("simpo", 1.0, -1.0, facts={"loss": {"name": "simpo"}, "reference": None, "step": 20}, **logps)
     told = comparison(judged("dpo", 1.0, -1.0, wrong=16, facts={"step": 75}), simpo)
     assert told["summary"].startswith(
         "simpo: +0.0 points of likelihood accuracy, which is no clear difference (per token: \u2212100.0 points; the "
-        "reward accuracies are relative to different references)"
+        "runs differ in the reference, so their reward accuracies have different meanings)"
     )
     assert [row.name for row in told["rows"]][:2] == ["likelihood accuracy", "reward accuracy"]
     assert told["found"]["steps"] == [20, 75]
@@ -100,7 +100,8 @@ def test_the_terminal_shows_the_sentence_too():
     out = console.file.getvalue()
     told = comparison(*runs)
     assert told["summary"] in out and "sign test of prompts: p = 0.125" in out
-    assert "hot, step 4  dpo, step 4  difference" in out and "hot ranks 4 better than dpo, 0 worse and 251 eq" in out
+    assert "hot, step 4  dpo, step 4  difference" in out
+    assert "hot ranks 4 of them better than dpo does, 0 worse and 251 eq" in out
     for row in told["rows"]:
         mean, low, high = (f"{value:+.3f}".replace("-", "\u2212") for value in row.difference)
         assert re.search(

@@ -125,7 +125,7 @@ class TestReport:
         assert lines[5][:7] == "longer response 1 to 16 tokens 2".split()
         likely = "likelihood accuracy (chosen more likely than rejected): 0.500 (0.000 to 1.000); per token 0.500 "
         assert lines[6] == f"{likely}(0.000 to 1.000)".split()
-        exact = "for accuracies, widened to contain the exact intervals; means are weighted"
+        exact = "for accuracies, widened to contain the exact (Clopper-Pearson) intervals; means are weighted"
         assert lines[7] == f"intervals: 2,000 bootstrap resamples of prompts, seed 0; {exact}".split()
 
     def test_likelihood_accuracies(self):
@@ -209,8 +209,9 @@ class TestCompare:
             "margin +1.0000 +0.3333 +0.6667 +0.0000 to +2.0000",
             "likelihood accuracy +1.000 +0.667 +0.333 -0.317 to +1.000",
             "likelihood accuracy per token +1.000 +0.667 +0.333 -0.317 to +1.000",
-            "pairs ranked better by the first: 1, worse: 0, equally: 1; sign test of prompts: p = 1",
-            "intervals: 2,000 paired resamples of prompts; for accuracies, widened to contain the exact intervals",
+            "pairs that the first evaluation ranks better: 1, worse: 0, equally well: 1; sign test of prompts: p = 1",
+            "intervals: 2,000 paired resamples of prompts; for accuracies, widened to contain the exact "
+            "(Clopper-Pearson) intervals",
             "the two evaluations differ in loss and reference, so their margins have different units",
-            "weights differ between the two evaluations for 1 pair; those of the first evaluation are used",
+            "weights differ between the two evaluations for 1 pair; the weights of the first evaluation are used",
         ]

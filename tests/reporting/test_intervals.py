@@ -83,7 +83,10 @@ def tail(hits, count, share):
 
 @pytest.mark.parametrize(("hits", "count"), [(255, 255), (251, 255), (0, 12), (7, 10)])
 def test_intervals_of_shares_contain_the_exact_ones(hits, count):
-    """At each end of the Clopper-Pearson interval, the tail that includes the observed count has probability 2.5%."""
+    """At each bound of the Clopper-Pearson interval, the tail that includes the observed count has probability 2.5%.
+
+    Exceptions are the lower bound 0 if there are no hits, and the upper bound 1 if there are only hits.
+    """
     values = np.arange(count) < hits
     found, bootstrap = one(values, centers=[SHARE]), one(values)
     assert found.low <= bootstrap.low and found.high >= bootstrap.high

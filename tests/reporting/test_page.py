@@ -1,4 +1,4 @@
-"""Tests of the page: its content, size and speed, pages of several runs, hostile text, and the text for terminals."""
+"""Tests of the page of a run: its content, size and speed, pages of several runs, and the text for terminals."""
 
 import base64
 import dataclasses
@@ -118,7 +118,7 @@ def test_values_outside_of_the_histogram_are_named(tmp_path):
 
 
 def test_pairs_have_every_kind_that_fits(tmp_path):
-    """Flips are found among all shown pairs, including pairs that are shown for another reason."""
+    """Each shown pair whose ranking flipped has a kind that says so, even if it was chosen for another reason."""
     reference = np.array([-1.0] * 20 + [1.0] * 4)
     policy = np.array([1.0] * 18 + [-1.0] * 6)
     logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5}
@@ -145,7 +145,7 @@ def test_without_tokens_the_page_says_how_to_write_them(folder, tmp_path):
     (bare / "eval/step_00000060.tokens.parquet").write_bytes(b"x")
     html = page(read_runs([bare]))
     verdict, _, section = html.partition('<section id="pairs">')
-    assert "cannot be read as tokens of pairs" in section and "cannot be read" not in verdict
+    assert "is not a readable token file" in section and "cannot be read" not in verdict
     assert f"dpo-engine eval {bare}/config.yaml --step 60 --tokens 64" in section and 'href="#pairs"' in html
     assert 'id="pair-table"' not in html and 'id="pair-table"' in page(read_runs([folder, bare]))
 
@@ -159,7 +159,10 @@ def test_the_page_asks_to_reload_only_if_the_run_may_go_on(folder, tmp_path):
 
 
 def test_the_time_between_starts_is_no_training(tmp_path):
-    """Steps take 2 s and end 2.5 s apart. Between the two starts, after step 20, 270 more seconds pass."""
+    """Steps take 2 s and end 2.5 s apart. The run is restarted after step 20.
+
+    A pause of 270 s before the restart must not change the results.
+    """
     folder = write_directory(tmp_path / "run", count=20, shown=2)
     assert "0:02:29 of training" in page(read_runs([folder])), "steps 1 and 21 count 2 s each, other steps 2.5 s"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -202,7 +205,7 @@ def test_charts_of_a_run_without_a_reference(folder, tmp_path):
 
 
 def test_small_numbers_of_pairs_keep_their_digits(tmp_path):
-    """The margins of a pair whose ranking flipped keep their signs, even if they are very small."""
+    """Very small margins are not rounded to 0, so that they show whether the ranking of their pair flipped."""
     logps = {"ref_chosen_logps": [-5.00021, -5.0, -6.0], "chosen_logps": [-4.0, -5.0, -4.9998]}
     folder = write_directory(tmp_path / "run", found=evaluation([1.0, 0.0, 1.0], **logps), shown=3)
     rows = {row["index"]: row for row in pair_rows(read_runs([folder]))}
@@ -250,7 +253,8 @@ def test_runs_with_different_held_out_pairs(folder, tmp_path):
     ids = [f"{i:032x}" for i in range(30, 90)]
     half = write_directory(tmp_path / "half", found=pairs(60, id=ids), shown=2)
     html = page(read_runs([folder, half]))
-    assert "The runs were evaluated on different held-out pairs: 30 in common (compared), 30 only in half, 30" in html
+    says = "The runs were evaluated on different held-out pairs, of which only the common ones are compared: "
+    assert f"{says}30 in common, 30 only in half, 30 only in one." in html
     none = write_directory(tmp_path / "none", found=evaluation([1.0], ids=["f" * 32]), shown=1)
     html = page(read_runs([folder, none]))
     assert "The runs were evaluated on different held-out pairs, so no pair can be compared." in html

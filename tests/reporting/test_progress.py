@@ -1,4 +1,4 @@
-"""Tests of the progress display while files are read: lines at intervals, and no output if it is turned off."""
+"""Tests of the progress display while files are read: lines at intervals, and modes without a display."""
 
 import pytest
 

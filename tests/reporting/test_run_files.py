@@ -1,4 +1,4 @@
-"""Tests of reading a run's directory, and of thinning curves."""
+"""Tests of reading a run's directory, of reducing curves to fewer points, and of showing hidden characters."""
 
 import json
 
@@ -38,8 +38,9 @@ def test_damaged_and_stale_files(tmp_path):
         log.write("2026-01-02 03:04:05 ended: optim.lr=1: too high\n")
     run = read_run(folder, "run")
     assert run.step == 24 and run.ended == "optim.lr=1: too high"
-    assert np.isnan(run.series["loss"].values[0]) and "text" not in run.series, "the last value of a step must count"
-    assert run.evaluation is None and not run.summaries, "evaluations of later steps belong to an earlier start"
+    assert np.isnan(run.series["loss"].values[0]), "if a step has several values, the last one must count"
+    assert "text" not in run.series
+    assert run.evaluation is None and not run.summaries, "evaluations after the last metrics are from an earlier start"
     assert run.problems == [
         f"{folder}/eval/step_00000020.json: is not a summary of an evaluation; run the evaluation again",
         f"{folder}/config.yaml: is not the configuration of a run",
@@ -47,8 +48,8 @@ def test_damaged_and_stale_files(tmp_path):
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     (folder / "eval/step_00000060.tokens.parquet").write_bytes(b"x")
     run = read_run(folder, "run")
-    assert len(run.problems) == 2 and "cannot be read as tokens of pairs" in run.no_tokens
-    command = f"To write it: dpo-engine eval {folder}/config.yaml --step 60 --tokens 64"
+    assert len(run.problems) == 2 and "is not a readable token file" in run.no_tokens
+    command = f"To write the file: dpo-engine eval {folder}/config.yaml --step 60 --tokens 64"
     assert run.no_tokens.endswith(f". {command}") and "again" not in run.no_tokens
     (folder / "eval/step_00000060.tokens.parquet").unlink()
     path = folder / "eval/step_00000060.tokens.parquet"
@@ -56,8 +57,9 @@ def test_damaged_and_stale_files(tmp_path):
     write_tokens(path, [], {})
     assert read_run(folder, "run").no_tokens == f"{path}: contains no pairs. {command}"
     (folder / "checkpoints/step_00000060").rename(folder / "checkpoints/step_00000040")
-    why = f"{path}: contains no pairs, and the checkpoint of step 60 is gone."
-    assert read_run(folder, "run").no_tokens == f"{why} With logging.token_samples=64, a run writes tokens"
+    why = f"{path}: contains no pairs, and step 60 has no checkpoint."
+    way_out = "A run with logging.token_samples=64 writes tokens at each evaluation"
+    assert read_run(folder, "run").no_tokens == f"{why} {way_out}"
     (folder / "eval/step_00000060.parquet").write_bytes(b"x")
     run = read_run(folder, "run")
     assert run.evaluation is None and "cannot be read as Parquet" in run.problems[1]

@@ -77,7 +77,7 @@ def test_resumed_run_truncates_the_steps_it_repeats(run):
     first.log(2, {"loss": 9.0}, prefix="eval/")
     first.close()
     with open(f"{config.train.output_dir}/metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 2, "lo')  # as if killed while writing
+        file.write('{"step": 2, "lo')  # as if the process had been killed during a write
     second = open_sinks(config, total_steps=4, writer=True, start_step=2)
     second.log(3, {"loss": 3.5})
     second.close()
@@ -372,7 +372,7 @@ def test_missing_package_of_a_sink(run, tmp_path, monkeypatch):
 
 
 def tracked(config):
-    """Log step 1 and step 2 in two separate starts of a run."""
+    """Start a run twice. The first start logs step 1, and the second one logs step 2."""
     for start_step in (0, 1):
         opened = open_sinks(config, total_steps=2, writer=True, start_step=start_step)
         opened.log(start_step + 1, METRICS)

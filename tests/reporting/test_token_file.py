@@ -17,7 +17,7 @@ def test_file_round_trips(tmp_path):
     path = tokens_path(tmp_path / "eval" / "step_00000003.parquet")
     assert path.name == "step_00000003.tokens.parquet"
     prompt = TokenText("a", 3, "random", "prompt", [1, 2], ["x y"], cut=None)
-    half = "\ud83d"  # half of a surrogate pair; some tokenizers return this
+    half = "\ud83d"  # an unpaired surrogate, as some tokenizers return
     chosen = TokenText("a", 3, "random", "chosen", [4, 5], ["p", half], [-1.5, math.nan], None, [True, False])
     write_tokens(path, [prompt, chosen], FACTS)
     (first, second), facts = read_tokens(path)
@@ -35,8 +35,8 @@ def test_file_round_trips(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda path: path.write_bytes(b"PAR1"), "cannot be read as tokens of pairs ("),
-        (lambda path: pa.parquet.write_table(pa.table({"id": ["a"]}), path), "cannot be read as tokens of pairs ("),
+        (lambda path: path.write_bytes(b"PAR1"), "is not a readable token file ("),
+        (lambda path: pa.parquet.write_table(pa.table({"id": ["a"]}), path), "is not a readable token file ("),
         (
             lambda path: pa.parquet.write_table(
                 pa.table({"id": ["a"]}).replace_schema_metadata({KEY: b'{"format": 1}'}), path
@@ -54,7 +54,7 @@ def test_unusable_files_are_refused(change, says, tmp_path):
 
 
 def test_pairs_are_chosen_by_kind():
-    # log-probability margins of eight pairs under each model; their change is policy minus reference
+    # log-probability margins of eight pairs under each model; the change of a margin is policy minus reference
     reference, policy = np.array([1, 1, -1, -1, 2, 0.5, 3, 3]), np.array([-1, 1, 2, -1, 9, 0.6, 3, 3])
     columns = evaluation(
         0.1 * (policy - reference),

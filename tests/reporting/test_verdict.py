@@ -1,4 +1,4 @@
-"""Tests of the verdict: made-up runs with known answers, and independently computed numbers."""
+"""Tests of the findings about runs. The runs are made up, and the expected numbers are computed independently."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ def run_of(found=None, tmp_path="x", **metrics):
 
 
 def verdict(found, earlier=None, **metrics):
-    """Return the findings by title."""
+    """Return a dictionary of the findings, with their titles as keys."""
     measures = Measures(found, lambda step: earlier) if found else None
     return {one.title: one for one in findings(run_of(found, **metrics), measures)}
 
@@ -45,10 +45,10 @@ def test_better_worse_and_unclear():
     says = "prefers the chosen response more than the reference does."
     both_fell = evaluation([1.0] * 30, chosen_logps=[-6.0] * 30, rejected_logps=[-7.0] * 30)
     assert one(verdict(both_fell), "Better on held-out pairs").title.endswith(says), (
-        "this also holds if chosen responses became less likely"
+        "the title must not change if chosen responses became less likely"
     )
     assert one(verdict(evaluation([-1.0] * 30)), "Worse on held-out pairs").title.endswith(says)
-    # For 255 of 255 correct pairs, the exact lower bound is the share whose 255th power is 2.5%.
+    # If 255 of 255 pairs are correct, the exact lower bound of the accuracy is the number whose 255th power is 2.5%.
     exact = 100 * 0.025 ** (1 / 255)
     assert (
         f"interval {exact:.1f}% to 100.0%" in one(verdict(evaluation([1.0] * 255)), "Better on held-out pairs").evidence
@@ -64,8 +64,8 @@ def test_better_worse_and_unclear():
 def free(right, tokens, step, count=40, **more):
     """Return an evaluation without a reference.
 
-    Per token, the chosen response is more likely in ``right`` pairs. As a whole, the chosen response is more likely in
-    all pairs, because it has only 2 tokens. The rejected response has ``tokens`` tokens.
+    Per token, the chosen response is more likely in the first ``right`` pairs. As a whole, the chosen response is more
+    likely in all pairs, because it has only 2 tokens. The rejected response has ``tokens`` tokens.
     """
     each = np.where(np.arange(count) < right, -1.0, -2.0)
     chosen, rejected = 2 * each, np.full(count, -1.5 * tokens)
@@ -76,7 +76,7 @@ def free(right, tokens, step, count=40, **more):
 
 
 def first(found, earlier=None, per_token=True, start=0):
-    """Return the findings about a reference-free run whose first evaluation is ``earlier``, after step ``start``."""
+    """Return the findings about a reference-free run whose first evaluation, after step ``start``, is ``earlier``."""
     measures = Measures(found, lambda step: earlier if step == start else None, start, per_token)
     return {one.title: one for one in findings(run_of(found), measures)}
 
@@ -124,7 +124,7 @@ def test_without_a_reference_length_and_sources_are_judged_per_token():
 
 def test_no_evaluation():
     found = verdict(None, loss=series(0.7, 0.6))
-    assert one(found, "No held-out pairs were evaluated").kind == "note"
+    assert one(found, "No results on held-out pairs can be read").kind == "note"
 
 
 def test_a_run_that_has_not_trained_is_not_judged():
@@ -157,7 +157,7 @@ def test_an_evaluation_with_bad_numbers():
     run = run_of(found, eval__loss=series(0.6, 0.4, math.nan))
     told = findings(run, Measures(found, lambda step: found))
     assert (told[0].kind, told[0].title) == ("bad", "The held-out loss after step 3 is not a finite number.")
-    assert told[0].evidence.endswith("The other numbers are those after step 2.")
+    assert told[0].evidence.endswith("The findings about pairs describe step 2.")
     assert not any("overfitting" in one.title.lower() for one in told) and {one.kind for one in told[1:]} == {"note"}
     # Now the loss of step 3 is finite, but the results of step 3 for single pairs are unknown.
     known = findings(run_of(found, eval__loss=series(0.6, 0.4, 0.7)), Measures(found, lambda step: found))
@@ -212,8 +212,8 @@ def test_a_policy_far_from_the_reference():
     falling = {"eval__loss": series(0.6, 0.4)}
     for start in ("No overfitting so far", "The model's confidence matches"):
         kinds = [one(verdict(found, **falling), start).kind for found in (sure(near), sure(far))]
-        assert kinds == ["good", "note"], "far from the reference, a good number says little"
-    headline = one(verdict(far), "Better on held-out pairs (accuracy 100.0% of 20 pairs), but the policy is very far")
+        assert kinds == ["good", "note"], "far from the reference, the finding must be a note"
+    headline = one(verdict(far), "Better on held-out pairs (accuracy 100.0% on 20 pairs), but the policy is very far")
     assert headline.kind == "warn" and "Read generations" in headline.advice
 
 
@@ -285,7 +285,7 @@ def test_length():
     short = one(verdict(few), "Too few pairs differ in length")
     assert (
         short.kind == "note"
-        and "equal length counts as half right. Different lengths: 2 pairs of 20." in short.evidence
+        and "equally long responses counts as half right. Different lengths: 2 pairs of 20." in short.evidence
     )
 
 
@@ -297,7 +297,7 @@ def test_sources():
     fine = verdict(evaluation([1.0] * 60, source=["a/x"] * 30 + ["b/x"] * 30))
     assert one(fine, "No source got clearly worse; a/x has the lowest").kind == "good"
     few = verdict(evaluation([1.0] * 6, source=["a"] * 3 + ["b"] * 3))
-    assert one(few, "The sources have too few pairs").kind == "note"
+    assert one(few, "Every source has too few pairs").kind == "note"
 
 
 def test_only_the_largest_of_many_sources_are_judged():
@@ -315,7 +315,9 @@ def test_calibration():
     assert f"error {confidence - 0.7:.3f}, Brier score {brier:.3f}" in over.evidence
     assert one(verdict(evaluation([0.1] * 50)), "The model is underconfident").kind == "note"
     few = evaluation([0.1] * 7 + [-0.1] * 3)
-    assert one(verdict(few), "The model's confidence matches"), "an accuracy of 70 % +- 28 % proves nothing"
+    assert one(verdict(few), "The model's confidence matches"), (
+        "10 pairs must be too few to show that the model is underconfident"
+    )
     half = math.log(0.8 / 0.2)
     assert one(verdict(evaluation([half] * 80 + [-half] * 20)), "The model's confidence matches").kind == "good"
 

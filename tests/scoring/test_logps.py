@@ -46,11 +46,12 @@ LAYOUTS = {
 class Case(NamedTuple):
     """A scoring task and its settings.
 
-    chunk  number of sites whose logits are in memory at the same time
+    chunk  largest number of sites whose logits are in memory at the same time
     head   use of the output layer's gradient. ``frozen``: there is no gradient. ``autograd``: the gradient is returned
-           to autograd. In the other cases, the gradient is added to the gradient buffer of Megatron's DDP. These cases
-           differ in the way in which DDP treats autograd's gradient. ``buffer``: DDP waits for it and ignores it.
-           ``tied``: DDP waits for it and adds it. ``uncounted``: DDP does not wait for it
+           to autograd. In the other three cases, the gradient is added to the gradient buffer of Megatron's DDP.
+           ``buffer``: DDP waits until autograd returns a gradient, and ignores the returned gradient. ``tied``: DDP
+           waits until autograd returns a gradient, and adds the returned gradient to the buffer. ``uncounted``: DDP
+           does not wait for autograd
     """
 
     tree: bool = False
@@ -79,7 +80,7 @@ def pairs_of(case: Case):
     """Return eight pairs and a dummy, or only dummies if the case has ``dummies``.
 
     The prompts of the eight pairs are drawn from three prompts. One response consists of the token ids at the edges of
-    all shards.
+    the vocabulary shards, for all layouts.
     """
     if case.dummies:
         return [None, None]
@@ -98,9 +99,10 @@ def batch_of(case: Case, cp_size: int):
 
 
 def weights(dtype: torch.dtype, padded: int = VOCAB):
-    """Return the token table, the position table and the output layer, whose padding rows would give huge logits.
+    """Return the token table, the position table and the output layer.
 
-    A hidden state is the sum of an entry of the token table and an entry of the position table.
+    A hidden state is the sum of an entry of the token table and an entry of the position table. The padding rows of the
+    output layer are so large that the losses would be wrong if the softmax included these rows.
     """
     generator = torch.Generator().manual_seed(3)
     of_tokens = torch.randn(VOCAB, HIDDEN, generator=generator)
@@ -171,8 +173,9 @@ def measure_case(layout: Layout, case: Case, groups):
 def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
     """Return the gradient that the optimizer gets for the output layer, or None if the layer is frozen.
 
-    Without a buffer, it is autograd's gradient. Otherwise, it is what was added to the buffer, whose initial value is
-    3, plus autograd's gradient if DDP adds this gradient to the buffer.
+    Without a buffer, the optimizer gets autograd's gradient. With a buffer, the optimizer gets the sum of all values
+    that were added to the buffer's initial value of 3. If DDP adds autograd's gradient to the buffer, the sum includes
+    autograd's gradient.
     """
     if case.head == "frozen":
         assert head.grad is None
@@ -182,7 +185,7 @@ def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
     if case.head == "uncounted":
         assert head.grad is None and not getattr(head, "grad_added_to_main_grad", False)
         return head.main_grad - 3.0
-    assert head.grad is not None, "DDP would wait for this gradient"
+    assert head.grad is not None, "DDP waits for this gradient, so autograd must return it"
     marked = getattr(head, "grad_added_to_main_grad", False)
     assert marked == (case.head == "buffer")
     return head.main_grad - 3.0 + (0 if marked else head.grad)
@@ -262,7 +265,8 @@ def test_against_log_softmax(name, layout, measured):
                 else:
                     assert got.dtype == torch.float32
                     check(got, expected, atol=1e-4)
-    # The gradient of the logits is rounded to the dtype before the matrix products. bf16 keeps 8 significant bits.
+    # The gradient of the logits is rounded to the case's dtype before the matrix products. bf16 keeps 8 significant
+    # bits.
     bounds = (1e-4, 1e-5) if case.dtype is torch.float32 else (5e-2, 2e-2)
     # Each TP rank has a summand of the hidden states' gradient, and each CP rank has the gradient at its own sites. The
     # sum over all ranks is the whole gradient.
@@ -315,9 +319,9 @@ def test_known_distributions_far_from_zero():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradient_that_ddp_adds_to_the_buffer_is_zero(tied, monkeypatch):
-    """With overlap, DDP adds the returned gradient of a tied embedding to the buffer.
+    """If DDP overlaps communication with backward, DDP adds the returned gradient of a tied embedding to the buffer.
 
-    The buffer already contains this gradient, so zeros must be returned.
+    The engine has already added the true gradient to the buffer, so the returned gradient must be zero.
     """
     garbage = torch.full((3, 2), float("nan"))
     monkeypatch.setattr(torch, "empty_like", lambda weight: garbage)

@@ -34,7 +34,7 @@ class TestStored:
 
     def test_missing_pair_is_an_error(self):
         reference = StoredReference(Rows.empty().with_more(keys(DIGESTS[:2]), self.values[:2]), groups=LAST)
-        with pytest.raises(KeyError, match="pairs of a batch without stored log-probabilities: 2"):
+        with pytest.raises(KeyError, match="pairs without stored log-probabilities in a batch: 2"):
             reference.logps([batch_of(0, 2, -1, 3)])
 
 
@@ -61,7 +61,10 @@ def test_offloaded_results_belong_to_their_pairs(monkeypatch):
 
 
 def test_moving_bf16_reference_keeps_small_updates():
-    """Each of fifty updates moves weights by 5% of their distance to the target. In bf16, they would stop changing."""
+    """Each of fifty updates moves the weights by 5% of their distance to the target.
+
+    If the weights were kept only in bf16, the weights would stop changing.
+    """
     start, end = (torch.nn.Linear(8, 8, bias=False).bfloat16() for _ in range(2))
     first, target = (module.weight.detach().double() for module in (start, end))
     first, target = first.clone(), target.clone()

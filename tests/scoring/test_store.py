@@ -1,4 +1,4 @@
-"""Tests of the store of log-probabilities: reading rows back, the choice of segments, and handling of damage."""
+"""Tests of the store of log-probabilities: it returns stored rows, uses only the right segments, and detects damage."""
 
 import os
 
@@ -112,7 +112,7 @@ class TestStore:
             reader = fresh(tmp_path)
             assert len(reader.read(in_order(digests)).keys) == 0
             assert reader.complaints() == [
-                f"{path}: is damaged: its SHA-256 differs from the one in its name; its pairs are treated as missing, "
+                f"{path}: is damaged: its SHA-256 differs from the one in its name; its rows are not used, "
                 "and the file can be removed"
             ]
 
@@ -132,7 +132,7 @@ class TestStore:
         mine.folder.mkdir()
         (mine.folder / path.name).write_bytes(path.read_bytes())
         assert len(mine.read(in_order(digests)).keys) == 0
-        assert "belongs to another reference; its pairs are treated as missing" in mine.complaints()[0]
+        assert "belongs to another reference; its rows are not used" in mine.complaints()[0]
 
     @pytest.mark.parametrize("kind", ["no arrow", "other columns"])
     def test_foreign_file_with_a_valid_name_is_not_used(self, kind, tmp_path):
@@ -182,4 +182,4 @@ class TestStore:
         store = fresh(tmp_path)
         assert not len(store.read(in_order(digests)).keys)
         (line,) = store.complaints()
-        assert "contains values that are not finite; its pairs are treated as missing" in line
+        assert "contains values that are not finite; its rows are not used" in line

@@ -125,7 +125,9 @@ def test_tokens_of_turns_that_are_not_scored(files, tiny_hf, tmp_path):  # noqa:
     texts, _ = read_tokens(tmp_path / "eval/step_00000000.tokens.parquet")
     prompt, chosen, rejected = texts
     assert "".join(chosen.text).startswith("the first \N{OWL}\N{SNOWMAN}<|im_end|>\n<|im_start|>user\nof them?")
-    assert "" in chosen.text and "\N{OWL}" in chosen.text, "the bytes of a character must belong to its last token"
+    assert "" in chosen.text and "\N{OWL}" in chosen.text, (
+        "the whole character must be the text of the character's last token"
+    )
     left_out = "".join(piece for piece, scored in zip(chosen.text, chosen.scored, strict=True) if not scored)
     assert "of them?" in left_out and "number" not in left_out and "first" not in left_out
     expected = of_transformers(model, prompt.token_ids, chosen.token_ids)
@@ -142,7 +144,7 @@ def judge_slowly(config, **asked):
 
 
 def test_progress_of_evaluating_and_scoring(files, tiny_hf, tmp_path, capfd):  # noqa: F811
-    """All progress lines have the same form. They count a pair once for each model that scores it.
+    """All progress lines have the same form. In the percentage, a pair counts once for each model that scores it.
 
     Tokens have no log-probability under a stored reference, because a store has only sums over responses.
     """
@@ -170,4 +172,7 @@ def test_progress_of_evaluating_and_scoring(files, tiny_hf, tmp_path, capfd):  #
 
 def test_number_of_pairs_is_checked(files, tiny_hf, tmp_path):  # noqa: F811
     outcome = judge(config_of(files, tiny_hf("llama"), tmp_path), step=0, tokens=0)
-    assert outcome == ("ConfigError", "--tokens=0: must be at least 1; pass a number of pairs")
+    assert outcome == (
+        "ConfigError",
+        "--tokens=0: must be at least 1; pass the number of pairs whose tokens are written",
+    )

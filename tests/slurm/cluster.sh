@@ -4,7 +4,7 @@
 #
 #   cluster.sh install     install the necessary Debian packages
 #   cluster.sh start       start the controller and the nodes, unless they are running; restart lost nodes
-#   cluster.sh env         print the variable with which sbatch finds the cluster; usage: eval "$(cluster.sh env)"
+#   cluster.sh env         print a command that lets sbatch find the cluster; usage: eval "$(cluster.sh env)"
 #   cluster.sh status      print one line for each daemon, and then Slurm's list of the nodes
 #   cluster.sh lose NODE   kill all processes of the node at once, as in a power failure
 #   cluster.sh stop        cancel all jobs, and end all processes that this script has started
@@ -40,7 +40,7 @@ requirements() {
   ((EUID == 0)) || give_up 77 "root is required to create the namespaces that act as nodes"
   local absent
   absent=$(missing)
-  [[ -z $absent ]] || give_up 78 "not installed: ${absent}(bash tests/slurm/cluster.sh install)"
+  [[ -z $absent ]] || give_up 78 "not installed: ${absent}(to install: bash tests/slurm/cluster.sh install)"
   # shellcheck disable=SC2016
   unshare --net --mount --uts sh -c 'ip link add one type bridge && ip link add two type veth peer name three &&
     mount --bind /etc/hosts /etc/hosts && hostname node' 2>/dev/null ||
@@ -100,7 +100,7 @@ SlurmctldHost=$(hostname -s)($subnet.1)
 SlurmctldPort=$controller_port
 SlurmUser=root
 AuthType=auth/munge
-# A requeued job waits until its old credential has expired. The default is two minutes.
+# A requeued job waits until its old credential has expired. By default, a credential expires after two minutes.
 AuthInfo=socket=$dir/run/munge,cred_expire=10
 StateSaveLocation=$dir/state
 SlurmctldPidFile=$dir/run/slurmctld.pid

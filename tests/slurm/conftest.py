@@ -1,4 +1,4 @@
-"""Fixtures: a Slurm cluster for all tests in this folder, and a function that makes directories to submit jobs from."""
+"""Fixtures: a Slurm cluster for all tests in this folder, and directories from which tests submit jobs."""
 
 import pytest
 
@@ -19,5 +19,8 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def submit_from(cluster, tmp_path):
-    """Return a function: ``submit_from(LAUNCHER="torchrun")`` makes a directory to submit from, with a `site.env`."""
+    """Return a function: ``submit_from(LAUNCHER="torchrun")`` makes a directory from which a test submits jobs.
+
+    The settings that are passed to the function are written to `launch/site.env` in this directory.
+    """
     return lambda **site: Submission(cluster, tmp_path / "clone", **site)

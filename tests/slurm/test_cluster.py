@@ -1,4 +1,4 @@
-"""Tests of the script that starts the cluster: it checks its requirements and leaves nothing running."""
+"""Tests of the script that starts the cluster: `start` checks the requirements, and `stop` leaves nothing running."""
 
 import os
 import subprocess
@@ -51,7 +51,8 @@ def test_missing_packages_are_listed(cluster, tmp_path):
     )
     assert done.returncode == NOT_INSTALLED
     assert done.stderr == (
-        "no Slurm cluster: not installed: slurmctld slurmd sbatch munged ip (bash tests/slurm/cluster.sh install)\n"
+        "no Slurm cluster: not installed: slurmctld slurmd sbatch munged ip "
+        "(to install: bash tests/slurm/cluster.sh install)\n"
     )
 
 

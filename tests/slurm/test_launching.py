@@ -1,4 +1,7 @@
-"""Tests of jobs that are submitted in unusual ways, or that meet problems in Slurm: they train, or print what to do."""
+"""Tests of jobs that are submitted in unusual ways, or that meet problems in Slurm.
+
+A job that can run does its work. A job that cannot continue prints what to do.
+"""
 
 import os
 import re
@@ -14,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_every_verb_on_two_nodes(submit_from, run_yaml, tmp_path):
-    """Each job waits for the previous job. Each of the two nodes has one rank."""
+    """Each job waits for the previous job. A verb that needs ranks has one rank on each of the two nodes."""
     run = run_yaml("run", parallel={"tp": 2}, reference={"mode": "stored"}, train={"max_steps": 2})
     submission = submit_from()
     ranks, one = "2 x 1 ranks, {} under srun", "1 process, {} under srun"
@@ -66,7 +69,7 @@ def test_job_that_may_not_be_requeued(submit_from, run_yaml):
     job.wait_until_it_says("warned by Slurm: the ranks finish their step and save")
     job.signal("--signal=CONT")
     assert job.ends("FAILED")["ExitCode"] == "75:0"
-    assert "not requeued: interrupted and saved, but this job may not be requeued" in job.said
+    assert "not requeued: interrupted and saved, but Slurm must not requeue this job" in job.said
     assert f"launch/run.sbatch train {run}\n" in job.said and "\nrequeued" not in job.said
 
 
@@ -94,7 +97,7 @@ def test_busy_controller(cluster, submit_from, run_yaml):
     os.kill(controller, signal.SIGSTOP)
     try:
         os.kill(shell, signal.SIGUSR1)
-        waiting = "trying srun, which sends signals without the controller"
+        waiting = "srun signals the ranks without the controller"
         job.wait("the signal", lambda: waiting in job.said)
         os.kill(stopped, signal.SIGCONT)
         job.wait("the save", lambda: "SIGUSR1: stopped after step " in job.said)

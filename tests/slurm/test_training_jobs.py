@@ -1,7 +1,8 @@
 """Tests of training jobs submitted to Slurm: after any interruption, the metrics are those of an undisturbed job.
 
-`DPO_FAULT=step:R:N:stop` suspends the process of rank R after its N-th step. Each test can therefore act at a known
-moment, before it continues or ends the process. The expected metrics come from forked ranks, which run without Slurm.
+Most tests set `DPO_FAULT=step:R:N:stop`, which suspends the process of rank R after the N-th step. Such a test acts at
+this known moment, and then continues or ends the process. The expected metrics come from forked ranks, which run
+without Slurm.
 """
 
 import re
@@ -91,7 +92,7 @@ def test_lost_node(cluster, submit_from, run_yaml, undisturbed, tmp_path):
 
 
 def test_cancelled_job_is_not_requeued(submit_from, run_yaml, tmp_path):
-    """The ranks of a cancelled job still save, and exit with code 75."""
+    """The ranks of a canceled job finish their step, save and exit with code 75, unless KillWait ends first."""
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:0:2:stop")
     job.wait_until_it_says("DPO_FAULT: step, occurrence 2")
     job.signal()

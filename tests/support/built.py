@@ -1,4 +1,4 @@
-"""Build data sets in a test's folder from rows or files, with a byte-level tokenizer by default."""
+"""Build data sets in a test's folder from rows or files, with a tokenizer that the test chooses."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from dpo_engine.data.tokenizer import load_tokenizer
 
 
 def data_config(*paths, **settings):
-    """Return the section `data` of a run that trains on `paths`."""
+    """Return the section `data` in the configuration of a run that trains on `paths`."""
     train = [path if isinstance(path, dict) else str(path) for path in paths]
     return Config.parse(
         {"model": {"path": "m"}, "train": {"output_dir": "o"}, "data": {"train": train, **settings}}

@@ -1,4 +1,4 @@
-"""Run the command line on untrusted files, on one rank, and report its output, time, memory, and changed files."""
+"""Run the command line on untrusted files, on one rank. Report output, time, memory and changed files."""
 
 import json
 import os

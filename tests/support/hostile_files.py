@@ -40,7 +40,10 @@ CASES: dict[str, Case] = {}
 
 
 def case(code: int, says: str):
-    """Return a decorator that registers a function as the `plant` of a case. The case has the function's name."""
+    """Return a decorator that registers a function as the `plant` of a case.
+
+    The case's name is the function's name, with spaces instead of underscores.
+    """
 
     def keep(plant):
         CASES[plant.__name__.replace("_", " ")] = Case(plant, code, says)
@@ -105,7 +108,7 @@ def record_with_many_fields_of_nearly_the_right_name(folder):
     rows(folder, "{" + ",".join(f'"promp{n}":1' for n in range(200_000)) + "}")
 
 
-@case(3, "pairs.jsonl:2: there is no prompt")
+@case(3, "pairs.jsonl:2: missing field 'prompt'")
 def record_whose_blanks_make_a_regular_expression_hang(folder):
     blanks = " " * 4_000_000
     (folder / "pairs.jsonl").write_bytes(
@@ -235,18 +238,18 @@ def zip_slip() -> bytes:
 # Weights
 
 
-@case(2, "pytorch_model.bin: pickled weights can run code when loaded")
+@case(2, "pytorch_model.bin: pickled weights are refused, because loading them can run code")
 def pickle_for_weights(folder):
     (folder / "model/model.safetensors").unlink()
     torch.save(Payload(), folder / "model/pytorch_model.bin")
 
 
-@case(2, "model.safetensors: pickled weights can run code when loaded")
+@case(2, "model.safetensors: pickled weights are refused, because loading them can run code")
 def pickle_named_safetensors(folder):
     (folder / "model/model.safetensors").write_bytes(PICKLE)
 
 
-@case(2, "model.safetensors: pickled weights can run code when loaded")
+@case(2, "model.safetensors: pickled weights are refused, because loading them can run code")
 def torch_file_named_safetensors(folder):
     torch.save(Payload(), folder / "model/model.safetensors")
 
@@ -366,7 +369,7 @@ def index_that_names_a_terminal_sequence(folder):
     index(folder, ANSI * 1000)
 
 
-@case(2, "model-2.safetensors: pickled weights can run code")
+@case(2, "model-2.safetensors: pickled weights are refused")
 def index_that_names_a_link_to_a_pickle_outside(folder):
     (folder / "outside.bin").write_bytes(PICKLE)
     (folder / "model/model-2.safetensors").symlink_to("../outside.bin")
@@ -469,7 +472,7 @@ def tokenizer_of_pickles_only(folder):
     return BYTES
 
 
-@case(2, "transformers cannot load it")
+@case(2, "transformers cannot load this directory")
 def tokenizer_json_that_is_a_pickle(folder):
     (folder / "tok/tokenizer.json").write_bytes(PICKLE)
     return BYTES
@@ -480,7 +483,7 @@ def sentencepiece_model_that_is_a_pickle(folder):
     (folder / "tok.model").write_bytes(PICKLE)
 
 
-@case(2, "transformers cannot load it")
+@case(2, "transformers cannot load this directory")
 def tokenizer_json_nested_100000_deep(folder):
     (folder / "tok/tokenizer.json").write_text('{"model": ' + DEEP)
     return BYTES
@@ -592,7 +595,7 @@ def run_file_nested_deep_by_aliases(folder):
     run_file(folder, "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 2000)))
 
 
-@case(2, "is not valid YAML (a number with 5,001 digits)")
+@case(2, "is not valid YAML (a number with 5,001 digits, more than 100)")
 def run_file_with_an_integer_of_5000_digits(folder):
     run_file(folder, f"plugins: {HUGE}\n")
 

@@ -1,4 +1,4 @@
-"""If a program that a test needs is not installed, skip the test with the reason, or fail in CI."""
+"""Skip a test that needs a program that is not installed, and name the reason. In CI, fail the test instead."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ def absent(what: str) -> NoReturn:
 
 
 def need(*programs: str) -> None:
-    """If one of these programs is not installed, skip the test, or fail in CI."""
+    """If one of these programs is not installed, skip the test. In CI, fail the test instead."""
     search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [program for program in programs if shutil.which(program, path=search) is None]
     if missing:

@@ -18,7 +18,7 @@ import torch
 class Finished(NamedTuple):
     """The result of a job.
 
-    codes      exit code of each rank; if a signal ended the rank, the negative number of the signal
+    codes      exit code of each rank; if a signal ended the rank, minus the number of the signal
     seconds    for each rank, seconds from the start of the job to the rank's exit
     errors     stderr of each rank
     output     stdout of each rank
@@ -50,7 +50,9 @@ def run_job(
     timeout_s: float = 120,
     ends_with: Callable[[list[int | None]], bool] = lambda codes: None not in codes,
 ) -> Finished:
-    """Run ``dpo-engine <arguments>`` in ``ranks`` processes on this machine, as srun would start them.
+    """Run ``dpo-engine <arguments>`` in ``ranks`` processes on this machine, without a launcher.
+
+    The variables ``RANK`` and ``WORLD_SIZE`` tell each process its rank and the number of ranks, as under a launcher.
 
     folder      folder for the output of the ranks
     fault       value of ``DPO_FAULT``

@@ -1,4 +1,4 @@
-"""Parallel layouts of the tests that train."""
+"""Parallel layouts in which tests train models."""
 
 SIZES = [6, 6, 5]
 

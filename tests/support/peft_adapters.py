@@ -11,7 +11,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def make_adapter(model, directory, *, up=0.1, **settings):
     """Save a PEFT adapter with random weights for the checkpoint ``model``, and return its directory.
 
-    up   standard deviation of the weights in the B matrices
+    up   standard deviation of the weights in the B matrices. The magnitudes of a DoRA adapter are multiplied by random
+         factors from 1 to ``1 + 2 * up``
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -3,8 +3,8 @@
 A CUDA graph reuses memory in ways that depend on the allocator. To find every use of memory that is no longer valid,
 this stand-in overwrites floating-point numbers with NaN where a GPU could have other values:
 
-- At the end of a recording: in all memory that the recording allocated. While a CUDA graph records operations, they do
-  not run.
+- At the end of a recording: in all memory that the recording allocated. A CUDA graph does not run the operations while
+  it records them, so this memory has no valid values before a replay.
 - After a replay: in all memory that later recordings of the same pool allocated. On a GPU, later recordings can share
   memory with intermediate results of the replayed recording.
 - After a replay: in all memory that earlier recordings of the same pool had already freed when the replayed recording
@@ -32,12 +32,13 @@ class Recorder(TorchDispatchMode):
     """Run operations, and remember them with their tensors.
 
     operations  each operation with its arguments and its results
-    own         maps the address of each storage that the operations allocated to this recorder's tensors on the storage
+    own         a dictionary of the storages that the operations allocated. A key is the address of a storage, and its
+                value is a list of this recorder's tensors on the storage
     before      the tensors that existed before the recording and were changed, with their earlier values
     """
 
     references = Counter()
-    """Number of references of all recorders to each storage, by address."""
+    """Maps the address of each storage to the number of references that all recorders hold to the storage."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +69,9 @@ class Recorder(TorchDispatchMode):
 
     @staticmethod
     def _waited(result, args):
-        """Wait for a collective. Return its result, in which the handle of a finished broadcast replaces the original.
+        """Wait for a collective, and return its result.
+
+        In the returned result, the handle of a finished broadcast replaces the handle of the collective.
 
         Waiting for some collectives starts operations, such as a copy. These operations are not recorded here, but they
         would be recorded if the caller waited for the same collective again.
@@ -94,7 +97,7 @@ class Recorder(TorchDispatchMode):
 
 
 class RecordedOperations:
-    """Replaces :class:`dpo_engine.model.recording.Recording` on a CPU."""
+    """A replacement for :class:`dpo_engine.model.recording.Recording` on a CPU."""
 
     replays = 0
 
@@ -150,7 +153,7 @@ def fill(aliases):
 
 
 def replace_recordings():
-    """Let this process record operations on its CPU."""
+    """Make this process use :class:`RecordedOperations` instead of CUDA graphs."""
     from dpo_engine.model import recording
 
     recording.Recording, recording.new_pool = RecordedOperations, Pool

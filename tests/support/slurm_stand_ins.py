@@ -21,8 +21,9 @@ if [[ -s $failure ]]; then
 fi
 """
 STAND_INS = {
-    # This fake srun also runs the command after its options, `bash launch/task.sh ...`, as the first task of the first
-    # node. The command replaces the process of the fake srun, so USR1 reaches the command, as with the real srun.
+    # This fake srun also runs the command that follows srun's options, such as `bash launch/task.sh ...`. The command
+    # runs once, as the first task of the first node. The command replaces the process of the fake srun, so USR1 reaches
+    # the command, as with the real srun.
     "srun": "while [[ $1 == -* ]]; do shift; done\n"
     '[[ $1 != true || -n ${NODES_ANSWER-yes} ]] || exit 1\nSLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 exec "$@"\n',
     "scontrol": 'if [[ $1 == show && $2 == hostnames ]]; then printf "n1\\nn2\\n"; fi\n'
@@ -93,7 +94,7 @@ class StandIns:
         return dict(entry.split("=", 1) for entry in text.split("\0")[:-1])
 
     def fail(self, command: str, first_argument: str, times: int, message: str) -> None:
-        """Make the next ``times`` calls of a command with this first argument fail with a message on stderr."""
+        """Make a command print ``message`` to stderr and fail, in its next ``times`` calls with ``first_argument``."""
         (self.folder / f"calls.{command}.{first_argument}").write_text(f"{times}\n{message}\n")
 
     def set_record(self, *, seconds_left: int | None = None, **fields: str) -> None:

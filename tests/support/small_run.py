@@ -7,7 +7,10 @@ import yaml
 
 
 def write_run(folder: Path, name: str, files: dict, tiny_hf, sections: dict) -> Path:
-    """Write the YAML file of a 12-step run that saves every 4 steps; ``sections`` are merged into the file."""
+    """Write the YAML file of a run. By default, the run takes 12 steps and saves every 4 steps.
+
+    The keys in ``sections`` are added to the sections of the file, and replace equal keys.
+    """
     raw = {
         "model": {"path": str(tiny_hf("llama", num_hidden_layers=2)), "tokenizer": files["tokenizer"]},
         "data": {"train": files["train"], "validation": files["validation"], "max_length": 64},

@@ -1,4 +1,4 @@
-"""Small tokenizers that train quickly: two kinds of BPE for transformers, and SentencePiece model files."""
+"""Small tokenizers that are quick to train: two kinds of BPE for transformers, and SentencePiece model files."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def piece_model(path: Path, **options) -> Path:
 
 
 def metaspace(directory: Path, *, template: str | None = None) -> Path:
-    """Save a tokenizer like Llama 2's, with a normalizer that puts a space before every text."""
+    """Save a tokenizer like Llama 2's. Its normalizer replaces each space by "▁", and puts a "▁" before every text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)

@@ -43,7 +43,10 @@ CASES = {
     "name", [pytest.param(name, marks=() if name.startswith("start,") else pytest.mark.slow) for name in CASES]
 )
 def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
-    """A shared and a resident reference compute the same products on the same numbers, so metrics are bitwise equal."""
+    """A shared and a resident reference compute the same matrix products on the same numbers.
+
+    The metrics and the trained adapters of the two runs are therefore bitwise equal.
+    """
     adapter, reference, ranks, parallel = CASES[name]
     model = tiny_hf("llama", num_key_value_heads=2)
     if adapter == "start":
@@ -66,9 +69,10 @@ def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
 
 
 def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path):
-    """When a module is called, DDP waits only for the all-gather of the parameters that the module itself holds.
+    """With overlap, an adapter must not use its parameters before they are gathered.
 
-    An adapter has no child modules, so DDP waits for all parameters of an adapter.
+    When a module is called, DDP waits for the parameters of the module itself, but not for those of its child modules.
+    An adapter has no child modules, so DDP waits for all of the adapter's parameters.
     """
     model, found = tiny_hf("llama"), {}
     adapter = {"path": str(make_adapter(model, tmp_path / "start", use_dora=True))}
@@ -182,7 +186,7 @@ def test_run_with_a_new_adapter(start, files, tmp_path):
 
 
 def test_stored_reference_has_the_adapter_that_training_starts_from(start, files, tmp_path):
-    """References with and without the adapter use one store, but must not read each other's values."""
+    """A reference with the adapter and one without it share a store, but must not read each other's values."""
     model, path = start
     for adapter in ("start", "none"):
         logs = {}

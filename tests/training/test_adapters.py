@@ -1,4 +1,7 @@
-"""Tests of training with adapters in many layouts, compared with PEFT, transformers and torch's autograd in fp64."""
+"""Tests of training with adapters in fp64.
+
+In many layouts, gradient norms and trained adapters match those of PEFT, transformers and torch's autograd.
+"""
 
 from functools import partial
 
@@ -35,7 +38,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def trained(tiny_hf, tmp_path_factory):
-    """Return a function that trains with PEFT. It trains only once for each combination of arguments.
+    """Return a function that trains with PEFT. The function trains only once for each combination of arguments.
 
     The function returns the directories of the model and the initial adapter, the gradient norms, and the final
     tensors of the adapter.

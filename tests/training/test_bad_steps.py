@@ -54,7 +54,7 @@ def test_all_ranks_act_on_what_one_rank_sees(wrong, expected):
 def test_spikes_are_measured_against_the_good_steps_before(restart_at):
     window, sigma = 8, 3.0
     losses = np.random.default_rng(0).normal(1.0, 0.1, size=40)
-    losses[[2, 12, 30]] = 9.0  # at index 2, there are too few earlier steps to compare with
+    losses[[2, 12, 30]] = 9.0  # at index 2, too few good steps are known to detect a spike
     expected, good = [], []
     for loss in losses:
         latest = np.array(good[-window:])
@@ -92,7 +92,7 @@ def test_run_stops_at_the_limit_of_bad_steps_in_a_row(in_a_row, stops, tmp_path)
     try:
         line = watch._line(5, {"loss": math.nan, "grad_norm": 1.0}, ["a:1"], tmp_path / "step.json")
     except NumbersError as error:
-        assert stops and "bad steps in a row: 2, the limit (bad_steps.stop_after)" in str(error)
+        assert stops and "bad steps in a row: 2; the limit bad_steps.stop_after is reached" in str(error)
     else:
         assert not stops and line.endswith("bad steps in a row: 1 (the run stops at 2)")
 

@@ -1,4 +1,8 @@
-"""Tests of saving evaluated steps that are among the best, and of runs that are killed while they save such a step."""
+"""Tests of saving the best evaluated steps.
+
+Runs are also killed while they save such a step, or stopped before its evaluation. After a restart, they must still
+choose the right best steps.
+"""
 
 import json
 import signal
@@ -39,8 +43,8 @@ def test_a_best_step_is_saved_whatever_the_save_interval(mode, save_interval, ke
     assert sorted(values) == [3, 6] and values[3] > values[6]
     assert saved(tmp_path) == kept
     assert (tmp_path / "checkpoints/best").read_text() == f"step_{best:08d}\n"
-    # The checkpoint of step 3 was saved because of the evaluation of step 3. Its copy of the metrics must include that
-    # evaluation, because a run that resumes from the checkpoint needs it.
+    # The checkpoint of step 3 was saved because of the evaluation of step 3. The checkpoint's copy of the metrics must
+    # include this evaluation, because a run that resumes from the checkpoint needs the evaluation's metrics.
     history = (tmp_path / "checkpoints/step_00000003/metrics.jsonl").read_text().splitlines()
     assert json.loads(history[-1])["eval/loss"] == values[3]
 
@@ -61,8 +65,8 @@ def whole(files, tiny_hf, tmp_path_factory):
     assert job.codes == [0, 0], job.said
     values = values_of(folder / "run")
     assert sorted(values, key=values.get)[-2:] == [2, 1] and saved(folder / "run") == [1, 2, 8]
-    # Step 3 is worse than steps 1 and 2, so it must not be saved, even if step 2 is still being saved when step 3 is
-    # compared with it.
+    # Step 3 is worse than steps 1 and 2, so step 3 must not be saved. This also holds if the save of step 2 is not yet
+    # complete when step 3 is evaluated.
     assert job.output[0].count("saved checkpoints/step_") == 3, job.output[0]
     return folder / "run"
 
@@ -78,7 +82,10 @@ def state_of(output, step, rank):
     "phase, asynchronous", [("eval", False), ("save-shards", True), ("save-manifest", False), ("save-rename", True)]
 )
 def test_killed_while_the_second_best_step_is_saved(phase, asynchronous, whole, files, tiny_hf, tmp_path):
-    """The steps, evaluations and checkpoints of the restarted run equal those of the uninterrupted run bitwise."""
+    """The metrics of the restarted run are bitwise equal to those of the uninterrupted run.
+
+    The weights and moments in the checkpoints of the two runs are also bitwise equal.
+    """
     sections = {**BEST, "checkpoint": {**BEST["checkpoint"], "async_save": asynchronous}}
     killed = write_run(tmp_path, "killed", files, tiny_hf, sections)
     job = run_job(["train", str(killed)], 2, tmp_path / "log1", fault=f"{phase}:0:2:kill", timeout_s=60)
@@ -100,7 +107,8 @@ def test_killed_while_the_second_best_step_is_saved(phase, asynchronous, whole, 
 def test_best_is_chosen_again_if_the_evaluation_was_due_when_the_run_stopped(files, tiny_hf, tmp_path):
     """The run is stopped after step 2, before step 2 is evaluated.
 
-    The restarted run evaluates step 2, and `best` then names step 2. The restarted run is killed after its first step.
+    The restarted run evaluates step 2, and `best` then names step 2. The restarted run is killed after its first step,
+    which is step 3.
     """
     checkpoint = {"save_interval": 0, "keep_best": {"metric": "loss"}, "export": False}
     stopped = write_run(tmp_path, "run", files, tiny_hf, {**BEST, "checkpoint": checkpoint})

@@ -1,4 +1,4 @@
-"""Tests of callbacks: the arguments of their calls, and how they add metrics and end a run."""
+"""Tests of callbacks: the order and arguments of calls, added metrics, the end of a run, and errors."""
 
 import dataclasses
 import json
@@ -96,7 +96,10 @@ def test_calls_and_added_metrics(start, tmp_path):
 
 
 def test_one_rank_ends_the_run(start, tmp_path):
-    """The run ends cleanly on all ranks. A new start trains no further steps unless the options have changed."""
+    """The run ends cleanly on all ranks. A new start with the same options trains no further steps.
+
+    A new start with other options continues the run.
+    """
     first = start(last_step=3, asking_ranks=[1])
     assert [summary["step"] for summary in first] == [3, 3] and "loss" in first[0]["eval"]
     saved = tmp_path / "run" / "checkpoints" / "step_00000003" / "manifest.json"
@@ -109,7 +112,7 @@ def test_one_rank_ends_the_run(start, tmp_path):
 def test_a_return_value_that_is_no_reason(start):
     kind, message = start(last_step=1, returned=True)[0]
     assert kind == "ConfigError"
-    assert message == "callbacks.recorder: on_step returned true; return a reason as text, or None"
+    assert message == "callbacks.recorder: on_step returned true; return the reason to end the run as text, or None"
 
 
 class Setting(Callback):

@@ -1,4 +1,7 @@
-"""Tests of losses that couple the pairs of a global batch: the result does not depend on the layout, even with ties."""
+"""Tests of losses that couple the pairs of a global batch.
+
+The losses do not depend on the division of the pairs into ranks and micro-batches, even if pairs have equal rewards.
+"""
 
 import numpy as np
 import pytest
@@ -38,7 +41,10 @@ def coupled_losses(parts):
 
 
 def expected():
-    """Compute the losses from sorted values. Equal values are sorted by the places of their pairs in the data set."""
+    """Match the sorted chosen values with the sorted rejected values, and compute the loss of each match.
+
+    Equal chosen values are sorted by the places of their pairs in the data set.
+    """
     order = sorted(range(6), key=lambda i: (CHOSEN[i], PLACES[i]))
     return {PLACES[i]: np.log1p(np.exp(-(CHOSEN[i] - other))) for i, other in zip(order, sorted(REJECTED), strict=True)}
 

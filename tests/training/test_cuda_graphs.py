@@ -65,7 +65,7 @@ def fixed_rows(config, *, spoil=None, **arguments):
 
     engine_module.Engine.open, engine_module.attach_graphs = opening, attaching
     found = train_steps(config, **arguments)
-    assert not any(chunk.graphs and chunk.graphs._slots for chunk in chunks), "all recordings are freed at the end"
+    assert not any(chunk.graphs and chunk.graphs._slots for chunk in chunks), "all recordings must be freed at the end"
     return found, RecordedOperations.replays
 
 
@@ -143,14 +143,14 @@ def test_graphs_change_no_bit(name, tiny_hf, tmp_path):
     assert [result for result, _ in recorded] == [result for result, _ in plain]
     assert not any(replays for _, replays in plain)
     if name == "only the last layer trains":
-        # Three layers are recorded, have no backward pass, and run without recordings from then on.
+        # Three layers have no backward pass. Their recordings run in one forward pass, and are then freed.
         assert [replays for _, replays in recorded] == [3 * 2]
     else:
         assert all(replays > 3 * 2 for _, replays in recorded)
 
 
 def replays_and_slots(config, pairs):
-    """Train for three steps; return the number of replays and of slots after each step."""
+    """Train for three steps. Return the counts of replays and slots after each step, and the count of micro-batches."""
     from dpo_engine.testing.pairs import RandomPairs
     from dpo_engine.training.engine import batch_facts
     from dpo_engine.training.references import open_reference
@@ -174,7 +174,7 @@ def replays_and_slots(config, pairs):
 
 
 def test_slots_are_used_again_while_others_are_in_flight(tiny_hf, tmp_path):
-    """In an interleaved schedule, a stage has several micro-batches of each chunk in flight."""
+    """In an interleaved schedule, several micro-batches of the same chunk can be in flight."""
     sections = {"parallel": {"pp": 2, "vpp": 2}, "train": {"micro_batch_size": 1}, "batch": {"layout": "tree"}}
     plain, recorded = (
         run_ranks(
@@ -204,7 +204,10 @@ def test_an_injected_fault_is_not_recorded(occurrence, tiny_hf, tmp_path, monkey
 
 @pytest.mark.parametrize("parallel, slots", [({}, [[1]]), ({"pp": 2}, [[2], [1]])], ids=str)
 def test_replays_and_slots(parallel, slots, tiny_hf, tmp_path):
-    """Three of the model's four layers have recordings. Each of the three has four replays in a micro-batch."""
+    """Three of the model's four layers have recordings.
+
+    From the second step on, each of these layers has four replays for each micro-batch.
+    """
     config = config_for(tiny_hf("llama"), tmp_path, parallel=parallel, train={"micro_batch_size": 1})
     for rank, (found, batches) in enumerate(run_ranks(replays_and_slots, len(slots), config=config, pairs=12)):
         layers = 3 if not parallel else 2 - rank
@@ -244,7 +247,10 @@ def one_slot():
 
 
 def use_without_a_replay():
-    """Use the results of each recording once without a replay, although recording computes nothing."""
+    """Skip the first replay of the forward pass of each piece.
+
+    The results are then invalid, because a GPU computes nothing while it records.
+    """
     from dpo_engine.model.recording import Piece
 
     call = Piece.__call__
@@ -274,7 +280,10 @@ def share_gradients():
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_memory_that_is_no_longer_valid_is_noticed(spoil, parallel, tiny_hf, tmp_path):
-    """Break each rule for the memory of recordings: the numbers must differ, so the tests above would fail."""
+    """Break one rule for the memory of recordings at a time.
+
+    The numbers of the last step must then change. This shows that the tests above would notice the bug.
+    """
     given = {"sizes": [12, 12, 12]}
     results = []
     for planted in (None, spoil):
@@ -302,13 +311,13 @@ FP8 = {"transformer": {"fp8": "e4m3", "fp8_recipe": "blockwise"}}
 REFUSALS = [
     (
         {"model": ON, "batch": {"layout": "auto"}},
-        "requires rows of one size, which only trees can have, but batch.layout is auto; set batch.layout=tree, or "
-        "remove it",
+        "requires rows of one size, which only the tree layout has, but batch.layout is auto; set "
+        "batch.layout=tree, or remove model.cuda_graphs",
     ),
     (
         {"model": {**ON, "recompute": "full"}},
         "what a graph computes cannot be recomputed, but model.recompute is full; set model.recompute=none, or remove "
-        "it",
+        "model.cuda_graphs",
     ),
     (
         {"model": {**ON, "spec": "te"}, "megatron": FP8},
@@ -352,7 +361,10 @@ def test_verbs_that_do_not_train_use_no_graphs(verb, monkeypatch):
 
 
 def test_graphs_are_freed_after_an_error(monkeypatch):
-    """Ranks that all have the same error destroy their process groups. NCCL would wait for graphs that still exist."""
+    """If all ranks have the same error, they destroy their process groups.
+
+    The graphs must be freed first, because NCCL would wait for graphs that still exist.
+    """
     freed = []
     monkeypatch.setattr(engine_module, "close_graphs", lambda: freed.append("graphs"))
     monkeypatch.setattr(engine_module, "close_groups", lambda: freed.append("groups"))
@@ -377,12 +389,16 @@ def test_savings_can_be_set(tiny_hf):
     "family, fields, why",
     [
         ("qwen3_moe", {"head_dim": 16}, "the number of tokens of an expert is different in every micro-batch"),
-        ("llama", {"num_hidden_layers": 1}, "the model's only layer computes selected columns, whose number varies"),
+        (
+            "llama",
+            {"num_hidden_layers": 1},
+            "the model has one layer, and the last layer has no graphs, because its sizes vary",
+        ),
     ],
 )
 def test_refusals_for_a_model(family, fields, why, tiny_hf):
     arch = read_architecture(str(tiny_hf(family, **fields)))
-    assert graph_problems(parsed(model=ON), arch) == [f"model.cuda_graphs=true: {why}; remove it"]
+    assert graph_problems(parsed(model=ON), arch) == [f"model.cuda_graphs=true: {why}; remove model.cuda_graphs"]
     assert graph_problems(parsed(), arch) == []
     platform = Platform(torch.device("cpu"), "nccl", gpu=True)
     with pytest.raises(ConfigError, match=why):
@@ -390,10 +406,10 @@ def test_refusals_for_a_model(family, fields, why, tiny_hf):
 
 
 def test_latent_attention_is_refused(tiny_hf):
-    """Models with latent attention also have experts, so there are two reasons."""
+    """The model with latent attention also has experts, so graphs are refused for two reasons."""
     arch = read_architecture(str(tiny_hf(CASES["deepseek_v3"][0], **CASES["deepseek_v3"][1])))
     assert graph_problems(parsed(model=ON), arch)[1:] == [
-        "model.cuda_graphs=true: latent attention has never been tested with graphs; remove it"
+        "model.cuda_graphs=true: latent attention has never been tested with graphs; remove model.cuda_graphs"
     ]
 
 
@@ -401,7 +417,9 @@ def test_a_machine_without_a_gpu_is_refused(tiny_hf):
     arch, platform = read_architecture(str(tiny_hf("llama"))), Platform(torch.device("cpu"), "gloo", gpu=False)
     with pytest.raises(ConfigError) as found:
         choose_layers(parsed(model=ON), arch, ParallelDims(), platform, torch.float32)
-    assert found.value.problems == ["model.cuda_graphs=true: requires a GPU, but this machine has none; remove it"]
+    assert found.value.problems == [
+        "model.cuda_graphs=true: requires a GPU, but this machine has none; remove model.cuda_graphs"
+    ]
 
 
 def test_the_log_names_graphs(tiny_hf):
@@ -414,7 +432,7 @@ def test_the_log_names_graphs(tiny_hf):
 
 
 def test_estimated_memory(tiny_hf):
-    """Graphs keep the activations during the whole run, so an update needs memory in addition to them."""
+    """With graphs, the activations also stay in memory during an update, so the update needs additional memory."""
     arch = read_architecture(str(tiny_hf("llama")))
     sections = {"data": {"train": "t", "max_length": 64}, "optim": {"gradients": "bf16"}}
     sections["parallel"] = {"distributed_optimizer": False}

@@ -77,13 +77,13 @@ def test_how_the_best_is_not_given(given, says, tmp_path):
 def test_unknown_metric_is_refused_before_the_run(tmp_path):
     config = small(tmp_path, checkpoint={"keep_best": {"metric": "eval/reward/accuracies"}})
     says = (
-        "checkpoint.keep_best.metric=eval/reward/accuracies: no evaluation reports this metric; did you mean "
-        "eval/rewards/accuracies?"
+        "checkpoint.keep_best.metric=eval/reward/accuracies: no evaluation of this run reports this metric; did you "
+        "mean eval/rewards/accuracies?"
     )
     assert metric_problems(config) == [says]
     assert metric_problems(config.model_copy(update={"callbacks": {"mine": {}}})) == []
     (far,) = metric_problems(small(tmp_path, checkpoint={"keep_best": {"metric": "xyzzy", "mode": "min"}}))
-    assert far.endswith("reports this metric; the documentation of metrics lists all of them")
+    assert far.endswith("reports this metric; the documentation of metrics lists all metrics")
     for name in ("loss", "rewards/margins"):
         assert metric_problems(small(tmp_path, checkpoint={"keep_best": {"metric": name}})) == []
 
@@ -116,7 +116,7 @@ WHEN = "the documentation of metrics says when it is reported"
 def test_metrics_that_evaluations_of_this_run_report(metric, sections, hint, tmp_path):
     best = {"keep_best": {"metric": metric, "mode": "min"}}
     found = metric_problems(small(tmp_path, checkpoint=best, **{name: dict(given) for name, given in sections.items()}))
-    says = f"checkpoint.keep_best.metric=eval/{metric}: no evaluation reports this metric; {hint}"
+    says = f"checkpoint.keep_best.metric=eval/{metric}: no evaluation of this run reports this metric; {hint}"
     assert found == ([] if hint is None else [says])
 
 
@@ -128,8 +128,8 @@ def test_callback_that_does_not_add_the_metric():
     with pytest.raises(ConfigError) as caught:
         check.on_eval(run, {"loss": 0.5, "abc": 1.0})
     assert str(caught.value) == (
-        "checkpoint.keep_best.metric=eval/xyzzy: no evaluation reports this metric; the metrics are eval/abc and "
-        "eval/loss"
+        "checkpoint.keep_best.metric=eval/xyzzy: no evaluation of this run reports this metric; the reported metrics "
+        "are eval/abc and eval/loss"
     )
     check.on_eval(run, {"loss": 0.5, "xyzzy": 1.0})
 
@@ -182,12 +182,16 @@ def checkpoints(output):
 
 @pytest.mark.slow
 def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, tmp_path):
-    """A run that is killed and resumes in another layout ends with the same files as an uninterrupted run."""
+    """A run that is killed and resumes in another layout ends with the same results as an uninterrupted run.
+
+    The resumed run has the same files, except for additional shards in the checkpoints of the larger layout. In both
+    runs, `best` and `latest` name the same steps, and the exported weights are equal up to rounding.
+    """
     long = run_yaml("long", **{**NO_GAIN, "train": {"eval_interval": "0.25epoch"}, "checkpoint": {"export": False}})
     assert run_job(["train", str(long)], 1, tmp_path / "log0").codes == [0]
     losses = {line["step"]: line["eval/loss"] for line in log_of(tmp_path / "long") if "eval/loss" in line}
-    # An epoch has 22 pairs in batches of 4, so a quarter of an epoch has 5.5 pairs. An evaluation follows each step
-    # that is the first to reach another multiple of 5.5 pairs.
+    # An epoch has 22 pairs, so a quarter of an epoch has 5.5 pairs. For each multiple of 5.5 pairs, an evaluation
+    # follows the first step that reaches this number of pairs. A step has at most 4 pairs.
     assert sorted(losses) == [2, 3, 5, 6, 8, 9, 11, 12]
     assert losses[2] > losses[3] > losses[5] > losses[6] > losses[8]
 
@@ -224,7 +228,7 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
     for name, tensor in expected.items():
         np.testing.assert_allclose(found[name].float(), tensor.float(), rtol=1e-5, atol=1e-6)
 
-    # A new start of the finished run changes nothing.
+    # A new start of the finished run changes no file except log.txt.
     before = {name: (output / name).read_bytes() for name in names(output) if name != "log.txt"}
     job = run_job(["train", str(whole)], 1, tmp_path / "log5")
     assert job.codes == [0]
@@ -255,7 +259,7 @@ def test_signal_at_the_evaluation_that_ends_the_run(fault, judged, run_yaml, tmp
 def test_best_is_chosen_again_after_the_last_evaluation(run_yaml, tmp_path):
     """The last step is saved before its evaluation.
 
-    If this step is the best, `best` must name it, and the checkpoint of the former best step must be removed.
+    If this step is the best, `best` must name it, and only the latest two checkpoints must remain.
     """
     best = {"keep_best": {"metric": "loss", "count": 1}, "save_interval": 2, "keep_last": 2, "export": "best"}
     train = {"eval_interval": 2, "max_steps": 8}
@@ -282,7 +286,7 @@ def test_metric_that_no_evaluation_reports(run_yaml, tmp_path):
     run = run_yaml("run", checkpoint={"keep_best": {"metric": "source/train/loss"}}, train={"eval_interval": 2})
     job = run_job(["train", str(run)], 1, tmp_path / "log")
     assert job.codes == [2]
-    says = "checkpoint.keep_best.metric=eval/source/train/loss: no evaluation reports this metric; did you mean "
+    says = "checkpoint.keep_best.metric=eval/source/train/loss: no evaluation of this run reports this metric; did you "
     assert says in job.said and not (tmp_path / "run").exists()
     assert len(job.said.strip().splitlines()) == 1, job.said
 

@@ -61,7 +61,10 @@ def test_every_evaluation_is_written_and_shown(files, tiny_hf, tmp_path, capfd):
 
 @pytest.mark.parametrize("sections", [{"reference": {"mode": "offloaded"}}, {"adapter": {"rank": 4}}])
 def test_references_that_share_the_policys_memory(sections, files, tiny_hf, tmp_path):  # noqa: F811
-    """After training, the tokens' reference log-probabilities sum to the reference's values, not to the policy's."""
+    """The reference log-probabilities of a response's tokens must not be those of the trained policy.
+
+    Their sum equals the reference's log-probability of the response, which differs from the policy's.
+    """
     config = config_of(
         files,
         tiny_hf("llama", num_hidden_layers=1),

@@ -1,4 +1,4 @@
-"""Tests of training steps of every family in fp64: the numbers are the same in every layout and with transformers."""
+"""Tests of fp64 training steps of every family: several layouts, one rank and transformers agree on the numbers."""
 
 import pytest
 
@@ -32,8 +32,8 @@ ALSO = (("glm4_moe, groups", "tp2 etp1"), ("qwen2_moe", "tp2 ep2, recomputed"))
 def layouts_of(case):
     """Return the layouts in which a case is tested.
 
-    Most mixtures are tested in only some of ``EXPERT_LAYOUTS``. The mixtures in ``ALL_LAYOUTS`` are also tested in
-    ``LAYOUTS``.
+    Dense models are tested in ``LAYOUTS``. Mixtures are tested in some of ``EXPERT_LAYOUTS``, or in all of them for
+    gpt_oss. The mixtures in ``ALL_LAYOUTS`` are also tested in ``LAYOUTS``.
     """
     if case not in MIXTURES:
         return [*LAYOUTS]
@@ -60,5 +60,5 @@ def test_trees_match_padded_rows_on_one_rank(case, layout, tiny_models):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case not in MIXTURES])
 def test_steps_match_transformers_and_autograd(case, tiny_models):
-    """tests/training/test_mixture_steps.py has the same test for mixtures."""
+    """``tests/training/test_mixture_steps.py`` has the same test for mixtures."""
     check_steps(tiny_models, case)

@@ -1,4 +1,4 @@
-"""Tests in fp64: in every layout, metrics and weights match those of one rank with padded rows within 1e-10."""
+"""Tests in fp64: in every layout, metrics and weights agree to within 1e-10 with those of padded rows on one rank."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from support.layouts import LAYOUTS, SIZES, world
 PLAIN = {"distributed_optimizer": False}
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
 SLOW = ("one", "tp2", "pp2", "cp2", "dp2", "tp2 pp2 cp2")
-"""Layouts whose parallelism also occurs in other layouts, and the largest layout. Only the slow suite tests them."""
+"""Layouts that only the slow suite tests: the largest layout, and layouts that are parts of other tested layouts."""
 CASES = [
     pytest.param(name, rows, marks=pytest.mark.slow if name in SLOW else ())
     for name in LAYOUTS
@@ -21,9 +21,9 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def expected(tiny_hf, tmp_path_factory):
-    """Return a function that trains with a given loss and padded rows on one rank. It trains only once for each loss.
+    """Return a function that trains with a given loss and padded rows on one rank.
 
-    The function returns the trajectory and the directory of the exported weights.
+    The function trains only once for each loss. It returns the trajectory and the directory of the exported weights.
     """
     known = {}
 
@@ -53,7 +53,7 @@ def test_layout_matches_one_rank(name, rows, expected, tiny_hf, tmp_path):
 
 
 def test_fp32_matches_fp64_up_to_rounding(expected, tiny_hf, tmp_path):
-    """Code that only fp64 uses, such as the fp64 optimizer, must agree with the code that training uses."""
+    """The code that runs only in fp64, such as the fp64 optimizer, must agree with the code that runs in fp32."""
     results, one = expected("sigmoid")
     config = run_config(tiny_hf("llama"), tmp_path)
     (got,) = run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(tmp_path), few=3)

@@ -51,8 +51,8 @@ def config_of(options, **sections):
 
 
 DELAYED = (
-    "delayed scaling is not supported, because its scales come from earlier passes, so they would differ between "
-    "policy and reference, and checkpoints would not contain them; use tensorwise, blockwise or mxfp8"
+    "delayed scaling is not supported: its scales come from earlier passes, would differ between policy and "
+    "reference, and would not be in checkpoints; use tensorwise, blockwise or mxfp8"
 )
 NO_EFFECT = "has no effect unless megatron.transformer.fp8 is set"
 REFUSALS = [
@@ -67,35 +67,36 @@ REFUSALS = [
     (
         {"fp8": None},
         {},
-        "fp8=null: has no effect unless its value is e4m3 or hybrid; meet this condition, or remove it",
+        "fp8=null: has no effect unless its value is e4m3 or hybrid; meet this condition, or remove the field",
     ),
-    ({"fp8_recipe": "blockwise"}, {}, f"fp8_recipe=blockwise: {NO_EFFECT}; meet this condition, or remove it"),
+    ({"fp8_recipe": "blockwise"}, {}, f"fp8_recipe=blockwise: {NO_EFFECT}; meet this condition, or remove the field"),
     (
         {"first_last_layers_bf16": True},
         {},
-        f"first_last_layers_bf16=true: {NO_EFFECT}; meet this condition, or remove it",
+        f"first_last_layers_bf16=true: {NO_EFFECT}; meet this condition, or remove the field",
     ),
     (
         {**BLOCKWISE, START: 2},
         {},
-        f"{START}=2: {NO_EFFECT} and first_last_layers_bf16 is true; meet this condition, or remove it",
+        f"{START}=2: {NO_EFFECT} and first_last_layers_bf16 is true; meet this condition, or remove the field",
     ),
     ({**BLOCKWISE, **SOME, END: -1}, {}, f"{END}=-1: must be at least 0; correct it"),
     (
         BLOCKWISE,
         {"model": {"spec": "native"}},
-        "fp8=e4m3: requires Transformer Engine's layers, but model.spec is native; set model.spec=te, or remove it",
+        "fp8=e4m3: requires Transformer Engine's layers, but model.spec is native; set model.spec=te, or remove this "
+        "option",
     ),
     (
         BLOCKWISE,
         {"model": {"dtype": "fp32"}},
-        "fp8=e4m3: requires weights in bf16, but model.dtype is fp32; set model.dtype=bf16, or remove it",
+        "fp8=e4m3: requires weights in bf16, but model.dtype is fp32; set model.dtype=bf16, or remove this option",
     ),
     (
         BLOCKWISE,
         {"reference": {"mode": "dataset"}},
-        "fp8=e4m3: the log-probabilities in the records were not computed with these FP8 products, so policy and "
-        "reference would differ before training; set reference.mode=resident, or remove it",
+        "fp8=e4m3: the log-probabilities in the records were not computed with these FP8 settings, so policy and "
+        "reference would differ before training; set reference.mode=resident, or remove fp8",
     ),
     (
         TENSORWISE,
@@ -106,26 +107,30 @@ REFUSALS = [
     (
         {**BLOCKWISE, "distribute_saved_activations": True},
         {"model": {"recompute": "full"}, "parallel": {"tp": 2, "sequence_parallel": False}},
-        "distribute_saved_activations=true: has never been tested with fp8; remove it",
+        "distribute_saved_activations=true: has never been tested with fp8; remove the field",
     ),
     (
         {**BLOCKWISE, "fp8_param": True},
         {},
         "fp8_param=true: cannot be set, because weights are read and exported in the model's dtype, which is not fp8; "
-        "remove it",
+        "remove the field",
     ),
     (
         {**BLOCKWISE, "fp8_amax_history_len": 16},
         {},
         "fp8_amax_history_len=16: cannot be set, because it is an option of delayed scaling, whose scales come from "
-        "earlier passes and are not in checkpoints; remove it",
+        "earlier passes and are not in checkpoints; remove the field",
     ),
     (
         {**BLOCKWISE, "fp8_dot_product_attention": True},
         {},
-        "fp8_dot_product_attention=true: cannot be set, because attention stays in bf16; remove it",
+        "fp8_dot_product_attention=true: cannot be set, because attention stays in bf16; remove the field",
     ),
-    ({"fp4": "e2m1"}, {}, "fp4=e2m1: cannot be set, because FP4 has never been tested with the engine; remove it"),
+    (
+        {"fp4": "e2m1"},
+        {},
+        "fp4=e2m1: cannot be set, because FP4 has never been tested with the engine; remove the field",
+    ),
 ]
 
 
@@ -175,11 +180,14 @@ def test_layers_in_fp8(tiny_hf):
     assert list(fp8_layers(config_of({**BLOCKWISE, **SOME}), arch)) == [1, 2, 3]
     assert fp8_line(config_of({}), arch) == ""
     assert fp8_line(config_of(TENSORWISE), arch) == ", linear layers in fp8 hybrid tensorwise"
-    assert fp8_line(config_of({**BLOCKWISE, **SOME}), arch) == ", linear layers in layers 1 to 3 in fp8 e4m3 blockwise"
+    assert (
+        fp8_line(config_of({**BLOCKWISE, **SOME}), arch)
+        == ", linear layers of decoder layers 1 to 3 in fp8 e4m3 blockwise"
+    )
 
 
 def test_refusals_for_a_model(tiny_hf):
-    arch = read_architecture(tiny_hf("llama"))  # hidden size 64, heads of 8, 4 key heads, MLP of 96
+    arch = read_architecture(tiny_hf("llama"))  # hidden size 64, head size 8, 4 key heads, MLP width 96
 
     def problems(options, **parallel):
         ranks = parallel.get("tp", 1) * parallel.get("pp", 1)
@@ -189,7 +197,7 @@ def test_refusals_for_a_model(tiny_hf):
     (line,) = problems(BLOCKWISE, tp=4)
     assert line == (
         f"{FP8}each rank's width of the MLP, 24, must be a multiple of 16; lower parallel.tp or parallel.etp, or "
-        "remove it"
+        "remove fp8"
     )
     mxfp8 = problems({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, tp=2)
     assert [line.split("rank's ")[1].split(", must")[0] for line in mxfp8] == ["width of the MLP, 48"]
@@ -205,7 +213,7 @@ def test_refusals_for_a_model(tiny_hf):
 def test_refusals_for_other_layers(tiny_hf):
     arch = read_architecture(checkpoint(tiny_hf, "olmo2"))
     assert fp8_model_problems(config_of(BLOCKWISE), arch, ParallelDims())[0] == (
-        f"{FP8}requires Transformer Engine's layers, which do not support olmo2 models; remove it"
+        f"{FP8}requires Transformer Engine's layers, which do not support olmo2 models; remove this option"
     )
 
 
@@ -241,10 +249,10 @@ def test_choosing_layers(tiny_hf, transformer_engine, monkeypatch):
 
     assert choose({}) == choose(BLOCKWISE) == choose(TENSORWISE) == "te"
     assert refusal(BLOCKWISE, Platform(torch.device("cpu"), "gloo", gpu=False)) == (
-        f"{FP8}requires Transformer Engine's layers, but this machine has no GPU; remove it"
+        f"{FP8}requires Transformer Engine's layers, but this machine has no GPU; remove fp8"
     )
     assert refusal(BLOCKWISE, dtype=torch.float32) == (
-        f"{FP8}requires weights in bf16, but they are in torch.float32; remove it"
+        f"{FP8}requires weights in bf16, but they are in torch.float32; remove fp8"
     )
     assert "a multiple of 16" in refusal(BLOCKWISE, dims=ParallelDims(tp=4, world=4))
 
@@ -255,7 +263,7 @@ def test_choosing_layers(tiny_hf, transformer_engine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     assert refusal(BLOCKWISE) == unusable.format(
         "blockwise",
-        "Transformer Engine would convert its scales to those of mxfp8 in every product",
+        "Transformer Engine would convert blockwise scales to mxfp8 scales in every matrix product",
         "mxfp8 or tensorwise",
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -265,7 +273,7 @@ def test_choosing_layers(tiny_hf, transformer_engine, monkeypatch):
     del transformer_engine.is_fp8_block_scaling_available
     assert refusal(BLOCKWISE) == unusable.format(
         "blockwise",
-        "this version of Transformer Engine does not have it",
+        "this version of Transformer Engine does not have this recipe",
         "a GPU and a version of Transformer Engine that support this recipe",
     )
 
@@ -357,7 +365,7 @@ def test_each_rank_has_a_multiple_of_tokens(tp, cp, split, recipe):
 
 
 def padded_training(config, multiple, **arguments):
-    """Train with rows that are padded as for FP8. The products are not in FP8, because a CPU cannot compute in FP8."""
+    """Train with rows that are padded as for FP8. No layer computes in FP8, because a CPU cannot compute in FP8."""
     from dpo_engine.training.engine import Engine
 
     MegatronConfig.token_multiple = multiple

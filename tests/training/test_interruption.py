@@ -148,7 +148,7 @@ def limited_with_evaluations(device):
 
 
 def test_time_limit_leaves_room_for_an_evaluation():
-    """The limit is 1200. From 1101 on, another evaluation of 100 s would end too late, so every check stops the run."""
+    """The limit is at 1200. From 1101 on, an evaluation of 100 s would end too late, so every check stops the run."""
     import torch
 
     expected = [None] + ["train.save_by"] * 21
@@ -157,9 +157,9 @@ def test_time_limit_leaves_room_for_an_evaluation():
 
 @pytest.mark.parametrize("rank_0_late", [False, True])
 def test_time_limit_leaves_room_for_a_step_and_a_save(rank_0_late):
-    """The limit is 1100, and only the clock of rank 0 counts.
+    """The limit is at 1100, and only the clock of rank 0 counts.
 
-    A step of up to 40 s and a save of 30 s end in time if the step starts at 1020, but not if it starts at 1060.
+    A step of 40 s and a save of 30 s end in time if the step starts at 1020, but not if the step starts at 1060.
     """
     import torch
 
@@ -178,7 +178,10 @@ def agreed(received, finishing):
 
 
 def test_signal_stops_a_run_that_a_callback_wants_to_end():
-    """The run is saved and can continue, although a callback on the same rank or on another rank wants to end it."""
+    """If a signal arrives, all ranks stop for the signal, even if a callback wants to end the run.
+
+    Without a signal, a callback on one rank ends the run on all ranks.
+    """
     stopped = [("SIGTERM", True), ("SIGTERM", False)]
     assert run_ranks(agreed, 2, received=[signal.SIGTERM, 0], finishing=[True, False]) == stopped
     assert run_ranks(agreed, 2, received=[0, 0], finishing=[False, True]) == [(None, True)] * 2

@@ -7,7 +7,7 @@ from dpo_engine.testing.trajectory import VOCAB, run_config
 
 
 def one_step(config):
-    """Train on a pair whose chosen sequence has 16,384 tokens. Return the metrics of the step."""
+    """Train for one step on one pair whose chosen sequence has 16,384 tokens. Return the metrics of the step."""
     import numpy as np
 
     from dpo_engine.testing.pairs import RandomPairs

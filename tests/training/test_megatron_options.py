@@ -52,7 +52,7 @@ class Observed(NamedTuple):
     """The results of a rank, and what the rank did while it trained.
 
     calls        number of calls of modules and functions
-    chunks       model chunks, in the order of their forward passes
+    chunks       numbers of the model chunks, in the order of the chunks' forward passes
     gathers      events in order: a trained chunk's number at each of its forward passes, and ``gather`` whenever an
                  all-gather of weights starts
     kept         bytes of the hidden states that each activation checkpoint keeps
@@ -207,7 +207,10 @@ def config_of(parallel=None, recompute="none", **megatron):
 
 NOT_SET = "cannot be set, because "
 REFUSALS = [
-    ({"transformer": {"num_layers": 3}}, f"num_layers=3: {NOT_SET}the model's config.json determines it; remove it"),
+    (
+        {"transformer": {"num_layers": 3}},
+        f"num_layers=3: {NOT_SET}the model's config.json determines it; remove the field",
+    ),
     (
         {"transformer": {"sequence_parallel": True}},
         "sequence_parallel=true: the engine has its own key; use parallel.sequence_parallel",
@@ -220,7 +223,7 @@ REFUSALS = [
     ({"transformer": {"nothing": 1}}, "nothing=1: no such field of TransformerConfig in megatron-core"),
     (
         {"transformer": {"use_te_rng_tracker": True}},
-        f"use_te_rng_tracker=true: {NOT_SET}it has never been tested with the engine; remove it",
+        f"use_te_rng_tracker=true: {NOT_SET}it has never been tested with the engine; remove the field",
     ),
     (
         {"transformer": {"recompute_method": "some"}},
@@ -241,12 +244,13 @@ REFUSALS = [
     ),
     (
         {"optimizer": {"exp_avg_dtype": "bf16"}},
-        f"exp_avg_dtype=bf16: {NOT_SET}it requires Transformer Engine's FusedAdam, whose states checkpoints cannot "
-        "hold; use optim.states=host",
+        f"exp_avg_dtype=bf16: {NOT_SET}it requires Transformer Engine's FusedAdam, and checkpoints cannot "
+        "contain FusedAdam's states; use optim.states=host",
     ),
     (
         {"transformer": {"recompute_modules": ["mlp"]}},
-        "recompute_modules=[mlp]: has no effect unless model.recompute is selective; meet this condition, or remove it",
+        "recompute_modules=[mlp]: has no effect unless model.recompute is selective; meet this condition, or "
+        "remove the field",
     ),
     (
         {"recompute": "selective", "transformer": {"recompute_modules": ["moe"]}},
@@ -267,7 +271,7 @@ REFUSALS = [
     (
         {"ddp": {"reduce_scatter_with_fp32_accumulation": True}},
         "reduce_scatter_with_fp32_accumulation=true: has no effect unless parallel.distributed_optimizer is true and "
-        "optim.gradients is bf16; meet this condition, or remove it",
+        "optim.gradients is bf16; meet this condition, or remove the field",
     ),
     (
         {
@@ -275,7 +279,7 @@ REFUSALS = [
             "ddp": {"align_param_gather": True},
         },
         "align_param_gather=true: has no effect unless parallel.overlap and parallel.distributed_optimizer are true "
-        "and parallel.vpp is set; meet this condition, or remove it",
+        "and parallel.vpp is set; meet this condition, or remove the field",
     ),
     (
         {"parallel": {"distributed_optimizer": False}, "ddp": {"num_distributed_optimizer_instances": 2}},
@@ -287,7 +291,7 @@ REFUSALS = [
     ),
     (
         {"ddp": {"bucket_size": 10}},
-        "bucket_size=10: has no effect unless parallel.overlap is true; meet this condition, or remove it",
+        "bucket_size=10: has no effect unless parallel.overlap is true; meet this condition, or remove the field",
     ),
 ]
 
@@ -304,21 +308,21 @@ def test_refusals_of_several_instances(monkeypatch):
     given = config_of(ddp={**ddp, "reduce_scatter_with_fp32_accumulation": True})
     given = given.model_copy(update={"optim": given.optim.model_copy(update={"gradients": "bf16"})})
     assert megatron_problems(given) == [
-        "megatron.ddp.num_distributed_optimizer_instances=2: Megatron sums gradients in fp32 only if there is one "
-        "instance; remove this, or ddp.reduce_scatter_with_fp32_accumulation"
+        "megatron.ddp.num_distributed_optimizer_instances=2: Megatron sums bf16 gradients in fp32 only if there "
+        "is one instance; remove this field, or ddp.reduce_scatter_with_fp32_accumulation"
     ]
     monkeypatch.setattr(megatron_options, "find_spec", lambda name: None)
     assert megatron_problems(config_of(ddp=ddp)) == [
-        "megatron.ddp.num_distributed_optimizer_instances=2: Megatron needs the package einops for it; pip install "
-        "einops"
+        "megatron.ddp.num_distributed_optimizer_instances=2: Megatron needs the package einops for this field; "
+        "run pip install einops"
     ]
     expected = "megatron.ddp.num_distributed_optimizer_instances=2: must divide dp x cp, which is 3; use 1 or 3"
     with pytest.raises(ConfigError, match=expected):
         optimizer_instances(config_of(ddp=ddp), ParallelDims(world=3))
     dims = ParallelDims(ep=2, world=2)
     assert instance_problems(config_of(ddp=ddp), dims) == [
-        "megatron.ddp.num_distributed_optimizer_instances=2: must divide dp x cp, which is 2, and the number of copies "
-        "of each expert, 1; use 1"
+        "megatron.ddp.num_distributed_optimizer_instances=2: must divide dp x cp, which is 2, and must divide the "
+        "number of copies of each expert, which is 1; use 1"
     ]
 
 
@@ -327,6 +331,10 @@ INSTANCES = {"num_distributed_optimizer_instances": 2}
 
 @pytest.mark.slow
 def test_a_run_with_instances_resumes_bitwise_also_in_another_layout(files, tiny_hf, tmp_path):
+    """In the same layout, a run with two instances resumes bitwise.
+
+    A run with only one instance agrees with this run up to rounding, also after a resume on fewer ranks.
+    """
     model = tiny_hf("qwen3_moe", head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
 
     def train(name, steps, ranks=4, ep=2, ddp=INSTANCES):
@@ -354,9 +362,10 @@ def test_a_run_with_instances_resumes_bitwise_also_in_another_layout(files, tiny
 
 
 def test_reasons_are_about_fields_that_exist():
-    """Each field in REFUSED exists in a supported version of Megatron.
+    """A field must not be listed twice in REFUSED, and must not also be accepted.
 
-    In each part of REFUSED, the installed version lacks at most two of the fields.
+    Each part of REFUSED may list at most two fields that the installed version of Megatron does not have. Such fields
+    exist in another supported version.
     """
     from dataclasses import fields
     from fnmatch import fnmatch

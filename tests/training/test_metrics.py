@@ -108,7 +108,7 @@ def test_margin_of_a_loss_that_averages():
 
 
 def test_averages_and_sums_can_disagree():
-    """The chosen reward is larger in total (1.0 compared with 0.5), but smaller per token (0.1 compared with 0.5)."""
+    """The chosen reward is larger than the rejected reward in total (1.0 > 0.5), but smaller per token (0.1 < 0.5)."""
     one = torch.ones(1)
     policy = PairLogps(-one, -one, 10 * one, one)
     known = Reported(reference=False, entropy=False, sources=("only",), averages=True)

@@ -1,4 +1,4 @@
-"""Tests of frozen routers, and of training steps with experts, compared with transformers and autograd in fp64."""
+"""Tests that training steps with experts match transformers and autograd in fp64, and tests of frozen routers."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ BALANCE, Z = 0.5, 0.1
 
 
 def router_losses(gates, hidden, prompt, config):
-    """Compute a response's balance loss and z loss from the routers' inputs. Both are averages over the layers."""
+    """Return a response's balance loss and z loss, computed from router inputs. Each loss is a mean over the layers."""
     found = []
     for gate, states in zip(gates, hidden, strict=True):
         states = states.reshape(-1, states.shape[-1])[prompt - 1 : -1]

@@ -14,7 +14,7 @@ from support.small_run import config_of, log_of
 
 class TestOneAhead:
     def made(self, stop, fails_at=None):
-        """Return a :class:`OneAhead` that computes squares, and a list that gets (number, thread) for each square."""
+        """Return a :class:`OneAhead` that computes squares, and a list to which each call appends (number, thread)."""
         made = []
 
         def square(number):
@@ -31,7 +31,7 @@ class TestOneAhead:
         def make(number):
             if number == 1:
                 begun.set()
-                assert taken.wait(10), "making the next item must not delay the current one"
+                assert taken.wait(10), "the caller must not wait while the next item is made"
             return number
 
         items = OneAhead(make, 2)
@@ -88,7 +88,7 @@ class TestOneAhead:
 
 
 def alone(config):
-    """Prepare a step on rank 0 while the other ranks wait. Then prepare the step on these ranks.
+    """Prepare a step on rank 0 while the other ranks wait. Then prepare the same step on the other ranks.
 
     Returns the number of micro-batches.
     """
@@ -113,7 +113,10 @@ def test_preparing_a_step_needs_no_other_rank(layout, tiny_hf, tmp_path):
 
 
 def failing_third_step(config):
-    """Train while the pairs of step 3 cannot be read. Return the error, and whether each step's thread still runs."""
+    """Train a run in which the pairs of step 3 cannot be read.
+
+    Returns the text of the error, and for each prepared step, whether the thread that prepared it still runs.
+    """
     from dpo_engine.errors import DataError
     from dpo_engine.training.engine import Engine
     from dpo_engine.verbs.train import train

@@ -24,7 +24,7 @@ ADVICE = " If reserved but unallocated memory is large try setting PYTORCH_CUDA_
 
 
 def ended(path):
-    """Run ``dpo-engine train``; the second step raises torch's error. Return the exit code and stderr."""
+    """Run ``dpo-engine train``, with an out-of-memory error in the second step. Return the exit code and stderr."""
     import torch
 
     from dpo_engine.cli import main
@@ -56,8 +56,9 @@ def test_the_run_ends_with_the_plan_and_what_to_change(files, tiny_hf, tmp_path)
     terms = re.search(r"= weights [^;]*;", checked)[0]
     assert planned.startswith("planned for this rank: ") and terms in planned
     assert re.fullmatch(
-        r"next: one of reference.mode=stored \(.*\), train.micro_batch_size=1 \(.*\), model.recompute=.*; in order "
-        "of increasing cost in speed, each with the memory planned for the rank that needs most",
+        r"to use less memory, set one of reference.mode=stored \(.*\), train.micro_batch_size=1 \(.*\), "
+        "model.recompute=.*; least loss of speed first; in parentheses: the plan for the rank that needs the most "
+        "memory",
         change,
     )
     log = (tmp_path / "run" / "log.txt").read_text().splitlines()
@@ -74,7 +75,7 @@ def test_the_run_ends_with_the_plan_and_what_to_change(files, tiny_hf, tmp_path)
 
 
 def scored(verb, path):
-    """Run ``dpo-engine eval`` or ``reference``; scoring raises torch's error. Return the exit code and stderr."""
+    """Run ``dpo-engine eval`` or ``reference``, with an out-of-memory error in scoring. Return exit code and stderr."""
     import importlib
 
     import torch
@@ -93,9 +94,9 @@ def scored(verb, path):
 @pytest.mark.parametrize(
     "verb, size, next_line",
     [
-        ("eval", 2, "next: one of reference.mode=stored, train.micro_batch_size=1"),
-        ("reference", 2, "next: one of train.micro_batch_size=1"),
-        ("reference", 1, "no other change lowers this memory; use more ranks, or lower data.max_length"),
+        ("eval", 2, "to use less memory, set one of reference.mode=stored, train.micro_batch_size=1"),
+        ("reference", 2, "to use less memory, set one of train.micro_batch_size=1"),
+        ("reference", 1, "use more ranks, or lower data.max_length; no other single change lowers this memory"),
     ],
 )
 def test_scoring_ends_with_what_to_change(verb, size, next_line, files, tiny_hf, tmp_path):
@@ -129,7 +130,7 @@ def named(arch, world, dtype="bf16", **sections):
 
 
 def test_changes_are_named_in_the_order_of_their_cost(arch, monkeypatch):
-    """As in a large model, the buffers of one `PIECE` are smaller than the gradients, because `PIECE` is small here."""
+    """`PIECE` is so small here that the buffers of an update are smaller than the gradients, as in a large model."""
     monkeypatch.setattr("dpo_engine.model.memory.PIECE", 1000)
     assert named(arch, 2) == [
         "reference.mode=stored",

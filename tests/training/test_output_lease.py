@@ -1,4 +1,4 @@
-"""Tests of directories that ranks do not share, or to which another export writes.
+"""Tests of two rules: all ranks must share the directories of a run, and only one export may write to a directory.
 
 Only a cache may be a different directory on each node.
 """
@@ -108,7 +108,10 @@ def test_directories_that_the_ranks_share(mode, expected):
 
 
 def two_exports(folder):
-    """Export to one directory from both ranks, as if from two jobs. The second export begins during the first one."""
+    """Export to one directory from both ranks, as if from two jobs.
+
+    Rank 1 begins an export while rank 0 exports. Then rank 0 begins an export while rank 1 exports.
+    """
     import torch.distributed as dist
 
     from dpo_engine.errors import EngineError

@@ -81,7 +81,10 @@ REPEATED = (
     "tp2 dp2 overlapped",
     "pp2 dp2 overlapped",
 )
-"""Layouts whose kinds of parallelism also occur in other layouts."""
+"""Layouts whose kinds of parallelism also occur in other layouts.
+
+`test_layout_matches_one_rank` tests these layouts only in the slow suite.
+"""
 IN_FP64 = ("tp2 cp2", "cp2 dp2", "tp2 without sequence parallelism")
 """Layouts that test_fp64_layouts.py tests in fp64 in the default suite."""
 SOME = [
@@ -127,7 +130,7 @@ def test_families_in_layouts(family, options, name, one_rank, tiny_hf, tmp_path)
     ],
 )
 def test_micro_batch_size_changes_nothing(name, size, one_rank, tiny_hf, tmp_path):
-    """260 tokens suffice for one pair of long rows, or for several pairs of short rows, so micro-batch sizes differ."""
+    """A micro-batch of at most 260 tokens has room for four pairs with long rows, or for six pairs with short rows."""
     expected, expected_dir = one_rank()
     model = tiny_hf("llama")
     tokens = {"batch": {"layout": "stacked", "tokens_per_micro_batch": 260}, "train": {"micro_batch_size": None}}
@@ -190,7 +193,7 @@ def test_same_layout_is_bitwise_reproducible(name, tiny_hf, tmp_path):
     "name", ["tp2 pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dp2", "dp2 plain optimizer"))]
 )
 def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
-    """bf16 rounds every intermediate value to 8 significant bits. The tolerances allow for the resulting errors."""
+    """bf16 has only 8 significant bits. The tolerances allow for the rounding of weights and activations."""
     expected, expected_dir = one_rank()
     model = tiny_hf("llama")
     config = run_config(model, tmp_path, parallel=LAYOUTS[name], model={"path": str(model), "dtype": "bf16"})
@@ -239,7 +242,10 @@ def gradient_norm(scale_weights: float, config):
     ids=str,
 )
 def test_gradient_scale_does_not_depend_on_the_megatron_version(layout, ranks, tiny_hf, tmp_path):
-    """Some versions of Megatron multiply losses by the CP size and divide them by the number of micro-batches."""
+    """Some versions of Megatron multiply losses by the CP size and divide them by the number of micro-batches.
+
+    The engine must prevent this scaling. A common factor of all pair weights must not change the results either.
+    """
     config = run_config(tiny_hf("llama"), tmp_path, parallel=layout, train={"micro_batch_size": 1})
     one = run_config(tiny_hf("llama"), tmp_path, train={"micro_batch_size": 4})
     expected = run_ranks(gradient_norm, 1, config=one, scale_weights=1.0)[0]

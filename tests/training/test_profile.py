@@ -103,7 +103,8 @@ def test_profile_that_cannot_be_made_is_refused_before_the_model_is_loaded(files
     assert (kind, message.splitlines()) == (
         "ConfigError",
         [
-            "logging.profile.tool=nsys: needs a GPU, because Nsight Systems traces CUDA calls; use tool: torch",
+            "logging.profile.tool=nsys: needs a GPU, because Nsight Systems traces CUDA calls; set "
+            "logging.profile.tool=torch",
             "logging.profile.steps=[2, 9]: the run has 6 steps; set the last profiled step to at most "
             "6, or train longer",
         ],
@@ -118,7 +119,7 @@ def test_memory_snapshot_needs_a_gpu(tool, gpu, refused):
 
     raw = {"model": {"path": "m"}, "data": {"train": "d"}, "train": {"output_dir": "o"}}
     config = Config.parse({**raw, "logging": {"profile": {"steps": [1, 2], "tool": tool}}})
-    why = "needs a GPU, because a snapshot records the allocations of torch's GPU allocator; use tool: torch"
+    why = "because a snapshot records the allocations of torch's GPU allocator; set logging.profile.tool=torch"
     with pytest.raises(ConfigError, match=why) if refused else contextlib.nullcontext():
         profile.require_profile(config, gpu=gpu, num_steps=2)
 

@@ -1,4 +1,7 @@
-"""Tests of comparing ranks, through a store or by a collective: all ranks raise an error that names the difference."""
+"""Tests of the comparison of ranks, through a store or by a collective.
+
+If settings, data or weights differ between ranks, all ranks must raise an error that names the difference.
+"""
 
 import threading
 import time
@@ -106,7 +109,7 @@ class TestRendezvous:
         assert wrong and all(kind is ConfigError for kind, _ in wrong)
         assert all(lines[0].startswith("number of ranks: ") and "2 on rank" in lines[0] for _, lines in wrong)
         assert (None in outcomes) == (worlds == [2, 2, 4]), (
-            "with worlds 2, 2 and 4, the first two ranks form a complete job"
+            "with the world sizes 2, 2 and 4, the first two ranks form a complete job"
         )
 
 
@@ -142,12 +145,12 @@ class TestFingerprint:
 
 
 def guarded(config, *, harm=None, facts=None, times=0):
-    """Build the policy, change a parameter or facts if ``harm`` or ``facts`` is given, and compare the ranks.
+    """Build the policy, apply ``harm`` and ``facts`` if they are given, and compare the ranks.
 
-    Then repeat the comparison `times` times. Return the error, or the time that each of the repeated comparisons took.
+    Then repeat the comparison ``times`` times. Return the error, or the times that the repeated comparisons took.
 
     harm   (rank, local parameter name): one bit of this parameter is flipped on this rank
-    facts  for each rank, the facts that replace the engine's facts of the same names
+    facts  for each rank, facts to add to the engine's facts; they replace facts of the same names
     """
     from dpo_engine.training.engine import Engine
 

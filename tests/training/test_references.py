@@ -40,11 +40,14 @@ def other(tiny_hf):
 
 
 def counted(config, verb="train"):
-    """Run the verb on every rank, and count the work for the reference.
+    """Run the verb on every rank, and count scored pairs, exchanges of weights, and models.
 
-    Returns a dictionary with the result (the verb's return value, or the class and text of the error), the lines of the
-    `reference` verb's report, and three counts: `scored` (pairs scored by the modes that store or verify values),
-    `exchanges` (exchanges of weights), and `models` (models built).
+    Returns a dictionary:
+    result     return value of the verb, or the class and text of the error
+    said       lines of the report of the verb `reference`
+    scored     number of pairs that were scored to store or verify values
+    exchanges  number of exchanges of weights
+    models     number of models that were built
     """
     from dpo_engine.errors import EngineError
     from dpo_engine.scoring.reference import HostWeights
@@ -93,14 +96,14 @@ def assert_same(folder, expected, rtol=1e-5):
     lines, wanted = numbers(folder), numbers(expected)
     assert len(lines) == len(wanted)
     for line, want in zip(lines, wanted, strict=True):
-        if abs(want.get("rewards/margins", 1.0)) < 1e-6:  # all margins are ties, except for rounding
+        if abs(want.get("rewards/margins", 1.0)) < 1e-6:  # all margins are 0 up to rounding, so TIES may differ
             line, want = ({k: v for k, v in one.items() if k not in TIES} for one in (line, want))
         assert line == pytest.approx(want, rel=rtol, abs=rtol)
 
 
 @pytest.fixture(scope="module")
 def resident(files, policy, other, tmp_path_factory):
-    """Train on one rank with a resident reference, once with the policy's weights and once with other weights.
+    """Train two runs on one rank. The resident reference has the policy's weights in the first run, not in the second.
 
     Returns the output directories.
     """
@@ -142,7 +145,7 @@ def test_all_modes_train_identically(mode, weights, layout, files, policy, other
         # does the evaluation. If the reference has other weights, loading them needs one more exchange.
         assert outcome["exchanges"] == 2 * (3 + 1) + (weights == "other")
     if mode == "stored":
-        assert outcome["scored"] == 22 + 7, "each training and held-out pair must be scored once, for both epochs"
+        assert outcome["scored"] == 22 + 7, "each training and held-out pair must be scored once, not once per epoch"
     if mode == "dataset":
         assert outcome["scored"] == 4
 
@@ -186,7 +189,7 @@ DAMAGES = ["flipped", *(pytest.param(name, marks=pytest.mark.slow) for name in (
 class TestStored:
     """Tests of stored log-probabilities.
 
-    The verb `reference` fills the fixture ``store`` on two tensor-parallel ranks.
+    The fixture ``store`` is the directory of a store that the verb `reference` fills on two tensor-parallel ranks.
     """
 
     @pytest.fixture(scope="class")
@@ -197,7 +200,7 @@ class TestStored:
         assert outcome["scored"] == 29 and outcome["models"] == 1
         assert any("0 of 29 pairs are in" in line for line in outcome["said"])
         tables = [pa.ipc.open_file(path.read_bytes()).read_all() for path in folder.glob("*/0*.arrow")]
-        assert sum(map(len, tables)) == 29, "each pair must be scored once, and dummies not at all"
+        assert sum(map(len, tables)) == 29, "each pair must be stored once, and no dummy may be stored"
         return folder
 
     def config(self, files, policy, output, store, **sections):
@@ -431,7 +434,7 @@ class TestFollowing:
         assert len({step["logps/chosen"] for step in steps}) == 6
 
     def test_updated_reference_matches_the_papers_formula(self, files, policy, tmp_path):
-        """After two steps, the reference of the evaluation has the weights 0.6 * policy + 0.4 * start.
+        """After two steps, the reference's weights must be 0.6 * the policy's weights + 0.4 * the start weights.
 
         The expected values are computed with transformers.
         """

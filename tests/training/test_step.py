@@ -21,7 +21,7 @@ SIZES = [4, 4, 4, 4, 3]
 def independent_run(directory, masked):
     """Run DPO in one process without the engine.
 
-    Returns the loss, rewards and gradient norm of each step, and the final weights.
+    Returns the loss, chosen reward, reward accuracy and gradient norm of each step, and the final weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -117,7 +117,7 @@ def word_tokenizer():
 
 
 def trl_run(directory, output):
-    """Run the same five steps with TRL's DPOTrainer. Return its logged metrics and the final weights."""
+    """Train five steps of 4 unweighted pairs with TRL's DPOTrainer. Return logged metrics and final weights."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
@@ -273,7 +273,7 @@ def test_token_weights_and_metrics_against_transformers(
 def evaluate_then_step(config) -> tuple[dict, dict, dict]:
     """Evaluate some pairs, and train a step on the same pairs.
 
-    Returns the evaluation's metrics, the step's metrics, and the means of the evaluation's columns.
+    Returns the evaluation's metrics, the step's metrics, and the weighted means of the evaluation's per-pair values.
     """
     import numpy as np
 
@@ -312,7 +312,7 @@ def test_evaluation_and_step_report_the_same_metrics(name, use_weighting, tiny_h
 
 
 def some_pairs(**known) -> PairLogps:
-    """Return two pairs in which one response is longer than the other."""
+    """Return the summed log-probabilities of two pairs. In each pair, one response is longer than the other."""
     numbers = torch.tensor([[-4.0, -9.0], [-6.0, -2.0], [2.0, 3.0], [4.0, 1.0], [-4.0, -5.0], [-3.5, -2.0]])
     collision = {"chosen_collision": torch.tensor([3.0, 8.0]), "rejected_collision": torch.tensor([5.0, 2.5])}
     return PairLogps(*numbers)._replace(**collision)._replace(**known)
@@ -355,5 +355,5 @@ def test_ld_alpha_needs_per_token_reference_logps():
         Objective(LOSSES["sigmoid"], {}, ld_alpha=0.25).losses(some_pairs(), reference, DATA)
     assert str(error.value) == (
         "loss.ld_alpha=0.25: needs log-probabilities summed up to the shorter response's length, but the reference "
-        "provides only sums over whole responses; remove it, or set reference.mode=resident"
+        "provides only sums over whole responses; remove loss.ld_alpha, or set reference.mode=resident"
     )

@@ -51,7 +51,7 @@ def config_of(options, **sections):
 
 NO_EFFECT = (
     "has no effect unless its value is true, parallel.tp is above 1, and parallel.sequence_parallel is not false; "
-    "meet this condition, or remove it"
+    "meet this condition, or remove the field"
 )
 REFUSALS = [
     ({"tp_comm_overlap": False}, {}, f"tp_comm_overlap=false: {NO_EFFECT}"),
@@ -67,36 +67,37 @@ REFUSALS = [
         ON,
         {"model": {"spec": "native"}},
         "tp_comm_overlap=true: requires Transformer Engine's layers, but model.spec is native; set model.spec=te, or "
-        "remove it",
+        "remove this option",
     ),
     (
         ON,
         {"model": {"dtype": "fp32"}},
-        "tp_comm_overlap=true: requires weights in bf16, but model.dtype is fp32; set model.dtype=bf16, or remove it",
+        "tp_comm_overlap=true: requires weights in bf16, but model.dtype is fp32; set model.dtype=bf16, or remove this "
+        "option",
     ),
     (
         ON,
         {"batch": {"layout": "auto"}},
-        "tp_comm_overlap=true: all rows must have the size of its buffers, which only rows of trees can have, but "
-        "batch.layout is auto; set batch.layout=tree, or remove it",
+        "tp_comm_overlap=true: requires rows of one size, which only the tree layout has, but batch.layout "
+        "is auto; set batch.layout=tree, or remove tp_comm_overlap",
     ),
     (
         ON,
         {"optim": {"freeze": ["model.embed_tokens.weight"]}},
-        "tp_comm_overlap=true: Transformer Engine would not sum the gradient of a layer's input over ranks if the "
-        "weight is frozen; remove it, or optim.freeze",
+        "tp_comm_overlap=true: with it, Transformer Engine does not sum the gradient of a layer's input over ranks "
+        "if the layer's weight is frozen; remove tp_comm_overlap or optim.freeze",
     ),
     (
         {**ON, "fp8": "e4m3", "fp8_recipe": "blockwise"},
         {},
         "tp_comm_overlap=true: Transformer Engine cannot exchange numbers in the format of fp8_recipe=blockwise; use "
-        "another recipe, or remove it",
+        "another recipe, or remove tp_comm_overlap",
     ),
     (
         {**ON, "tp_comm_overlap_rs_dgrad": True},
         {},
         "tp_comm_overlap_rs_dgrad=true: cannot be set, because tp_comm_overlap was tested only with Megatron's "
-        "defaults for its parts; remove it",
+        "defaults for its parts; remove the field",
     ),
 ]
 
@@ -115,7 +116,7 @@ def test_what_can_be_set(tiny_hf):
     text = "layer spec te (Transformer Engine norms), bfloat16"
     assert describe_layers(config_of({}), arch, "te", "bfloat16") == text
     assert describe_layers(accepted, arch, "te", "bfloat16") == (
-        f"{text}, tensor-parallel communication overlaps with products"
+        f"{text}, tensor-parallel communication overlaps with matrix products"
     )
 
 
@@ -126,18 +127,20 @@ def test_refusals_for_a_model(tiny_hf):
     assert problems(read_architecture(tiny_hf("llama"))) == []
     assert problems(read_architecture(checkpoint(tiny_hf, "olmo2")), {}) == []
     assert problems(read_architecture(checkpoint(tiny_hf, "olmo2"))) == [
-        f"{LINE}requires Transformer Engine's layers, which do not support olmo2 models; remove it"
+        f"{LINE}requires Transformer Engine's layers, which do not support olmo2 models; remove this option"
     ]
     assert problems(read_architecture(tiny_hf("llama", num_hidden_layers=1))) == [
-        f"{LINE}has no effect, because the model's only layer computes selected columns; remove it"
+        f"{LINE}has no effect, because a model's last layer does not use it; remove it"
     ]
     narrow = tiny_hf("llama", hidden_size=48, num_attention_heads=4, num_key_value_heads=2)
-    assert problems(read_architecture(narrow)) == [f"{LINE}the hidden size, 48, must be a multiple of 32; remove it"]
+    assert problems(read_architecture(narrow)) == [
+        f"{LINE}the hidden size, 48, must be a multiple of 32; remove tp_comm_overlap"
+    ]
     assert problems(read_architecture(tiny_hf("llama")), {**ON, **TENSORWISE}) == []
     assert [line for line in problems(read_architecture(tiny_hf("llama")), {**ON, **MXFP8}) if LINE in line] == [
-        f"{LINE}the hidden size, 64, must be a multiple of 512; remove it",
-        f"{LINE}each rank's width of attention's output, 32, must be a multiple of 128; remove it",
-        f"{LINE}each rank's width of the MLP, 48, must be a multiple of 128; remove it",
+        f"{LINE}the hidden size, 64, must be a multiple of 512; remove tp_comm_overlap",
+        f"{LINE}each rank's width of attention's output, 32, must be a multiple of 128; remove tp_comm_overlap",
+        f"{LINE}each rank's width of the MLP, 48, must be a multiple of 128; remove tp_comm_overlap",
     ]
 
 
@@ -145,7 +148,7 @@ def test_check_accepts_the_overlap_without_a_gpu(files, tiny_hf, tmp_path):
     given = {"model": {"spec": "te"}, "megatron": {"transformer": ON}, **TP2}
     assert check(run_of(files, tiny_hf("llama"), tmp_path / "out", **given, **TREE)) == []
     (problem,) = check(run_of(files, tiny_hf("llama"), tmp_path / "out", **given, batch={"layout": "stacked"}))
-    assert problem.startswith(f"{LINE}all rows must have the size of its buffers")
+    assert problem.startswith(f"{LINE}requires rows of one size")
 
 
 @pytest.fixture
@@ -181,13 +184,15 @@ def test_choosing_layers(tiny_hf, transformer_engine, monkeypatch):
 
     assert choose() == "te"
     assert refusal(Platform(torch.device("cpu"), "gloo", gpu=False)) == (
-        f"{LINE}requires Transformer Engine's layers, but this machine has no GPU; remove it"
+        f"{LINE}requires Transformer Engine's layers, but this machine has no GPU; remove tp_comm_overlap"
     )
-    assert refusal(gpu, torch.float32) == (f"{LINE}requires weights in bf16, but they are in torch.float32; remove it")
+    assert refusal(gpu, torch.float32) == (
+        f"{LINE}requires weights in bf16, but they are in torch.float32; remove tp_comm_overlap"
+    )
     transformer_engine.multicast = False
     assert refusal() == (
         f"{LINE}this GPU, its driver or this version of CUDA cannot write to several GPUs at once (multicast); set the "
-        "environment variable UB_SKIPMC=1, with which each GPU is written to separately, or remove it"
+        "environment variable UB_SKIPMC=1, to write to each GPU separately, or remove tp_comm_overlap"
     )
     monkeypatch.setenv("UB_SKIPMC", "1")
     assert choose() == "te"
@@ -235,7 +240,7 @@ def test_buffers_are_created_once(tiny_hf, transformer_engine, monkeypatch):
         options(128, {**ON, **TENSORWISE, **at_end(2)})
     assert found.value.problems == [
         f"{LINE}this version of Transformer Engine has one set of buffers, but some layers are in fp8 and some in "
-        "bf16; remove it, or megatron.transformer.first_last_layers_bf16"
+        "bf16; remove tp_comm_overlap or first_last_layers_bf16"
     ]
 
     count = len(transformer_engine.calls)
@@ -244,7 +249,7 @@ def test_buffers_are_created_once(tiny_hf, transformer_engine, monkeypatch):
         options(64)
     assert found.value.problems == [
         f"{LINE}the 2 ranks of a tensor-parallel group must be on one node, but ranks 0 to 1 are on a and b; lower "
-        "parallel.tp, or remove it"
+        "parallel.tp, or remove tp_comm_overlap"
     ]
     assert len(transformer_engine.calls) == count
 
@@ -315,7 +320,7 @@ def test_parity_in_fp64_leaves_other_kernels_out_and_says_so(model, said_of, mon
     for fp64 in (True, False):
         with pytest.raises(ConfigError, match="enough"):
             parity.parity(asked, said.append, fp64=fp64)
-    assert said == [f"{said_of}: left out, because these kernels do not support fp64"]
+    assert said == [f"{said_of}: left out, because the selected kernels do not support fp64"]
     assert compared == [("auto", 2), (asked.model.attention, asked.model.flash_attention)]
 
 

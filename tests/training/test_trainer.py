@@ -120,7 +120,7 @@ def run_with_wrong_reference(config):
         original(self, chunks, **kwargs)
         for chunk in chunks:
             for parameter in chunk.parameters():
-                parameter.data.mul_(1.1)  # a smaller change could cancel in the mean of a few pairs
+                parameter.data.mul_(1.1)  # the effects of a smaller change on a few pairs could cancel
 
     reference.ResidentReference.__init__ = spoiled
     return run(config)
@@ -177,7 +177,7 @@ def test_loss_without_its_columns_names_file_and_field(files, tiny_hf, tmp_path)
     config = config_of(files, tiny_hf("llama"), tmp_path, loss={"name": "rpo_sq"})
     kind, message = run_ranks(run, 1, config=config)[0]
     assert kind == "DataError"
-    expected = "loss rpo_sq needs chosen_reward in every record of data.train, but it is missing in 22 of 22"
+    expected = "loss rpo_sq needs chosen_reward in every record of data.train, but 22 of 22 pairs have no"
     assert message.startswith(f"{files['train']}: {expected}")
 
 
@@ -298,7 +298,7 @@ def test_loss_must_return_one_value_per_pair(files, tiny_hf, tmp_path, monkeypat
 
 
 def test_metrics_by_source_and_token_weights_on_resume(files, tiny_hf, tmp_path):
-    """With `loss.use_weighting`, the expected value of the first loss is unknown. This must not stop the run."""
+    """With `loss.use_weighting`, no value is expected for the first loss, so the first loss must not stop the run."""
     other = write_pairs(tmp_path / "other.jsonl", 6, start=50)
     sections = {
         "data": {"train": [files["train"], other]},

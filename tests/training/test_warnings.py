@@ -1,4 +1,4 @@
-"""Tests of the warnings about runs whose training goes wrong. A healthy run must have no warnings."""
+"""Tests of the warnings that a run logs if its training goes wrong. A healthy run must log no warnings."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ def test_forecast_agrees_with_the_real_schedule(schedule):
 def test_lines_about_schedules():
     ratio = OptimConfig(warmup_ratio=0.99)
     assert schedule_warnings(ratio, 40) == [
-        "optim.warmup_ratio=0.99: the run has 40 steps, so it never reaches optim.lr; shorten the warmup"
+        "optim.warmup_ratio=0.99: the run has 40 steps, so the learning rate never reaches optim.lr; shorten the warmup"
     ]
     assert schedule_warnings(OptimConfig(warmup_steps=3), 1) == [
         "optim.warmup_steps=3: warmup starts at 0, so the learning rate is 0 in every step of this run (1 step); "
@@ -122,7 +122,7 @@ def test_a_constant_loss():
 def test_a_policy_that_is_no_longer_a_language_model():
     limit = math.log(100)
     assert told({}, {"sft_loss": limit - 0.01}) == []
-    assert told({"sft_loss": limit + 0.5}, {"sft_loss": limit + 1.4}) == [], "random weights have not collapsed"
+    assert told({"sft_loss": limit + 0.5}, {"sft_loss": limit + 1.4}) == [], "random weights give values near the limit"
     (line,) = told({}, {"sft_loss": limit + 0.01}, {"sft_loss": 50.0})
     assert line.startswith(
         "warning: logps/chosen: -4.62 nats per token after step 2 (-2.00 at the start), below a uniform distribution's "
@@ -135,11 +135,15 @@ def test_a_resumed_run_compares_with_its_first_step(tmp_path):
     log = [{"step": 1, "lr": 0.1}, {"step": 2, "sft_loss": 2.0}, {"step": 3, "sft_loss": 9.0}]
     lines = resumed(tmp_path, log)
     assert len(lines) == 1 and "-2.00 at the start" in lines[0]
-    assert resumed(tmp_path, log[:1]) == [], "if the log has no loss, the first loss after resuming is used"
+    assert resumed(tmp_path, log[:1]) == [], "without an sft_loss in the log, the first new step is the start"
 
 
 def resumed(folder, log):
-    """Return the warnings of a run that continues ``log`` with a policy that is no longer a language model."""
+    """Return the warnings of a run that resumes after step 3.
+
+    ``log`` has the lines of the earlier steps. The first step after the resume has an sft_loss so high that the policy
+    is no longer a language model.
+    """
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     lines, callback = [], Warnings()
     raw = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": str(folder)}}
@@ -179,7 +183,8 @@ def test_a_bad_run_is_warned_about_and_a_healthy_run_is_not(files, tiny_hf, tmp_
         logs[name] = (tmp_path / name / "log.txt").read_text().splitlines()
     assert not [line for line in logs["healthy"] if "warning" in line]
     assert [line[20:] for line in logs["bad"] if "warning" in line] == [
-        "warning: optim.warmup_steps=50: the run has 2 steps, so it never reaches optim.lr; shorten the warmup",
+        "warning: optim.warmup_steps=50: the run has 2 steps, so the learning rate never reaches optim.lr; shorten the "
+        "warmup",
         "warning: held-out pairs: 12 of 12 are also training pairs, so evaluations look better than they should; "
         "remove these pairs from data.train or data.validation",
     ]

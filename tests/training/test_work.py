@@ -1,4 +1,4 @@
-"""Tests of the counts of tokens and operations, compared with torch's counter and the benchmarks' formula."""
+"""Tests that compare the engine's counts of tokens and operations with torch's counter and the benchmarks' formulas."""
 
 import importlib.util
 from pathlib import Path
@@ -34,9 +34,11 @@ def flops_module():
 
 
 def counted(config):
-    """Return torch's count of operations on this rank, and the engine's counts for all ranks.
+    """Return torch's count for this rank, and the engine's three counts for all ranks.
 
-    Each count is for one forward pass. The engine counts tokens, operations, and operations in the stacked layout.
+    Each count is for one forward pass. Torch's count is the number of operations; with cp, it is 0. The engine's counts
+    are the number of tokens, the number of operations in the run's layout, and the number of operations that the
+    stacked layout would need.
     """
     import torch.distributed as dist
 
@@ -85,7 +87,7 @@ def test_trees_count_what_is_computed(tiny_hf, tmp_path):
 
 @pytest.mark.parametrize("layout", ["stacked", "tree"])
 def test_windows_bound_the_keys_that_are_counted(layout, tiny_hf):
-    """The expected value counts the keys of each token one by one."""
+    """The expected value is a sum over the tokens. Each token adds the number of keys that it sees."""
     from dpo_engine.batching.batches import collate
     from dpo_engine.batching.trees import needed_columns, plant
     from dpo_engine.model.architecture import read_architecture
@@ -121,8 +123,9 @@ STEPS = {
     "tree, stored": ("tree", 1, {}, "stored", "sigmoid"),
     "tree tp2": ("tree", 2, {"tp": 2}, "resident", "sigmoid"),
     "tree pp2, no reference": ("tree", 2, {"pp": 2}, "none", "simpo"),
-    # On the first of two stages, the embedding's output has a gradient, so the backward pass omits no product. The
-    # adapted projections are not fused, so the products with the matrices B of the adapters contain no zeros.
+    # With two stages, the output of the frozen embedding also gets a gradient, so the backward pass computes the input
+    # gradient of every product. The adapted projections are not fused. A fused linear would put the matrices B of its
+    # adapters into one block matrix with zeros, and torch would count the products with these zeros.
     "stacked pp2, adapter": ("stacked", 2, {"pp": 2}, "shared", "sigmoid"),
 }
 
@@ -160,8 +163,8 @@ def step_operations(config):
 def tree_attention(shape):
     """Return the operations of attention in one forward pass over the pairs as trees.
 
-    The last layer computes only the tokens that predict a token of a response: the prompt's last token, and all tokens
-    of each response except the last one.
+    The last layer computes attention only for queries of tokens that predict a token of a response. These tokens are
+    the prompt's last token, and all tokens of each response except its last token.
     """
     area = last = 0
     for pair in RandomPairs(6, VOCAB).pairs:
@@ -177,12 +180,12 @@ def tree_attention(shape):
 def test_mfu_counts_what_a_whole_step_executes(name, tiny_hf, tmp_path):
     """Compare the engine's count with torch's count, apart from known differences.
 
-    For stacked rows, the engine counts attention's backward pass as 2 forward passes, but torch's kernel executes as
-    many operations as 2.5 forward passes.
+    For stacked rows, the engine counts attention's backward pass as the work of 2 forward passes. Torch's kernel does
+    the work of 2.5 forward passes.
 
-    For trees, attention has a mask, and torch counts every (query, key) pair of a row. The test therefore compares only
-    the other products with torch, and compares attention with a formula. The engine omits the small products of the
-    metrics, which are 0.25 % of the work of this tiny model.
+    For trees, attention has a mask, and torch counts every (query, key) pair of a row. The test therefore compares the
+    count of attention with a formula, and only the count of all other products with torch's count. The engine does not
+    count the small matrix products that compute metrics. For this tiny model, they are 0.25 % of the operations.
     """
     layout, ranks, parallel, mode, loss = STEPS[name]
     reference = {"mode": mode, **({"store": str(tmp_path / "store")} if mode == "stored" else {})}
@@ -222,7 +225,7 @@ def test_padded_rows_are_those_of_all_ranks(world, size, tokens, parallel):
 
 
 def reported(config):
-    """Train as on a GPU whose peak FLOP/s are known, and return the metrics of the last step."""
+    """Train as if the peak FLOP/s of the device were known, and return the metrics of the last step."""
     from dpo_engine.training import work
     from support.small_run import run
 
@@ -286,7 +289,7 @@ def counted_products(config):
     ],
 )
 def test_products_of_a_forward_pass_are_those_that_torch_executes(family, ranks, parallel, layout, tiny_hf, tmp_path):
-    """In a mixture of experts, a token needs only the products of its own experts."""
+    """Of the experts' products, a token needs only those of the experts that the router chose for this token."""
     sizes = {"num_hidden_layers": 2, **CASES.get(family, (family, {}))[1]}
     config = run_config(tiny_hf(family, **sizes), tmp_path, parallel=parallel, batch={"layout": layout})
     results = run_ranks(counted_products, ranks, config=config)

@@ -1,4 +1,4 @@
-"""Tests of `check`: it reports all problems with files, layout and data together, and does not import Megatron."""
+"""Tests of `check`: it reports the problems of files, layout and data all at once, and does not import Megatron."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def raw(checkpoint, tmp_path):
 
 
 def problems(raw: dict, world_size: int | None = None, **changes) -> list[str]:
-    """Change the run by arguments of the form `section__key=value`, and check it. Return the problems."""
+    """Change sections (`section=value`) and keys (`section__key=value`) of the run. Return the problems of this run."""
     return check(changed(raw, **changes), world_size)
 
 
@@ -73,11 +73,11 @@ def test_metric_that_no_evaluation_reports(raw):
     best = {"checkpoint__keep_best": {"metric": "loss_margin/mean", "mode": "max"}}
     assert problems(raw, **held_out, **best, loss__name="ipo") == []
     assert problems(raw, **held_out, **best) == [
-        "checkpoint.keep_best.metric=eval/loss_margin/mean: no evaluation reports this metric; the documentation of "
-        "metrics says when it is reported"
+        "checkpoint.keep_best.metric=eval/loss_margin/mean: no evaluation of this run reports this metric; the "
+        "documentation of metrics says when it is reported"
     ]
     config = changed(raw, **held_out, **best)
-    assert examine(config, broken=frozenset({"loss.beta"})).config == [], "the loss is not known"
+    assert examine(config, broken=frozenset({"loss.beta"})).config == [], "a broken loss has no known metrics"
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,10 @@ def test_metric_that_no_evaluation_reports(raw):
             "start 4 or 8 ranks, for example: torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
         ),
         (2, {"tp": 2, "overlap": True}, "parallel.overlap=true: requires dp x cp >= 2, but dp x cp is 1 with 2 ranks; "
-         "remove it, or use at least 4 ranks"),
+         "remove parallel.overlap, or use at least 4 ranks"),
         (None, {"tp": 3}, "parallel.tp=3: must divide model.num_attention_heads=8; use 1, 2, 4 or 8"),
         (None, {"pp": 3}, "parallel.pp=3: must divide model.num_layers=4; use 1, 2 or 4, or set parallel.layers=auto"),
-        (None, {"vpp": 2}, "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it"),
+        (None, {"vpp": 2}, "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove parallel.vpp"),
         (None, {"ep": 2}, "parallel.ep=2: model type llama has no experts; use 1"),
     ],
 )  # fmt: skip
@@ -167,7 +167,8 @@ def test_reference_of_another_architecture_is_refused(raw, tiny_hf):
 
 def test_max_length_beyond_the_model_is_refused(raw, tiny_hf, checkpoint):
     (line,) = problems(raw, data__max_length=300)
-    assert line == "data.max_length=300: must be at most 256, the model's maximum number of positions; lower it"
+    rule = "must be at most 256, the model's maximum number of positions"
+    assert line == f"data.max_length=300: {rule}; lower data.max_length"
     windowed = str(tiny_hf("mistral", sliding_window=64))
     assert problems(raw, model={"path": windowed, "tokenizer": str(checkpoint)}) == []
 
@@ -210,7 +211,8 @@ def test_missing_tracker_package_is_refused(raw, monkeypatch, name, value, key):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (line,) = problems(raw, logging={name: value})
     assert line == (
-        f"logging.{key}: the package {name} is not installed; run pip install 'dpo-engine[{name}]', or remove it"
+        f"logging.{key}: the package {name} is not installed; run pip install 'dpo-engine[{name}]', or remove "
+        f"logging.{name}"
     )
 
 
@@ -226,7 +228,7 @@ def test_unusable_tokenizers_and_templates_are_refused(raw, tmp_path, tiny_hf):
     small = str(tiny_hf("llama", vocab_size=100))
     assert problems(raw, model={"path": small, "tokenizer": raw["model"]["path"]}) == [
         f"model.tokenizer={raw['model']['path']}: has 504 tokens, but the model has only 100 embedding "
-        "rows, none for 'w96', 'w97', 'w98', ...; use the tokenizer that the model was trained with"
+        "rows, and no row for 'w96', 'w97', 'w98', ...; use the tokenizer with which the model was trained"
     ]
 
 
@@ -306,11 +308,11 @@ def test_summary_of_micro_batches_whose_size_is_chosen(raw, monkeypatch):
     assert "4 pairs per step, dp 2, micro-batches of a size that fits the device\n" in text
     assert (
         "batch.tokens_per_micro_batch: 16,384 on a GPU with enough memory, 4,096 on a CPU; fewer if pipeline "
-        "stages would wait, but at least the longest pair; this machine has no GPU\n"
+        "stages would be idle otherwise, but enough for the longest pair; this machine has no GPU\n"
     ) in text
-    # On an unknown GPU, a micro-batch has room for at least the longest pair, which has 2 x 128 tokens. On a CPU, it
-    # has room for the 2 such pairs that a rank has in a step.
-    assert "bf16: " in text and "; rows of 256 tokens per micro-batch at least; " in text
+    # The longest possible pair has 2 x 128 tokens. If the GPU is unknown, a micro-batch has room for at least one such
+    # pair. On a CPU, a micro-batch has room for two such pairs, because a rank has two pairs in a step.
+    assert "bf16: " in text and "; rows of at least 256 tokens per micro-batch; " in text
     assert "fp32: " in text and "; rows of 512 tokens per micro-batch; " in text
     monkeypatch.setattr("dpo_engine.verbs.summary.gpu_present", lambda: True)
     monkeypatch.setattr("dpo_engine.verbs.summary.gpu_memory", lambda: 80 * 2**30)
@@ -413,7 +415,7 @@ def test_records_that_are_dropped_or_repeat_their_prompts_are_shown(raw, tmp_pat
             3,
             "the first 8 records would be dropped; 8 dropped: a response too long for data.max_length; raise the",
         ),
-        (9, "the first 8 records would give pairs whose responses begin with the whole prompt, which is therefore"),
+        (9, "the first 8 records would give pairs whose responses begin with the whole prompt, so the loss also"),
     ):
         config = changed(raw, data__train=str(path), data__max_length=length)
         assert check(config) == []
@@ -444,7 +446,8 @@ def test_conversations_without_a_template_are_refused(raw, tmp_path):
     path.write_text(json.dumps({"chosen": turns[0], "rejected": turns[1]}) + "\n")
     (line,) = problems(raw, data__train=[str(path), str(path)])
     start = f"data.chat_template=null: {path} is read as conversations (format messages: 'chosen' and 'rejected'), but"
-    assert line.startswith(start) and line.endswith("; set it to a file with a Jinja template, or use text records")
+    end = "; set data.chat_template to a file with a Jinja template, or use text records"
+    assert line.startswith(start) and line.endswith(end)
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     assert problems(raw, data__train=str(path), data__chat_template=str(template)) == []

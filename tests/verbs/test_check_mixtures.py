@@ -28,7 +28,7 @@ LAYOUTS = {
 
 @pytest.fixture
 def problems(run_files, tiny_hf, tmp_path):
-    """Return a function that checks a run: ``problems("qwen3_moe", 4, parallel={"ep": 2})``."""
+    """Return a function that lists the problems of a run, as in ``problems("qwen3_moe", 4, parallel={"ep": 2})``."""
 
     def find(model, world=None, **sections):
         directory = tiny_hf("llama") if model == "llama" else checkpoint(tiny_hf, model)
@@ -62,8 +62,8 @@ LAYOUT_PROBLEMS = [
     (
         {"tp": 2, "sequence_parallel": False},
         2,
-        "parallel.sequence_parallel=false: each tensor-parallel rank must have tokens of its own to send to experts; "
-        "remove it",
+        "parallel.sequence_parallel=false: is not possible with experts and tp > 1, because each tensor-parallel rank "
+        "must send its own tokens to the experts; remove parallel.sequence_parallel",
     ),
 ]  # fmt: skip
 
@@ -86,18 +86,19 @@ def test_shared_experts_are_split_like_other_mlps(problems):
 
 def test_settings_of_experts_are_refused_for_dense_models(problems):
     settings = {"loss": {"balance": 0.5, "router_z": 0.1}, "train": {"freeze_router": True}}
-    why = "model type llama has no experts; remove it"
+    why = "model type llama has no experts; remove"
     assert problems("llama", 2, parallel={"tp": 2, "etp": 1}, **settings) == [
-        f"loss.balance=0.5: {why}",
-        f"loss.router_z=0.1: {why}",
-        f"train.freeze_router=true: {why}",
-        f"parallel.etp=1: {why}",
+        f"loss.balance=0.5: {why} loss.balance",
+        f"loss.router_z=0.1: {why} loss.router_z",
+        f"train.freeze_router=true: {why} train.freeze_router",
+        "parallel.etp=1: model type llama has no experts; remove parallel.etp",
     ]
 
 
 def test_frozen_routers_mean_nothing_with_adapters(problems):
     assert problems("qwen3_moe", train={"freeze_router": True}, adapter={}) == [
-        "train.freeze_router=true: has no effect with an adapter, because only the adapter is trained; remove it"
+        "train.freeze_router=true: has no effect with an adapter, because only the adapter is trained; "
+        "remove train.freeze_router"
     ]
 
 
@@ -167,8 +168,8 @@ def test_optimizer_state_of_experts_is_sharded_over_their_copies(run_files, tiny
     cost = memory(config, arch, dims, dtype="bf16", tokens=128)
     assert cost.optimizer == 12 * others // 4 + 12 * experts // 2
     assert cost.formula == (
-        f"{others + experts:,} parameters x (2 weight + 4 gradient + 12 optimizer / 4 (dp x cp), for {experts:,} of "
-        "experts / 2 (their copies) + 2 reference) bytes"
+        f"{others + experts:,} parameters x (2 weight + 4 gradient + 12 optimizer / 4 (dp x cp) or, for {experts:,} in "
+        "experts, / 2 (own ranks) + 2 reference) bytes"
     )
 
 
@@ -205,4 +206,4 @@ def test_plan_offers_expert_parallelism(run_files, tmp_path):
     run = config_of(run_files, tmp_path, tmp_path, reference={"mode": "stored"}, data=data)
     lines = plan(run, 8)
     place = next(index for index, line in enumerate(lines) if ", ep 8: " in line)
-    assert ", ep " in lines[place + 2] and ", ep " in lines[place + 3]  # the lines with seconds and with sent bytes
+    assert ", ep " in lines[place + 2] and ", ep " in lines[place + 3]  # predicted seconds, and sent bytes

@@ -52,8 +52,8 @@ def test_check_and_train_refuse_the_same_checkpoint_with_the_same_words(name, sa
 
 def test_a_run_that_may_resume(saved_run):
     assert try_resume(saved_run()) == [
-        "would resume after step 3; train also compares the training data and the reference, and checks the files' "
-        "hashes"
+        "would resume after step 3; train also compares the training data and the reference, and checks the "
+        "hashes of the checkpoint's files"
     ]
     accepted = saved_run(train={"global_batch_size": 4}, checkpoint={"accept_changes": ["global_batch_size"]})
     (line,) = try_resume(accepted)
@@ -106,15 +106,17 @@ def test_what_was_tried(saved_run, monkeypatch):
     lines = dry_run(config)
     assert lines[0] == (
         "loss",
-        "called on two example pairs: is finite, has gradients, and computes each pair alone",
+        "on two example pairs, it is finite, has gradients, and does not couple pairs",
     )
     assert lines[2:] == [
         ("tracker", "tensorboard: opened in a temporary directory, without a connection to a server"),
-        ("tracker", "trackio: not opened, because this could create a run"),
+        ("tracker", "trackio: not opened, because a registered sink could create a run on a server"),
     ]
     assert sorted(config.checkpoint_dir.parent.iterdir()) == before, "nothing may be written"
     only_a_sink = saved_run(logging={"sinks": {"trackio": {}}})
-    assert dry_run(only_a_sink)[2:] == [("tracker", "trackio: not opened, because this could create a run")]
+    assert dry_run(only_a_sink)[2:] == [
+        ("tracker", "trackio: not opened, because a registered sink could create a run on a server")
+    ]
 
     def fail(opening):
         raise ConfigError("logging.tensorboard=true: broken; repair it")
@@ -151,7 +153,7 @@ def test_warnings_before_a_run(files, tiny_hf, tmp_path):
     model = tiny_hf("llama", num_hidden_layers=2)
     bad = config_of(files, model, tmp_path, data={"train": shared, "validation": shared}, optim={"warmup_steps": 50})
     assert run_warnings(bad) == [
-        "optim.warmup_steps=50: the run has 4 steps, so it never reaches optim.lr; shorten the warmup",
+        "optim.warmup_steps=50: the run has 4 steps, so the learning rate never reaches optim.lr; shorten the warmup",
         f"data.validation: {shared} is also in data.train, so evaluations look better than they should; use other "
         "records",
     ]

@@ -1,6 +1,7 @@
 """Tests of `dpo-engine eval` and `compare`.
 
-In every layout, the numbers of every pair must be those of transformers. The right checkpoint must be evaluated.
+In every layout, the numbers of every pair must be those of transformers. `eval` must evaluate the requested checkpoint
+or, by default, the newest checkpoint.
 """
 
 import json
@@ -63,7 +64,7 @@ def other(tiny_hf):
 
 @pytest.fixture(scope="module")
 def expected(files, weighted, other, tiny_hf, tmp_path_factory):  # noqa: F811
-    """Score every pair with transformers and apply the formulas of DPO."""
+    """Return the expected numbers of every pair, from scores of transformers and the formulas of DPO."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -152,7 +153,7 @@ def trained(files, tiny_hf, tmp_path_factory):  # noqa: F811
 
 
 def test_checkpoint_in_another_layout_matches_training(trained, files, tiny_hf, tmp_path):  # noqa: F811
-    """Evaluate the newest checkpoint in one process. The result must match the file that two ranks wrote."""
+    """Evaluate the newest checkpoint in one process. The result must match that of the training run on two ranks."""
     config = config_of(files, tiny_hf("llama"), trained)
     seen = trained / "eval/step_00000002.parquet"
     to = tmp_path / "again.parquet"
@@ -196,11 +197,11 @@ def test_any_file_can_be_evaluated(trained, files, tiny_hf, tmp_path, capfd):  #
     found = run_ranks(judge, 1, config=config, data=f"{tmp_path}/new.jsonl,{tmp_path}/known.jsonl")[0]
     path = trained / "eval/step_00000002_new_known.parquet"
     assert found["files"] == [str(path), str(path.with_suffix(".json"))]
-    assert own == {name: (trained / "eval" / name).read_bytes() for name in own}, "the run's own evaluation must remain"
+    assert own == {name: (trained / "eval" / name).read_bytes() for name in own}, "eval must not change earlier files"
     assert "held-out pairs: 3 of 8 are also training pairs of the run\n" in capfd.readouterr().out
     rows = rows_of(path)
     assert [row["source"].rpartition("/")[2] for row in rows] == ["new.jsonl"] * 5 + ["known.jsonl"] * 3
-    # Compute the plain likelihood accuracy from the file's columns.
+    # Compute the likelihood accuracy from the file's columns. This accuracy does not involve the reference.
     share = sum(row["chosen_logps"] > row["rejected_logps"] for row in rows) / 8
     assert found["groups"][0]["likelihood_accuracy"]["mean"] == pytest.approx(share)
     (tmp_path / "other").mkdir()

@@ -55,7 +55,7 @@ def exported(config, **options):
 def done(files, tiny_hf, tmp_path_factory):
     """Train 6 steps on conversations. The tokenizer is a bare SentencePiece model, and the chat template is a file.
 
-    Returns the run's configuration and its records.
+    Returns the configuration and the records of the run.
     """
     folder = tmp_path_factory.mktemp("export")
     (folder / "own.jinja").write_text(TEMPLATE)
@@ -175,7 +175,7 @@ def test_step_dtype_and_card_of_an_export(done, tmp_path):
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
     ):
         assert part in body, part
-    assert str(tmp_path.parent) not in body and config.train.output_dir not in body, "paths of the machine are private"
+    assert str(tmp_path.parent) not in body and config.train.output_dir not in body, "a card must not show local paths"
     assert "learning_rate" not in body and "pairs_per_s" not in body
 
 
@@ -227,7 +227,8 @@ def test_better_step_without_a_checkpoint_is_named(tmp_path):
     assert best_saved(config, lines.append) == 4
     assert lines == [
         "best checkpoint by lowest eval/loss: step 4 (0.5)",
-        "step 2 (0.25) was better but has no checkpoint; set checkpoint.keep_best to keep it in the next run",
+        "step 2 (0.25) was better but has no checkpoint; set checkpoint.keep_best to keep the best step in the next "
+        "run",
     ]
 
 
@@ -243,7 +244,7 @@ def test_no_advice_if_the_model_before_training_was_better(tmp_path):
     config = run_of(tmp_path, [4], [{"step": step, "eval/loss": loss} for step, loss in ((0, 0.25), (4, 0.5))])
     lines = []
     assert best_saved(config, lines.append) == 4
-    assert lines[1] == "step 0 (0.25) was better: the model before the first step, which has no checkpoint"
+    assert lines[1] == "step 0 (0.25) was better, but it is the model before training and has no checkpoint"
 
 
 def test_best_without_an_evaluated_checkpoint_is_refused(tmp_path):

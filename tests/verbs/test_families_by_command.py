@@ -1,4 +1,4 @@
-"""Tests of families with the command line: `parity` finds no difference, and `train` ends with an export."""
+"""Tests of model families with the command line: `parity` finds no difference, and `train` ends with an export."""
 
 import json
 

@@ -86,7 +86,7 @@ def test_check_downloads_and_then_needs_no_network(published, server, tmp_path, 
     capsys.readouterr()
     assert cli.main(["check", path]) == ConfigError.exit_code
     problems = capsys.readouterr().err.splitlines()
-    assert [line.partition(": no such ")[0] for line in problems] == [
+    assert [line.partition(": not an existing ")[0] for line in problems] == [
         "model.path=org/tiny",
         "data.train[0].path=org/pairs@v1:train[:-50%]",
         "data.validation[0].path=org/pairs@v1:train[-50%:]",
@@ -112,15 +112,15 @@ def test_fetch_reports_every_problem(published, server, tmp_path):
     assert error.value.problems == [
         f"model.path=org/none: {absent}",
         f"model.tokenizer=org/gone: {absent}",
-        "data.train[0].path=org/pairs@v1:dev: no such file or directory, nor a usable Hub id: the data set has no "
-        "split dev; name one of its splits (test and train), as in org/pairs@v1:test",
+        "data.train[0].path=org/pairs@v1:dev: not an existing file or directory, and not a usable Hub id: the data set "
+        "has no split dev; name one of its splits (test and train), as in org/pairs@v1:test",
     ]
 
 
 def test_fetch_offline_is_refused(server, tmp_path, monkeypatch):
     config = Config.load(run_file(tmp_path))
     use_hub(monkeypatch, tmp_path, None)
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE=1: forbids the downloads of this verb; unset it"):
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE=1: forbids the downloads of fetch; unset HF_HUB_OFFLINE"):
         fetch(config)
 
 

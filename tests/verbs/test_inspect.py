@@ -1,4 +1,4 @@
-"""Tests of `dpo-engine inspect`: the shown parts of pairs and their token counts, terminal colors, and bad records."""
+"""Tests of `dpo-engine inspect`: the parts of a pair and the tokens of each part, terminal colors, and bad records."""
 
 import json
 import os
@@ -24,7 +24,10 @@ ROW = {
 
 @pytest.fixture
 def run(tiny_hf, tmp_path):
-    """Return a function: ``run(rows, **data)`` returns the configuration of a run on these records."""
+    """Return a function that returns the configuration of a run.
+
+    ``run(rows, **data)`` writes the records ``rows`` to the run's data file. ``data`` sets keys of the section `data`.
+    """
     tokenizer = byte_level(tmp_path / "tokenizer")
 
     def make(rows, **data):

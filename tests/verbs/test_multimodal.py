@@ -1,4 +1,4 @@
-"""Tests of training the text part of a model that also reads images, and of models whose adapters are refused."""
+"""Tests of training the text part of a model that also reads images. Tests that adapters of some models are refused."""
 
 import json
 
@@ -27,15 +27,15 @@ def model(tiny_hf):
 
 def test_adapters_are_refused(model):
     assert adapter_problems(AdapterConfig(), read_architecture(model)) == [
-        "adapter: adapters of gemma3 models are not supported, because PEFT has other names for their layers; remove "
-        "the section"
+        "adapter: adapters of gemma3 models are not supported, because PEFT and the engine use different names for "
+        "the layers of these models; remove the section"
     ]
 
 
 def test_adapters_of_transposed_weights_are_refused(tiny_hf):
     assert adapter_problems(AdapterConfig(), read_architecture(checkpoint(tiny_hf, "gpt2"))) == [
-        "adapter: adapters of gpt2 models are not supported, because their weights are stored transposed; remove the "
-        "section"
+        "adapter: adapters of gpt2 models are not supported, because the weights of these models are stored "
+        "transposed; remove the section"
     ]
 
 

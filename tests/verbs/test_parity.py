@@ -61,13 +61,13 @@ def parity(config, folder, *overrides, ranks=None):
 
 @pytest.mark.slow
 def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
-    # The run in one process, with which parity compares, has its optimizer states on the device.
+    # `parity` compares this run with a run in one process, whose optimizer states are on the device.
     more = {"parallel": {"tp": 2}, "batch": {"layout": "tree"}, "optim": {"states": "host"}}
     done = parity(config_of(files, tiny_hf("llama"), tmp_path, **more), tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(
-        "3 steps of 8 pairs in float32: tp 2, pp 1, vpp 1, cp 1 on 2 ranks, tree batches of up to 2 pairs, compared "
-        "with one process, stacked batches of up to 1 pair\n"
+        "3 steps of 8 pairs in float32: tp 2, pp 1, vpp 1, cp 1 on 2 ranks, tree micro-batches of up to 2 pairs, "
+        "compared with one process and stacked micro-batches of up to 1 pair\n"
     )
     assert done.stdout.count("equal") == 6 and "DIFFERENT" not in done.stdout
 
@@ -84,7 +84,8 @@ def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
 )
 def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel, adapter):  # noqa: F811
     more = {"adapter": adapter} if adapter else {"optim": {"states": "host"}}
-    more["megatron"] = {"ddp": {"pad_buckets_for_high_nccl_busbw": True}}  # plain AdamW must ignore this
+    # `parity --fp64` must leave this option out, because the option requires the distributed optimizer.
+    more["megatron"] = {"ddp": {"pad_buckets_for_high_nccl_busbw": True}}
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"}, **more)
     done = parity(config, tmp_path / "run", "--fp64", ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -173,7 +174,7 @@ def measure_wrong_adapter(config):
 
 
 def test_wrong_matrix_of_a_new_adapter_is_found(files, tiny_hf, tmp_path):  # noqa: F811
-    """The B matrices of a new adapter must not stay zero, because an error in A would then have no effect."""
+    """If `measure` left the matrices B of a new adapter at zero, an error in a matrix A would have no effect."""
     from dpo_engine.training.short_run import measure
 
     def config(**parallel):
@@ -257,7 +258,10 @@ def honest(policy, reference):
 
 
 def command(files, model, folder, loss, *, ranks=1, before=None, **sections):
-    """Run `dpo-engine parity` with a loss of the plugin above. All pairs have equal weights and small margins."""
+    """Run `dpo-engine parity` with a loss of the plugin above.
+
+    All pairs have the same weight in the loss. At the learning rate of 1e-6, training steps hardly change the margins.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "parity_losses.py").write_text(LOSSES)
     sections = {"batch": {"layout": "stacked"}, "train": {"micro_batch_size": 1}, "optim": {"lr": 1e-6}, **sections}
@@ -276,7 +280,10 @@ def command(files, model, folder, loss, *, ranks=1, before=None, **sections):
 
 
 def in_forks():
-    """Make `parity` measure in forked processes, which need no imports. This works only for runs of a single rank."""
+    """Make `parity` measure in forks of its process, which need not import the packages again.
+
+    This works only for runs of a single rank.
+    """
 
     def measure_in_fork(config, ranks, folder, *, fp64):
         folder.mkdir()
@@ -310,7 +317,8 @@ def test_loss_that_reads_its_micro_batch_is_found(files, tiny_hf, tmp_path):
     assert done.codes == [1], done.said
     found = verdicts(done)
     assert found[LOSS] == "DIFFERENT from step 1: loss of a pair", done.output[0]
-    assert "batches of up to 1 pair, compared with one process, stacked batches of up to 2 pairs" in done.output[0]
+    said = "micro-batches of up to 1 pair, compared with one process and stacked micro-batches of up to 2 pairs"
+    assert said in done.output[0]
 
 
 @pytest.mark.slow
@@ -439,7 +447,7 @@ def test_changed_policy_is_the_same_in_every_layout(files, tiny_hf, tmp_path):
 
 
 def test_policy_and_reference_differ_until_the_last_step(files, tiny_hf, tmp_path):
-    """Policy and reference must differ, because equal numbers of equal models would prove little.
+    """Policy and reference must differ. For two equal models, equal log-probabilities would prove little.
 
     Warmup must not apply, because its first learning rate is 0.
     """
@@ -470,5 +478,5 @@ def test_mixture_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
     config = config_of(files, model, tmp_path, parallel=layout, batch={"layout": "tree"}, loss={"balance": 0.1})
     done = parity(config, tmp_path / "run", "--fp64")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "tp 2, pp 1, vpp 1, cp 1, ep 2, etp 1 on 2 ranks, tree batches" in done.stdout
+    assert "tp 2, pp 1, vpp 1, cp 1, ep 2, etp 1 on 2 ranks, tree micro-batches" in done.stdout
     assert done.stdout.count("equal") == 6 and "DIFFERENT" not in done.stdout

@@ -22,7 +22,8 @@ def test_train_reads_the_cache(run_yaml, capsys, tmp_path):
     assert said.endswith(f"cache: {tmp_path / 'cache'}\n")
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("pairs-*.arrow")}
     assert len(made) == 2
-    # Train in a separate process, because ranks that later tests fork would hang if this process had process groups.
+    # Train in a separate process. If this process opened process groups, later tests would hang, because they fork
+    # their ranks from this process.
     trained = run_job(["train", path, "train.max_steps=2"], 1, tmp_path / "log")
     assert trained.codes == [0], trained.said
     assert "training pairs: 24 pairs from 24 records, from the cache" in trained.output[0]
@@ -55,14 +56,14 @@ def test_bad_record_is_named(run_yaml, tmp_path, capsys):
 
 
 def test_field_that_the_loss_reads_is_required(run_yaml, tmp_path, capsys):
-    """The check before the start reads only the first records. Tokenizing then checks all records."""
+    """Before tokenizing, the command checks only the first records. After tokenizing, it checks all records."""
     rows = [{"prompt": f"{n} ?", "chosen": " a", "rejected": " b", "margin": 1.0} for n in range(20)]
     del rows[15]["margin"]
     data = tmp_path / "d.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"data": {"train": str(data), "validation": None}, "loss": {"name": "sigmoid", "margin_scale": 1.0}}
     assert cli.main(["tokenize", str(run_yaml(**settings))]) == 3
-    assert "needs margin in every record of data.train, but it is missing in 1 of 20 pairs" in capsys.readouterr().err
+    assert "needs margin in every record of data.train, but 1 of 20 pairs have no margin" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

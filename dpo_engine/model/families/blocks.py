@@ -46,8 +46,9 @@ def linear(
 ) -> tuple[Rule, ...]:
     """Return the rules for the weight and the bias of a linear layer that is part of every transformer layer.
 
-    tensors   maps each name in the checkpoint, without ``.weight``, to the Architecture attribute with its row count;
-              or a pair: the name of a single tensor, and the attributes with the row counts of its parts
+    tensors   mapping from the name of each tensor in the checkpoint, without ``.weight``, to the Architecture attribute
+              with the tensor's row count; or a pair: the name of a single tensor, and the attributes with the row
+              counts of its parts
     bias      boolean Architecture attribute that is true if there is a bias; None if there never is one
     inside    first part of the tensors' names
     transposed  whether the weight is stored with rows and columns exchanged
@@ -85,7 +86,10 @@ def root(embedding: str = "model.embed_tokens", final: str = "model.norm", head:
 
 
 def within(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Return the rules for a model that is part of a larger one: the names of its tensors start with ``prefix``."""
+    """Return the rules for a model that is a part of a larger model.
+
+    prefix  start of the names of the part's tensors in the checkpoint; the names in ``rules`` do not contain it
+    """
     return tuple(replace(rule, tensors=tuple(f"{prefix}{name}" for name in rule.tensors)) for rule in rules)
 
 
@@ -227,7 +231,7 @@ def activation(config: HFConfig, name: str = "hidden_act", default: str = "silu"
     if value in ACTIVATIONS:  # registered by a plugin
         return value
     known = ", ".join(HF_ACTIVATIONS)
-    config.problem(f"{name}={value!r}: the engine's MLP does not support this activation, only {known}")
+    config.problem(f"{name}={value!r}: the engine's MLP does not support this activation, but supports {known}")
     return "silu"
 
 
@@ -258,7 +262,9 @@ def sliding(config: HFConfig, period: int | None = None, first: int = 0) -> tupl
     if kinds is None:
         return tuple(layer for layer in range(first, count) if period is None or (layer + 1) % period)
     if not isinstance(kinds, list) or len(kinds) != count or {*map(str, kinds)} - WINDOWS:
-        config.problem(f"layer_types: must have {count} entries, {' or '.join(sorted(WINDOWS))}; use another model")
+        config.problem(
+            f"layer_types: must have {count} entries, each {' or '.join(sorted(WINDOWS))}; use another model"
+        )
         return ()
     return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
 

@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import ALL_NORMS, ATTENTION, MLP, ROOT, ac
 
 @FAMILIES.register("gemma2")
 class Gemma2:
-    """Gemma's layers, with additional norms after attention and MLP, soft caps, and a window in every other layer."""
+    """Gemma's layers, with soft caps, a window in every other layer, and additional norms after attention and MLP."""
 
     rules = ROOT + ALL_NORMS + ATTENTION + MLP
 

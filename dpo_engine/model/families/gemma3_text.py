@@ -17,7 +17,7 @@ from dpo_engine.model.families.rope import ropes
 
 @FAMILIES.register("gemma3_text")
 class Gemma3:
-    """Gemma's layers, with more norms (after attention and MLP, and of queries and keys) and two rotary bases."""
+    """Gemma's layers, with norms after attention and MLP, norms of queries and keys, windows, and two rotary bases."""
 
     rules = ROOT + ALL_NORMS + ATTENTION + QK_NORM + MLP
 

@@ -10,7 +10,7 @@ OPTIONS = {"bias": "mlp_bias", "inside": LAYER, "transposed": True}
 
 @FAMILIES.register("gpt2")
 class Gpt2:
-    """Learned positions, layer norms, biases everywhere, an MLP without a gate, and matrices stored transposed."""
+    """Learned positions, layer norms, biases everywhere, no gate in the MLP, and linear weights stored transposed."""
 
     rules = (
         *root("transformer.wte", "transformer.ln_f"),

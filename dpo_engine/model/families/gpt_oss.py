@@ -21,7 +21,7 @@ SCALING = {
 
 
 def _expert(linear: str, tensor: str, rows: tuple[str, ...], columns: str, layout: str, cut: int) -> tuple[Rule, Rule]:
-    """Return the rules for the matrix of an expert, which is stored transposed, and for its bias."""
+    """Return the rules for an expert's matrix, which is stored transposed, and for the bias of the matrix."""
     own, mixed = (f"{STORED}{{e}}.{tensor}", f"{STORED}{{e}}.{tensor}_bias"), len(rows) > 1
     facts = {"layout": layout, "layers": "experts", "interleaved": mixed}
     return (

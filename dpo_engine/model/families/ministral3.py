@@ -16,12 +16,12 @@ YARN = {
     "mscale_all_dim": 1.0,
     "mscale": 1.0,
 }
-"""Rotary fields that are used if ``config.json`` omits them."""
+"""The rotary fields of a model whose ``config.json`` has neither ``rope_parameters`` nor ``rope_scaling``."""
 
 
 @FAMILIES.register("ministral3")
 class Ministral3:
-    """Mistral's layers; to avoid scaled queries, rows have at most ``original_max_position_embeddings`` tokens."""
+    """Mistral's layers, for rows that are so short that the model does not scale their queries."""
 
     rules = DENSE
 
@@ -29,7 +29,8 @@ class Ministral3:
     def architecture(config: HFConfig) -> Architecture:
         """Read a Ministral 3 ``config.json``.
 
-        ``max_positions`` is at most the length up to which the model does not scale queries.
+        The model scales queries at positions from ``original_max_position_embeddings`` on. The engine does not scale
+        queries, so ``max_positions`` is at most this length.
         """
         if config.get("rope_parameters") is None and config.get("rope_scaling") is None:
             config.values["rope_parameters"] = YARN

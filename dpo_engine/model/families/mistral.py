@@ -17,7 +17,8 @@ class Mistral:
         """Read a Mistral ``config.json``.
 
         If the field ``sliding_window`` is null, there is no window. If it is absent, the window is 4096, as in
-        transformers. Only files of Ministral models can name the layers that have the window.
+        transformers. If ``model_type`` is ``ministral``, ``layer_types`` can limit the window to some layers.
+        Otherwise, all layers have the window.
         """
         values = config.values
         window = None if values.get("sliding_window", 0) is None else config.count("sliding_window", 4096)

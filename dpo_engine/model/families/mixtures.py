@@ -59,10 +59,11 @@ def mixture(
 
 
 def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DOWN) -> tuple[Fused, ...]:
-    """Return the tensors that contain all experts of a layer, with their names in transformers' modules.
+    """Return the fused tensors of the experts; each of them contains matrices of all experts of a layer.
 
-    With ``save_original_format=False``, transformers saves checkpoints in this form. If the router has a different name
-    in these checkpoints, the result also contains the router's weight.
+    The names of the fused tensors are those in transformers' modules. With ``save_original_format=False``, transformers
+    saves checkpoints in this form. If the router has a different name in these checkpoints, the result also contains
+    the router's weight.
 
     inside, names   as for :func:`mixture`
     """
@@ -75,7 +76,8 @@ def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DO
 def named_count(config: HFConfig, *names: str, default: int | None = None) -> int:
     """Read a count that can have any of several names.
 
-    If no name is present, return the default or, without a default, record the problem that the first name is missing.
+    If ``config.json`` has none of the names, return the default. If there is no default either, record a problem with
+    the first name.
     """
     given = next((name for name in names if config.get(name) is not None), names[0])
     return config.count(given, default)

@@ -6,7 +6,10 @@ from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, activation,
 
 @FAMILIES.register("nemotron")
 class Nemotron:
-    """Layer norms multiply by 1 plus the stored weight; squared ReLU without a gate; half of each head is rotated."""
+    """Layer norms, an MLP with squared ReLU and without a gate, and rotary positions for half of each head.
+
+    The norms multiply by 1 plus the stored weight.
+    """
 
     rules = ROOT + NORMS + ATTENTION + plain_mlp("mlp.up_proj", "mlp.down_proj")
 

@@ -8,7 +8,10 @@ from dpo_engine.model.families.rope import ropes
 
 @FAMILIES.register("olmo3")
 class Olmo3:
-    """OLMo 2's layers; three of every four layers have a sliding window; only the fourth scales rotary positions."""
+    """OLMo 2's layers; by default, all layers except every fourth one have a sliding window.
+
+    The field ``rope_scaling`` applies only to the layers without a window.
+    """
 
     rules = Olmo2.rules
 

@@ -33,7 +33,7 @@ class Qwen2Moe:
 
 
 def _windows(config: HFConfig) -> dict[str, Any]:
-    """Read the sliding window. Without ``layer_types``, every other layer below ``max_window_layers`` has a window."""
+    """Read the sliding window. Without ``layer_types``, the even layers below ``max_window_layers`` have it."""
     found = qwen_window(config)
     if found and config.get("layer_types") is None:
         end = min(config.get("max_window_layers", 28), config.count("num_hidden_layers"))

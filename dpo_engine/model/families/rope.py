@@ -53,8 +53,8 @@ def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) 
     top level are for the layers without a window.
 
     theta    base for the layers without a window if ``config.json`` omits ``rope_theta``
-    sliding  for older files, the field that gives the base for the layers with a window: its name and its default. The
-             name is None if older files have no such field
+    sliding  name and default of the field that gives, in older files, the base for the layers with a window. If older
+             files have no such field, the name is None, and the default is the base
 
     Returns the rotary fields of ``Architecture``. Those for layers with a window are omitted if they equal the others.
     """

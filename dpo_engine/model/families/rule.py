@@ -40,7 +40,7 @@ class Rule:
     when        boolean Architecture attribute that is true if the model has the parameter; None if every model has it
     tied_to     parameter of which this one is a copy if the embeddings are tied
     transposed  whether the tensors are stored with rows and columns exchanged
-    adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
+    adapter     whether the parameter is part of an adapter. Its tensors are then stored in the PEFT format
     layers      kind of the layers that have the parameter: ``dense``, ``experts``, or None for all
     interleaved  in a single tensor with several parts, whether the rows of the parts alternate: the first row of each
                  part, then the second row of each part, and so on. Otherwise, each part follows the previous one
@@ -98,7 +98,7 @@ class Rule:
         return sum(self.row_counts(arch)) * columns // (1 if self.cut is None else tp)
 
     def hf_tensors(self, arch: Architecture, layer: int | None = None, expert: int | None = None) -> list[HFTensor]:
-        """Return the tensors of the rule in the given layer, and of the given expert, with their shapes."""
+        """Return the names and shapes of the rule's tensors for the given layer and the given expert."""
         rest = () if self.columns is None else (size(arch, self.columns),)
         counts = self.row_counts(arch)
         if len(self.tensors) == 1:
@@ -117,8 +117,8 @@ class Fused:
     ``parts`` has no ``{e}``, the tensor is not fused. It only has a different name in the checkpoint.
 
     tensor   name of the fused tensor; ``{l}`` is the layer number
-    parts    names of the tensors in the weight table that contain an expert's rows, in their order; ``{e}`` is the
-             number of the expert
+    parts    names, in the weight table, of the tensors that the fused tensor contains for each expert, in this order;
+             ``{e}`` is the number of the expert
     written  whether exports contain the fused tensor. If not, the fused tensor is only read, and exports have a tensor
              for each expert
     """

@@ -21,7 +21,8 @@ class SmolLM3:
         rotated = config.get("no_rope_layers") or [int((layer + 1) % interval != 0) for layer in range(count)]
         if not isinstance(rotated, list) or len(rotated) != count or any(flag not in (0, 1) for flag in rotated):
             config.problem(
-                f"no_rope_layers={shorten(repr(rotated), 60)}: must have {count} entries, 0 or 1; correct config.json"
+                f"no_rope_layers={shorten(repr(rotated), 60)}: must have {count} entries, each 0 or 1; correct "
+                "config.json"
             )
             rotated = []
         layers = tuple(layer for layer, flag in enumerate(rotated) if not flag)

@@ -6,7 +6,10 @@ from dpo_engine.model.families.blocks import ATTENTION, MLP, ROOT, dense, norm
 
 @FAMILIES.register("stablelm")
 class StableLm:
-    """Layer norms, and a quarter of each head rotated; the MLP follows attention, or both share one norm."""
+    """Layer norms, and by default rotary positions for a quarter of each head.
+
+    The MLP follows attention, or both read the output of one norm, in parallel.
+    """
 
     rules = (
         ROOT

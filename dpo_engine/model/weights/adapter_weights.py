@@ -35,7 +35,7 @@ def drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 class DrawnAdapter:
-    """The tensors of a randomly drawn adapter, with the interface of a class that reads files.
+    """The tensors of a randomly drawn adapter, with the interface of :class:`~dpo_engine.model.weights.load.Files`.
 
     shapes   names and shapes of all its tensors
     scale    factor of the drawn matrices ``B``; with 0, the adapter changes nothing
@@ -174,7 +174,7 @@ class Merge:
         lost, changed = (sum(column) for column in zip(*sums, strict=True))
         error = math.sqrt(lost / changed) if changed else 0.0
         if error < NEGLIGIBLE:
-            return "rounding the merged weights loses almost nothing"
+            return "rounding the merged weights loses almost nothing of the adapter's contribution"
         return (
             f"rounding the merged weights changes the adapter's contribution by {error:.0%}; use the adapter itself, "
             "or export with --dtype fp32"

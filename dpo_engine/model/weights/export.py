@@ -72,7 +72,9 @@ def companion(directory: Path, name: str, key: str) -> Path | None:
     real = path.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(root) for root in allowed):
-        raise ConfigError(f"{key}={directory}: {name} links to a file outside that directory; replace it with a copy")
+        raise ConfigError(
+            f"{key}={directory}: {name} links to a file outside that directory; replace the link with a copy"
+        )
     if not real.is_file():
         raise ConfigError(f"{key}={directory}: {name} is not a regular file; replace it with a regular file")
     return real
@@ -83,7 +85,7 @@ def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
 
     These are the generation config, the files of a multimodal model's processor, and the tokenizer's files.
 
-    source      directory of the checkpoint that the run started from
+    source      directory of the checkpoint from which the run started
     tokenizer   directory or SentencePiece file of the tokenizer; None if the tokenizer is in ``source``
 
     Only files with well-known names are exported. None of them contains code.

@@ -31,8 +31,8 @@ DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bia
 PICKLED = (b"PK\x03\x04", b"\x80")
 """First bytes of files written by `torch.save`, in its new format and in its old format."""
 PICKLED_WEIGHTS = (
-    "pickled weights can run code when loaded and are refused; if you trust them, convert them to safetensors with "
-    "save_pretrained of transformers"
+    "pickled weights are refused, because loading them can run code; if you trust them, convert them to safetensors "
+    "with save_pretrained of transformers"
 )
 MAX_HEADER_BYTES = 16 * 2**20
 """Maximum size of a safetensors header, in bytes. A header has about 100 bytes per tensor."""
@@ -83,7 +83,7 @@ class CheckpointFiles:
             weight_map = self._read_index(index)
             if single.is_file() and SINGLE not in weight_map.values():
                 raise self.fail(
-                    f"has {SINGLE} and also {INDEX}, but the index does not list this file; remove the stale one"
+                    f"has {SINGLE} and also {INDEX}, but the index does not list {SINGLE}; remove the stale file"
                 )
             return weight_map
         if single.is_file():
@@ -103,7 +103,8 @@ class CheckpointFiles:
         for name in sorted(files):
             if not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
                 raise self.fail(
-                    f"{INDEX} lists {quoted(name)}, which is not the name of a safetensors file in this directory"
+                    f"{INDEX} lists {quoted(name)}, which is not the name of a safetensors file in this directory; "
+                    "download the checkpoint again"
                 )
             if not (self.directory / name).is_file():
                 raise self.fail(f"{INDEX} lists {name}, which is missing; download the checkpoint again")
@@ -175,7 +176,7 @@ class CheckpointFiles:
                 raise self.fail(
                     f"tensor {place.stored[0]} in {first.file} has shape {shorten(str(list(first.shape)), 40)} and "
                     f"dtype {first.dtype}, which do not fit {place.experts} experts"
-                    + (f" or {place.stored[1]}" if scales else "")
+                    + (f" or do not fit tensor {place.stored[1]}" if scales else "")
                     + "; config.json or the file belongs to another model; download both again"
                 )
             others[name] = Header(first.file, shape, "BF16" if place.packed else first.dtype)
@@ -219,10 +220,11 @@ def carried(arch: Architecture) -> tuple[str, ...]:
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     """Check that a checkpoint matches the weight table: the name, file, shape and dtype of every tensor.
 
-    A missing tensor is an error. A tensor that no rule uses is an error too, unless its name matches `DERIVED`, the
-    family carries it, or it belongs to a layer for multi-token prediction (:mod:`~dpo_engine.model.weights.kept`). If
-    the embeddings are tied, the checkpoint can still contain the tied tensor (`lm_head.weight`), which must then equal
-    the embedding. Only headers are read, except to compare these two tensors.
+    A missing tensor is an error. A tensor that no rule uses is an error too, with three exceptions: names that match
+    `DERIVED`, tensors that are only copied to exports (:func:`carried`), and tensors of layers for multi-token
+    prediction (:mod:`~dpo_engine.model.weights.kept`). If the embeddings are tied, the checkpoint can still contain the
+    tied tensor (`lm_head.weight`), which must then equal the embedding. Only headers are read, except to compare these
+    two tensors.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
     """

@@ -1,7 +1,8 @@
 """Freeze weights that are selected by their names in the Hugging Face checkpoint (``optim.freeze``).
 
-Some parameters of the model consist of several checkpoint tensors, such as the query, key and value projections.
-These tensors can be frozen only together, because an optimizer updates whole parameters.
+Some parameters of the model consist of several checkpoint tensors. For example, the query, key and value projections
+form one parameter. The tensors of one parameter can be frozen only together, because an optimizer updates whole
+parameters.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ def router_problems(config: Config, arch: Architecture) -> list[str]:
         return []
     settings = {"loss.balance": config.loss.balance, "loss.router_z": config.loss.router_z}
     settings["train.freeze_router"] = config.train.freeze_router
-    why = f"model type {arch.model_type} has no experts; remove it"
-    return [f"{key}={show(value)}: {why}" for key, value in settings.items() if value]
+    why = f"model type {arch.model_type} has no experts; remove"
+    return [f"{key}={show(value)}: {why} {key}" for key, value in settings.items() if value]
 
 
 def frozen_tensors(patterns: Sequence[str], arch: Architecture) -> dict[str, HFTensor]:
-    """Return the tensors of the checkpoint whose whole name matches any of the regular expressions, by name."""
+    """Return, by name, those tensors of the checkpoint whose whole name matches any of the regular expressions."""
     compiled = [re.compile(pattern) for pattern in patterns]
     tensors = (tensor for tensor, _ in _tensors(arch))
     return {tensor.name: tensor for tensor in tensors if any(p.fullmatch(tensor.name) for p in compiled)}
@@ -76,7 +77,7 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
         return []
     rule, first, kept = split[0]
     where = rule.parameter.rpartition(".")[0].rpartition(".")[2]
-    where += f", the first of {len(split)} such parameters" if len(split) > 1 else ""
+    where += f", the first of {len(split)} partly frozen parameters" if len(split) > 1 else ""
     return [
         f"optim.freeze: freezes {first}, but not {' and '.join(kept)}, which are stored in the same parameter "
         f"({where}); freeze all of them, or none"

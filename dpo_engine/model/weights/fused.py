@@ -38,7 +38,7 @@ PAIRS = torch.stack([VALUES.repeat(16), VALUES.repeat_interleave(16)], dim=1)
 class Place(NamedTuple):
     """Where the files contain a tensor of the weight table.
 
-    tensor   name of the fused tensor; if it is quantized, without the suffixes of its two tensors
+    tensor   name in the files; for a quantized tensor, the name without the suffixes ``BLOCKS`` and ``SCALES``
     expert   index on the first axis; None: the tensor is not fused, but has a different name
     part     index of the tensor among the parts that are stacked along the rows
     parts    number of these parts

@@ -30,9 +30,9 @@ def completed_tensors(placed: Placed, arch: Architecture) -> list[HFTensor]:
 
 
 def gather_experts(placed: Placed, arch: Architecture) -> Iterator[tuple[Placed, list[Tensor]]]:
-    """On the first of the ranks that own a layer's experts, yield the corresponding parameter of each of these ranks.
+    """Gather the parameters that correspond to ``placed`` from all ranks that own experts of the layer, and yield them.
 
-    Each parameter is yielded with all its shards. On other ranks, nothing is yielded.
+    Only the first of these ranks yields parameters. It yields each parameter with all shards of the parameter.
 
     *Collectives*: a gather over ep and, on the first rank of each ep group, a gather over expt_tp.
     """
@@ -46,7 +46,7 @@ def gather_experts(placed: Placed, arch: Architecture) -> Iterator[tuple[Placed,
 
 
 def gather_on_first(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Return the tensors of all ranks on the first rank of ``group``, and an empty list on the other ranks.
+    """On the first rank of ``group``, return the tensors of all its ranks. On other ranks, return an empty list.
 
     *Collectives*: one gather over ``group``, if it has several ranks.
     """

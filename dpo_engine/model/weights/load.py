@@ -56,7 +56,8 @@ def load_hf(
         differences = arch.differences(read_architecture(directory, key))
         if differences:
             raise ConfigError(
-                f"{key}={directory}: has {', '.join(differences)}; it must have the policy's architecture"
+                f"{key}={directory}: must have the policy's architecture, but has {', '.join(differences)}; use a "
+                "checkpoint with the same architecture"
             )
         check_tensors(CheckpointFiles(directory, key), arch)
 

@@ -1,8 +1,8 @@
 """The files of a PEFT adapter: ``adapter_config.json``, and the tensors in ``adapter_model.safetensors``.
 
 An adapter is accepted only if its tensors are those of the engine's adapters, and if it belongs to the unchanged
-weights of the checkpoint. PEFT can load other adapters without an error, but may ignore some of their tensors and then
-compute a different model.
+weights of the checkpoint. PEFT can load other adapters without an error, but may ignore some of their tensors. The
+model then computes different results.
 """
 
 from __future__ import annotations
@@ -117,12 +117,18 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         "use_dora": (_is_flag, "true or false"),
         "use_rslora": (_is_flag, "true or false"),
         "r": (_is_count, "a whole number above 0"),
-        "lora_alpha": (_is_positive, "a number above 0"),
-        "rank_pattern": (lambda value: value is None or _maps_to(value, _is_count), "an object of whole numbers"),
-        "alpha_pattern": (lambda value: value is None or _maps_to(value, _is_positive), "an object of numbers"),
+        "lora_alpha": (_is_positive, "a number above 0 and below 1e30"),
+        "rank_pattern": (
+            lambda value: value is None or _maps_to(value, _is_count),
+            "an object whose values are whole numbers above 0",
+        ),
+        "alpha_pattern": (
+            lambda value: value is None or _maps_to(value, _is_positive),
+            "an object whose values are numbers above 0 and below 1e30",
+        ),
         "layers_to_transform": (
             lambda value: value is None or _is_index(value) or (isinstance(value, list) and all(map(_is_index, value))),
-            "a layer's index, or a list of them",
+            "the index of a layer, or a list of such indices",
         ),
     }
     for name, (allowed, what) in expected.items():
@@ -169,8 +175,8 @@ def _is_name(value: Any) -> bool:
 def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str:
     """Return the text of the ``adapter_config.json`` for adapters of the checkpoint ``base``.
 
-    PEFT sorts the patterns by name, so a different pattern could match first. Patterns are therefore written as whole
-    names.
+    If several patterns match a name, the first one applies. PEFT sorts the patterns by name, which could change which
+    pattern is the first match. Patterns are therefore written as whole names.
     """
     adapted = adapter_shapes(adaptation, arch)
     # An expression can also match modules that are not projections. PEFT would add adapters to these modules, so the
@@ -262,7 +268,7 @@ def adapter_digest(directory: str | Path) -> str:
 
 
 def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 1) -> list[str]:
-    """List the problems of the section ``adapter`` for a model: in its settings or, with a ``path``, in the files.
+    """List the problems of the section ``adapter`` for a model, including those of the files in ``path``.
 
     tp   tensor-parallel size
     """
@@ -270,13 +276,13 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
         return []
     if carried(arch):
         return [
-            f"adapter: adapters of {arch.model_type} models are not supported, because PEFT has other names for their "
-            "layers; remove the section"
+            f"adapter: adapters of {arch.model_type} models are not supported, because PEFT and the engine "
+            "use different names for the layers of these models; remove the section"
         ]
     if any(rule.transposed and not rule.expert for rule in FAMILIES[arch.model_type].rules):
         return [
-            f"adapter: adapters of {arch.model_type} models are not supported, because their weights are stored "
-            "transposed; remove the section"
+            f"adapter: adapters of {arch.model_type} models are not supported, because the weights of these "
+            "models are stored transposed; remove the section"
         ]
     if arch.kv_size % tp:
         return [
@@ -288,7 +294,10 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
     defaults = AdapterConfig(path=asked.path)
     others = [name for name in AdapterConfig.model_fields if getattr(asked, name) != getattr(defaults, name)]
     if others:
-        return [f"adapter.{name}={show(getattr(asked, name))}: is set by adapter.path; remove it" for name in others]
+        return [
+            f"adapter.{name}={show(getattr(asked, name))}: is set by adapter.path; remove adapter.{name}"
+            for name in others
+        ]
     try:
         adaptation = read_adaptation(asked.path, arch)
         AdapterFiles(asked.path).check(adaptation, arch)
@@ -298,7 +307,7 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
 
 
 def other_base(asked: AdapterConfig | None, path: str) -> list[str]:
-    """Return a warning if the adapter to start from names a base model other than ``path``; else an empty list.
+    """Return a warning in a list if the initial adapter names a base model other than ``path``, else an empty list.
 
     Only the last parts of the names are compared, because each machine has its own directories.
     """
@@ -321,5 +330,5 @@ def adapter_facts(adaptation: Adaptation | None, start: str | None) -> dict[str,
 
 
 def adaptation_of(asked: AdapterConfig, arch: Architecture) -> Adaptation:
-    """Return the settings of a run's adapters. If ``adapter.path`` is set, they are read from its files."""
+    """Return the settings of a run's adapters. With ``adapter.path``, they are the settings of the adapter's files."""
     return Adaptation.of(asked, arch) if asked.path is None else read_adaptation(asked.path, arch)

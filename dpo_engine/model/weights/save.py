@@ -55,32 +55,37 @@ def save_hf(
 ) -> None:
     """Write the model as a Hugging Face checkpoint; ``directory`` is published atomically.
 
-    source        directory or Hub id of the checkpoint that the run started from. Its generation config, the files of a
-                  multimodal model's processor and, if ``tokenizer`` is None, its tokenizer are copied; its config.json
-                  is copied with the changes of :func:`~dpo_engine.model.weights.export.config_text`
+    source        directory or Hub id of the checkpoint that the run started from. The export gets copies of its
+                  generation config and of the files of a multimodal model's processor. If ``tokenizer`` is None, the
+                  export also gets a copy of its tokenizer. Its config.json is copied with the changes of
+                  :func:`~dpo_engine.model.weights.export.config_text`
     tokenizer     directory, SentencePiece file or Hub id of the tokenizer; None if the tokenizer is in ``source``
     trained_with  the run's tokenizer, as loaded for training, with its chat template. The exported files are compared
                   with it on the first rank; other ranks ignore it. None: the files are copied without a comparison
     card          function that returns the content of README.md; its argument is the name of the transformers class
                   that reads the exported tokenizer. None: no README.md
-    say           called on the first rank with lines for the log: one for each property of the tokenizer that the
-                  export cannot keep, and one for copied layers for multi-token prediction
+    say           function that logs a line; called on the first rank. It gets one line for each chat template that is
+                  not exported, one line if transformers does not reproduce the training tokenizer, and one line if
+                  layers for multi-token prediction are copied
     dtype         dtype of all exported tensors, except those of layers for multi-token prediction, which are copied bit
-                  for bit. None: each tensor gets the dtype that it has in ``source``, whatever dtype the run used, so
-                  fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
+                  for bit. None: each tensor gets the dtype that it has in ``source``, whatever dtype the run used. If
+                  fp32 parameters were loaded from a bf16 checkpoint, they are therefore rounded to bf16
     change        function that changes each tensor before it is written, to merge adapters; the adapters' own
-                  parameters are not written
-    adapter       directory of the adapter that the run started from, which must not be replaced
+                  parameters are not written. It is not called for tensors that are copied from ``source``
+    adapter       directory of the adapter that the run started from; the export must not replace this directory. None:
+                  the run did not start from an adapter
 
-    One rank of each pipeline stage gathers the stage's parameters over tp, one by one, until it has a complete file.
-    The first copy of each expert is gathered and written in the same way, by one of the ranks that share a set of
-    experts. If the export has tensors with all experts of a layer, the first of the writing ranks gathers and writes
-    all experts. All ranks then wait, without a time limit, until the files are written. An existing directory is
-    replaced only if an earlier export wrote it.
+    The export works in rounds. In a round, one rank of each pipeline stage gathers the stage's parameters over tp, one
+    by one, until it has a complete file, and writes this file. Experts are gathered and written in the same way: the
+    first copy of an expert by one of the ranks over which this copy is sharded. If the export has tensors with all
+    experts of a layer, the first rank of ep gathers and writes all experts. In each round, all ranks wait, without a
+    time limit, until the files are written. An existing directory is replaced only if it is empty or contains only an
+    earlier export.
 
-    *Collectives*: one gather per sharded parameter over tp or, for experts, over expt_tp (only among the first ranks of
-    dp_cp or expt_dp), and one gather over ep for experts that are exported together. Over world, a few all-gathers of
-    objects, and two more for each file of the rank that has the most files.
+    *Collectives*: one gather over tp for each sharded parameter outside of experts, only on the first ranks of dp_cp.
+    One gather over expt_tp for each sharded parameter of experts, only on the first ranks of expt_dp. One more gather
+    over ep for each parameter of experts that are exported together. Over world, a few all-gathers of objects, and two
+    more in each round; the rank with the most rounds determines the number of rounds.
     On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
     source, export = model_directory(source), Export(directory)
@@ -114,7 +119,7 @@ def save_hf(
         if names := kept_tensors(files, arch):
             writer = ShardWriter(export.staging, "stage-kept", max_shard_bytes)
             shares.append(export.attempt(lambda: copy_kept(files, names, writer)))
-            say(f"export: {len(names)} tensors of layers for multi-token prediction are those of {source}, unchanged")
+            say(f"export: copied {len(names)} tensors of layers for multi-token prediction unchanged from {source}")
         return names
 
     try:
@@ -190,9 +195,11 @@ def _collect(
     change: Change | None,
     joined: Joined,
 ) -> Exception | None:
-    """Gather parameters on the first rank that has a shard, and add their tensors to ``shards`` there, without writing.
+    """Gather each parameter on the first rank of its shards, which adds the parameter's tensors to ``shards``.
 
-    joined  incomplete tensors for all experts of a layer, of which only some experts have been gathered
+    Files are not written here.
+
+    joined  tensors with all experts of a layer that are incomplete, because not all of the experts have been gathered
 
     *Collectives*: for each parameter, those of :func:`gather_shards` or, for experts that are exported together, of
     :func:`gather_experts`. After an error, the remaining gathers still run, because the other ranks take part in them.
@@ -219,7 +226,10 @@ def _collect(
 
 
 def _carry(source: Path, arch: Architecture, shards: ShardWriter, dtype: torch.dtype | None) -> Exception | None:
-    """Add the tensors that the model's family carries, in the given dtype or unchanged. Return an error, or None."""
+    """Add the tensors that exports copy from ``source`` (:func:`carried`), in ``dtype``. Return an error, or None.
+
+    dtype  None: the tensors are added unchanged
+    """
     try:
         for name in _carried_names(source, arch):
             tensor = CheckpointFiles(source).slices([name])[0][:]
@@ -289,11 +299,11 @@ def _carried_names(source: Path, arch: Architecture) -> list[str]:
 def _complete(shares: Sequence[Share], arch: Architecture, unchanged: Collection[str]) -> list[Share]:
     """Return the non-empty shares, after checking that they contain each tensor exactly once.
 
-    unchanged   names of exported tensors that are not in the weight table
+    unchanged   names of the tensors that were copied from ``source``; the weight table does not contain them
     """
     written = [name for share in shares for name in share.files]
     odd = exported_names(arch).union(unchanged).symmetric_difference(written)
     odd = odd or {name for name, count in Counter(written).items() if count > 1}
     if odd:
-        raise EngineError(f"tensor {min(odd)}: was not written exactly once, by a single rank")
+        raise EngineError(f"tensor {min(odd)}: must be written exactly once, by a single rank")
     return [share for share in shares if share.files]

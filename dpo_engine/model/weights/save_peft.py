@@ -34,9 +34,9 @@ def save_peft(
 
     tensors    the complete tensors of this stage's adapters, from
                :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`
-    base       the model that the adapters belong to, as ``adapter_config.json`` names it
-    sources    directories that the run reads (model.path and adapter.path) and that must not be replaced
-    tokenizer  directory of an export, whose tokenizer files are copied
+    base       name of the adapters' base model, to be written in ``adapter_config.json``
+    sources    directories that the run reads (model.path and adapter.path); the export must not replace them
+    tokenizer  directory of an export; its tokenizer files are copied
     card       function that returns the content of README.md; None: no README.md
 
     Each stage writes its tensors to a file, and rank 0 joins the files, because PEFT reads a single file.
@@ -59,7 +59,7 @@ def save_peft(
     def publish() -> None:
         written = [name for share in shares for name in share.files]
         if sorted(written) != sorted(peft_tensors(adaptation, arch)):
-            raise EngineError("the tensors of the adapters were not written exactly once, each by a single stage")
+            raise EngineError("each tensor of the adapters must be written exactly once, by a single stage")
         files: dict[str, bytes | Path] = {**companions(tokenizer, None)}
         files.pop(GENERATION, None)
         files[ADAPTER_CONFIG] = adapter_config(adaptation, arch, base).encode()

@@ -48,11 +48,11 @@ class Filling:
 class ShardWriter:
     """Writer of one rank's shard files in ``directory``.
 
-    prefix      start of this rank's file names, different on each rank; it determines the order of the files in an
-                export
+    prefix      start of this rank's file names. Each rank has a different prefix. The prefixes determine the order of
+                the files in an export
     max_bytes   as for :class:`Filling`
 
-    Host memory holds the tensors that were added since the last call of :meth:`flush`, and one incomplete file.
+    The writer keeps in host memory the complete files that have not been written yet, and one incomplete file.
     """
 
     def __init__(self, directory: Path, prefix: str, max_bytes: int):

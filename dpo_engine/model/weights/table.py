@@ -1,27 +1,27 @@
 """The weight table says which rows of which checkpoint tensors make up each rank's shard of each parameter.
 
 Problem. Hugging Face and Megatron store the same weights differently. Megatron fuses the query, key and value
-projections into one matrix, interleaved by key/value head, and the gate and up projections into another; it pads the
-vocabulary, and it shards the parameters over tensor- and pipeline-parallel ranks. Separate converters for loading and
-for saving tend to become inconsistent, and a mistake in one of them silently trains or exports a wrong model.
+projections into one matrix, interleaved by key/value head, and the gate and up projections into another. Megatron also
+pads the vocabulary, and shards the parameters over tensor- and pipeline-parallel ranks. Separate converters for loading
+and for saving tend to become inconsistent, and a mistake in one of them silently trains or exports a wrong model.
 
 Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.rule.Rule`: a parameter, the
 checkpoint tensors that it consists of, and how their rows interleave. :func:`pieces` turns a rule and a tensor-parallel
 rank into row ranges. The full parameter is a sequence of blocks of rows. In layout ``plain``, each tensor is a block.
-In ``qkv``, the blocks are the q, k and v rows of key/value head 0, then the rows of head 1, and so on. In ``glu``, they
-are the gate and up rows of rank 0, then the rows of rank 1, and so on. A rank's shard is a contiguous range of this
-sequence, and its pieces are the intersections with the blocks.
+In ``qkv``, the blocks are the q, k and v rows of key/value head 0, then the rows of head 1, and so on. In ``glu``, the
+blocks are the gate and up rows of rank 0, then the rows of rank 1, and so on. A rank's shard is a contiguous range of
+this sequence. The pieces of the shard are the intersections of this range with the blocks.
 
 Why this way. Loading copies the pieces from tensors to shards, and saving copies the same pieces back, so saving is
 always the inverse of loading. Every rank reads only its own slices, in any layout, without an intermediate format. The
 table lists all expected names and shapes before a model is built, so a checkpoint can be checked by its headers alone.
-Nothing is skipped silently: a parameter without a rule, a shard whose shape differs from its rule, and a tensor that is
-unused or written twice are errors. (There are two exceptions. Stored rotary frequencies and masks are ignored. Tensors
-of layers for multi-token prediction, and of parts of a model that the engine does not train, are only copied from
-checkpoint to export.)
+Nothing is skipped silently: a parameter without a rule, a shard whose shape is not the shape that its rule gives, and
+a tensor that is unused or written twice are errors. There are two exceptions. Stored rotary frequencies and masks are
+ignored. Tensors of layers for multi-token prediction, and tensors of parts of a model that the engine does not train,
+are not loaded; exports contain copies of these tensors.
 
-Tensors that contain all experts of a layer, and quantized tensors, are divided into the tensors of the table when they
-are read (:mod:`dpo_engine.model.weights.fused`).
+A tensor that contains all experts of a layer is divided into the tensors of the table when it is read. A quantized
+tensor is also dequantized (:mod:`dpo_engine.model.weights.fused`).
 
 Not covered. A rule can slice, stack, interleave, pad and transpose rows, and split columns evenly. It cannot permute
 the rows within a head, or scale values.
@@ -51,11 +51,11 @@ EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 class Piece(NamedTuple):
-    """Rows of a rule's tensor, and the rows of a rank's shard that they fill.
+    """Some rows of a rule's tensor, and their place in a rank's shard.
 
     tensor  index of the tensor in the rule
-    rows    the rows in the tensor
-    place   the rows in the shard that they fill
+    rows    range of these rows in the tensor
+    place   range of the shard's rows that these rows fill
     """
 
     tensor: int
@@ -136,7 +136,8 @@ class Placed(NamedTuple):
 def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, groups: ParallelGroups) -> Iterator[Placed]:
     """Yield every parameter of this rank's model chunks with its rule.
 
-    Raises :class:`~dpo_engine.errors.EngineError` if a parameter has no rule or a shape that differs from its rule.
+    Raises :class:`~dpo_engine.errors.EngineError` if a parameter has no rule, or if its shape is not the shape that the
+    rule gives.
     """
     rules = {rule.parameter: rule for rule in FAMILIES[arch.model_type].rules}
     first = arch.experts.count // groups.ep.size() * groups.ep.rank() if arch.experts else 0
@@ -199,5 +200,8 @@ def table_names(arch: Architecture) -> set[str]:
 
 
 def reports(groups: ParallelGroups) -> bool:
-    """Whether this rank reports which tensors were loaded: for its stage, or for the first copy of some experts."""
+    """Whether this rank reports the names of the tensors that it loaded.
+
+    One rank reports for the parameters of each stage, and one rank for the first copy of each set of experts.
+    """
     return any(groups.shards(expert).rank() == 0 and groups.copies(expert).rank() == 0 for expert in (False, True))

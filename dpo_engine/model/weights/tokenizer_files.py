@@ -2,12 +2,12 @@
 
 The problem: transformers picks a tokenizer class from the `config.json` next to the tokenizer's files. If the run read
 its tokenizer from a directory without that file, or from a bare sentencepiece model, the exported tokenizer can
-therefore produce different ids. To detect this, the exported files are loaded next to the export's `config.json`, and
-the result is compared with the run's tokenizer: the ids of a few texts, the special tokens, and the chat template. If
-these differ, other forms of the tokenizer are tried: files saved again by transformers, or a converted
-`tokenizer.json`. If `AutoTokenizer` cannot reproduce the run's tokenizer from any of these forms, the log describes the
-first difference. The export then has the first form from which `PreTrainedTokenizerFast` reproduces the tokenizer, or
-the tokenizer's own files if there is no such form.
+therefore produce different ids. To detect this, transformers loads the exported files from a directory that also
+contains the export's `config.json`. The loaded tokenizer is compared with the run's tokenizer: the ids of a few texts,
+the special tokens, and the chat template. If these differ, other forms of the tokenizer are tried: files that
+transformers has loaded and saved again, or a converted `tokenizer.json`. If `AutoTokenizer` cannot reproduce the run's
+tokenizer from any of these forms, the log describes the first difference. The export then has the first form from which
+`PreTrainedTokenizerFast` reproduces the tokenizer, or the tokenizer's own files if there is no such form.
 """
 
 import json
@@ -52,8 +52,8 @@ class Exported(NamedTuple):
     """The tokenizer files of an export.
 
     files   the files, by name
-    loader  name of the transformers class to load the files with; if no class reproduces the training tokenizer,
-            `AutoTokenizer`
+    loader  name of the transformers class that must load the files; it is `AutoTokenizer` if no class reproduces the
+            training tokenizer
     notes   lines to log
     """
 
@@ -88,7 +88,7 @@ def exported_tokenizer(files: Mapping[str, Path], config: str, tokenizer: Tokeni
             difference = difference or found
             if fallback is None and sample.difference(FAST, folder) is None:
                 fallback = form
-    way_out = f"load it with {FAST}" if fallback else "load the tokenizer that the run used"
+    way_out = f"load the exported tokenizer with {FAST}" if fallback else "load the tokenizer that the run used"
     notes.append(
         f"{AUTO} of transformers {transformers.__version__} does not reproduce the training tokenizer from the "
         f"exported files: {difference}; {way_out}"
@@ -99,8 +99,8 @@ def exported_tokenizer(files: Mapping[str, Path], config: str, tokenizer: Tokeni
 def with_template(files: Files, template: str) -> tuple[Files, list[str]]:
     """Replace the default chat template of tokenizer files. Returns the files, and lines to log.
 
-    The named templates are kept as files, except invalid templates and the template for tools. In conversations with
-    tools, transformers would prefer that template to the one used in training.
+    The named templates become files, except invalid templates and the template for tools, which are not exported. In
+    conversations with tools, transformers would prefer the template for tools to the template used in training.
     """
     files = {name: content for name, content in files.items() if name != LEGACY_TEMPLATE}
     notes = []
@@ -205,7 +205,7 @@ class Sample:
                 return _apart(text, ids, found, mine, other)
         start = [*mine.prefix, *mine.encode("a")]
         if (found := other("a")["input_ids"][: len(start)]) != start:
-            return f"with special tokens, the text 'a' begins with the ids {found}, but began with {start} in training"
+            return f"with special tokens, the ids of 'a' begin with {found}, but began with {start} in training"
         for name in ("bos", "eos"):
             if (wanted := getattr(mine, f"{name}_id")) != (found := getattr(other, f"{name}_token_id")):
                 return f"the id of its {name} token is {found}, but was {wanted} in training"

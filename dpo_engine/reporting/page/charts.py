@@ -215,7 +215,11 @@ def best_step(run: RunFiles) -> tuple[int, str] | None:
 
 
 def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
-    """Yield charts of the accuracy of each evaluation, with intervals: over all pairs, by source, and by length."""
+    """Yield up to three charts of the accuracies at the evaluated steps, with confidence intervals.
+
+    The first chart has one line per run, for all pairs. The second chart has a line for each source, and the third one
+    has a line for each length group. A chart by source or by length is omitted if it would have only one group.
+    """
     many = len(judged) > 1
     what = {"accuracy": "Reward accuracy", "likelihood_accuracy_per_token": "Accuracy by log-probabilities per token"}
     measures = " or ".join(dict.fromkeys(what[run.accuracy] for run, _ in judged))

@@ -41,9 +41,9 @@ def comparison(first: Judged, second: Judged) -> dict[str, Any]:
     """Compare the newest evaluations of two runs. Differences are ``second`` minus ``first``.
 
     Returns  a dictionary: ``found`` (the result of :func:`~dpo_engine.reporting.comparison.compare`, or None);
-             ``problem`` (why ``found`` is None, or a limitation of the result); ``names`` of the runs; ``summary`` (a
-             sentence); ``rows`` of the table; ``differently`` (at most 50 pairs that the runs rank differently); and
-             ``number`` (the number of all pairs that the runs rank differently)
+             ``problem`` (why ``found`` is None, or a limitation of the result); ``names`` (of the second and of the
+             first run); ``summary`` (a sentence); ``rows`` (of the table); ``differently`` (at most 50 pairs that the
+             runs rank differently); and ``number`` (the number of all pairs that the runs rank differently)
     """
     names = (second.run.name, first.run.name)
     told: dict[str, Any] = {"names": names, "found": None, "problem": None, "summary": "", "rows": []}
@@ -57,8 +57,9 @@ def comparison(first: Judged, second: Judged) -> dict[str, Any]:
         return told | {"problem": "the runs were evaluated on different held-out pairs, so no pair can be compared"}
     if sum(found["only"]):
         told["problem"] = (
-            f"the runs were evaluated on different held-out pairs: {found['common']:,} in common (compared), "
-            f"{found['only'][0]:,} only in {names[0]}, {found['only'][1]:,} only in {names[1]}"
+            "the runs were evaluated on different held-out pairs, of which only the common ones are compared: "
+            f"{found['common']:,} in common, {found['only'][0]:,} only in {names[0]}, {found['only'][1]:,} only in "
+            f"{names[1]}"
         )
     rows = [
         Row(NAMES[name], part["first"], part["second"], Estimate(*(part[key] for key in Estimate._fields)))
@@ -89,7 +90,10 @@ def _more_rows(later: dict[str, np.ndarray], first: dict[str, np.ndarray], same_
 
 
 def _moved(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return each pair's changes of log-probabilities from the reference to the policy, and their size per token."""
+    """Return, for each pair, how both log-probabilities changed from the reference to the policy, and the distance.
+
+    The distance is the sum of both absolute changes, divided by the number of tokens of both responses.
+    """
     chosen, rejected = (columns[f"{side}_logps"] - columns[f"ref_{side}_logps"] for side in ("chosen", "rejected"))
     tokens = columns["chosen_tokens"] + columns["rejected_tokens"]
     distance = (abs(chosen) + abs(rejected)) / tokens
@@ -97,7 +101,7 @@ def _moved(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _summary(rows: dict[str, Row], later: str, first: str, *, same_reference: bool) -> str:
-    """Return one sentence about the accuracy and about the measures that complement it.
+    """Return one sentence about the difference in accuracy, and about notable displacement, distance and held-out loss.
 
     same_reference   whether the reward accuracies of both runs have the same meaning; if not, the sentence is about the
                      likelihood accuracies
@@ -109,7 +113,7 @@ def _summary(rows: dict[str, Row], later: str, first: str, *, same_reference: bo
     if not same_reference:
         per_token = rows[NAMES["likelihood_accuracy_per_token"]]
         gain += f" (per token: {signed(100 * per_token.difference.mean, 1)} points"
-        gain += "; the reward accuracies are relative to different references)"
+        gain += "; the runs differ in the reference, so their reward accuracies have different meanings)"
     bad, other = [], []
     chosen, distance, loss = (rows.get(name) for name in (CHOSEN, DISTANCE, LOSS))
     if chosen and chosen.clear:

@@ -12,8 +12,8 @@ from dpo_engine.reporting.page.run_files import RunFiles
 from dpo_engine.wording import join
 
 RISE = 0.02
-"""Relative amount by which the held-out loss must exceed an earlier value to count as a rise, if there is no interval
-of the difference."""
+"""If the held-out loss exceeds an earlier loss by more than this fraction, the loss has risen. A difference that has an
+interval is judged by the interval instead."""
 
 
 def bad_numbers(run: RunFiles, m: Measures | None) -> Iterator[Finding]:
@@ -21,7 +21,7 @@ def bad_numbers(run: RunFiles, m: Measures | None) -> Iterator[Finding]:
     held = run.series.get("eval/loss")
     if held is None or np.isfinite(held.last):
         return
-    known = f"The other numbers are those after step {m.step:,}." if m and m.step < held.steps[-1] else ""
+    known = f"The findings about pairs describe step {m.step:,}." if m and m.step < held.steps[-1] else ""
     yield Finding(
         "bad",
         f"The held-out loss after step {held.steps[-1]:,} is not a finite number.",
@@ -66,8 +66,8 @@ def overfitting(run: RunFiles, m: Measures) -> Iterator[Finding]:
         evidence = f"{held.values[0]:.4f} at the first evaluation, {last:.4f} now."
         yield Finding(good(m), title, evidence, "", "loss")
         return
-    # If the pairs of the newest evaluation cannot be read, `m` describes an older evaluation, which does not contain
-    # the last value.
+    # If the pairs of the newest evaluation cannot be read, `m` describes an older evaluation. The pairs of that
+    # evaluation do not have the newest losses.
     rise = m.loss_rise(step) if m.step == held.steps[-1] else None
     clear = rise.low > 0 if rise else last > low * (1 + RISE)
     evidence = f"Held-out loss {low:.4f} after step {step:,}, {last:.4f} after step {held.steps[-1]:,}"
@@ -81,7 +81,7 @@ def overfitting(run: RunFiles, m: Measures) -> Iterator[Finding]:
 
 
 def _use(run: RunFiles, step: int) -> str:
-    """Advise how to get the checkpoint of the best step or, if it was not kept, how to keep it in the next run."""
+    """Return advice against overfitting, such as how to use or keep the checkpoint of the best step."""
     if step in run.kept:
         return f"Use the checkpoint of this step (`export --step {step}`), train for fewer steps, or lower optim.lr."
     if step == 0:
@@ -90,8 +90,8 @@ def _use(run: RunFiles, step: int) -> str:
     known = f"; only step{'s' * several} {join(run.kept, 'and')}" if run.kept else ", and no other step"
     known += " have one" if several else " has one"
     return (
-        f"Step {step:,} has no checkpoint{known}. Train for fewer steps, or lower optim.lr. To keep such a step next "
-        "time, set checkpoint.keep_best={metric: eval/loss}."
+        f"Step {step:,} has no checkpoint{known}. Train for fewer steps, or lower optim.lr. To keep the checkpoint of "
+        "the best step in the next run, set checkpoint.keep_best={metric: eval/loss}."
     )
 
 

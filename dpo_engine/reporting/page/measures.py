@@ -77,7 +77,7 @@ class Measures:
 
     @cached_property
     def prompts(self) -> np.ndarray:
-        """The prompts as numbers [n], which are faster to compare than their hashes."""
+        """The number of each pair's prompt [n]. Numbers are faster to compare than the hashes in ``prompt_id``."""
         return np.unique(self.column("prompt_id").astype(str), return_inverse=True)[1]
 
     @cached_property
@@ -86,12 +86,15 @@ class Measures:
 
     @cached_property
     def policy_margin(self) -> np.ndarray:
-        """Log-probability of chosen minus rejected under the policy [n], in nats."""
+        """Log-probability of the chosen response minus that of the rejected one, under the policy [n], in nats."""
         return self.column("chosen_logps") - self.column("rejected_logps")
 
     @cached_property
     def reference_margin(self) -> np.ndarray:
-        """Log-probability of chosen minus rejected under the reference [n], in nats; nan without a reference."""
+        """Log-probability of the chosen response minus that of the rejected one, under the reference [n], in nats.
+
+        Without a reference, all elements are nan.
+        """
         return self.column("ref_chosen_logps") - self.column("ref_rejected_logps")
 
     @cached_property
@@ -238,7 +241,7 @@ class Measures:
     def length_rule(self) -> str:
         """Which response is chosen in more of the pairs: the ``longer`` or the ``shorter`` one.
 
-        If both are chosen equally often, this is the response that the reward margins favor.
+        If longer and shorter responses are chosen equally often, this is the kind that the reward margins favor.
         """
         if self._longer_wins == 0.5:
             return "longer" if (self.length_difference * self.reward_margin).sum() >= 0 else "shorter"
@@ -246,7 +249,7 @@ class Measures:
 
     @property
     def length_accuracy(self) -> float:
-        """Share of pairs for which `length_rule` is right; a tie counts as half."""
+        """Share of pairs for which `length_rule` is right. A pair with responses of equal length counts as half."""
         return max(self._longer_wins, 1 - self._longer_wins)
 
     def _by_length(self, sign: int) -> Estimate | None:
@@ -289,7 +292,7 @@ class Measures:
 
     @property
     def confidence(self) -> float:
-        """Weighted mean of the probability that the model gives to the response that it prefers."""
+        """Weighted mean of the probability, from :attr:`probability`, that the model's preferred response is better."""
         return self._mean(np.maximum(self.probability, 1 - self.probability))
 
     def _mean(self, values: np.ndarray) -> float:

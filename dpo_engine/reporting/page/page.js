@@ -18,7 +18,7 @@
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
 
-  // The theme is the system's until the button is pressed. Pages are printed in the light theme.
+  // The page has the system's theme until the button is pressed. Pages are printed in the light theme.
   const dark = matchMedia("(prefers-color-scheme: dark)");
   let chosen = null;
   const plots = [];
@@ -88,8 +88,8 @@
   };
   const marks = { best: [0, 1, 1.2, "solid"], restart: [0, 1, 1, "dash"], skip: [0.9, 1, 1, "solid"], save: [0, 0.06, 4, "solid"] };
   const drawnFirst = Object.keys(marks);
-  // All charts over steps have the same range. At a step where a curve has no value, the hover box shows the nearest
-  // value, and names the step of this value.
+  // All charts over steps show the same range of steps. At a step where a curve has no value, the hover box shows the
+  // nearest value, and names the step of this value.
   const overSteps = Object.values(data.charts).flat().filter((chart) => chart.x === "step");
   const lastStep = Math.max(1, ...overSteps.flatMap((chart) => chart.traces.map((t) => t.X[t.X.length - 1])));
   for (const chart of Object.values(data.charts).flat()) {
@@ -173,7 +173,7 @@
     const text = ["run", "kind", "prompt", "chosen", "source"], lesser = ["kind", "source", "chosen"];
     const show = (name) => `${text.includes(name) ? (["kind", "run"].includes(name) ? "left" : "text") : ""} ${lesser.includes(name) ? "lesser" : ""}`.trim();
     const hints = {
-      margin: "chosen reward minus rejected reward; negative is wrong", change: "log-probability difference under the policy minus that under the reference",
+      margin: "chosen reward minus rejected reward; a negative margin means that the pair is ranked wrongly", change: "log-probability difference under the policy minus that under the reference",
       reference: "log-probability difference, chosen minus rejected, under the reference", policy: "log-probability difference, chosen minus rejected, under the policy",
       length: "tokens of chosen and of rejected; sorted by the difference",
     };
@@ -258,9 +258,9 @@
       const detail = make("div", "", "detail");
       const values = ["chosen", "rejected"].flatMap((side) => ratios(pair[side])).filter((v) => v !== null).map(Math.abs).sort((a, b) => a - b);
       const scale = Math.max(values[Math.floor(0.95 * values.length)] || 0, 0.05);
-      detail.textContent = "Point at or tap a token to see its log-probabilities.";
+      detail.textContent = "Point at a token, or tap it, to see its log-probabilities.";
       for (const side of ["chosen", "rejected"]) sides.append(response(pair, side, scale, detail));
-      cell.append(sides, make("p", `The strongest color stands for ${scale.toPrecision(2)} nats or more.`, "note"), detail);
+      cell.append(sides, make("p", `The strongest color stands for an absolute value of ${scale.toPrecision(2)} nats or more.`, "note"), detail);
       return line;
     }
     function ratios(side) {

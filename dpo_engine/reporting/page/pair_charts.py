@@ -44,7 +44,9 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
         series.insert(0, ("reference", "quiet", known[0][2].reference_margin))
     everything = np.concatenate([values for *_, values in series])
     low, high = np.quantile(everything, [0.002, 0.998])
-    near = 0.25 * (high - low)  # if the axis included values beyond this distance, all bars would be narrow
+    # The axis ends at most this far beyond the quantiles. Otherwise, a few extreme values could put most pairs into few
+    # bars.
+    near = 0.25 * (high - low)
     low = max(low - near, everything.min())
     high = min(high + near, everything.max())
     edges = np.linspace(min(low, 0), max(high, 0) if high > low else low + 1, 49)
@@ -60,7 +62,10 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
         bars = {"X": numbers(middle), "Y": counts.tolist(), "text": text}
         traces.append({"type": "bars", "name": name, "color": color, **bars})
-    note = "Log-probability of chosen minus rejected. Right of 0, the chosen response is more likely."
+    note = (
+        "Log-probability of the chosen response minus that of the rejected one. Right of 0, the chosen response is "
+        "more likely."
+    )
     if below or above:
         ends = [f"of {edges[-2]:.3g} or more"] * bool(above) + [f"up to {edges[1]:.3g}"] * bool(below)
         bars = "outermost bars contain" if len(ends) > 1 else "last bar contains" if above else "first bar contains"
@@ -106,7 +111,7 @@ def _calibration(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) ->
     return {
         "id": "calibration",
         "title": "Calibration",
-        "note": f"Accuracy of pairs by confidence, sigmoid(|reward margin|). {'; '.join(briers)}.",
+        "note": f"Accuracy of pairs by confidence. The confidence is sigmoid(|reward margin|). {'; '.join(briers)}.",
         "x": "confidence",
         "y": "accuracy",
         "traces": traces,
@@ -130,7 +135,7 @@ def _lengths(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> Cha
         traces.append({"type": "line", **look, **line})
     return {
         "id": "length",
-        "title": "Length against reward margin",
+        "title": "Reward margin against length",
         "note": "A slope means that the reward depends on the length.",
         "x": "tokens of chosen minus rejected",
         "y": " or ".join(sorted({m.margin_name for *_, m in known})),

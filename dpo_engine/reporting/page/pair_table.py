@@ -29,9 +29,9 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """Return the pairs whose tokens are known, for the table.
 
     Each pair has ``run``, ``index``, ``id``, ``kinds``, ``source``, :data:`NUMBERS`, ``policy`` and ``reference`` (the
-    log-probability margins under both models, in nats), ``change`` (their difference), ``prompt``, ``cut`` (the end of
-    the text that was cut from the start of the prompt; None if it is unknown) and, for ``chosen`` and ``rejected``, the
-    result of :func:`tokens`.
+    log-probability margins under both models, in nats), ``change`` (``policy`` minus ``reference``), ``prompt``, and
+    ``cut`` (the text that was cut from the start of the prompt, or its last :data:`LONGEST_CUT` characters; None if the
+    text is unknown). ``chosen`` and ``rejected`` contain the results of :func:`tokens`.
     """
     found = [(place, *item) for place, item in enumerate(judged) if item.measures and item.run.tokens]
     shown = sum(len(run.tokens) for _, run, _ in found) // 3
@@ -66,14 +66,14 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def _kinds(shown: str, reference: float, policy: float) -> list[str]:
-    """Return the kind for which a pair was chosen, and "became right" or "became wrong" if this also applies."""
+    """Return the kind for which a pair was selected. Add "became right" or "became wrong" if the pair also did so."""
     kinds = [visible(OLD_KINDS.get(shown, shown), 40)]
     flipped = TO_RIGHT if reference < 0 < policy else TO_WRONG if policy < 0 < reference else None
     return kinds if flipped is None or flipped in kinds else [*kinds, flipped]
 
 
 def flips(judged: Sequence[Judged]) -> dict[str, int]:
-    """Return the numbers of pairs that became right or wrong, over all runs with known tokens and a reference."""
+    """Return how many pairs became right, and how many became wrong, in all runs with known tokens and a reference."""
     known = [m for run, m in judged if m and run.tokens and m.has_reference]
     return {TO_RIGHT: sum(m.to_right for m in known), TO_WRONG: sum(m.to_wrong for m in known)}
 
@@ -87,17 +87,18 @@ def _triples(texts: Sequence[TokenText]) -> list[dict[str, TokenText]]:
 
 
 def tokens(text: TokenText, most: int) -> dict[str, Any]:
-    """Return a response's tokens for the page.
+    """Return a response's tokens for the page, as a list of texts.
 
-    most   maximum number of texts; further tokens are counted, but not returned
+    most   maximum number of texts. Tokens beyond these texts are counted, but not returned
 
-    Each token has its own text, but tokens that end within a character are joined with the token that completes the
-    character.
+    Each text belongs to one token, with one exception: tokens that end within a character share a text with the token
+    that completes the character.
 
-    Returns  a dictionary: ``t`` (texts); ``v`` and ``r`` (log-probabilities of the texts under the policy and under the
-             reference, None for a text that is not scored; ``r`` is None if the reference's log-probabilities are
-             unknown); ``more`` (number of tokens that are not returned); ``sum`` and ``refsum`` (sums of the
-             log-probabilities over all scored tokens; ``refsum`` is None if ``r`` is None)
+    Returns  a dictionary: ``t`` (the texts); ``v`` (the log-probability of each text under the policy); ``r`` (the
+             log-probability of each text under the reference, or None if these log-probabilities are unknown);
+             ``more`` (number of tokens that are not returned); ``sum`` (sum of the policy's log-probabilities over all
+             scored tokens); and ``refsum`` (the same sum for the reference; None if ``r`` is None). In ``v`` and
+             ``r``, a text that is not scored has the log-probability None
     """
     logps, others = np.array(text.logps, dtype=float), text.ref_logps
     reference = None if others is None else np.array(others, dtype=float)
@@ -120,7 +121,7 @@ def tokens(text: TokenText, most: int) -> dict[str, Any]:
 def _groups(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Yield ranges of tokens to show together. A token without text is joined with the next token that has text.
 
-    Tokens without text at the end form a range of their own.
+    If the last tokens of a response have no text, these tokens form a range of their own.
     """
     start = 0
     for place, piece in enumerate(pieces):

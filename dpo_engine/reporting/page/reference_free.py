@@ -14,8 +14,8 @@ def outcome(m: Measures) -> Finding:
     estimate, change = m.accuracy, m.since_first
     likely = f"the chosen response is more likely{' per token' if m.compares_tokens else ''}"
     share = f"{likely} in {percent(estimate.mean)} of {pairs_text(m.count)}"
-    by = "per token, which the loss compares" if m.compares_tokens else "of whole responses"
-    evidence = f"By log-probabilities {by}, after step {m.step:,}: {interval(estimate)}"
+    by = "per token, as in the loss" if m.compares_tokens else "of whole responses"
+    evidence = f"Log-probabilities {by} are compared. After step {m.step:,}: {interval(estimate)}"
     margin = f"mean {m.margin_name} {signed(m.margin.mean)}"
     if change is None:
         evidence += f"; {margin}. The run has no reference, so 50% is no baseline, and no earlier evaluation is known."

@@ -47,13 +47,14 @@ class RunFiles:
     name         name of the run, unique on the page
     config       the run's configuration, as in config.yaml; empty if there is no such file
     series       the metrics, by name
-    starts       for each start of the run, in order of time, the step after which it began
+    starts       for each start of the run, in order of time, the step after which the run continued (0: it began from
+                 scratch). Starts before the last one from scratch are omitted
     total_steps  number of steps of the whole run, 0 if unknown
     saved        steps whose checkpoints were saved
     kept         steps whose checkpoints are on disk
     layout       sizes of tp, pp, vpp, cp and dp; None if unknown
-    ended        the error that ended the last start of the run, or None
-    stopped      whether the last start of the run ended before the last step, without an error
+    ended        the error that ended the run after its last start, or None
+    stopped      whether log.txt says that the run, after its last start, ended early on request
     summaries    the summary of each evaluation, by step; see :func:`~dpo_engine.reporting.comparison.report`
     files        the Parquet file of each evaluation, by step
     evaluation   the newest evaluation whose Parquet file can be read, or None
@@ -114,7 +115,7 @@ class RunFiles:
 
     @property
     def accuracy(self) -> str:
-        """The key, in summaries, of the accuracy that fits the loss; see :meth:`Measures.compares_tokens`."""
+        """The key of the run's accuracy in summaries; see :attr:`Measures.compares_tokens` for accuracies per token."""
         return "likelihood_accuracy_per_token" if self.per_token and not self.has_reference else "accuracy"
 
 
@@ -127,8 +128,8 @@ def read_run(directory: Path, name: str) -> RunFiles:
     series = _metrics(directory / "metrics.jsonl")
     last = max((int(one.steps[-1]) for one in series.values()), default=None)
     found = [(int(match[1]), match[2], path) for path, match in _evaluations(directory / "eval")]
-    # Ignore evaluations of later steps. They were written before the run resumed from an older checkpoint, and the run
-    # has not reached these steps again.
+    # Ignore evaluations of steps after the last step with metrics. They were written before the run resumed from an
+    # older checkpoint, and the run has not reached these steps again.
     found = [item for item in found if last is None or item[0] <= last]
     if not series and not found:
         what = "contains no metrics.jsonl and no evaluations" if directory.is_dir() else "is a file"
@@ -148,7 +149,7 @@ def read_run(directory: Path, name: str) -> RunFiles:
             problems += error.problems
             continue
         tokens, no_tokens = _tokens(tokens_path(files[step]), directory, step, saved=step in kept)
-        if step not in summaries:  # an earlier version of the engine wrote no summaries
+        if step not in summaries:  # for example, earlier versions of the engine wrote no summaries
             summaries[step] = report(evaluation)
         break
     log = _log(directory / LOG)
@@ -189,8 +190,9 @@ def _tokens(path: Path, directory: Path, step: int, *, saved: bool) -> tuple[lis
         except DataError as error:
             why = error.problems[0].partition("; run the evaluation")[0]
     if saved:
-        return [], f"{why}. To write it: dpo-engine eval {directory}/config.yaml --step {step} --tokens 64"
-    return [], f"{why}, and the checkpoint of step {step} is gone. With logging.token_samples=64, a run writes tokens"
+        return [], f"{why}. To write the file: dpo-engine eval {directory}/config.yaml --step {step} --tokens 64"
+    way_out = "A run with logging.token_samples=64 writes tokens at each evaluation"
+    return [], f"{why}, and step {step} has no checkpoint. {way_out}"
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:

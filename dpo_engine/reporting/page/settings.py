@@ -13,10 +13,11 @@ UNLISTED = "(in the code of the loss or plugin)"
 
 
 class Setting(NamedTuple):
-    """A configuration key of a run, with its value, its default (or why no default is shown), and whether they differ.
+    """A configuration key of a run, with its value and its default (or why no default is shown).
 
-    shown   whether to show the key in the short list, because its value differs from the default, or because its
-            default is unknown (as for an option of a loss)
+    changed whether the value differs from the default
+    shown   whether the short list contains the key. This list contains the keys whose values differ from the default,
+            and the keys whose default is unknown (such as the options of a loss)
     """
 
     path: str

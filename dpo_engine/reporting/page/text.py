@@ -20,12 +20,12 @@ from dpo_engine.reporting.page.verdict import findings
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 40
-"""Number of characters of a sparkline."""
+"""Maximum number of characters of a sparkline."""
 SIGNS = {"good": ("✓", "green"), "warn": ("!", "yellow"), "bad": ("✗", "red"), "note": ("·", "dim")}
 
 
 def show_runs(judged: Sequence[Judged], console: Console) -> None:
-    """Print what the page shows, except for single pairs."""
+    """Print the findings, tables and curves of runs, and their comparisons, but no single pairs."""
     for item in judged:
         _show_run(item, console)
     for other in judged[1:]:
@@ -56,8 +56,9 @@ def _show_comparison(told: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     _say(
         console,
-        f"{pairs_text(found['common'])} in common; by the reward, {later} ranks {found['won']:,} better than {first}, "
-        f"{found['lost']:,} worse and {found['tied']:,} equally; sign test of prompts: p = {found['sign_test']:.3g}",
+        f"{pairs_text(found['common'])} in common; by the reward, {later} ranks {found['won']:,} of them better than "
+        f"{first} does, {found['lost']:,} worse and {found['tied']:,} equally; sign test of prompts: "
+        f"p = {found['sign_test']:.3g}",
     )
     if found["other_units"]:
         _say(console, f"the runs differ in {' and '.join(found['other_units'])}, so margins have different units")
@@ -82,7 +83,7 @@ def _show_run(item: Judged, console: Console) -> None:
     if best := best_step(run):
         _say(console, f"best evaluation: step {best[0]} by {best[1]}")
     changed = [f"{key.path}={key.value}" for key in settings(run) if key.shown]
-    _say(console, f"changed settings: {', '.join(changed)}" if changed else "all settings have their defaults")
+    _say(console, f"changed settings: {', '.join(changed)}" if changed else "settings: no readable config.yaml")
 
 
 def _groups(run: RunFiles, step: int | None) -> Table:
@@ -121,7 +122,8 @@ def _sparklines(run: RunFiles) -> Table:
 def sparkline(values: np.ndarray, width: int = WIDTH) -> str:
     """Return values as bars, scaled to their range.
 
-    Each bar shows the mean of its finite values. A bar is blank if none of its values is finite.
+    The values are divided into at most ``width`` parts, one per bar. Each bar shows the mean of the finite values in
+    its part. A bar is blank if its part has no finite values.
     """
     parts = np.array_split(values, min(width, len(values)))
     means = np.array([part[np.isfinite(part)].mean() if np.isfinite(part).any() else np.nan for part in parts])

@@ -1,4 +1,4 @@
-"""Reduce a curve to a number of points that a page can draw, without losing its extremes."""
+"""Thin a curve with too many points for the page, but keep its smallest and largest values."""
 
 from __future__ import annotations
 

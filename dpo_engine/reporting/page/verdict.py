@@ -13,7 +13,9 @@ from dpo_engine.reporting.page.measures import Group, Measures, pairs_text, perc
 from dpo_engine.reporting.page.run_files import RunFiles
 
 SMALLEST_GROUP = 10
-"""Groups with fewer pairs are not judged."""
+"""A finding needs at least this many pairs of a group, or at least this many logged steps of the training accuracy.
+
+A finding about the gradient norm needs twice as many logged steps."""
 GAP = 0.1
 """Smallest reported difference between the accuracies of training and held-out pairs, or of two groups of pairs."""
 OVERCONFIDENT = 0.05
@@ -32,7 +34,7 @@ def findings(run: RunFiles, measures: Measures | None) -> list[Finding]:
         found.append(
             Finding(
                 "note",
-                "No held-out pairs were evaluated, so the page cannot say whether the model got better.",
+                "No results on held-out pairs can be read, so it is unknown whether the model got better.",
                 "The directory has no readable file eval/step_N.parquet.",
                 held_loss.more_evaluations(run),
             )
@@ -70,7 +72,7 @@ def _outcome(m: Measures) -> Finding:
     margin = f"mean reward margin {signed(m.margin.mean)}"
     evidence = f"Reward accuracy after step {m.step:,}: {share}, {interval(estimate)}; {margin}; 50% means no change."
     if estimate.low > 0.5 and m.drift > DRIFT:
-        accuracy = f"accuracy {share} of {pairs_text(m.count)}"
+        accuracy = f"accuracy {share} on {pairs_text(m.count)}"
         title = f"Better on held-out pairs ({accuracy}), but the policy is very far from the reference."
         advice = "Read generations before you trust the accuracy, which does not evaluate what the model writes."
         return Finding("warn", title, evidence, advice, "accuracy")
@@ -185,7 +187,7 @@ def _length(m: Measures) -> Finding:
     if with_rule is None or against is None:
         title = "Too few pairs differ in length to say whether length explains the accuracy."
         different = f"Different lengths: {pairs_text(m.count - m.equal_lengths)} of {m.count:,}."
-        evidence = f"The rule {rule}; a pair of equal length counts as half right. {different}"
+        evidence = f"The rule {rule}; a pair with equally long responses counts as half right. {different}"
         return Finding("note", title, evidence, "", "length")
     evidence = (
         f"The rule {rule}. Where it is right, the accuracy is {percent(with_rule.mean)}; where it is wrong, "
@@ -227,13 +229,13 @@ def _sources(m: Measures) -> Iterator[Finding]:
     title = (
         f"No source got clearly worse; {lowest} has the lowest accuracy."
         if lowest
-        else "The sources have too few pairs to judge."
+        else "Every source has too few pairs to be judged."
     )
     yield Finding("good" if lowest else "note", title, evidence + ".", "", "sources")
 
 
 def short_names(sources: dict[str, Group]) -> dict[str, Group]:
-    """Return sources by the last components of their paths if these are unique, otherwise by their whole paths."""
+    """Return the groups by the last components of the sources' paths. If two of these are equal, use whole paths."""
     short = {name.rpartition("/")[2]: group for name, group in sources.items()}
     return short if len(short) == len(sources) else sources
 
@@ -262,7 +264,7 @@ def _calibration(m: Measures) -> Iterator[Finding]:
 def _health(run: RunFiles) -> Iterator[Finding]:
     skipped = run.series.get("skipped_steps")
     if skipped is not None and skipped.last > 0:
-        evidence = f"{int(skipped.last)} of {skipped.steps[-1]} steps; log.txt names their pairs."
+        evidence = f"{int(skipped.last)} of {skipped.steps[-1]} steps; log.txt names the pairs of the skipped steps."
         advice = "Lower optim.lr, or set optim.clip_grad."
         yield Finding("warn", "Steps were skipped because of bad numbers.", evidence, advice)
     norm = run.series.get("grad_norm")

@@ -38,7 +38,7 @@ PAGE = "report.html"
 def write_page(directories: Sequence[str | Path], to: str | Path) -> None:
     """Write the page of runs to a file, atomically.
 
-    directories   train.output_dir of each run, which may still be running
+    directories   train.output_dir of each run; the runs may still be in progress
 
     Raises :class:`~dpo_engine.errors.ConfigError` if a directory does not contain a run, if plotly is missing, or if
     the file cannot be written.

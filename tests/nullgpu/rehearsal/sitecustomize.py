@@ -1,9 +1,9 @@
-"""Let whole programs run on the null GPU. Python imports this file when it starts if this folder is on PYTHONPATH.
+"""Let whole programs run on the null GPU. With this folder on PYTHONPATH, Python imports this file at startup.
 
 The null GPU runs no kernels, so numbers on the device are arbitrary. This file replaces everything that could stop a
 program because of an arbitrary number: the numbers that control a step (lone_rank.py), checks of values, and
-comparisons of results. For the same reason, it omits the file of evaluated pairs. Everything else is as on a GPU: each
-program's arguments, imports, allocations, launches, compilation, other files and exit codes.
+comparisons of results. For the same reason, the file of evaluated pairs is not written. Everything else is as on a
+GPU: each program's arguments, imports, allocations, launches, compilation, other files and exit codes.
 """
 
 import importlib.abc

@@ -1,18 +1,19 @@
-// CUDA graphs: what a stream captures is counted, and a launch of the graph is one event. Kernels have no effect anyway.
+// CUDA graphs: operations are counted when a stream captures them, and each launch of a graph is counted once. A launch
+// does not repeat the captured operations, because kernels have no effect anyway.
 #include "nullgpu.h"
 #include <cuda_runtime_api.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-// The first eight bytes of a stream, and the second eight of an event, contain the number of the capture that they
-// belong to. At most one capture is active; a number of an earlier capture has no meaning.
+// The first eight bytes of a stream hold the number of the stream's capture. The second eight bytes of an event hold
+// the number of the event's capture. At most one capture is active; the numbers of earlier captures have no meaning.
 static unsigned long long captures;  // number of captures so far
 static unsigned long long active;    // number of the active capture, or 0
 static size_t captured;              // number of operations in the active capture
 
 unsigned long long capture_of(const void *stream) {
   unsigned long long id = stream > (void *)2 ? *(const unsigned long long *)stream : 0;
-  return id && id == __atomic_load_n(&active, __ATOMIC_RELAXED) ? id : 0;  // 1 and 2 are names of the default stream
+  return id && id == __atomic_load_n(&active, __ATOMIC_RELAXED) ? id : 0;  // handles 1 and 2 are default streams
 }
 int join_capture(void *stream, unsigned long long id) {
   if (!id || id != __atomic_load_n(&active, __ATOMIC_RELAXED)) return !capture_of(stream);
@@ -32,7 +33,7 @@ int capture(const void *stream) {
 }
 int capturing(void) { return __atomic_load_n(&active, __ATOMIC_RELAXED) != 0; }
 
-// If the host waits for a stream that is captured, a GPU ends the capture with an error.
+// On a real GPU, the capture fails if the host waits for a stream that is captured. This function returns that error.
 int waits_for(const void *stream, const char *what) {
   if (!(stream ? capture_of(stream) : active)) return cudaSuccess;
   fprintf(stderr, "nullgpu: %s during the capture of a graph\n", what);
@@ -87,5 +88,5 @@ EXPORT cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
   return cudaSuccess;
 }
 
-// libcuda.so.1 is a separate library, and calls this function for Triton's kernels.
+// The null GPU's libcuda.so.1 is a separate library. It calls this function for Triton's kernels.
 EXPORT int nullgpu_capture(const void *stream) { return capture(stream); }

@@ -5,9 +5,9 @@
 #include <string.h>
 
 // ---- NCCL for a single process ----
-// Reductions and broadcasts return this rank's data, and all-gathers return this rank's data once for each rank. The
-// results of other operations are not written.
-#define LARGEST_ANSWER ((size_t)1 << 20)  // larger results are not written
+// Reductions and broadcasts return this rank's data. Reduce-scatters return this rank's part of its own data, and
+// all-gathers return this rank's data once for each rank. The results of other operations are not written.
+#define LARGEST_ANSWER ((size_t)1 << 20)  // larger results, and larger parts of an all-gather, are not written
 
 typedef struct {
   int rank, ranks;

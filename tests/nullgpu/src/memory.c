@@ -154,8 +154,8 @@ EXPORT cudaError_t cudaGetSymbolAddress(void **pointer, const void *symbol) {
   return cudaSuccess;
 }
 
-// Memory of other processes. A lone rank gets its own handle instead of the handle of each other rank. Therefore, what
-// the rank writes to another rank arrives in its own memory.
+// Memory of other processes. The null GPU runs one rank alone. When this rank gathers the handles of all ranks, every
+// gathered handle is its own. Therefore, data that this rank writes to another rank arrives in this rank's own memory.
 EXPORT cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *pointer) {
   memset(handle, 0, sizeof *handle);
   memcpy(handle, &pointer, sizeof pointer);

@@ -13,9 +13,9 @@ typedef enum {
   CUDNN_PLANS,       // cuDNN plans built
   COLLECTIVES,       // NCCL operations, including sends and receives
   COMMUNICATORS,     // NCCL communicators opened
-  STREAM_WAITS,      // the host waits for a stream
-  DEVICE_WAITS,      // the host waits for the device
-  EVENT_WAITS,       // the host waits for an event
+  STREAM_WAITS,      // waits of the host for a stream
+  DEVICE_WAITS,      // waits of the host for the device
+  EVENT_WAITS,       // waits of the host for an event
   BLOCKING_COPIES,   // copies for which the host waits until they are done
   PAGEABLE_COPIES,   // copies from or to pageable host memory, which block the host at least in part
   COPIES,            // all copies
@@ -29,7 +29,7 @@ typedef enum {
 typedef enum { UNKNOWN_MEMORY, HOST_MEMORY, DEVICE_MEMORY } MemoryKind;
 
 void count(Counter what);
-void count_kernel(const void *key);                        // count a launch of a registered kernel
+void count_kernel(const void *key);                        // count a launch, also by kernel if it is registered
 void register_kernel(const void *key, const char *name);   // `key` identifies the kernel in launches
 const char *kernel_name(const void *key);
 void count_collective(const char *operation, size_t bytes, int ranks);
@@ -38,15 +38,19 @@ MemoryKind memory_kind(const void *address);
 size_t device_memory(void);        // total memory of the card in bytes
 size_t free_device_memory(void);   // free memory of the card in bytes
 
-int capture(const void *stream);                   // whether a launch on this stream is captured; if so, count it
-unsigned long long capture_of(const void *stream);  // the number of the capture that the stream takes part in, or 0
-// Let a stream that waits for an event of capture `id` take part in that capture. Return whether this wait is allowed.
+// Return whether a launch on this stream is captured. If so, count it as CAPTURED. If only other streams are captured,
+// count it as STRAY.
+int capture(const void *stream);
+unsigned long long capture_of(const void *stream);  // the number of the stream's active capture, or 0 without one
+// A stream waits for an event of capture `id`. If this capture is active, add the stream to it. Return whether the wait
+// is allowed.
 int join_capture(void *stream, unsigned long long id);
 int capturing(void);                               // whether any stream is captured
 // Return an error if the host waits for a stream that is captured. If `stream` is NULL, the host waits for the device.
 int waits_for(const void *stream, const char *what);
 
-long setting(const char *variable, long otherwise);  // an environment variable's value, or `otherwise`
+long setting(const char *variable, long otherwise);  // the variable's value, or `otherwise` if it is unset or empty
 
-// Return this library's version of a driver function for memory, or NULL. torch requests these functions by name.
+// Return this library's implementation of the driver's memory function `name`, or NULL if it has none. torch requests
+// these functions by name.
 void *memory_function(const char *name);

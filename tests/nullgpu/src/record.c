@@ -71,7 +71,7 @@ const char *kernel_name(const void *key) {
   return name ? name : "(unknown)";
 }
 
-// libcuda.so.1 is a separate library, and calls these two functions for Triton's kernels.
+// The null GPU's libcuda.so.1 is a separate library. It calls these two functions for Triton's kernels.
 EXPORT void nullgpu_register_kernel(const void *key, const char *name) { register_kernel(key, name); }
 EXPORT void nullgpu_count_kernel(const void *key) { count_kernel(key); }
 
@@ -107,7 +107,8 @@ void count_collective(const char *operation, size_t bytes, int ranks) {
   pthread_mutex_unlock(&collectives_lock);
 }
 
-// Write one line for each launched kernel (calls and name), and for each kind of collective (also bytes and ranks).
+// Write one line for each launched kernel: launches and name. Write one line for each kind of collective: calls,
+// operation, bytes and ranks.
 EXPORT int nullgpu_write(const char *path) {
   FILE *file = fopen(path, "w");
   if (!file) return -1;

@@ -19,7 +19,7 @@
 #define LARGEST_GRID_YZ 65535
 #define LARGEST_BLOCK 1024
 
-// ---- Devices: by default, eight H100 GPUs with 80 GB; CUDA_VISIBLE_DEVICES selects some of them ----
+// ---- Devices: by default, eight H100 GPUs with 80 GB each; CUDA_VISIBLE_DEVICES selects some of them ----
 static __thread int current_device;
 static int compute_capability(void) { return (int)setting("NULLGPU_SM", 90); }
 
@@ -114,7 +114,7 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attrib
 EXPORT cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 EXPORT cudaError_t cudaPeekAtLastError(void) { return cudaSuccess; }
 
-// ---- Streams and events: all work is done as soon as it is enqueued ----
+// ---- Streams and events: all work counts as done as soon as it is enqueued ----
 EXPORT cudaError_t cudaStreamCreate(cudaStream_t *stream) {
   *stream = calloc(1, 8);
   return cudaSuccess;
@@ -242,7 +242,7 @@ EXPORT cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, const void *ker
   return cudaSuccess;
 }
 
-// ---- Functions of the driver that torch requests by name ----
+// ---- Driver functions, which torch requests by name ----
 static int succeed(void) { return 0; }
 static int get_attribute(int *value, int attribute, int device) {
   return cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)attribute, device);

@@ -513,7 +513,7 @@ def test_options_are_checked_against_the_losss_signature(loss, expected):
     assert loss_problems(Config.parse({**SMALLEST, "loss": loss})) == [line.format(all=names) for line in expected]
 
 
-def test_unspecified_loss_needs_a_reference():
+def test_a_loss_needs_a_reference_unless_it_declares_otherwise():
     def needs(**loss):
         return facts_of(LossConfig(**loss)).needs_reference
 

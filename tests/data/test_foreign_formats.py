@@ -59,7 +59,7 @@ class TestColossalChat:
         row = self.record(chosen={"from": "assistant", "content": BEST}, rejected={"from": "assistant", "content": "-"})
         assert conversation(made("colossalchat", row)) == (EARLIER, BEST, "-")
 
-    def test_missing_response_is_named(self):
+    def test_a_value_of_the_wrong_type_is_named(self):
         with pytest.raises(BadRecord, match="chosen must be a list of messages, not text"):
             FORMATS["colossalchat"](self.record(chosen=BEST))
         with pytest.raises(BadRecord, match="context.0. must be a message, not text"):

@@ -158,20 +158,22 @@ def test_shard_without_queries_has_gradients(name, backends):
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "varlen", "triton"])
-def test_inputs_may_be_views_of_one_projection(name, backends):
-    """A layer's query, key and value are slices of one projection's output.
-
-    In memory, the tokens and heads of the key and the value are therefore not contiguous.
-    """
+def test_inputs_may_be_views(name, backends):
+    """Query, key and value may be slices of larger tensors, in which neither tokens nor heads are contiguous."""
     tree = Tree.of(*TREES["pair"])
     generator = torch.Generator().manual_seed(0)
-    mixed = torch.randn(tree.n, 2, 4 * 16, generator=generator, requires_grad=True)
-    query, key, value = mixed.split([32, 16, 16], dim=-1)
-    got = backends[name].tree_attention(query.unflatten(-1, (2, 16)).flatten(1, 2), key, value, tree)
-    exact = [t.detach().double() for t in (query.unflatten(-1, (2, 16)).flatten(1, 2), key, value)]
-    torch.testing.assert_close(got.double(), unshared(*exact, tree, 0.25), rtol=1e-5, atol=1e-5)
-    got.sum().backward()
-    assert mixed.grad.isfinite().all()
+    wide = [torch.randn(tree.n, heads, 48, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    views = [tensor[..., 16:32] for tensor in wide]
+    got = backends[name].tree_attention(*views, tree)
+    exact = [view.detach().double().requires_grad_() for view in views]
+    expected = unshared(*exact, tree, 0.25)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(got.shape, generator=generator)
+    got.backward(grad)
+    expected.backward(grad.double())
+    for tensor, wanted in zip(wide, exact, strict=True):
+        torch.testing.assert_close(tensor.grad[..., 16:32].double(), wanted.grad, rtol=1e-4, atol=1e-5)
+        assert not tensor.grad[..., :16].any() and not tensor.grad[..., 32:].any()
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "varlen"])

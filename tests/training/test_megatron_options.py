@@ -330,7 +330,7 @@ INSTANCES = {"num_distributed_optimizer_instances": 2}
 
 
 @pytest.mark.slow
-def test_a_run_with_instances_resumes_bitwise_also_in_another_layout(files, tiny_hf, tmp_path):
+def test_a_run_with_instances_resumes_bitwise_and_matches_another_layout(files, tiny_hf, tmp_path):
     """In the same layout, a run with two instances resumes bitwise.
 
     A run with only one instance agrees with this run up to rounding, also after a resume on fewer ranks.

@@ -31,12 +31,12 @@ class ParallelDims:
     tp   number of tensor-parallel ranks         pp     number of pipeline stages
     vpp  model chunks per stage; None means 1    cp     number of context-parallel ranks
     ep   number of expert-parallel ranks         world  total number of ranks
-    etp  number of ranks that each expert's matrices are split over; None means tp if ep is 1, otherwise 1
+    etp  number of ranks over which each expert's matrices are split; None means tp if ep is 1, otherwise 1
     layers  number of layers in each of the pp x vpp model chunks, in the order of the model; None: equal numbers
 
-    The ranks of a stage form two grids: tp x cp x dp and, for experts, etp x ep x copies of each expert.
+    The ranks of a stage form two grids: tp x cp x dp and, for experts, etp x ep x expert_dp.
 
-    Raises :class:`ConfigError` if ``world`` is not a multiple of both ``tp x pp x cp`` and ``etp x ep x pp``.
+    Raises :class:`ConfigError` unless ``world`` is a multiple of ``tp x pp x cp`` and of ``etp x ep x pp``.
     """
 
     tp: int = 1
@@ -65,8 +65,8 @@ class ParallelDims:
         if self.world % self.model_size:
             raise ConfigError(
                 f"parallel: tp={self.tp} x pp={self.pp} x cp={self.cp} = {self.model_size} must divide the number of "
-                f"ranks, {self.world}; start {self.model_size} ranks or a multiple of this number "
-                f"(torchrun --nproc-per-node {self.model_size} -m dpo_engine ...)"
+                f"ranks, {self.world}; start {self.fewest(self)} ranks or a multiple of this number "
+                f"(torchrun --nproc-per-node {self.fewest(self)} -m dpo_engine ...)"
             )
         if self.world // self.pp % (self.etp * self.ep):
             raise ConfigError(
@@ -165,7 +165,7 @@ class ParallelDims:
         count = self.pp * self.chunks
         key = f"parallel.pp={self.pp}" + (f" x parallel.vpp={self.vpp}" if self.vpp else "")
         if count > num_layers:
-            return [f"{key}: must be at most model.num_layers={num_layers}; use a smaller number"]
+            return [f"{key}: must be at most model.num_layers={num_layers}; use fewer model chunks"]
         if self.layers is None and num_layers % count:
             return [
                 f"{key}: must divide model.num_layers={num_layers}; use {choices(divisors(num_layers))}, or set "
@@ -179,16 +179,16 @@ class ParallelDims:
         return []
 
     def share_multiple(self, sequence_parallel: bool, tokens: int = 1) -> int:
-        """Return the ``n`` for which a context-parallel rank's share of a row must have a multiple of ``n`` tokens.
+        """Return the number that must divide the number of tokens in a context-parallel rank's share of a row.
 
         Sequence parallelism splits a share into ``tp`` equal parts.
 
-        tokens   each of these parts must have a multiple of this number of tokens
+        tokens   number that must divide the number of tokens in each part; without sequence parallelism, in the share
         """
         return tokens * (self.tp if sequence_parallel else 1)
 
     def sequence_multiple(self, sequence_parallel: bool, tokens: int = 1) -> int:
-        """Return the ``n`` for which every row of a stacked micro-batch must have a multiple of ``n`` tokens.
+        """Return the number that must divide the number of tokens in every row of a stacked micro-batch.
 
         Context parallelism splits a row into ``2 cp`` equal chunks, two for each rank.
 

@@ -109,6 +109,9 @@ def test_layout_is_refused_before_ranks_start():
         "parallel: etp=1 x ep=4 = 4 must divide the number of ranks of a pipeline stage, 2; start 4 ranks or a "
         "multiple of this number"
     )
+    with pytest.raises(ConfigError, match="must divide the number of ranks, 4; start 6 ranks or a multiple of this"):
+        ParallelDims(tp=3, ep=2, world=4)
+    assert ParallelDims(tp=3, ep=2, world=6).dp == 2
 
 
 def test_experts_are_split_over_tp_only_if_they_are_not_distributed():
@@ -168,8 +171,8 @@ def test_optimizer_state_of_experts_is_sharded_over_their_copies(run_files, tiny
     cost = memory(config, arch, dims, dtype="bf16", tokens=128)
     assert cost.optimizer == 12 * others // 4 + 12 * experts // 2
     assert cost.formula == (
-        f"{others + experts:,} parameters x (2 weight + 4 gradient + 12 optimizer / 4 (dp x cp) or, for {experts:,} in "
-        "experts, / 2 (own ranks) + 2 reference) bytes"
+        f"{others + experts:,} parameters x (2 weight + 4 gradient + 12 optimizer / 4 (dp x cp) [/ 2 for the "
+        f"{experts:,} parameters of experts] + 2 reference) bytes"
     )
 
 

@@ -38,8 +38,8 @@ seconds_left() { # until the time limit; prints nothing if there is no limit, or
   if [[ $end =~ ^[0-9]+$ ]]; then echo $((end - now)); fi
 }
 
-# Prints the number of seconds between Slurm's warning and the time limit. The number may be too low, because Slurm does
-# not report the value of `sbatch --signal`.
+# Prints the number of seconds between Slurm's warning and the time limit. The number may be wrong if `sbatch --signal`
+# was given on the command line, because Slurm does not report the value of this option.
 warning_s() {
   local asked
   asked=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$0" 2>/dev/null)} || asked=
@@ -109,7 +109,8 @@ on_warning() {
       warned=deferred
       wait_s=$((left - $(reserve_s)))
       say "warned by Slurm $left s before the time limit: the ranks will be warned in $wait_s s"
-      # This shell signals itself. `read` waits without a process such as sleep, which would outlive the job.
+      # A background subshell signals this shell. The subshell waits with `read`, because a sleep process would outlive
+      # the job.
       { read -rt "$wait_s" <> <(:) || kill -USR1 $$; } &>/dev/null &
       alarm=$!
       return 0
@@ -149,8 +150,8 @@ submit_again() {
 
 # Ends the script after an interruption: requeues the job, or logs why the job is not requeued.
 interrupted() { # "no-progress" if nothing was saved since this start
-  local what="interrupted and saved" how="the job continues from its newest checkpoint" starts
-  if [[ $verb != train ]]; then how="the job continues where it stopped"; fi
+  local what="interrupted and saved" how starts
+  how=$(next_start)
   if [[ ${1:-} == no-progress ]]; then
     what="interrupted before any progress" how="the job starts again"
     echo "start $((${SLURM_RESTART_COUNT:-0} + 1))" >>"$idle_starts"
@@ -180,6 +181,14 @@ was_requeued() {
 }
 
 # Requeues the job and ends the script. If the job cannot be requeued, the exit code is 75.
+next_start() {
+  case $verb in
+    train) echo "the job continues from its newest checkpoint" ;;
+    reference) echo "the job continues where it stopped" ;;
+    *) echo "the job starts again" ;;
+  esac
+}
+
 requeue() { # what happened, how the job continues, nodes to exclude from the next start
   local said state pause tries=0
   # Slurm terminates this script as soon as the job is requeued.
@@ -268,7 +277,7 @@ await_requeue_after_loss() {
   fi
   # If no node answers, the cause is probably not a lost node.
   if ((${#lost[@]} > 0 && ${#lost[@]} < SLURM_NNODES)) && restartable; then
-    requeue "these nodes did not answer: ${lost[*]}" "the job continues from its newest checkpoint" "${lost[@]}"
+    requeue "these nodes did not answer: ${lost[*]}" "$(next_start)" "${lost[@]}"
   fi
   trap - TERM
   say "a node does not answer: waiting for Slurm to requeue the job"

@@ -86,7 +86,11 @@ def test_requeue_is_given_up_at_last(stage, submit):
     ],
 )
 def test_job_that_slurm_has_ended_is_not_requeued(stage, state, code, says):
-    """After a preemption, Slurm has already requeued the job, so its state is PENDING."""
+    """After a preemption, Slurm itself requeues the job, so the script must not requeue it.
+
+    The state of a requeued job is COMPLETING until all processes of the job have ended, and then PENDING. A job that
+    was canceled must not be requeued either.
+    """
     stage.set_record(JobState=state)
     left, _, err = finish(stage.start(CODE="75"))
     assert left == code and err.startswith(says)
@@ -183,7 +187,11 @@ def test_second_warning_is_passed_on_at_once(stage):
 
 
 def test_warning_of_unknown_length_is_passed_on_later_after_a_start_without_progress(stage):
-    """Slurm does not report the value of `sbatch --signal`, so the script cannot know when the warning is due."""
+    """The script assumes that Slurm warned the job too early, because an earlier start made no progress.
+
+    The script cannot be sure of the time at which Slurm warns, because Slurm does not report the value of
+    `sbatch --signal`.
+    """
     stage.set_record(seconds_left=3000)
     (stage.folder / ".dpo-engine-4711.idle").write_text("start 1\n")
     process = stage.start(WAIT="yes", CODE="75", SLURM_RESTART_COUNT="1")
@@ -212,20 +220,30 @@ def let_srun_miss(stage, node):
     srun.write_text(text)
 
 
-def test_lost_node_is_excluded(stage):
+@pytest.mark.parametrize(
+    "verb, then",
+    [
+        ("train", "continues from its newest checkpoint"),
+        ("reference", "continues where it stopped"),
+        ("eval", "starts again"),
+    ],
+)
+def test_lost_node_is_excluded(verb, then, stage):
     let_srun_miss(stage, "n2")
     stage.set_record(ExcNodeList="n7")
-    code, _, err = finish(stage.start(CODE="137", EXCLUDE_ON_LOSS="1"))
+    code, _, err = finish(stage.start(verb, "run.yaml", script="run.sbatch", CODE="137", EXCLUDE_ON_LOSS="1"))
     assert code == 0 and err == (
-        "requeued: these nodes did not answer: n2; the job continues from its newest checkpoint\n"
-        "excluded from the next start: n2\n"
+        f"requeued: these nodes did not answer: n2; the job {then}\nexcluded from the next start: n2\n"
     )
     assert stage.calls("scontrol")[-1] == ["update", "JobId=4711", "ExcNodeList=n7,n2"]
     assert requeues(stage) == 1
 
 
 def test_node_that_slurm_knows_to_be_down_is_excluded(stage):
-    """Slurm can requeue the job before the script asks the nodes. The job then has no nodes, so no node answers."""
+    """Slurm can requeue the job before the script starts a job step on the nodes to test whether they answer.
+
+    The job then has no nodes, so the step does not start. The script excludes the nodes that `sinfo` reports as down.
+    """
     stage.set_record(JobState="PENDING")
     srun = stage.folder / "bin/srun"
     srun.write_text(srun.read_text().replace("|| exit 1", "|| exec /bin/sleep 60"))

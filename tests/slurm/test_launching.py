@@ -1,6 +1,6 @@
-"""Tests of jobs that are submitted in unusual ways, or that meet problems in Slurm.
+"""Tests of jobs for every verb, of jobs that are submitted in unusual ways, and of jobs that meet problems in Slurm.
 
-A job that can run does its work. A job that cannot continue prints what to do.
+An interrupted job is requeued. If Slurm must not requeue the job, the job prints how to continue.
 """
 
 import os
@@ -36,7 +36,7 @@ def test_every_verb_on_two_nodes(submit_from, run_yaml, tmp_path):
     for verb, (start, _, says) in verbs.items():
         jobs[verb].ends("COMPLETED")
         assert start.format(verb) in jobs[verb].said and says in jobs[verb].said, jobs[verb].said
-    assert re.search(r"world.*2|2 ranks", jobs["check"].said), "the check must assume the ranks of the allocation"
+    assert re.search(r"world.*2|2 ranks", jobs["check"].said), "the plan must have as many ranks as the allocation"
     assert (hf / "config.json").exists()
 
 

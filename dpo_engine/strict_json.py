@@ -39,7 +39,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return parse_object(content)
 
 
-MORE_TEXT = "there is more text after the end of the value; write one record per line"
+MORE_TEXT = "there is more text after the end of the value"
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
     if error.msg.startswith("Extra data"):
         what = MORE_TEXT
     elif error.msg.startswith("Unterminated string") or not rest:
-        what = "it ends inside a value; is the line truncated?"
+        what = "the text ends inside a value; is it truncated?"
     elif rest[0] == "'":
         what = "keys and strings need double quotes"
     elif error.msg.startswith("Illegal trailing comma") or (rest[0] in "]}" and text[: error.pos].rstrip()[-1:] == ","):

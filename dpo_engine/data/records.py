@@ -15,7 +15,7 @@ from dpo_engine.data.json_files import count_records_of, open_records
 from dpo_engine.data.sources import SHARD, Shards, find_shards, locate
 from dpo_engine.data.tables import PARQUET_ROWS, Unreadable, is_valid, open_table, to_python
 from dpo_engine.errors import DataError, printable, quoted, shorten
-from dpo_engine.strict_json import BadJson, parse_object
+from dpo_engine.strict_json import MORE_TEXT, BadJson, parse_object
 
 SHOWN = 5
 BLOCK_LINES = 256
@@ -204,7 +204,8 @@ def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
 
 
 Blocks = Generator[Block, None, int]
-"""The blocks of one file, with line or row numbers as places. The generator returns the number of records read."""
+"""The blocks of one file, with line, item or row numbers as places. The generator returns the number of records
+read."""
 
 
 def _json_blocks(path: Path, start: float, stop: float, most: int) -> Blocks:
@@ -241,7 +242,8 @@ def parse_record(line: bytes) -> dict[str, Any]:
     try:
         return parse_object(line)
     except BadJson as what:
-        raise BadRecord(str(what)) from what
+        way_out = "; write one record per line" if MORE_TEXT in str(what) else ""
+        raise BadRecord(f"{what}{way_out}") from what
 
 
 def _row_blocks(path: Path, start: float, stop: float) -> Blocks:

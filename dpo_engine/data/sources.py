@@ -200,8 +200,9 @@ def _saved(source: str, directory: Path) -> tuple[Path, ...]:
         state = read_object(directory / STATE)
         names = [entry["filename"] for entry in state["_data_files"]]
     except (OSError, BadJson, LookupError, TypeError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
         raise DataError(
-            f"{source}: {STATE} is not the state file of a saved data set ({error}); save the data set again"
+            f"{source}: {STATE} is not the state file of a saved data set ({what}); save the data set again"
         ) from error
     if any(value for name, value in state.items() if name.startswith("_indices")):
         raise DataError(

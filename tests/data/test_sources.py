@@ -192,7 +192,10 @@ class TestSaved:
                 {"_data_files": [{"filename": "a.arrow"}], "_indices_files": [{}]},
                 "with a selection of rows that is not",
             ),
-            ({"a": 1}, "state.json is not the state file of a saved data set ('_data_files'); save the data set again"),
+            (
+                {"a": 1},
+                "not the state file of a saved data set (_data_files is missing); save the data set again",
+            ),
             ("{", "state.json is not the state file of a saved data set ("),
         ],
     )

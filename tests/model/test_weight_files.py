@@ -162,7 +162,8 @@ def test_index_entries_must_be_local_safetensors_names(name, copy):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", " (invalid JSON at column 2: it ends inside a value; is the line truncated?)"),
+        ("{", " (invalid JSON at column 2: the text ends inside a value; is it truncated?)"),
+        ("{} {}", " (invalid JSON at column 4: there is more text after the end of the value)"),
         ("[]", " (is a list, not an object)"),
         ("{}", ": weight_map is missing or invalid"),
         ('{"weight_map": []}', ": weight_map is missing or invalid"),
@@ -180,7 +181,8 @@ def test_stale_single_file_next_to_an_index_is_refused(copy):
     directory = copy(sharded=True)
     save_file({"x": torch.zeros(1)}, directory / "model.safetensors")
     assert problems(directory) == [
-        f"has model.safetensors and also {INDEX}, but the index does not list model.safetensors; remove the stale file"
+        f"has model.safetensors and also {INDEX}, but the index does not list model.safetensors; remove the one that "
+        "is out of date"
     ]
 
 

@@ -57,8 +57,8 @@ TEXT = dump(GOOD).decode()
 
 JSON = [
     Malformed("not JSON", between(b"prompt: hello"), "invalid JSON at column 1"),
-    Malformed("cut line", between(dump(GOOD)[:60]), "it ends inside a value; is the line truncated?"),
-    Malformed("two objects in one line", between(dump(GOOD) * 2), "there is more text after the end of the value"),
+    Malformed("cut line", between(dump(GOOD)[:60]), "the text ends inside a value; is it truncated?"),
+    Malformed("two objects in one line", between(dump(GOOD) * 2), "the end of the value; write one record per line"),
     Malformed("trailing comma", between(TEXT.replace("}", ",}").encode()), "there is a comma after the last item"),
     Malformed("single quotes", between(TEXT.replace('"', "'").encode()), "keys and strings need double quotes"),
     Malformed("NaN literal", between(TEXT.replace("}", ', "margin": NaN}').encode()), "NaN is not valid JSON"),

@@ -12,7 +12,7 @@ from dpo_engine.errors import ConfigError
 SMALLEST = ("model.path=m", "data.train=d", "train.output_dir=o")
 PLACES = (
     *("model.path", "model.tokenizer", "data.chat_template", "data.cache_dir"),
-    *("reference.path", "reference.store", "train.output_dir"),
+    *("reference.path", "reference.store", "train.output_dir", "adapter.path"),
 )
 
 
@@ -45,7 +45,7 @@ def test_expansion(written, expanded):
 
 
 @pytest.mark.parametrize("key", PLACES)
-def test_every_path_of_a_run_is_expanded(key):
+def test_paths_of_a_run_are_expanded(key):
     config = draft(None, [*SMALLEST, f"{key}=~/$DATA"]).config
     section, name = key.split(".")
     assert getattr(getattr(config, section), name) == "/homes/ann//big"
@@ -103,7 +103,7 @@ def test_recorded_configuration_has_expanded_paths_and_does_not_change(monkeypat
         ),
     ],
 )
-def test_path_that_cannot_be_expanded_is_one_line(override, line):
+def test_path_that_cannot_be_expanded_is_reported_in_one_line(override, line):
     assert draft(None, [*SMALLEST, override]).problems == [line]
 
 
@@ -129,7 +129,7 @@ def test_base_file_is_expanded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["a\udcff", "a\x01"])
-def test_override_that_yaml_cannot_contain_is_one_line(value):
+def test_override_that_yaml_cannot_contain_is_reported_in_one_line(value):
     (line,) = draft(None, [*SMALLEST, f"data.cache_dir={value}"]).problems
     assert line.startswith("data.cache_dir: is not valid YAML (unacceptable character #x")
 

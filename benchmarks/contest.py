@@ -150,7 +150,7 @@ class Contest:
         return Job(side, self.model, pairs, self.steps, lr=asked.lr, dtype=asked.dtype, adapter=self.adapter)
 
     def setting(self, name: str, job: Job, *, stored: bool) -> Setting:
-        """Return a setting with the number of operations of its bound.
+        """Return a setting, together with its bound: the minimum number of operations that the setting needs.
 
         A stored reference scores each pair once; any other reference scores each pair once per epoch.
         """
@@ -193,7 +193,10 @@ class Contest:
         return "\n\n".join([self.heading(apart), *self.headline(), self.table(best)])
 
     def headline(self) -> list[str]:
-        """Compare both sides without options, and then their fastest settings. Omit a comparison that lacks a side."""
+        """Compare the engine with TRL: first both settings without options, then the fastest setting of each side.
+
+        A comparison is omitted if one of its two settings was not run.
+        """
         sides = [[one for one in self.settings if (one.job.side == "trl") == trl] for trl in (False, True)]
         plain = [[one for one in side if one.name.endswith(NO_OPTIONS)][:1] for side in sides]
         best = [sorted(side, key=self.median_rate)[-1:] for side in sides]
@@ -209,7 +212,10 @@ class Contest:
         ] + (used if self.gpu and needed else [])
 
     def tflops(self, setting: Setting) -> float:
-        """Return the rate of the operations that the bound counts, in TFLOP/s. A few percent more are executed."""
+        """Return the rate of the operations that the bound counts, in TFLOP/s.
+
+        The number of executed operations differs from the bound: padding adds operations, and shared prompts save some.
+        """
         return self.median_rate(setting) * setting.bound / self.timed_pairs / 1e12
 
     def median_rate(self, setting: Setting) -> float:
@@ -241,8 +247,9 @@ class Contest:
             f"{asked.pairs} pairs (median tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}), "
             f"{asked.epochs} epoch(s) in global batches of {asked.global_batch_size}, {asked.dtype}, "
             f"{shape.parameters / 1e6:.1f} M parameters; seconds are {'wall' if self.gpu else 'processor'} seconds. "
-            f"Bound: {least / 1e9:.2f} GFLOP per pair with an online reference. {kept} Largest difference between the "
-            f"runs' losses and log-probabilities: {apart:.0e}.",
+            f"Bound: {least / 1e9:.2f} GFLOP per pair with an online reference. {kept} In each step, the losses and "
+            f"log-probabilities of all runs differ from those of the first run by at most {apart:.0e} (relative for "
+            "values above 1 or below -1).",
         ]
         if whole := self.whole_trees():
             lines[-1] += " Computing each prompt once per global batch, and not once per pair, needs "

@@ -117,9 +117,10 @@ def bound(
 
 
 def _adapted(shape: Shape, prompt: int, scored: int, passes: float, prune: bool, rank: int) -> float:
-    """Return the operations that adapters add: their own products, minus the gradients of frozen weights.
+    """Return the number of operations of training adapters, minus that of training all weights.
 
-    The embedding is frozen too, so the first layer's inputs need no gradients.
+    Adapters need additional matrix products, but no gradients of the frozen weights. The embedding is frozen too, so no
+    gradients of the first layer's inputs are needed.
     """
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wide = 2 * (shape.hidden + query) + 3 * (shape.hidden + shape.intermediate)

@@ -1,4 +1,4 @@
-"""Provide the token ids of the pairs to train on: random tokens with published lengths, or pairs from files."""
+"""Provide the pairs to train on, as token ids: random pairs with published median lengths, or pairs from files."""
 
 from collections.abc import Iterable, Iterator
 from itertools import combinations

@@ -67,7 +67,7 @@ def run(job: Job, meter: Meter) -> Measured:
 
 
 def digest(chunks: Iterable[torch.nn.Module]) -> str:
-    """Return the SHA-256 of all weights, in the order of their names."""
+    """Return the SHA-256 of all weights, chunk by chunk, in the order of their names in the chunk."""
     found = hashlib.sha256()
     for chunk in chunks:
         for _, weight in sorted(chunk.named_parameters()):

@@ -61,7 +61,8 @@ class _Laps(transformers.TrainerCallback):
 def run(job: Job, meter: Meter) -> Measured:
     """Train on the job's pairs. With `grouped`, sort each global batch by length to reduce the padding.
 
-    A transformers sampler that produced less padding would also change which pairs form a step.
+    The batch is sorted here, because the length-grouping sampler of transformers would also change which pairs form a
+    step.
     """
     pairs = PairDataset(job.pairs)
     rows = {int(i): pairs.lengths[i, 0] + pairs.lengths[i, 1:].max() for step in job.steps for i in step}

@@ -43,7 +43,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def train_tokenizer(files: list[str], folder: Path) -> str:
-    """Train a byte-level BPE tokenizer with a ChatML template on the lines of some files."""
+    """Train a byte-level BPE tokenizer on the lines of some files, add a ChatML template, and return its directory."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,12 +1,13 @@
-"""Install the engine into the image's virtual environment, with the tested versions of `constraints/`.
+"""Install the engine into the image's virtual environment, with versions of the base image or of `constraints/`.
 
 Usage, from the repository root, with the environment's interpreter: ``python docker/install.py``. Arguments come from
 the environment: TORCH_REQUIREMENT, CONSTRAINTS, EXTRAS, PIP_OPTIONS (see docker/Dockerfile), and the image's
 PIP_CONSTRAINT.
 
 The problem: NVIDIA's images contain packages that must not change, because torch, Transformer Engine and Apex are
-compiled against them. The images also set PIP_CONSTRAINT to a list of all their versions. pip stops if two constraints
-for one package differ, and a build without constraints can install different versions every day.
+compiled against them. The images also set PIP_CONSTRAINT to a file with the versions of all packages in the image. pip
+stops if two constraints for one package differ, and a build without constraints can install different versions every
+day.
 
 The solution is one list of constraints with one line per package: the base image's version if the image has the
 package, otherwise the tested version. If pyproject.toml does not allow the base image's version, the tested version
@@ -141,7 +142,7 @@ def write(path: str, lines: list[str]) -> None:
 def main() -> None:
     asked, torch = os.environ.get("TORCH_REQUIREMENT", ""), torch_version()
     if not asked and torch is None:
-        sys.exit("TORCH_REQUIREMENT: must be set if the base image has no torch, for example to torch==2.13.0")
+        sys.exit("TORCH_REQUIREMENT: the base image has no torch; set this variable, for example to torch==2.13.0")
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     bounds = {name: one.specifier for name, one in parse(project["dependencies"]).items()}
     wanted = Requirement(asked).specifier if asked else SpecifierSet(f"=={torch}")
@@ -166,7 +167,7 @@ def main() -> None:
         for line in replaced:
             sys.stdout.write(f"replaced in /opt/venv: {line}\n")
         kept = (
-            "those compiled against torch or without a tested version"
+            "those that are compiled against torch or have no tested version"
             if only_compiled
             else "all that pyproject.toml allows"
         )

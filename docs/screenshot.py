@@ -1,4 +1,6 @@
-"""Write `docs/images/report.png`, Chromium's picture of the top of the report on the quickstart's run:
+"""Write `docs/images/report.png`, a screenshot of the top of the quickstart's report, taken with Chromium.
+
+Usage:
 
     bash launch/quickstart.sh
     python docs/screenshot.py runs/quickstart/dpo

@@ -11,7 +11,7 @@ _progress = False
 def note_progress() -> None:
     """Remember that this process has saved something that a restarted job can reuse.
 
-    The process saves either a checkpoint or log-probabilities in a reference store.
+    The process has saved a checkpoint, or it has saved log-probabilities in a reference store.
     """
     global _progress
     _progress = True

@@ -53,7 +53,7 @@ MOMENTS = (*SIGNALS, *FAILURES, "hang", "raise")
 
 @dataclass
 class Fault:
-    """A fault that is set on this rank, with the number of times that this rank has reached the fault's phase."""
+    """A fault that is set on this rank, and how often its phase or value has occurred on this rank so far."""
 
     rank: int
     nth: int
@@ -89,14 +89,14 @@ def _parse(text: str, part: str) -> tuple[str, str, int, str]:
         raise wrong("must have the form <phase>:<rank>:<nth>:<action>, such as save-shard:1:2:kill")
     phase, where, nth, action = words
     if phase not in PHASES and phase not in NUMBERS:
-        raise wrong(f"unknown phase {phase!r}; use one of {', '.join([*PHASES, *NUMBERS])}")
+        raise wrong(f"unknown phase or value {phase!r}; use one of {', '.join([*PHASES, *NUMBERS])}")
     if where != "*" and not where.isdecimal():
         raise wrong(f"invalid rank {where!r}: use a number, or * for every rank")
     if not nth.isdecimal() or int(nth) < 1:
         raise wrong(f"invalid count {nth!r}: use 1 for the first occurrence, 2 for the second, ...")
     allowed = MOMENTS if phase in PHASES else tuple(FACTORS)
     if action not in allowed:
-        raise wrong(f"phase {phase} has no action {action!r}; use one of {', '.join(allowed)}")
+        raise wrong(f"{phase} has no action {action!r}; use one of {', '.join(allowed)}")
     return phase, where, int(nth), action
 
 
@@ -111,7 +111,7 @@ def say_unmet() -> None:
 
 
 def _due(phase: str) -> str | None:
-    """Count one more occurrence of the phase. Return the action that is due now, or None."""
+    """Count one more occurrence of the phase or value. Return the action that is due now, or None."""
     due = None
     for fault in _armed.get(phase, ()):
         fault.reached += 1

@@ -38,7 +38,7 @@ def check_installation() -> None:
         problem = f"{kernels} has version {version}"
     else:
         return
-    way_out = "install the package again, without older files on PYTHONPATH"
+    way_out = "install the package again, and remove directories with older files from PYTHONPATH"
     if cloned.is_dir() and kernels != cloned:
         way_out = f"set PYTHONPATH={HERE.parent}:{cloned.parent}, or start the installed engine from another directory"
     raise ConfigError(f"dpo_kernels: {problem} (the engine is {HERE}, version {__version__}); {way_out}")
@@ -70,9 +70,10 @@ def prepare_for_user() -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Disable garbage collection while this block imports modules. Exempt all existing objects from later collections.
+    """Disable garbage collection inside a ``with`` block that imports modules.
 
-    Otherwise, collections would scan the imported objects again and again. Such scans take a fifth of the import time.
+    At the end of the block, all objects that exist are exempted from later collections. Otherwise, collections would
+    scan the imported objects again and again. Such scans take a fifth of the import time.
     """
     enabled = gc.isenabled()
     gc.disable()

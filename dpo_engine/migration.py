@@ -1,8 +1,9 @@
 """Look up the configuration keys of other systems and find the equivalent key of dpo-engine.
 
-The tables are in ``migration.yaml``, next to this module. They have two uses. If a run has an unknown key, the error
-message suggests the equivalent key (:func:`foreign_key`). The page ``docs/migrating.md`` is generated from the tables
-(:func:`migration_pages`); after changing the tables, regenerate the page with ``python docs/generate.py``.
+The tables are in ``migration.yaml``, next to this module. They have two uses. If a run file has an unknown key that is
+in a table, the error message suggests the equivalent key (:func:`foreign_key`). The page ``docs/migrating.md`` is
+generated from the tables (:func:`migration_pages`); after changing the tables, regenerate the page with ``python
+docs/generate.py``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from dpo_engine.wording import describe, join, nearest, show
 
 
 def options_of(registry: Registry, name: str) -> dict[str, Parameter]:
-    """Return the options of a registered object by name: its parameters, without those that the engine passes."""
+    """Return the options of a registered object, by name: its named parameters that the engine does not pass."""
     return parameters_after(registry[name], registry.passes, registry.reserved)
 
 
@@ -41,14 +41,14 @@ def parameters_after(entry: Any, passes: int = 0, reserved: tuple[str, ...] = ()
 def name_problem(registry: Registry, name: str, key: str, *, plugins: bool) -> str:
     """Return the error line about an unregistered name, with the nearest name and the registered names.
 
-    key      how the line shows where the name was given: ``callbacks.NAME`` or ``loss.name=NAME``
+    key      beginning of the line, with the place of the name: ``callbacks.NAME`` or ``loss.name=NAME``
     plugins  whether the run imports plugins; if not, the line says how to register a name
     """
     near = nearest(name, list(registry))
-    hint = f"did you mean {near}? " if near else ""
+    lead = f"did you mean {near}? Registered" if near else "registered"
     names = join(sorted(registry), "and") if registry else "none"
     more = "" if plugins else " (add more with plugins: [my.module])"
-    return f"{key}: no such {registry.kind}; {hint}registered {registry.plural}: {names}{more}"
+    return f"{key}: no such {registry.kind}; {lead} {registry.plural}: {names}{more}"
 
 
 def option_problems(
@@ -112,7 +112,7 @@ def _nearest_option(registry: Registry, key: str, known: Mapping[str, Parameter]
     if near:
         return f"did you mean {above}.{near}?"
     return (
-        f"its options are {join(list(known), 'and')}"
+        f"its options: {join(list(known), 'and')}"
         if known
         else f"this {registry.kind} has no options; remove {above}.{key}"
     )

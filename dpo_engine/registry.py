@@ -22,7 +22,7 @@ class Registry(dict[str, Any]):
     ``@LOSSES.register("margin", needs_reference=True)`` stores the decorated object under each given name, and sets the
     keyword arguments as attributes of the object. Looking up an unknown name raises :class:`UnknownName`.
 
-    kind      noun for an entry in messages; ``plural`` is its plural, by default the noun with an ``s``
+    kind      noun that messages use for an entry; ``plural`` is its plural, by default the noun with an ``s``
     passes    number of positional arguments that the engine passes to an entry; the other parameters are its options
     reserved  names of keyword parameters that are not options, because the engine passes them
     """
@@ -55,7 +55,7 @@ class Registry(dict[str, Any]):
     def describe_unknown(self, name: str) -> str:
         """Return the error message for an unregistered name, with the closest name and the registered names."""
         near = difflib.get_close_matches(str(name), self, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = f"did you mean {near[0]}? Registered" if near else "registered"
         names = sorted(self)
         listed = ", ".join(names) if len(names) <= SHOWN else f"{', '.join(names[:3])} and {len(names) - 3} more"
-        return f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {hint}registered: {listed}"
+        return f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {hint}: {listed}"

@@ -69,10 +69,10 @@ def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
         return join(arguments)
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return f"a list (each item {describe(arguments[0])})"
-        return f"a list of {len(arguments)} items (each item {describe(arguments[0])})"
+            return f"a list (each item is {describe(arguments[0])})"
+        return f"a list of {len(arguments)} items (each item is {describe(arguments[0])})"
     if origin is list:
-        return f"a list (each item {describe(arguments[0])})"
+        return f"a list (each item is {describe(arguments[0])})"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a mapping with the keys {join(list(annotation.model_fields), 'and')}"
     if dict in (annotation, origin):

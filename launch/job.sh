@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2154  # run.sbatch sets $launch, $this_job and $early
 # The body of launch/run.sbatch, which sources this file in the submission directory. It runs in the batch shell, on the
-# first node of the allocation. It starts the ranks with srun. It requeues the job if the ranks were interrupted, or if
-# it excludes lost or faulty nodes.
+# first node of the allocation. It starts the ranks with srun. It requeues the job if the ranks were interrupted. With
+# EXCLUDE_ON_LOSS=1, it also requeues the job if nodes were lost or failed the GPU check, and excludes these nodes.
 #
 # Expects the variables $launch (the directory of this file), $this_job and $early, and the arguments [VERB] RUN.yaml
 # [a.b=c ...]. Never returns.
@@ -103,7 +103,7 @@ if [[ $warned == yes ]]; then interrupted no-progress; fi
 if [[ ${EXCLUDE_ON_LOSS:-0} != 0 ]]; then trap on_termination TERM; fi
 "${step[@]}" bash "$launch/task.sh" "$verb" "${arguments[@]}" &
 child=$!
-# The warning may have arrived after the test above.
+# The warning may have arrived after $warned was tested above.
 if [[ $warned == yes ]]; then warn_ranks; fi
 # A trapped signal interrupts `wait`, but the step is still running.
 while step_runs; do wait "$child" || true; done

@@ -80,7 +80,7 @@ preflight() {
   fi
 }
 
-# Check the GPUs of every node. End the script if a node does not answer, or has a GPU that must not be used.
+# Check the GPUs of every node. End the script if a node does not answer, or if launch/gpu_check.sh finds a problem.
 check_gpus() {
   local said node line bad=()
   [[ -z $guessed ]] ||

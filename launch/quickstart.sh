@@ -7,7 +7,7 @@
 # Overrides apply to examples/quickstart/run.yaml and can change the layout, for example: parallel.tp=1 parallel.pp=4
 #
 #   RANKS=8     number of processes. By default, the quickstart starts as many copies of the model as fit into 4
-#               processes, but at least one. Several copies are data parallel.
+#               processes, but at least one. Several copies train with data parallelism.
 #   PYTHON, VENV, CONSTRAINTS: see launch/environment.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

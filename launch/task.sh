@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One task of a job, started by srun on its node:
+# Run one task of a Slurm job. srun starts this script on the task's node:
 #
 #   bash launch/task.sh [VERB] RUN.yaml [a.b=c ...]
 #
@@ -56,12 +56,13 @@ home=
 for volume in "${volumes[@]}"; do
   options+=(--volume "$volume")
   IFS=: read -r from to _ <<<"$volume"
-  # `~` must mean the same directory as on the host.
+  # If the home directory is mounted at its own path, `~` must mean the same directory as on the host.
   if [[ $from == "$to" && ${HOME:-/}/ == "${to%/}"/* ]]; then home=${HOME:-}; fi
 done
 for variable in "${passed[@]}"; do options+=(--env "$variable"); done
 if [[ $container == docker ]]; then
-  # Without --user, all output would belong to root. Rootless podman maps root to the user who starts it.
+  # Without --user, docker would write all output as root. Podman needs no --user: rootless podman maps root to the user
+  # who starts the container.
   options+=(--user "$(id -u):$(id -g)")
   for group in $(id -G); do options+=(--group-add "$group"); done
   home=${home:-/tmp}
@@ -74,7 +75,8 @@ fi
 read -r -a more <<<"${CONTAINER_OPTIONS---ulimit memlock=-1}"
 options+=("${more[@]}")
 
-# The container is not a child process of this step and survives if the client is killed, so remove it by name.
+# The container is not a child process of this step. It survives if the podman or docker command is killed. Therefore,
+# remove the container by name.
 remove() {
   "$container" kill "$name" >/dev/null 2>&1 || true
   "$container" rm --force "$name" >/dev/null 2>&1 || true

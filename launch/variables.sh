@@ -13,7 +13,8 @@ passed_variables+='^PYTHON(PATH|HASHSEED|UNBUFFERED|FAULTHANDLER|WARNINGS|UTF8|N
 passed_variables+='^(SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)$|'
 passed_variables+='^(http|https|ftp|all|no)_proxy$|^(HTTP|HTTPS|FTP|ALL|NO)_PROXY$'
 
-# Exceptions, which are not passed: paths of the host's libraries, and variables that NVIDIA's container runtime sets.
+# Exceptions, which are not passed: paths and versions of the host's libraries, and variables that NVIDIA's container
+# runtime reads.
 kept_variables='^(CUDA|CUDNN|NCCL|UCX|UCC|FI|EFA|MKL|NVIDIA|PYTORCH)_(HOME|PATH|DIR|ROOT|ROOT_DIR|VERSION)$|'
 kept_variables+='^CUDA_(TOOLKIT|INC|LIB|BIN)|^NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES|REQUIRE_)'
 

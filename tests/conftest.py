@@ -38,7 +38,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """Return an object that makes and caches tiny models. Its test cases cover all supported model families."""
+    """Return an object that makes and caches tiny models. The object has cases for all supported model families."""
     return TinyModels(tmp_path_factory.mktemp("models"), CASES)
 
 
@@ -47,7 +47,7 @@ def tiny_hf(tiny_models):
     """Return a function: ``tiny_hf("qwen3", tie_word_embeddings=True)`` saves a tiny random model.
 
     The function returns the model's directory. Within a session, calls with equal arguments return the same directory.
-    The matrices are large, so that a mistake clearly changes the logits.
+    The matrices have large values, so that a mistake clearly changes the logits.
     """
     return tiny_models.make
 

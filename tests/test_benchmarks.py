@@ -1,4 +1,7 @@
-"""Tests of the benchmarks: operation counts match formulas, lengths have published medians, and comparisons run."""
+"""Tests of the benchmarks.
+
+Counted operations match formulas. The lengths of generated pairs have the published medians. The comparisons run.
+"""
 
 import json
 import os
@@ -68,7 +71,11 @@ def test_attention_counts_the_computed_area_on_a_cpu(masked):
 
 
 def test_bound_matches_a_models_operations_on_one_row(tiny_hf):
-    """A single row has no shared prompt, so ``tree_flops`` must predict the number of operations in transformers."""
+    """A single row has no shared prompt, so ``tree_flops`` must predict the operations of transformers.
+
+    Only attention differs. The executed backward pass computes the scores again, and the formula approximates the
+    number of scores, ``tokens * (tokens + 1) / 2``, by ``tokens**2 / 2``.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"))
@@ -157,7 +164,7 @@ def records(path: Path) -> Path:
     return path
 
 
-def test_pairs_of_a_file_stay_grouped_by_prompt_without_long_ones(tmp_path):
+def test_pairs_of_a_file_are_grouped_by_prompt_and_long_pairs_are_left_out(tmp_path):
     path, tokenizer = records(tmp_path / "pairs.jsonl"), byte_level(tmp_path / "tokenizer")
     options = {"tokenizer": str(tokenizer), "template": None, "max_length": 64, "cache": tmp_path / "cache"}
     pairs = list(pair_sets.from_file(str(path), 99, **options))
@@ -504,7 +511,7 @@ def test_repeats_are_bitwise_equal(capsys, tmp_path):
     assert [[cell.strip() for cell in line] for line in lines[2:]] == [[name, "equal"] for name in repeats.RUNS]
 
 
-def test_adding_a_weight_gradient_in_the_product_is_exact(capsys):
+def test_weight_gradients_added_to_a_buffer_are_accurate(capsys):
     assert weight_gradient.main(["--shapes", "64,32,48"]) == 0
     *_, line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 64")]
     assert all(float(error) < 1e-6 for error in line.split("|")[4:6])

@@ -30,9 +30,10 @@ def kernels_at(folder: Path, version: str | None) -> Path:
 
 
 def test_activated_environment_is_kept(tmp_path):
-    """Rebuilding an environment would delete its own interpreter, so the script must use the base interpreter.
+    """``launch/environment.sh`` keeps an environment that is activated, although its interpreter comes first on PATH.
 
-    The interpreter of an activated environment comes first on PATH.
+    The script must use the interpreter from which the environment was created. With the environment's own interpreter,
+    the script would rebuild the environment, and thereby delete that interpreter.
     """
     venv = tmp_path / "venv"
     base = Path(sys.executable).resolve()
@@ -85,11 +86,11 @@ def test_engine_refuses_kernels_of_another_version(copy):
     assert done.stderr.splitlines()[-1] == (
         f"dpo_engine.errors.ConfigError: dpo_kernels: {kernels} has version 0.0.9 (the engine is "
         f"{copy / 'dpo_engine'}, version {__version__}); "
-        "install the package again, without older files on PYTHONPATH"
+        "install the package again, and remove directories with older files from PYTHONPATH"
     )
 
 
-def test_kernels_without_a_version_are_older(tmp_path):
+def test_kernels_without_a_version_file_have_an_unknown_version(tmp_path):
     assert installation._version(tmp_path / "version.py") == "unknown"
 
 

@@ -96,7 +96,9 @@ def test_pyxis_runs_the_task_in_the_image(job, calls, tmp_path):
         word.removeprefix("--container-env=").split(",") for word in step if word.startswith("--container-env=")
     )
     assert {"NVTE_FUSED_ATTN", "WANDB_NOTES", "MASTER_ADDR", "OMP_NUM_THREADS"} <= set(names)
-    assert not [name for name in names if name.startswith("SLURM_")], "SLURM_ values differ between tasks"
+    assert not [name for name in names if name.startswith("SLURM_")], (
+        "variables that start with SLURM_ must not be passed, because their values differ between tasks"
+    )
     assert "--container-image=lab/engine:1" in step and "--container-mounts=/data:/data" in step
     assert f"--container-workdir={tmp_path}" in step
 
@@ -251,7 +253,10 @@ def test_verb_that_needs_no_ranks_is_one_process(stage, arguments, expected):
 
 
 def test_every_other_verb_is_one_process():
-    """job.sh lists the verbs that need a single process. All other verbs run on the ranks of the job."""
+    """The verbs train, reference, eval, export and parity run on the ranks of the job.
+
+    The list of single-process verbs in job.sh must contain every other verb.
+    """
     (line,) = [line for line in (ROOT / "launch/job.sh").read_text().splitlines() if "| tokenize |" in line]
     listed = {name.strip(" )") for name in line.split("|")}
     assert listed == set(VERBS) - {"train", "reference", "eval", "export", "parity"}

@@ -11,7 +11,7 @@ BUSY = "Socket timed out on send/recv operation"
 
 
 def test_site_settings_may_use_unset_variables_and_failing_commands(stage):
-    """The condition in the last line of the file is false, so the exit code of the whole file is not zero."""
+    """The condition in the last line of this site.env is false, so the exit code of site.env is not zero."""
     (stage.folder / "launch/site.env").write_text(
         "SITE_LIBRARIES=/site:$SITE_LIBRARIES_OF_HOST\nfalse\nSITE_NAME=lab\n[[ -d /no/such/place ]] && LAUNCHER=x\n"
     )
@@ -60,9 +60,10 @@ def test_task_of_an_array_asks_about_itself_alone(stage):
 
 @pytest.mark.parametrize(("times", "host"), [(4, "n1"), (99, "first")])
 def test_job_starts_while_the_controller_is_busy(stage, times, host):
-    """`scontrol show` fails for the script's path, for the time limit, and then for the names of the nodes.
+    """The script calls `scontrol show` for its own path, for the time limit, and for the names of the nodes.
 
-    The script asks for the names three times. After four failures in all, the third request for the names succeeds.
+    The script requests the names up to three times. If the first four calls fail, the third request for the names
+    succeeds. If all calls fail, the script assumes that its own node is the job's first node.
     """
     stage.fail("scontrol", "show", times, BUSY)
     code, out, err = finish(stage.start(SLURMD_NODENAME="first"))

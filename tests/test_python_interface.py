@@ -23,7 +23,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout == f"{dpo_engine.__version__} set()\n", done.stderr
 
 
-def test_a_run_is_read_and_checked_and_plugins_register_without_megatron():
+def test_names_for_checks_and_plugins_are_imported_without_megatron():
     names = "CALLBACKS, FAMILIES, FORMATS, LOSSES, OPTIMIZERS, SCHEDULES, SINKS, Callback, Config, check"
     done = python(f"import sys; from dpo_engine import {names}; print({{'megatron'}} & set(sys.modules))")
     assert done.stdout == "set()\n", done.stderr

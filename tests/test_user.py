@@ -320,7 +320,10 @@ def test_quickstart_process_count_fits_the_layout(given, expected):
 
 
 def check_page(page: Path, ranked: re.Match, rewarded: str) -> None:
-    """Check that the page shows its charts, the tokens of a pair, and the accuracies that transformers computed.
+    """Check that the page shows its charts, the tokens of a pair, and the accuracies that the quickstart printed.
+
+    ranked     accuracies by likelihood, before and after training
+    rewarded   reward accuracy after training
 
     The page must load nothing from the network, and log nothing to the browser's console.
     """

@@ -1,4 +1,4 @@
-"""Collate token pairs into tensors: a micro-batch of whole pairs, in one of two layouts.
+"""Collate tokenized pairs into tensors: a micro-batch of whole pairs, in one of two layouts.
 
 - `stacked`: one row for each response, with the prompt before it, padded to the longest row.
 - `tree`: a single row with almost no padding, in which pairs can share a prompt (:mod:`~dpo_engine.batching.trees`).
@@ -24,7 +24,7 @@ from dpo_kernels.transfer import Transfer
 
 DUMMY_LENGTH = 2
 CHUNK_SITES = 1024
-"""Maximum number of sites whose logits are in memory at the same time.
+"""Maximum number of sites (see :class:`Scored`) whose logits are in memory at the same time.
 
 A pair with more sites is scored in pieces. A group of pairs that share sites is also scored in pieces if the group has
 more sites."""

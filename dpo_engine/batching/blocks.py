@@ -1,4 +1,4 @@
-"""Cut a row of trees into short blocks, and assign the blocks to context-parallel ranks with even attention costs.
+"""Cut a row of trees into short blocks, and balance their attention costs over context-parallel ranks.
 
 Problem. As :mod:`~dpo_engine.batching.shares` explains, a split must give every rank the same number of tokens and
 nearly the same number of visible (query, key) pairs. In a row of trees, no fixed pattern achieves this, because

@@ -108,8 +108,8 @@ def stacked_batches(
     Pairs of similar length are in the same micro-batch, and the longest pairs come first. Rows are padded to the
     longest row in their micro-batch, rounded up as the parallel layout and FP8 require. A micro-batch has
     ``train.micro_batch_size`` pairs or, if that is null, as many as fit into ``batch.tokens_per_micro_batch``, and at
-    least one. With an interleaved pipeline schedule, all micro-batches of a step have the same shape, because the
-    stages then do not exchange tensor shapes.
+    least one. In an interleaved pipeline schedule, the stages do not exchange tensor shapes, so all micro-batches of a
+    step have the same shape.
     """
     multiple = dims.sequence_multiple(sequence_parallel, config.megatron.token_multiple)
     places, length = _stacked_places(dataset, indices, config, dims, dp_rank, multiple)
@@ -148,7 +148,7 @@ def _stacked_places(
     With an interleaved pipeline schedule, all rows must have the same length. The minimum is then the length of the
     longest row of all ranks. With other schedules, the minimum is None.
 
-    multiple  number that the length of a row must be divisible by
+    multiple  number that must divide the length of a row
     """
     lengths = _row_lengths(dataset, indices)
     order = np.argsort(-lengths, kind="stable")
@@ -165,7 +165,7 @@ def _group(lengths: np.ndarray, config: Config, multiple: int) -> list[int]:
     """Return the number of pairs in each stacked micro-batch of a rank.
 
     lengths   [n]  row length of each of the rank's pairs, in descending order
-    multiple  number that the length of a row must be divisible by
+    multiple  number that must divide the length of a row
     """
     sizes: list[int] = []
     at = 0
@@ -196,11 +196,11 @@ def tree_batches(
 ) -> list[Batch]:
     """Build a rank's micro-batches in layout ``tree``, with balanced costs and within the token budget.
 
-    See :func:`~dpo_engine.batching.packing.deal_trees`. With an interleaved pipeline schedule, all rows of a step are
-    padded to the longest row, because the stages then do not exchange tensor shapes.
+    See :func:`~dpo_engine.batching.packing.deal_trees`. In an interleaved pipeline schedule, the stages do not exchange
+    tensor shapes, so all rows of a step are padded to the longest row.
 
     row_tokens  number of tokens to which every row is padded (:func:`fixed_row`); this number is then also the token
-                budget. None: rows can have different lengths
+                budget. None: rows are not padded to a fixed number of tokens
 
     Raises `RuntimeError` if a row is longer than ``row_tokens``.
     """
@@ -224,8 +224,8 @@ def tree_batches(
         longest = max(_row_tokens(dataset, place, share) for rank in ranks for place in rank)
         if row_tokens and longest > row_tokens:
             raise RuntimeError(
-                f"a row of trees has {longest:,} tokens, but rows have a fixed size of {row_tokens:,}; pass all pairs "
-                "that a run scores to Engine.settle_batches"
+                f"a row of trees has {longest:,} tokens, but rows have a fixed size of {row_tokens:,}; call "
+                "Engine.settle_batches with all pairs that the run scores"
             )
         length = row_tokens or longest
     return [
@@ -299,7 +299,7 @@ def token_budget(dataset: PairDataset, config: Config) -> int:
 def fixed_rows(
     config: Config, dims: ParallelDims, sequence_parallel: bool, train: PairDataset, others: Sequence[PairDataset]
 ) -> tuple[int | None, list[str]]:
-    """Return the fixed number of tokens per row, and a line for the log. If sizes can vary, return None and no line.
+    """Return the fixed number of tokens per row and a line for the log, or None and no line if row lengths can vary.
 
     train, others   as for :func:`fixed_row`
     """

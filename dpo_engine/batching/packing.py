@@ -36,7 +36,7 @@ import numpy as np
 from dpo_engine.batching.balance import deal_evenly
 
 VERSION = 1
-"""Version of the planning rules. Increment this number with every change of the code that changes a batch's plan."""
+"""Version of the planning rules. Increment this number if a change of the code gives any batch a different plan."""
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,11 @@ def deal_trees(
 
     1. Group pairs with the same prompt into trees (:func:`make_trees`). If a tree exceeds the budget, split it into
        pieces of whole pairs.
-    2. Assign trees to ranks with even costs (:func:`~dpo_engine.batching.balance.deal_evenly`).
-    3. Assign the trees of each rank to micro-batches within the budget, again with even costs. A pair that exceeds the
-       budget is alone in its micro-batch. All ranks get the same number of micro-batches: the smallest number with
-       which the algorithm finds room for all trees on every rank. If a rank has few trees, some of its micro-batches
-       may be empty.
+    2. Assign trees to ranks so that costs are even (:func:`~dpo_engine.batching.balance.deal_evenly`).
+    3. Assign the trees of each rank to micro-batches within the budget, again so that costs are even. A pair that
+       exceeds the budget is alone in its micro-batch. All ranks get the same number of micro-batches: the smallest
+       multiple of `multiple` with which the algorithm finds room for all trees on every rank. If a rank has few trees,
+       some of its micro-batches may be empty.
     4. Order the micro-batches of a rank, with the cheapest ones first and last and the most expensive ones in the
        middle. While a pipeline fills and drains, most of its stages wait for a single micro-batch, which should
        therefore be cheap.

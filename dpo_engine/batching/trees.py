@@ -1,4 +1,4 @@
-"""Build batches in layout `tree`: put the pairs of a micro-batch into one row in which each prompt occurs once.
+"""Build batches in layout `tree`: put the pairs of a micro-batch into one row in which pairs share prompts.
 
 Problem. In layout `stacked`, the model computes a prompt once for each response: twice for every pair, and again for
 every other pair with the same prompt. Rows are padded to the longest row. With long prompts or uneven lengths, much of
@@ -11,11 +11,11 @@ earlier tokens of its segment, and all tokens of the parent segment, but no othe
 len(prompt), wherever it is in the row. Each token therefore sees the same tokens at the same positions as in a separate
 row, and log-probabilities agree with layout `stacked` up to rounding.
 
-Scoring. The last token of a prompt predicts the first token of each response to the prompt, so the column of
-this token can have several sites, one for each response. If several pairs share a response, the response is in the row
-once and is scored once. All of these pairs read the same log-probabilities through `Scored.take`. The last layer
-computes outputs only for the columns that predict a scored token (:func:`needed_columns`). From the other columns,
-which include most of a long prompt, the last layer needs only keys and values.
+Scoring. The last token of a prompt predicts the first token of each response to the prompt. The last column of a
+prompt can therefore have several sites, one for each response. If several pairs share a response, the response is in
+the row once and is scored once. All of these pairs read the same log-probabilities through `Scored.take`. The last
+layer computes outputs only for the columns that predict a scored token (:func:`needed_columns`). From the other
+columns, which include most of a long prompt, the last layer needs only keys and values.
 
 Why one level. Adjacent pairs with equal prompts form one tree, in which responses with equal tokens and scoring masks
 are also shared. :mod:`~dpo_engine.batching.packing` makes pairs with the same prompt adjacent. One level covers the
@@ -115,7 +115,8 @@ def plant(
 def needed_columns(batch: Batch, multiple: int) -> torch.Tensor:
     """Return the columns of a rank's share that predict a scored token. The last layer computes only these columns.
 
-    multiple  the number of columns is rounded up to a multiple of this number, by adding the first of the other columns
+    multiple  the number of columns is rounded up to a multiple of this number. The added columns are the first few of
+              those that predict no scored token
 
     Returns   [q] int64, ascending, q >= 1
     """

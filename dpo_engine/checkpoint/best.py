@@ -94,7 +94,9 @@ def best_saved(config: Config, say: Callable[[str], None] = lambda line: None) -
         say(f"{overall} was better, but it is the model before training and has no checkpoint")
     elif overall.step != ranked[0].step:
         advice = (
-            "" if config.checkpoint.keep_best else "; set checkpoint.keep_best to keep the best step in the next run"
+            ""
+            if config.checkpoint.keep_best
+            else "; to keep the checkpoint of the best step, set checkpoint.keep_best in the next run"
         )
         say(f"{overall} was better but has no checkpoint{advice}")
     return ranked[0].step

@@ -7,7 +7,8 @@ checkpoints/
   step_00000008/               published: renamed to this name after all its files were synced to disk
     rank_00000.safetensors     one shard per rank
     metrics.jsonl              the run's metrics up to this step
-    manifest.json              the size and SHA-256 of every other file, and a SHA-256 of these and all other entries
+    manifest.json              facts about the run, the size and SHA-256 of every other file, and a SHA-256 of the
+                               manifest's content
   step_00000008.2/             step 8, saved again because step_00000008 is damaged; loading tries this directory first
   step_00000012.tmp.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is writing
   step_00000004.old.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is removing
@@ -215,7 +216,7 @@ def verify(directory: Path, *, part: int = 0, parts: int = 1, meter: Meter | Non
     meter        counts the bytes that are hashed
 
     Raises :class:`Damaged` if a file cannot be read or differs from the manifest, and
-    :class:`~dpo_engine.errors.CheckpointError` if the checkpoint has a different format version.
+    :class:`~dpo_engine.errors.CheckpointError` if the checkpoint has a format version that the engine does not read.
     """
     try:
         manifest = _patiently(partial(read_manifest, directory))

@@ -47,7 +47,7 @@ def model_identity(arch: Architecture, adapter: Mapping[str, Any] | None = None)
     If this part differs, the saved state does not fit the model.
 
     adapter  facts that determine the adapters: their settings, and digests of the base weights and of the adapter that
-             the run started from; None: all weights are trained
+             the run started from; None: the run has no adapters
     """
     model = {name: value for name, value in arch.facts.items() if name not in NOT_OF_MODEL}
     return json.loads(json.dumps({"model": model, "adapter": adapter}))
@@ -111,8 +111,8 @@ def _optim(optim: OptimConfig) -> dict[str, Any]:
 
     ``optim.states`` is left out, because it does not change results, and checkpoints do not depend on it.
 
-    Options that were added later are left out while they have their default values, so that the identity still matches
-    the identity in older checkpoints.
+    Options that earlier versions of the engine did not have are left out while they have their default values, so that
+    the identity still matches the identity in checkpoints of these versions.
     """
     newer = {"schedule_options": {}, "optimizer_options": {}, "gradients": "fp32"}
     found = optim.model_dump(mode="json", exclude={"optimizer", "freeze", "states"})
@@ -122,8 +122,8 @@ def _optim(optim: OptimConfig) -> dict[str, Any]:
 def _limits(data: DataConfig, arch: Architecture) -> dict[str, Any]:
     """Return the settings of tokenization, and the size of the sliding window if rows can be longer than the window.
 
-    Settings that were added later are left out while they have their default values, so that the identity still matches
-    the identity in older checkpoints.
+    Settings that earlier versions of the engine did not have are left out while they have their default values, so that
+    the identity still matches the identity in checkpoints of these versions.
     """
     limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation")}
     limits["add_eos"] = True if data.add_eos == "auto" else data.add_eos

@@ -5,7 +5,7 @@ checkpoints and metrics to one directory, and remove each other's unfinished fil
 mixture of two runs, and no error reports this.
 
 The solution: rank 0 holds a lease, a file in `<train.output_dir>/lease` that names the host, the process, the Slurm job
-and the start time. The files are numbered, and only the file with the highest number counts. A run takes the lease by
+and the start time. Lease files are numbered, and only the file with the highest number counts. A run takes the lease by
 creating the file with the next number, and the file system lets only one process create this file. A run may take the
 lease if there is no lease, if the last lease was released, or if the holder of the last lease is dead:
 
@@ -53,7 +53,7 @@ RENEW_S = 3.0
 WATCH_S = 30.0
 """Seconds without a renewal after which a holder on another machine counts as dead."""
 SLOWEST_READS = 3
-"""The watch is extended by this number times the duration of the slowest read; the holder's storage may be as slow."""
+"""A process watches longer by this number times the duration of its slowest read, because renewals may be as slow."""
 POLL_S = (0.02, 1.0)
 """Initial and maximum number of seconds between two reads of another run's lease."""
 QUIET_S = 1.0
@@ -145,7 +145,7 @@ def process_start(pid: int) -> str | None:
 class Lease:
     """The right to write to an output directory. Take it with :func:`take`.
 
-    name      name of the directory in messages: key and path
+    name      key and path of the directory, for messages
     renew_s   seconds between two renewals
     """
 
@@ -261,7 +261,7 @@ def take(
 def refuse_if_held(output: Path) -> None:
     """Raise the error of :func:`take` if a process on this machine holds the lease. Write nothing, and do not wait.
 
-    This needs no process groups and no torch. A second start of the same run is therefore refused within a second.
+    This check needs no process groups and no torch, so a second start of the same run is refused within a second.
     """
     with suppress(OSError):  # take() reports a directory that cannot be read
         last = _newest(output / FOLDER)
@@ -280,7 +280,7 @@ def _refusal(name: str, holder: Holder | str) -> CheckpointError:
 def _living(
     path: Path, me: Holder, watch_s: float, say: Callable[[str], None], between: Callable[[], None]
 ) -> Holder | str | None:
-    """Return the lease's holder (as text if unknown), or None if the holder is dead or has released the lease."""
+    """Return the holder (as text if unknown), or None if the holder is dead or the lease was released or removed."""
     pause, longest = POLL_S
     first, since, slowest, told = None, 0.0, 0.0, False
     while True:

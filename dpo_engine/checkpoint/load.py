@@ -59,8 +59,8 @@ def find_checkpoint(
     *Collectives*: two all-gathers of objects and a broadcast of an object from rank 0. Then, for each checkpoint
     examined, three all-gathers of objects. Each rank verifies the hashes of a share of the files, without a time limit.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when the folder cannot be read, when there are
-    checkpoints but none is intact, when a checkpoint has a different format version, when the ranks do not see the same
-    files, or when there is no checkpoint for ``step``.
+    checkpoints but none is intact, when a checkpoint has a format version that the engine does not read, when the ranks
+    do not see the same files, or when there is no checkpoint for ``step``.
     """
     listing = from_first(
         world, as_checkpoint_error(partial(directories.committed, folder), folder), Meter(f"reading {folder}")
@@ -93,7 +93,7 @@ def find_checkpoint(
 def _agreed(directory: Path, world: dist.ProcessGroup) -> tuple[dict[str, Any], list[str]]:
     """Verify a checkpoint on all ranks. Return its manifest, and the names of other files in its directory.
 
-    If any rank fails, raise the error of the lowest-numbered failing rank on every rank.
+    If the check fails on some ranks, all ranks raise the error of the lowest of these ranks.
     """
     meter = Meter(f"verifying {directory.name}")
     manifest, strangers, problem, there = {}, [], None, False

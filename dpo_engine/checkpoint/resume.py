@@ -105,7 +105,7 @@ def compare(
         "another train.output_dir"
         for change in misfits
     ]:
-        raise CheckpointError(impossible)  # these changes may have caused the other changes, so report only them
+        raise CheckpointError(impossible)  # the other changes may result from these, so omit the others
     counts = any(change.key in COUNTING for change in changes)
     if refused := [change for change in changes if change.key not in (*accepted, *["total_steps"] * counts)]:
         raise CheckpointError(
@@ -168,7 +168,7 @@ def keeps_random(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
 def entries(changes: Sequence[Change], step: int) -> list[dict[str, Any]]:
     """Return the changes as history entries: step, key, old value, and new value.
 
-    An old value of null means that the key was absent.
+    An old value of null means that the key was absent or null.
     """
     return [{"step": step, "key": key, "old": None if old is MISSING else old, "new": new} for key, old, new in changes]
 

@@ -204,7 +204,7 @@ class Saver:
     def judged(self) -> None:
         """After the evaluation of a step that is already saved, choose the best checkpoints again and remove old ones.
 
-        *Collectives*: with ``keep_best``, two all-gathers of objects. The wait for the files has no time limit.
+        *Collectives*: with ``keep_best``, two all-gathers of objects. The removal between them has no time limit.
         """
         if self.keep_best is None:
             return
@@ -334,8 +334,8 @@ class Saver:
         groups, trained = self.groups, self.trained
         rank = groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}
-        # Without the distributed optimizer, all copies of a parameter have the same state; only the first one is saved.
-        # With the distributed optimizer, all of its instances have the same state; only the first one is saved.
+        # Without the distributed optimizer, all copies of a parameter have the same state, so only the first is saved.
+        # With the distributed optimizer, all its instances have the same state, so only the first is saved.
         distributed = trained.chunks[0].ddp_config.use_distributed_optimizer
         for placed, owned in placed_slices(trained, self.arch, groups):
             if placed.written_here and (trained.instance if distributed else placed.copies.rank()) == 0:

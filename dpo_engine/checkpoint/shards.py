@@ -125,7 +125,7 @@ class Pieces:
         return out
 
     def random(self, rank: int) -> dict[str, Tensor]:
-        """Return the states of random number generators that ``rank`` saved, as uint8 tensors by generator name."""
+        """Return the saved states of the random number generators of ``rank``, as uint8 tensors by generator name."""
         pieces = {name: piece for (kind, name, of), (piece, *_) in self.found.items() if (kind, of) == ("random", rank)}
         return {name: self.files[piece.file].get_tensor(piece.key) for name, piece in pieces.items()}
 

@@ -16,8 +16,8 @@ def adapter_rules(config: Config) -> Iterator[Rule]:
         if reference.mode == "shared":
             yield (
                 ("reference.mode", "adapter"),
-                "requires an adapter, because the reference is the policy's model without its adapter; set adapter, or "
-                "reference.mode=resident",
+                "requires an adapter, because the reference is the policy's model without its trained adapter; set "
+                "adapter, or reference.mode=resident",
             )
         if reference.adapter != "start":
             yield ("reference.adapter", "adapter"), "applies only with adapter.path; remove reference.adapter"

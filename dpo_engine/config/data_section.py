@@ -82,8 +82,8 @@ class DataConfig(Section):
     cache_dir: Place | None = None
     """directory for tokenized data; null: <train.output_dir>/cache"""
     workers: Count | None = None
-    """number of processes that tokenize the data on each node, where one rank starts them; null: one process per core
-    that this rank may use, at most 32, and fewer for small files"""
+    """number of tokenizing processes that the first rank on each node starts; null: one process per core that this rank
+    may use, at most 32, and fewer for small files"""
     on_bad_line: Literal["error", "skip"] = "error"
     """what to do with unusable records: end the run (error), or skip and count them (skip)"""
     columns: Columns | None = None
@@ -95,8 +95,8 @@ class DataConfig(Section):
     """whether to put the pairs into a new random order in each epoch; false: the pairs keep the order of the sources
     and files"""
     group_by_prompt: bool = False
-    """whether to keep pairs with the same source and the same prompt together, so that the tree layout can compute the
-    prompt only once per step"""
+    """whether to keep pairs with the same source and the same prompt together, so that these pairs can share one copy
+    of the prompt in the tree layout"""
 
     @field_validator("template_date")
     @classmethod

@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
                     line = key.start_mark.line + 1
                     if key.value in seen:
                         self.duplicates.append(
-                            (line, f"duplicate key {key.value}, first set on line {seen[key.value]}; keep one")
+                            (line, f"the key {key.value} was already set on line {seen[key.value]}; set it once")
                         )
                     seen.setdefault(key.value, line)
         return super().construct_mapping(node, deep)
@@ -148,7 +148,8 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
     base = own.pop("base")
     if not isinstance(base, str) or not base:
         raise ConfigError(
-            f"{path}: base={base}: must be the path of a YAML file, relative to {path}; correct or remove the key base"
+            f"{path}: base={base}: must be the path of a YAML file, relative to the folder of {path}; correct or "
+            "remove the key base"
         )
     try:
         place = Path(path).parent / expand(base)
@@ -158,7 +159,7 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
     if place.resolve() in below:
         raise ConfigError(f"{path}: base={base}: creates a cycle of base files; remove the key base from one of them")
     if not place.is_file():
-        raise ConfigError(f"{path}: base={base}: {place} is not a file; set a path relative to {path}")
+        raise ConfigError(f"{path}: base={base}: {place} is not a file; set a path relative to the folder of {path}")
     return inherit(read(place, below), own)
 
 

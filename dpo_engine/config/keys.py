@@ -18,7 +18,8 @@ class Key:
 
     path      dotted path; ``data.train.path`` is a key of each item in the list ``data.train``
     default   default value in YAML, or ``required``
-    choices   the allowed values other than the default, if the key has a fixed set of values
+    choices   the other values of the key's ``Literal`` and ``bool`` types; the key may also allow values of other
+              types, such as numbers
     meaning   the key's docstring, as one line
     """
 

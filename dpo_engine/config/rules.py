@@ -130,7 +130,8 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
         if getattr(reference, key) != getattr(defaults, key) and mode not in modes:
             yield (
                 (f"reference.{key}", "reference.mode"),
-                f"applies only when reference.mode is {join(modes, 'or')}, but it is {mode}; remove reference.{key}",
+                f"applies only when reference.mode is {join(modes, 'or')}, but this run's mode is {mode}; remove "
+                f"reference.{key}",
             )
     if reference.sync_alpha != defaults.sync_alpha and mode in ("resident", "shared") and not reference.sync_every:
         yield (
@@ -152,8 +153,8 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
     if config.loss.ld_alpha is not None and reference.mode == "dataset" and facts and facts.needs_reference:
         yield (
             ("loss.ld_alpha", "reference.mode"),
-            "requires the reference's log-probability of each token, but records contain only sums; remove "
-            "loss.ld_alpha, or set reference.mode=stored",
+            "requires the reference's log-probability of each token, but with reference.mode=dataset, the records "
+            "contain only sums; remove loss.ld_alpha, or set reference.mode=stored",
         )
     if facts and not facts.needs_reference and reference.sync_every:
         yield (
@@ -186,7 +187,7 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         yield (
             ("data.max_prompt_length", "data.max_length"),
-            f"has an effect only below data.max_length={data.max_length}; lower or remove data.max_prompt_length",
+            f"has an effect only if it is less than data.max_length={data.max_length}; lower or remove this key",
         )
     if data.seed and not data.shuffle:
         yield ("data.seed", "data.shuffle"), "has no effect when data.shuffle is false; remove data.seed"
@@ -315,15 +316,14 @@ def _profile_rules(config: Config) -> Iterator[Rule]:
         elif config.train.max_steps is not None and last > config.train.max_steps:
             yield (
                 ("logging.profile.steps", "train.max_steps"),
-                f"the last step must be at most train.max_steps={config.train.max_steps}; lower it",
+                f"the last step must be at most train.max_steps={config.train.max_steps}; lower the last step",
             )
 
 
 def reads_reference(config: Config) -> bool:
     """Whether the run uses a reference: `reference.mode` is not `none`, and the loss needs a reference.
 
-    An invalid loss is assumed to need a reference.
-    """
+    An invalid loss is assumed to need a reference."""
     facts = facts_of(config.loss)
     return config.reference_mode != "none" and (facts is None or facts.needs_reference)
 

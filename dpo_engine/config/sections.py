@@ -173,7 +173,8 @@ class TrainConfig(Section):
     """mixture-of-experts models only: whether to exclude the weights of routers from training"""
     guard_interval: Natural = 100
     """number of steps between checks that all ranks agree on settings, code, data and weights; the ranks are also
-    checked at the start, before each scheduled save and after the last step; 0: only at the start"""
+    checked at the start, before each scheduled save, before evaluations that can lead to a save, and after the last
+    step; 0: only at the start"""
 
     @field_validator("save_by", mode="before")
     @classmethod

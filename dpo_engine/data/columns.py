@@ -24,7 +24,7 @@ SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
 OPTIONAL = ("weight", *NUMBERS, *SCORES, "system", "tools", "chat_template_kwargs")
 """Fields that every format either reads or refuses."""
 ANSWERING = ("assistant", "gpt", "bot", "function_call", "tool_call", "tool", "observation")
-"""Names, in all formats, of the roles whose turns cannot begin a conversation."""
+"""Roles whose turns cannot begin a conversation, under each name that a format uses for them."""
 EMPTY_JSON = ("", "[]", "{}", "null")
 PART = r"(?:(?:prompt|chosen|rejected|response|completion)_)?"
 MEANINGS = {
@@ -62,8 +62,8 @@ def target_problems(columns: Mapping[str, str | None], format_name: str) -> list
     way = "in data.columns, the key is the format's field name and the value is the field name in your records"
     rules = []
     for name in unknown:
-        hint = f"did you mean {near}? " if (near := nearest(name, known)) else ""
-        rules.append((name, f"format {format_name} has no field {name!r}; {hint}{way}"))
+        hint = f"; did you mean {near}?" if (near := nearest(name, known)) else ""
+        rules.append((name, f"format {format_name} has no field {name!r}; {way}{hint}"))
     return rules
 
 

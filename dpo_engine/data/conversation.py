@@ -45,8 +45,8 @@ def split_conversations(
 
     prompt     messages that end with a user or tool turn; or the text of a user turn; or None if the responses contain
                the prompt
-    responses  mapping from the name to use in errors to a response, which is a text, the messages of the response, or
-               the messages of the whole conversation
+    responses  mapping whose keys are the names of the responses, for errors. Each value is the text of a response, its
+               messages, or the messages of the whole conversation
 
     The prompt ends before the first turn that differs between the conversations, and never includes the last assistant
     turn of a conversation. Turns differ if any field except the weight differs. Turns are compared as a whole: a common
@@ -68,7 +68,9 @@ def split_conversations(
     end = _common_turns(names, whole)
     for name, turns in zip(names, whole, strict=True):
         if not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns[end:]):
-            raise BadRecord(f"{name} has no assistant turn that is scored: after the prompt, every weight is 0")
+            raise BadRecord(
+                f"{name} has no assistant turn that is scored: all assistant turns after the prompt have weight 0"
+            )
     lead = [next((turn for turn in same if "weight" in turn), same[0]) for same in zip(*whole, strict=False)]
     return tuple(lead[:end]), [tuple(turns[end:]) for turns in whole]
 
@@ -180,7 +182,8 @@ def _list(here: str, key: str, message: Mapping[str, Any]) -> Sequence[Any]:
 def _content(here: str, content: Any) -> Any:
     """Return the content; join a list of text parts.
 
-    Raises :class:`BadRecord` for a part of another type, or for a part that is excluded from the loss.
+    Raises :class:`BadRecord` for a part that is not text, for a text part without text, or for a part that is excluded
+    from the loss.
     """
     if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) and "type" in part for part in content):
         return content
@@ -199,7 +202,9 @@ def _content(here: str, content: Any) -> Any:
 def _check_order(name: str, turns: Sequence[Message]) -> None:
     """Check the order of turns: at most one system or developer turn, at the start; then user and assistant alternate.
 
-    Tool turns are allowed between two assistant turns. Raises :class:`BadRecord`.
+    Tool turns are allowed between two assistant turns. The last turn must be an assistant turn.
+
+    Raises :class:`BadRecord` if the order is wrong.
     """
     roles = [turn["role"] for turn in turns]
     for role in OPENING:

@@ -87,7 +87,8 @@ def _cut(whole: object, fitted: object, bos_id: int | None) -> tuple[str, list[i
     if not (isinstance(whole, Encoded) and isinstance(fitted, Encoded)) or whole.pair is None or fitted.pair is None:
         return None
     prompt, kept = whole.pair.prompt, fitted.pair
-    # With `data.score: all`, the stored response begins with the rest of the prompt, so add the lengths of both parts.
+    # With `data.score: all`, the stored response begins with the rest of the prompt. Therefore, compare the total
+    # lengths of prompt and response, not the lengths of the prompts.
     count = len(prompt) + len(whole.pair.chosen) - len(kept.prompt) - len(kept.chosen)
     first = int(prompt[0] == bos_id and kept.prompt[0] == bos_id)
     return kept.digest, np.asarray(prompt[first : first + count]).tolist()

@@ -117,8 +117,8 @@ def dropped_text(dropped: Mapping[str, int]) -> str:
     """
     counts = "".join(f"; {count} dropped: {reason}" for reason, count in dropped.items())
     left_out = dropped.get(LEFT_OUT, 0)
-    ways_out = ["raise the limit, or shorten the records"] if sum(dropped.values()) > left_out else []
-    ways_out += ["change the records, or the data format"] if left_out else []
+    ways_out = ["raise the limit or shorten the records"] if sum(dropped.values()) > left_out else []
+    ways_out += ["change the records or the data format"] if left_out else []
     return counts and f"{counts}; {', or '.join(ways_out)}"
 
 

@@ -27,9 +27,9 @@ SWIFT_ASKS = ("user", "human", "tool")
 def colossalchat(row: dict[str, Any]) -> Pair:
     """ColossalChat: `context`, `chosen` and `rejected` as lists of {from, content}.
 
-    If the first turn of `context` is a system turn, the conversation keeps this turn. Otherwise, a `system` text of the
-    record becomes the system turn. If the record has neither, there is no system turn here; ColossalChat itself adds
-    the default system turn of its template.
+    If the first turn of `context` is a system turn, the conversation keeps this turn. A different `system` text of the
+    record is then an error. Without a system turn in `context`, a `system` text becomes the system turn. If the record
+    has neither, there is no system turn here; ColossalChat itself adds the default system turn of its template.
     """
     context, chosen, rejected = (
         turns_of(name, part) for name, part in _parts(row, ("context", *RESPONSES), (list, dict)).items()

@@ -68,7 +68,7 @@ def implicit(row: dict[str, Any]) -> Pair:
     """`chosen` and `rejected` as text with a common prefix, which is the prompt.
 
     The prompt ends before the last whitespace of the common prefix, so that no word is split. If the common prefix
-    contains no whitespace, or no text before it, all of the common prefix is the prompt.
+    contains no whitespace, or whitespace only at its start, all of the common prefix is the prompt.
     """
     _refuse_prompt(row)
     chosen, rejected = required(row, FIELDS[1:], str)
@@ -98,7 +98,8 @@ def detect(row: dict[str, Any]) -> Format:
 
     - Neither of the first two rules applies, and `chosen` or `rejected` is missing.
     - `chosen` and `rejected` only refer to the fields that contain the responses.
-    - Both responses repeat a prompt that is a dialogue, or the header at the end of the prompt.
+    - Both responses are whole dialogues, which repeat the prompt.
+    - The prompt ends with the header of a turn, such as `Assistant:`, and both responses begin with this header.
     - The format would ignore a field that may be the prompt or may come before the prompt.
     """
     read = _detected(row)

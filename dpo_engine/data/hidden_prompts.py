@@ -65,8 +65,8 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     if (name := hidden_prompt(row)) is None:
         return
     several = prompt_fields(row)
-    # If there is a name with only words of prompts, such as `input`, names with other words are ignored, such as
-    # `labeling_prompt`.
+    # If the name of a field has only words of prompts, as in `input`, ignore fields whose names also have other words,
+    # as in `labeling_prompt`.
     several = [field for field in several if _is_whole(field)] or several
     if len(several) == 1:
         name = several[0]

@@ -30,7 +30,8 @@ COPIES = ("consolidated*", "*/*.safetensors", "*/*.json")
 CONVERTED = (".json", ".json.gz", ".csv", ".csv.gz")
 """Suffixes of data files that the `datasets` library converts to Arrow before they are read."""
 COURTESY_S = 1.0
-"""Seconds for which a node's other ranks wait, so that the node's first rank downloads and shows its progress."""
+"""Seconds for which all ranks of a node except its first rank wait before a download. During this wait, the first rank
+begins the download and shows its progress."""
 
 found: dict[Repo, Path] = {}
 """Snapshots that this process has used. The process keeps using them even if a branch changes on the Hub."""
@@ -106,9 +107,13 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     which files belong to a config and split. The code of a data set never runs, because `datasets` 4 and later cannot
     run it.
 
-    Raises :class:`DataError` if the snapshot is not in the cache and cannot be downloaded, if it lacks the config or
-    split that ``base`` names, if it has several configs or several splits and ``base`` does not name one, or if
-    `datasets` cannot read it.
+    Raises :class:`DataError` in these cases:
+
+    - The snapshot is not in the cache and cannot be downloaded.
+    - The data set lacks the config or split that ``base`` names.
+    - The data set has several configs and ``base`` names none, or it has several splits and ``base`` names none.
+    - The data set lists a file that is not one of its own files.
+    - `datasets` finds no records in the data set, or cannot read it.
     """
     read = data_repo(base)
     if read is None:
@@ -153,7 +158,7 @@ def snapshot(repo: Repo, *, again: bool = False) -> Path:
     except errors.GatedRepoError:
         why = f"the {what} is gated; request access on its page, and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
-        why = f"the Hub has no such {what}, or it is private; correct the name, or set HF_TOKEN"
+        why = f"the Hub has no such {what}, or the {what} is private; correct the name, or set HF_TOKEN"
     except errors.RevisionNotFoundError:
         why = f"the {what} has no revision {repo.revision}; correct the revision"
     except errors.LocalEntryNotFoundError as error:

@@ -78,7 +78,7 @@ def checked(pair: Pair) -> Pair:
 
     - :func:`check_text` rejects a text, or :func:`split_conversations` rejects the conversations.
     - The responses are equal up to surrounding whitespace.
-    - A pair of plain text has tools or template options. No chat template renders plain text.
+    - A pair of plain text has tools or template options, although no chat template renders plain text.
     - The weight is not positive, a log-probability is positive, or a number is not finite.
     """
     prompt, chosen, rejected = parts = (pair.prompt, pair.chosen, pair.rejected)

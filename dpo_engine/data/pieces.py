@@ -41,8 +41,8 @@ def _by_window(ids: list[int], tokenizer: Tokenizer) -> list[str]:
 def _by_prefix(ids: list[int], whole: str, tokenizer: Tokenizer) -> list[str]:
     """Decode prefixes of the tokens. The piece of a token is the text that the token adds to the previous prefix.
 
-    If there are more than `MOST_PREFIXES` tokens, they are divided into groups of equal size. The last token of a group
-    then gets the text of the whole group.
+    If there are more than `MOST_PREFIXES` tokens, they are divided into groups of equal size. Only the last group may
+    be smaller. The last token of a group then gets the text of the whole group.
     """
     pieces = [""] * len(ids)
     step, found = -(-len(ids) // MOST_PREFIXES), 0

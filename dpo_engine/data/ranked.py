@@ -14,7 +14,8 @@ from dpo_engine.strict_json import kind
 
 FIELDS = ("prompt", "responses", "scores")
 MAX_RESPONSES = 512
-"""Maximum number of responses to one prompt, because the number of pairs can grow with the square of this number."""
+"""Maximum number of responses to one prompt. The limit is needed because the number of pairs can grow with the square
+of the number of responses."""
 
 
 class Scored(NamedTuple):

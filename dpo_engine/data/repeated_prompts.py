@@ -36,7 +36,7 @@ def refuse_repeated_prompt(row: Mapping[str, Any]) -> None:
         raise BadRecord(f"chosen and rejected are whole dialogues that repeat the prompt; {way}")
     header = HEADER.match(responses[0])
     if header and responses[1].startswith(header[0]) and prompt.endswith(header[0]):
-        raise BadRecord(f"responses begin with {header[0]!r}, the end of prompt; remove it from prompt")
+        raise BadRecord(f"responses repeat the end of prompt, {header[0]!r}; remove this text from prompt")
 
 
 def _is_dialogue(prompt: str, responses: list[str]) -> bool:

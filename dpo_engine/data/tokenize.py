@@ -32,7 +32,8 @@ from dpo_engine.wording import show
 
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
-# Part of the cache key. Increment this number with every change after which the same records produce other pairs.
+# Part of the cache key. Increment this number whenever a change of the code makes the same records produce different
+# pairs.
 VERSION = 10
 
 
@@ -50,8 +51,9 @@ def build_dataset(
     The name of the cache file contains a hash of the files' content, the tokenizer, the formats, and every setting that
     affects the pairs or their ids. The file is written atomically, so the cache stays usable if the process is killed.
     Several processes may build the same file at once: they write the same bytes, and the last rename wins.
-    `config.workers` is the number of processes that parse and tokenize the records; if it is None, the number follows
-    from the cores and from the size of the files. This number does not affect the content of the file.
+    `config.workers` is the number of processes that parse and tokenize the records; if it is None, the number depends
+    on the number of cores and on the size of the source files. The content of the cache file does not depend on the
+    number of processes.
 
     max_pairs  stop after this number of usable pairs; None means all pairs
     progress   receives, after each block, how many bytes have been read and how many pairs have been written; it may
@@ -256,7 +258,7 @@ def _format_digest(source: Source) -> str:
 
 
 def _state(source: str) -> list[tuple[str, int, int, int]]:
-    """Return values that change if a file of the source is added, removed or modified."""
+    """Return the state of a source's files. The state changes if a file is added, removed or modified."""
     files = find_shards(source).files
     try:
         states = [path.stat() for path in files]

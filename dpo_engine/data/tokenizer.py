@@ -93,7 +93,7 @@ class Tokenizer(ABC):
     def has_generation_prompt(self) -> bool:
         """Whether the chat template has a generation prompt: a header for the response, which ends the rendered prompt.
 
-        If the template rejects the test conversation, the value is True.
+        The template is tested on a short conversation. If the template rejects this conversation, the value is True.
         """
         asked = [{"role": "user", "content": "a"}]
         try:

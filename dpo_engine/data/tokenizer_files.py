@@ -1,4 +1,4 @@
-"""Load a tokenizer directory with transformers, and check that the result agrees with its tokenizer.json."""
+"""Load a tokenizer directory with transformers, and compare the tokenizer with the directory's tokenizer.json."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
     """Load a tokenizer directory. Code in the directory is never run.
 
     `AutoTokenizer` may use the tokenizer class of the model family, and this class may ignore parts of tokenizer.json.
-    If the result and tokenizer.json tokenize `SAMPLES` differently, tokenizer.json is used unchanged, as it is in
-    inference servers.
+    If the loaded tokenizer and tokenizer.json tokenize `SAMPLES` differently, tokenizer.json is used unchanged.
+    Inference servers also use tokenizer.json unchanged.
 
     Returns  the tokenizer, the names of its vocabulary files, and a line for the log, which is None unless
              `AutoTokenizer` disagrees with tokenizer.json

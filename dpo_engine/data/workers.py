@@ -185,8 +185,8 @@ class _Worker:
     def receive(self) -> tuple[bool, Any]:
         """Wait for the worker's next answer, to a function or to a task.
 
-        Returns  whether the worker loaded the function or completed the task, and the result (None for a function) or
-                 the exception
+        Returns  (True, result) if the worker loaded the function or completed the task, or (False, exception) if it
+                 failed. The result of loading a function is None
         """
         try:
             return self.connection.recv()

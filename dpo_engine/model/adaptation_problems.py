@@ -26,9 +26,10 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: boo
 
     A target is also a problem if it matches weights that cannot be adapted, such as matrices of experts.
 
-    unused  True: as in PEFT, a listed target or a pattern may match nothing, and any target may also match matrices of
-            experts. However, a listed target that matches no projection is a problem if its last part is the name of a
-            module that has weights and is not a projection
+    unused  True: as in PEFT, a listed target, or an expression in ``rank_pattern`` or ``alpha_pattern``, may match
+            nothing, and any target may also match matrices of experts. A listed target is still a problem if it can
+            only mean a module that has weights but no adapters, such as a norm: its last part is the name of such a
+            module, and the target matches no projection
     """
     names = projection_names(arch)
     problems = _pattern_problems(asked)
@@ -71,7 +72,7 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: boo
     for key in () if unused else ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(asked, key):
             if not any(matches(pattern, name) for name in adapted):
-                problems.append(f"adapter.{key}: {show(pattern)} matches no adapted projection; remove it")
+                problems.append(f"adapter.{key}: {show(pattern)} matches no adapted projection; remove this expression")
     return problems
 
 
@@ -103,7 +104,7 @@ def _others(arch: Architecture) -> set[str]:
 def _no_match(key: str, name: str, names: Sequence[str]) -> str:
     last = name.rpartition(".")[2]
     if last in UNSUPPORTED:
-        return f"{key}={show(name)}: cannot be adapted, because {UNSUPPORTED[last]}; remove it"
+        return f"{key}={show(name)}: cannot be adapted, because {UNSUPPORTED[last]}; remove this target"
     known = list(dict.fromkeys(found.rpartition(".")[2] for found in names))
     if key == "adapter.targets" and name in known:
         return (

@@ -61,7 +61,7 @@ class Architecture:
     logit_softcap       soft cap of logits, in the same form; None: no cap
     learned_positions   whether a learned vector for each position is added to the embeddings; queries and keys are then
                         not rotated
-    attention_sinks     whether each head has an additional key with a learned score and with value 0
+    attention_sinks     whether each head has an additional key, whose score is learned and whose value vector is zero
     embedding_scale     factor of the embeddings
     residual_scale      factor of the outputs of attention and MLP
     logit_scale         factor of the logits
@@ -244,7 +244,7 @@ class Architecture:
         """
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
-        if not self.sliding_layers:  # the facts need not distinguish () from None: no family with windows uses both
+        if not self.sliding_layers:  # () and None have the same digest: no family has models with both
             del values["sliding_layers"]
         if self.experts is not None:
             later = {name: vars(Experts)[name] for name in ("router_bias", "biases", "clamp", "slope")}
@@ -257,8 +257,8 @@ class Architecture:
         A description is ``field=A instead of B``, where A is the value in ``other``, and B the value in this
         architecture.
 
-        ``max_positions`` is compared only with learned positions, because it then determines the shape of a tensor.
-        Otherwise, this limit has no effect on sequences within it.
+        ``max_positions`` is compared only if positions are learned, because it is then the size of a tensor. Otherwise,
+        it is a limit that has no effect on shorter sequences.
         """
         limits = set() if self.learned_positions else {"max_positions"}
         return [

@@ -8,12 +8,13 @@ the chosen one.
 
 Solution. :func:`dpo_engine.batching.shares.share_columns` gives every rank the same number of columns and nearly the
 same attention work. A causal row is cut into 2cp chunks, and rank r holds chunks r and 2cp-1-r. A row of trees is cut
-into small blocks of columns, which are assigned to ranks so that each rank attends to about the same number of keys.
-With a 2048-token prompt, two 8192-token responses and CP 8, the ranks' work differs by less than 0.1 %; with the
-assignment for causal rows, the busiest rank would do 1.57 times the average work. Queries stay local. Keys and values
-are all-gathered and put in the order of the row. For a causal row, each rank then needs two attention calls, each over
-a prefix of the keys, so no mask is built. For a row of trees, each rank needs one ``tree_attention`` call, in which
-``Tree.rows`` selects the local columns as queries. The backward pass reduce-scatters the gradients of keys and values.
+into small blocks of columns. The blocks are assigned to ranks so that every rank has about the same number of visible
+(query, key) pairs. With a 2048-token prompt, two 8192-token responses and CP 8, the ranks' work differs by less than
+0.1 %; with the assignment for causal rows, the busiest rank would do 1.57 times the average work. Queries stay local.
+Keys and values are all-gathered and put in the order of the row. For a causal row, each rank then needs two attention
+calls, each over a prefix of the keys, so no mask is built. For a row of trees, each rank needs one ``tree_attention``
+call, in which ``Tree.rows`` selects the local columns as queries. The backward pass reduce-scatters the gradients of
+keys and values.
 
 Sliding windows, soft caps and sinks. If a layer has a soft cap or sinks, or a window that is shorter than the row,
 causal rows are computed as trees, each of a single segment. If the window is shorter than the row (or than the longest
@@ -21,18 +22,18 @@ path of the trees), each rank receives only the keys and values that its own que
 (:mod:`dpo_engine.model.gather`).
 
 Why not ring attention. If every rank has all keys, any attention pattern is possible, and the softmax of a query needs
-no partial results from other ranks. Results in different layouts therefore differ by rounding only. The communication
-is one all-gather and one reduce-scatter per layer, and with grouped-query attention, keys and values are smaller than
-queries.
+no partial results from other ranks. Results in different layouts therefore differ by rounding only. In a layer
+without a window, the communication is one all-gather and one reduce-scatter. With grouped-query attention, keys and
+values are smaller than queries.
 
 The table of segments of a row of trees is passed in Megatron's ``attention_mask`` argument, because Megatron passes
 this argument unchanged to every layer and to activation recomputation.
 
-Not covered. Each rank holds the keys and values of the whole row, also in layers with a window, so CP does not reduce
-the memory of keys and values. The communication does not overlap with computation. The work of the shares is balanced
-only in layers without a window. Attention dropout and batches of several rows of trees are not supported. With
-Transformer Engine layers, causal rows of models without windows, soft caps and sinks use Transformer Engine's own
-attention.
+Not covered. CP does not reduce the memory of keys and values: each rank allocates keys and values for the whole row,
+also in layers with a window, where the columns that it does not receive are zero. The communication does not overlap
+with computation. The work of the shares is balanced only in layers without a window. Attention dropout and batches of
+several rows of trees are not supported. With Transformer Engine layers, causal rows of models without windows, soft
+caps and sinks use Transformer Engine's own attention.
 """
 
 from functools import lru_cache
@@ -171,10 +172,10 @@ def attention_options(arch: Architecture, length: int) -> list[str]:
 class CoreAttention(nn.Module):
     """The module that Megatron's SelfAttention calls between its projections, with Megatron's constructor arguments.
 
-    *Collectives* over the context-parallel group, if it has more than one rank: in the forward pass an all-gather of
-    keys and values ``[s/cp, b, n_kv/t, 2 d]``, and in the backward pass a reduce-scatter of their gradients. With a
-    window that is shorter than the row, or than the longest path of its trees, each pass has an all-to-all of some
-    columns instead.
+    *Collectives* over the context-parallel group, if it has more than one rank: an all-gather of keys and values
+    ``[s/cp, b, n_kv/t, 2 d]`` in the forward pass, and a reduce-scatter of their gradients in the backward pass. If the
+    layer has a window that is shorter than the row, or than the longest path of the row's trees, each pass has an
+    all-to-all of some columns instead.
     """
 
     def __init__(
@@ -206,14 +207,15 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """Compute attention of this rank's queries over the whole row.
 
-        query           [s/cp, b, n/t, d], or [q, b, n/t, d] with ``columns``     key, value  [s/cp, b, n_kv/t, d].
-                        The size of value heads can differ from the size of query and key heads
+        query           [s/cp, b, n/t, d], or [q, b, n/t, d] with ``columns``
+        key, value      [s/cp, b, n_kv/t, d]. The size of value heads can differ from the size of query and key heads
         attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees (b is 1), or
                         None for causal rows. This is not a mask; we use this argument because Megatron passes it
                         unchanged to every layer and to recomputation
         columns         [q] int64, in host memory, only for trees: the columns of the queries, as ascending indices into
                         this rank's share of the row; None if there is a query for every column
-        sinks           [n/t]  score of each head's additional key, which has value 0; None: there are no such keys
+        sinks           [n/t]  score of each head's additional key, whose value vector is zero; None: there are no such
+                        keys
         Returns         [s/cp, b, n/t * d], or [q, b, n/t * d]
         """
         cp, rank = self.group.size(), self.group.rank()
@@ -252,7 +254,10 @@ class CoreAttention(nn.Module):
         return torch.cat(parts).flatten(2)
 
     def _options(self, tree: Tree, sinks: Tensor | None) -> dict[str, Any]:
-        """Return only the options of ``tree_attention`` that have an effect, because a backend can lack the others."""
+        """Return the options of ``tree_attention`` that have an effect.
+
+        Options without an effect are left out, because a backend may not support them.
+        """
         options = {"window": tree.effective(self.window), "softcap": self.softcap, "sinks": sinks}
         return {name: value for name, value in options.items() if value is not None}
 

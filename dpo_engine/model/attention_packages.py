@@ -73,8 +73,8 @@ def activate_flash_attention(
     tp      number of ranks of tensor parallelism
     varlen  whether the backend ``varlen`` computes rows of trees
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if there is no GPU, if the package is not installed, or if it does
-    not support the dtype, the heads, the GPU or this version of torch.
+    Raises :class:`~dpo_engine.errors.ConfigError` if there is no GPU, if this version of torch does not support the
+    package, if the package is not installed, or if the package does not support the dtype, the heads or the GPU.
     """
     line = f"model.flash_attention={version}: "
     if not platform.gpu:
@@ -137,7 +137,9 @@ def _try(
             attention(*inputs, pair, **options, **window).sum().backward()
     except Exception as error:  # packages raise errors of any class
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ConfigError(f"{who} cannot compute this model's attention: {reason}; set another value") from error
+        raise ConfigError(
+            f"{who} cannot compute this model's attention: {reason}; set the key to another value"
+        ) from error
 
 
 def tree_attention(

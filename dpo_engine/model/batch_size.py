@@ -27,7 +27,7 @@ ENOUGH = {"gpu": 8192, "cpu": 2048}
 """Tokens per micro-batch and context-parallel rank above which more tokens save little time."""
 
 OVERHEAD = {"gpu": 224, "cpu": 96}
-"""Overhead of each micro-batch on a context-parallel rank, as the number of tokens that take the same time to compute.
+"""Overhead of each micro-batch on a context-parallel rank, in units of the time that the rank needs for one token.
 
 On a GPU, this is the time to read and write fp32 gradients (12 bytes per weight, at an H100's bandwidth), divided by
 the time to compute a token (8 FLOP per weight, at half of an H100's peak). The number for CPUs follows from the
@@ -56,8 +56,9 @@ def settle_batches(
     device_memory  memory of the smallest device, in bytes; None: the devices are CPUs
     slow_trees     see :func:`~dpo_engine.batching.micro_batches.choose_layout`
 
-    Returns  the configuration without ``auto``, and lines for the log. If ``train.micro_batch_size`` is set, the number
-             of tokens follows from the pairs, and ``batch.tokens_per_micro_batch`` remains ``auto``
+    Returns  the configuration without ``auto``, and lines for the log. If ``train.micro_batch_size`` is set, it gives
+             the number of pairs in a micro-batch. The number of tokens then depends on the pairs, and
+             ``batch.tokens_per_micro_batch`` remains ``auto``
     """
 
     def sized(layout: str) -> tuple[Config, str]:
@@ -144,8 +145,8 @@ def largest_micro_batch(
 ) -> int:
     """Return the number of tokens in the largest micro-batch of a run whose pairs are not known yet.
 
-    Every pair is assumed to have the maximum size: two responses of ``data.max_length`` tokens each, including the
-    prompt.
+    Every pair is assumed to have the maximum size, twice ``data.max_length`` tokens. ``data.max_length`` is the maximum
+    length of a prompt with one response.
 
     dtype, device_memory  as for :func:`settle_batches`. A ``device_memory`` of 0 stands for a device that has just
                           enough memory for one pair

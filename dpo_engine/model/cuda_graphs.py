@@ -8,9 +8,10 @@ recorded.
 
 Solution. All micro-batches of a run have the same number of tokens
 (:func:`dpo_engine.batching.micro_batches.fixed_row`). The model's last layer has no recordings, because its sizes vary.
-Each other layer has two pieces (:class:`~dpo_engine.model.recording.Piece`). The first piece consists of the norm, the
-projections and the rotation before attention. The second piece consists of the output projection, the norms and the MLP
-after attention. Everything else also runs without recordings: attention, the embedding, the output layer and the loss.
+Each of the other layers has two pieces (:class:`~dpo_engine.model.recording.Piece`). The first piece consists of the
+norm, the projections and the rotation before attention. The second piece consists of the output projection, the norms
+and the MLP after attention. Everything else also runs without recordings: attention, the embedding, the output layer
+and the loss.
 
 Several micro-batches in flight. A micro-batch's activations must not change before its backward pass. In a pipeline,
 other micro-batches run before this backward pass, so every micro-batch in flight has a :class:`Slot`, which contains
@@ -22,9 +23,9 @@ Stream. The whole run uses a stream of its own, because the default stream canno
 (:func:`dpo_engine.platform.device.open_platform`).
 
 Hooks. A replay runs no hooks of modules. Adapters add their results in hooks. These hooks run while a piece is
-recorded, so the recording contains their work. DDP waits for gathered weights in hooks before forward passes. These
-hooks do not run in a replay, so :attr:`ChunkGraphs.await_weights` waits for the weights before each layer. DDP's hooks
-for gradients are called by autograd, as without graphs.
+recorded, so the recording contains their work. Before forward passes, hooks of DDP wait until the weights are gathered.
+These hooks do not run in a replay, so :attr:`ChunkGraphs.await_weights` waits for the weights before each layer. DDP's
+hooks for gradients are called by autograd, as without graphs.
 
 Which passes. Forward and backward passes of training use recordings from the second step of a process on. In the first
 step, Triton compiles and libraries initialize, so nothing is recorded. Other passes (reference, evaluations, scoring
@@ -58,7 +59,8 @@ def graph_problems(config: Config, arch: Architecture) -> list[str]:
     reasons = {
         "the number of tokens of an expert is different in every micro-batch": arch.experts,
         "latent attention has never been tested with graphs": arch.latent,
-        "the model has one layer, and the last layer has no graphs, because its sizes vary": arch.num_layers == 1,
+        "the model has one layer, and the last layer has no graphs, because the number of tokens that it computes "
+        "varies": arch.num_layers == 1,
     }
     return [f"model.cuda_graphs=true: {why}; remove model.cuda_graphs" for why, holds in reasons.items() if holds]
 
@@ -66,16 +68,16 @@ def graph_problems(config: Config, arch: Architecture) -> list[str]:
 def graph_numbers(
     config: Config, arch: Architecture, dims: ParallelDims, tokens: int, held: int, *, split: bool
 ) -> int:
-    """Return how many numbers a rank keeps for graphs besides activations; 0 without graphs.
+    """Return how many tensor elements a rank stores for graphs, in addition to activations; 0 without graphs.
 
     tokens  number of tokens of a row
     held    number of layers whose activations the rank keeps, summed over all micro-batches in flight
     split   whether sequence parallelism shards the activations outside the tensor-parallel regions
 
-    For each of these layers, there is a copy of attention's output. All layers of a chunk share two kinds of memory:
-    the buffers for gradients at both ends of a piece, and the intermediate results of a backward pass. The backward
-    pass of the MLP has the most intermediate results. If weights are trained, their gradients are intermediate results
-    too, because they are then added to ``main_grad``.
+    For each of the ``held`` layers, there is a copy of attention's output. All layers of a chunk share two kinds of
+    memory: the buffers for gradients at both ends of a piece, and the intermediate results of a backward pass. The
+    backward pass of the MLP has the most intermediate results. If weights are trained, their gradients are intermediate
+    results too, because they are then added to ``main_grad``.
     """
     if not config.model.cuda_graphs:
         return 0
@@ -106,7 +108,7 @@ class ChunkGraphs:
         _open.add(self)
 
     def begin_step(self) -> None:
-        """Turn recordings on, except in the first step."""
+        """Turn recordings on, except in the first step and after :meth:`close`."""
         self._on, self._free = self._warm and self._trains, list(self._slots)
 
     def end_step(self) -> None:

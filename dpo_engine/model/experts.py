@@ -27,7 +27,7 @@ class Router(nn.Module):
     the same numbers on the same device, but it can differ between devices.
 
     losses   the losses of this router, and the sums for its metrics
-    entries  tokens of the micro-batch at which the losses are computed, from
+    entries  description of the tokens at which the losses of the micro-batch are computed, from
              :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses are computed. The layer sets this
              attribute before each call
     """

@@ -67,7 +67,10 @@ def fp8_problems(config: Config) -> Iterator[str]:
         return
     line = f"transformer.fp8={asked['fp8']}"
     if asked.get("fp8_recipe") is None:
-        yield f"{line}: requires fp8_recipe, because Megatron's default is delayed, and {NOT_DELAYED}; use {RECIPES}"
+        yield (
+            f"{line}: requires fp8_recipe, because Megatron's default is delayed scaling, and {NOT_DELAYED}; use "
+            f"{RECIPES}"
+        )
         return
     if recipe not in TOKEN_MULTIPLES:
         why = NOT_DELAYED if recipe == "delayed" else "it runs code that the engine does not know"
@@ -92,9 +95,9 @@ def fp8_problems(config: Config) -> Iterator[str]:
 
 
 def layer_problems(line: str, config: Config) -> Iterator[str]:
-    """Yield the conflicts of a configuration with an option that needs Transformer Engine's layers and bf16 weights.
+    """Yield conflicts between a configuration and an option that needs Transformer Engine's layers and bf16 weights.
 
-    line   the option and its value; each reason begins with this text
+    line   the option and its value; each conflict begins with this text
     """
     if config.model.spec == "native":
         yield (
@@ -128,8 +131,8 @@ def fp8_model_problems(config: Config, arch: Architecture, dims: ParallelDims) -
     for what, size in linear_sizes(arch, dims).items():
         if size % multiple:
             problems.append(
-                f"{line}: each rank's {what}, {size}, must be a multiple of {multiple}; "
-                + ("remove it" if what == "hidden size" else "lower parallel.tp or parallel.etp, or remove fp8")
+                f"{line}: the {what} on each rank, {size}, must be a multiple of {multiple}; "
+                + ("remove fp8" if what == "hidden size" else "lower parallel.tp or parallel.etp, or remove fp8")
             )
     if asked.get("first_last_layers_bf16"):
         most = arch.num_layers // dims.pp  # Megatron's limit
@@ -152,7 +155,7 @@ def linear_sizes(arch: Architecture, dims: ParallelDims) -> dict[str, int]:
     sizes = {
         "hidden size": arch.hidden_size,
         "width of queries, keys and values": arch.qkv_size // dims.tp,
-        "width of attention's output": arch.value_size // dims.tp,
+        "width of the attention output": arch.value_size // dims.tp,
     }
     if not arch.experts or arch.layers("dense"):
         sizes["width of the MLP"] = arch.ffn_hidden_size // dims.tp

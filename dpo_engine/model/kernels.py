@@ -82,7 +82,7 @@ def choose_kernels(
     known = inspect.signature(backend("attention").tree_attention).parameters
     if lacking := [option for option in needs if option not in known]:
         raise ConfigError(
-            f"model.attention={backend_name('attention')}: the backend's tree_attention has no argument "
+            f"model.attention={backend_name('attention')}: the backend's tree_attention has no argument named "
             f"{' or '.join(lacking)}, which the layers of this {arch.model_type} model need; use another backend"
         )
     if flash != 2:
@@ -107,7 +107,8 @@ def require_effect(model: ModelConfig, arch: Architecture, spec: str, layout: st
     if model.flash_attention != 2 and not (name in ("varlen", "sdpa") if trees else ours):
         kernels = f"model.attention={name}" if trees else "model.spec=te"
         raise ConfigError(
-            f"model.flash_attention={model.flash_attention}: has no effect in {rows} with {kernels}; remove the key"
+            f"model.flash_attention={model.flash_attention}: has no effect with {kernels} in {rows}; remove the key "
+            "model.flash_attention"
         )
 
 

@@ -132,7 +132,7 @@ class Layer(TransformerLayer):
     def __init__(self, config: Any, *positional: Any, **megatron: Any):
         super().__init__(config, *positional, **megatron)
         self.arch = config.arch
-        if isinstance(self.mlp, MoELayer):  # Megatron recomputes only MLPs without experts
+        if isinstance(self.mlp, MoELayer):  # with the module "mlp", Megatron recomputes only MLPs without experts
             modules = config.recompute_modules if config.recompute_granularity == "selective" else ()
             self.recompute_mlp = "mlp" in modules
         if self.arch.post_norms:

@@ -52,10 +52,10 @@ class _ClampedGate(torch.autograd.Function):
 
 
 def clamped_gate(both: Tensor, clamp: float, slope: float) -> Tensor:
-    """Limit gate and up, and compute ``gate * sigmoid(slope * gate) * (up + 1)``.
+    """Limit ``gate`` and ``up``. Then compute ``gate * sigmoid(slope * gate) * (up + 1)``.
 
-    both     [..., 2 f]  gate and up, concatenated. ``gate`` is limited to at most ``clamp``, and ``up`` to between
-             ``-clamp`` and ``clamp``; the gradient of a value beyond its limits is zero
+    both     [..., 2 f]  ``gate`` and ``up``, concatenated. ``gate`` is limited to at most ``clamp``, and ``up`` to
+             between ``-clamp`` and ``clamp``; the gradient of a value beyond its limits is zero
     Returns  [..., f]
 
     Only the input is saved for the backward pass.
@@ -66,7 +66,10 @@ def clamped_gate(both: Tensor, clamp: float, slope: float) -> Tensor:
 
 
 class LocalExpert(nn.Module):
-    """One expert, or this rank's shard of it: two linear layers. The first one computes gate and up."""
+    """One expert, or this rank's shard of an expert.
+
+    It has two linear layers. The first layer computes ``gate`` and ``up``.
+    """
 
     def __init__(self, config: Any, group: Any):
         super().__init__()
@@ -85,7 +88,9 @@ class LocalExpert(nn.Module):
             set_tensor_model_parallel_attributes(self.linear_fc2.bias, is_parallel=True, dim=0, stride=1)
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """Compute the expert's output times the tokens' weights. If the expert is sharded, compute a partial sum of it.
+        """Compute the expert's output, multiplied by the tokens' weights.
+
+        If the expert is sharded, compute only this rank's partial sum of the result.
 
         tokens   [n, h]       weights  [n] in at least fp32
         Returns  [n, h]

@@ -1,11 +1,13 @@
 """The section ``megatron`` of a configuration: options of Megatron for which the engine has no key of its own.
 
 Megatron-Core reads its settings from dataclasses. The section ``megatron`` sets some of their fields, with the names
-and types of the installed version. Only the fields in `ACCEPTED` can be set. Tests train with each of them on CPUs or,
-with FP8 and ``tp_comm_overlap``, on an emulated GPU that computes nothing. All other fields are refused, because many
-of them are read only by modules that the engine replaces, and Megatron does not report a field that nothing reads.
-``megatron_fields.yaml`` lists the fields that are refused for a known reason, with this reason or with the engine's key
-to use instead.
+and types of the installed version. Only the fields in `ACCEPTED` can be set. Tests train with each of these fields,
+except ``num_layers_at_start_in_bf16`` and ``num_layers_at_end_in_bf16``. For FP8 and ``tp_comm_overlap``, these tests
+run on an emulated GPU that computes nothing. For the remaining fields, they run on CPUs.
+
+Every field that is not in `ACCEPTED` is refused. Many of these fields are read only by modules that the engine
+replaces, and Megatron does not report a field that nothing reads. ``megatron_fields.yaml`` lists the fields that are
+refused for a known reason, with this reason or with the engine's key to use instead.
 """
 
 from __future__ import annotations
@@ -182,13 +184,13 @@ def _without_effect(config: Config) -> list[str]:
                 "model.recompute is full, parallel.tp is above 1, and parallel.sequence_parallel is false",
             ),
             "microbatch_group_size_per_vp_stage": interleaved,
-            "fp8": (transformer.get("fp8") is not None, "its value is e4m3 or hybrid"),
+            "fp8": (transformer.get("fp8") is not None, "the field is set to e4m3 or hybrid"),
             "fp8_recipe": fp8,
             "first_last_layers_bf16": fp8,
             **dict.fromkeys(FIELDS[3:], some_in_bf16),
             OVERLAP: (
                 config.megatron.tp_comm_overlap and parallel.tp > 1 and parallel.sequence_parallel is not False,
-                "its value is true, parallel.tp is above 1, and parallel.sequence_parallel is not false",
+                "its value is true, parallel.tp is above 1, and parallel.sequence_parallel is true or auto",
             ),
         },
         "ddp": {

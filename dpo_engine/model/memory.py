@@ -33,8 +33,8 @@ OUTSIDE = 5 * GIB // 2
 RESERVED = 1.03
 """Ratio of the memory that the allocator reserves to the memory that tensors occupy."""
 PIECE = 1 << 24
-"""If an optimizer updates in pieces, the largest number of elements that it converts or copies at a time: 64 MiB in
-fp32."""
+"""Largest number of elements that an optimizer converts or copies at a time, if it updates in pieces. In fp32, these
+elements occupy 64 MiB."""
 
 
 def gib(size: int) -> str:
@@ -56,8 +56,8 @@ class Memory:
                                               during the whole run
     buffers                                   buffers of ``tp_comm_overlap``, also allocated during the whole run; torch
                                               does not count them
-    graphs                                    copies and buffers of ``model.cuda_graphs``. From the second step on, they
-                                              and ``activations`` are allocated during the whole run
+    graphs                                    copies and buffers of ``model.cuda_graphs``. They and ``activations``
+                                              remain allocated from the second step to the end of the run
     activations                               tensors that forward passes in flight keep for their backward passes
     working                                   logits of one chunk of scored sites and the logits' gradient, or the
                                               activations of a layer that is recomputed, whichever is larger
@@ -84,8 +84,8 @@ class Memory:
     def parts(self) -> dict[str, int]:
         """The nonzero parts of the peak, by name.
 
-        The peak contains either ``update``, or both ``activations`` and ``working``, whichever is larger. With graphs,
-        it contains ``activations``, and either ``update`` or ``working``.
+        Without graphs, the peak contains either ``update``, or both ``activations`` and ``working``, whichever is
+        larger. With graphs, it contains ``activations``, and either ``update`` or ``working``, whichever is larger.
         """
         kept = ("activations",) if self.graphs else ()
         during = ("working",) if self.graphs else ("activations", "working")
@@ -125,7 +125,7 @@ def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str
     The parts of the estimate and their peak do not include the memory of CUDA and NCCL, or the allocator's overhead.
 
     dtype   "fp64", "fp32" or "bf16"
-    tokens  number of tokens in the rows of the largest micro-batch
+    tokens  number of tokens in the largest micro-batch, over all its rows
     """
     known = has_resident_reference(config), config.adapter and adaptation_of(config.adapter, arch)
     stages = [_stage_memory(config, arch, dims, stage, dtype, tokens, *known) for stage in range(dims.pp)]
@@ -213,7 +213,7 @@ def _stage_memory(
         graphs=graphs,
         formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} {states}"
         + divided
-        + (f" or, for {counts.experts:,} in experts, / {copies} (own ranks)" if counts.experts and distributed else "")
+        + (f" [/ {copies} for the {counts.experts:,} parameters of experts]" if counts.experts and distributed else "")
         + (f" + {reference_bytes} reference" if reference_bytes else "")
         + ") bytes",
         update=4 * sum(owned) if gradient_bytes == 2 and not in_pieces else 0,
@@ -257,7 +257,7 @@ def stage_adapter_memory(
 
 
 def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bool, recompute: str) -> tuple[int, int]:
-    """Return the bytes per token that a layer keeps for its backward pass, and the bytes that recomputation adds.
+    """Return the bytes per token that a layer keeps for its backward pass, and those added while it is recomputed.
 
     split      whether sequence parallelism shards the activations outside the tensor-parallel regions
     recompute  ``model.recompute``
@@ -286,7 +286,7 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
 
 
 def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split: bool) -> int:
-    """Return the bytes per token that a layer's experts keep for the backward pass, assuming equal use of all.
+    """Return the bytes per token that a layer's experts keep for the backward pass, if all experts are used equally.
 
     For each expert of a token, two copies of the input and two of the output are kept: one in the order of the tokens,
     and one in the order of the experts. The native layers also keep six tensors with the width of the expert: gate, up
@@ -296,7 +296,7 @@ def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split:
     experts = arch.experts
     # Tokens that a rank sends to experts, per token of the row. The rank's own experts receive the same number.
     tokens = 1 / (dims.tp if split else 1)
-    # If an expert is sharded, each of its ranks gets all tokens of the expert, but has only a part of its width.
+    # If an expert is sharded, each of its ranks gets all of the expert's tokens, but only a part of the width.
     copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)
     shared = 3 * (experts.shared_size or 0) // dims.tp
@@ -326,7 +326,7 @@ def _activations(
 
 
 def _layers_in_flight(config: Config, arch: Architecture, dims: ParallelDims, stage: int, tokens: int) -> int:
-    """Return the largest number of layers whose activations a rank keeps, counted once per micro-batch in flight.
+    """Return the largest number of layers whose activations a rank keeps, summed over all micro-batches in flight.
 
     With graphs, chunks never use each other's memory, so the result is the sum of the largest numbers of all chunks.
     """

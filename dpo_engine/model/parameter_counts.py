@@ -35,7 +35,7 @@ def parameters(arch: Architecture) -> int:
 
 
 def active_parameters(arch: Architecture) -> int:
-    """Return the number of parameters that each token uses: all of them, except for experts that it does not use."""
+    """Return the number of parameters that each token uses: all except those of the experts that the token skips."""
     if arch.experts is None:
         return parameters(arch)
     rules = [rule for rule in FAMILIES[arch.model_type].rules if rule.expert]

@@ -112,7 +112,7 @@ class Policy(GPTModel):
         return copy_to_tensor_model_parallel_region(self._scaled(hidden.flatten(0, 1)[sites]), group=tp)
 
     def _scaled(self, hidden: Tensor) -> Tensor:
-        """Scale the logits, which are linear in the hidden states."""
+        """Scale the hidden states. This also scales the logits, which are linear in them."""
         return hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
 
     @property
@@ -177,8 +177,8 @@ def transformer_config(
     dims = groups.dims
     recompute_options: dict[str, Any] = {
         "none": {},
-        # The MLP keeps over half of a layer's activations. Recomputing the MLP adds about a quarter to the matrix
-        # products.
+        # The MLP keeps over half of a layer's activations. Recomputing the MLP increases the work of the matrix
+        # products by about a quarter.
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[recompute]

@@ -23,8 +23,8 @@ def inverse_frequencies(width: int, theta: float, scaling: dict[str, Any] | None
     Returns  [w / 2]  fp32, radians per position; and the factor by which cosines and sines are multiplied
 
     *Source*: RoFormer (arXiv 2104.09864) eq. 15. The scaling ``llama3`` is from Meta's Llama 3.1 release, ``yarn`` is
-    from arXiv 2309.00071, and ``longrope`` is from arXiv 2402.13753. Of ``longrope``, only the factors for rows of at
-    most the original length are used. All scalings are computed as in transformers.
+    from arXiv 2309.00071, and ``longrope`` is from arXiv 2402.13753. ``longrope`` has two sets of factors, and only the
+    set for rows up to the original length is used. All scalings are computed as in transformers.
     """
     exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
     frequencies = 1.0 / (theta**exponents)
@@ -48,7 +48,8 @@ def inverse_frequencies(width: int, theta: float, scaling: dict[str, Any] | None
 
 def _yarn(width: int, theta: float, scaling: dict[str, Any]) -> Tensor:
     """Return YaRN's frequencies: low ones are divided by the factor, high ones are kept, others are interpolated."""
-    # The dimensions whose angles make beta_fast and beta_slow full turns within the original length.
+    # Indices of two pairs of dimensions: within the original length, the angle of the first pair makes beta_fast full
+    # turns, and the angle of the second pair makes beta_slow full turns.
     low, high = (
         width * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (scaling["beta_fast"], scaling["beta_slow"])

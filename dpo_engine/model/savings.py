@@ -18,7 +18,7 @@ LAYOUT = ("tp", "pp", "cp", "ep")
 class Change(NamedTuple):
     """A change to a run: its text ``KEY=VALUE``, and the configuration and parallel sizes of the changed run.
 
-    tokens  number of tokens in the rows of the largest micro-batch
+    tokens  number of tokens in the largest micro-batch, over all its rows
     """
 
     name: str

@@ -81,8 +81,8 @@ def overlap_problems(config: Config) -> Iterator[str]:
         )
     if config.optim.freeze:
         yield (
-            f"{LINE}: with it, Transformer Engine does not sum the gradient of a layer's input over ranks if the "
-            "layer's weight is frozen; remove tp_comm_overlap or optim.freeze"
+            f"{LINE}: Transformer Engine with {FIELD} does not sum the input gradient of a frozen layer over the "
+            f"ranks; remove {FIELD} or optim.freeze"
         )
     if config.megatron.fp8_recipe == "blockwise":
         yield (
@@ -100,16 +100,17 @@ def overlap_model_problems(config: Config, arch: Architecture, dims: ParallelDim
     blocks = config.megatron.fp8_recipe == "mxfp8"
     widths = {"the hidden size": (arch.hidden_size, SPLITS * (MXFP8_BLOCK if blocks else WIDTH))}
     if blocks:
-        summed = ("width of attention's output", "width of the MLP", "width of the shared expert")
+        summed = ("width of the attention output", "width of the MLP", "width of the shared expert")
         sizes = linear_sizes(arch, dims)
-        widths |= {f"each rank's {what}": (sizes[what], MXFP8_BLOCK) for what in summed if what in sizes}
+        widths |= {f"the {what} on each rank": (sizes[what], MXFP8_BLOCK) for what in summed if what in sizes}
     problems += [
         f"{line}: {what}, {size}, must be a multiple of {divisor}; remove {FIELD}"
         for what, (size, divisor) in widths.items()
         if size % divisor
     ]
     if arch.num_layers == 1:
-        problems.append(f"{line}: has no effect, because a model's last layer does not use it; remove it")
+        why = "has no effect on the last layer, which is this model's only layer"
+        problems.append(f"{line}: {why}; remove {FIELD}")
     return problems
 
 

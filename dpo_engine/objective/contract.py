@@ -16,7 +16,8 @@ averages           whether the loss compares means of log-probabilities over tok
                    value of the option ``average``, or false if the loss has no such option
 reward_scale       number by which log-ratios are multiplied to get rewards; the default is the value of the option
                    ``beta``, or 1 if the loss has no such option
-likelihood_term    whether the loss contains the likelihood of a response, a term in which all tokens must count equally
+likelihood_term    whether the loss contains a term for the likelihood of whole responses, in which all tokens must
+                   count equally
 problems           function that checks the combination of options and returns a list of lines
                    ``option=value: rule; way out``
 parts              for a loss that is a sum of terms: function of the options that returns a mapping from the names of

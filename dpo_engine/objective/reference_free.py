@@ -24,7 +24,7 @@ def negative_log_likelihood(policy: PairLogps, data: PairData | None, nll: Nll) 
     """Return the negative log-probabilities of the chosen responses [b], averaged according to ``nll``.
 
     ``batch_mean`` divides each response's sum by the mean length of the chosen responses in the global batch. The mean
-    over pairs is then the mean over tokens, and a pair's value depends on the other pairs only through their lengths.
+    over pairs is then the mean over tokens. A pair's value depends on the other pairs only through this mean length.
     """
     if nll == "batch_mean":
         return -policy.chosen / data.mean_chosen_tokens.to(policy.chosen)
@@ -152,7 +152,7 @@ def cpo(
 def _log1mexp(x: Tensor) -> Tensor:
     """Compute ``log(1 - exp(x))`` for ``x < 0``, elementwise.
 
-    Of two formulas that are mathematically equal, each element is computed with the one without cancellation.
+    There are two mathematically equal formulas. Each element is computed with the formula that is accurate for it.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = torch.log(-torch.expm1(x))

@@ -29,7 +29,10 @@ def _margins(
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """``KL(p || q)`` of two Bernoulli distributions, given by their log-odds, in nats. The result has ``p``'s shape."""
+    """``KL(p || q)`` in nats, where ``p`` and ``q`` are the log-odds of two Bernoulli distributions.
+
+    The result has the shape of ``p``.
+    """
     heads = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
     return heads + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
 

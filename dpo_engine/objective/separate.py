@@ -42,8 +42,8 @@ def bco_pair(
     """Binary classifier optimization: ``-log sigmoid(beta a - delta) - log sigmoid(delta - beta b)``.
 
     a, b   log-ratios of chosen and rejected
-    shift  value of ``delta``. ``none``: 0. ``batch``: mean reward of all responses in the global batch.
-           ``batch_detached``: the same mean, without its gradient
+    shift  value of ``delta``. ``none``: 0. ``batch``: mean of ``beta a`` and ``beta b`` over all pairs in the global
+           batch, weighted by the weights of the pairs. ``batch_detached``: the same mean, without its gradient
 
     Returns  [b]  one loss per pair, in nats
 

@@ -1,4 +1,4 @@
-"""Call a loss on two example pairs, to find mistakes in the loss and in its facts before a run starts."""
+"""Call a loss on two example pairs, to find mistakes in the loss and in its registration before a run starts."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def trial_problems(name: str, options: Mapping[str, Any]) -> list[str]:
     The loss must return one finite value per pair, with a finite gradient for the policy's log-probabilities. If it
     needs a reference and declares a value ``at_init``, it must return this value when policy and reference are equal.
     Unless the loss declares ``couples_pairs``, its value for a pair must not depend on the other pair, because the
-    layout decides which pairs share a micro-batch. Except for ``weights``, columns of
-    :class:`~dpo_engine.objective.contract.PairData` that ``needs_data`` does not list are nan, as in a data set without
-    these columns. The registration must state no facts other than `FACTS`.
+    layout decides which pairs share a micro-batch. The registration must state no facts other than `FACTS`.
+
+    The example pairs have ``weights`` and the columns of :class:`~dpo_engine.objective.contract.PairData` that
+    ``needs_data`` lists. All other columns are nan, as in a data set without these columns.
     """
     key = f"loss.name={name}"
     if unknown := _unknown_facts(name):
@@ -88,8 +89,9 @@ def _problems(name: str, options: Mapping[str, Any]) -> list[str]:
             )
     if not facts.couples_pairs and not found and _coupled(call, losses, policy, reference, data):
         found.append(
-            "the loss of a pair changes with the other pairs of its micro-batch, so it would depend on the layout; "
-            "compute each pair's loss from that pair alone, or register the loss with couples_pairs=True"
+            "a pair's loss, or the gradient of this loss, depends on the other pairs of the micro-batch, so training "
+            "would depend on the layout; compute each pair's loss from that pair alone, or register the loss with "
+            "couples_pairs=True"
         )
     return found
 

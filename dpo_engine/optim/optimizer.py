@@ -228,7 +228,7 @@ def _torch_optimizer(
 def fuse_adam(optimizer: Any) -> None:
     """Make torch's AdamW update all parameters in one kernel per group. Other implementations of Adam are fused anyway.
 
-    Without this function, Megatron's AdamW uses torch's ``foreach`` form, which temporarily needs another 4 bytes per
+    Without this function, torch's AdamW would use its ``foreach`` form, which temporarily needs another 4 bytes per
     parameter that the rank owns. With full recomputation, this temporary memory determines the run's peak memory.
     """
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):

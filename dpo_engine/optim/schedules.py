@@ -1,7 +1,7 @@
 """The registry of learning rate schedules, and checks of a run's schedule. This module needs no Megatron.
 
 Megatron's scheduler computes the engine's own five schedules. Every other schedule is a registered pure function
-``(step, total_steps, *, options)`` that describes the learning rate after the warmup:
+``(step, total_steps, *, options)`` that describes the learning rate after the warmup. Its first two parameters are:
 
 step         number of steps since the warmup, from 0 to ``total_steps``
 total_steps  number of steps of the run after the warmup

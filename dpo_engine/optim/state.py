@@ -54,7 +54,7 @@ class OwnedSlice:
         if lost and counts_by_parameter(self.optimizer):
             raise ConfigError(
                 f"optim.optimizer: keeps the tensor {lost[0]} for each parameter, but is registered with "
-                f"state={self.names}; add {lost[0]}, or checkpoints would lose it"
+                f"state={self.names}; add {lost[0]} to state, or checkpoints would lose this tensor"
             )
         for name in self.names:
             if name not in state:

@@ -42,7 +42,7 @@ It is kept until rank 0 has opened another connection; see :func:`release`.
 def preparing(timeout_s: float) -> Iterator[None]:
     """While this block runs, increment the counter to show that this rank is alive.
 
-    In a single process, without ``MASTER_ADDR``, or if the ranks are already connected, do nothing.
+    Do nothing if there is only one process, if ``MASTER_ADDR`` is not set, or if the ranks are already connected.
 
     timeout_s   time limit for connecting to the store, in seconds
 

@@ -21,10 +21,10 @@ GPU_SETTINGS = {
     # Sequence lengths vary from step to step. With segments of fixed size, about 14% of the allocated memory would be
     # unused.
     "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
-    # NCCL registers the buffers of collectives in CUDA graphs, which is unsafe in segments that expand.
+    # By default, NCCL registers the buffers of collectives in CUDA graphs. This is unsafe with expandable segments.
     "NCCL_GRAPH_REGISTER": "0",
 }
-"""Environment variables that CUDA and torch read when they first use the GPU. Values set by the user are kept."""
+"""Environment variables that CUDA, torch and NCCL read when they first use the GPU. Values set by the user are kept."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -57,9 +57,9 @@ def open_platform(*, deterministic: bool, own_stream: bool = False) -> Platform:
     deterministic   whether to use torch's deterministic kernels; with them, two runs with the same layout and seed have
                     bitwise identical losses
     own_stream      whether this thread uses a CUDA stream of its own from now on. CUDA graphs require this, because
-                    work on the default stream cannot be recorded. All work of a step must be on the recorded
-                    stream, also the backward pass: autograd runs the backward pass of an operation on the stream of its
-                    forward pass, and adds up a parameter's gradient on the stream on which DDP first saw the parameter
+                    work on the default stream cannot be recorded. The stream must be set before DDP is
+                    created: autograd runs the backward pass of an operation on the stream of its forward pass, and
+                    adds up a parameter's gradient on the stream on which DDP first saw the parameter
 
     On a GPU, nothing is patched. Without a GPU, this function calls :func:`dpo_engine.platform.host.install`, which no
     other function of the engine calls.
@@ -72,8 +72,8 @@ def open_platform(*, deterministic: bool, own_stream: bool = False) -> Platform:
         # Strict: an operation without a deterministic kernel raises an error, and attention chooses a deterministic
         # kernel. With warn_only, torch would choose cuDNN's attention, which is not deterministic.
         torch.use_deterministic_algorithms(True)
-        # By default, deterministic mode also fills every new buffer. This costs memory passes, and helps only with
-        # debugging.
+        # By default, deterministic mode also fills every new buffer. This costs an extra write of the whole buffer, and
+        # helps only with debugging.
         torch.utils.deterministic.fill_uninitialized_memory = False
     if gpu_present():
         for name, value in GPU_SETTINGS.items():
@@ -166,7 +166,7 @@ DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312
 
 
 def peak_flops(platform: Platform, dtype: torch.dtype) -> float | None:
-    """Return the peak FLOP/s of dense bf16 products on this GPU, according to its data sheet.
+    """Return the peak FLOP/s of dense bf16 matrix products on this GPU, according to its data sheet.
 
     Return ``None`` without a GPU, for a GPU that is not in :data:`DENSE_BF16_FLOPS`, and for dtypes other than bf16.
     """

@@ -107,7 +107,7 @@ class Meter:
 
 
 def _progress(seconds: float, done: int, total: int, working: int, ranks: int) -> str:
-    """Return the text after the name in a progress line. ``seconds`` is the time since the work began."""
+    """Return the text after the name in a progress line. ``seconds`` is the time since the meter was created."""
     amount = f"{total / 1e9:,.1f} GB" if total >= 1e9 else f"{total / 1e6:,.1f} MB"
     if 0 < done < total:
         return pace(done, total, amount, f"{done / seconds / 1e6:,.1f} MB/s", seconds)

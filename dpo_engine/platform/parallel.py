@@ -146,8 +146,8 @@ def open_groups(
     rank, world = world_from_environment()
     if not dist.is_initialized():
         device = platform.device if platform.gpu else None
-        # This watchdog enforces the timeout. If the first rank is lost, torch itself would try to connect for several
-        # times the timeout.
+        # This watchdog enforces the timeout. If the first rank is lost, torch itself would keep trying to connect, for
+        # several times as long as the timeout.
         clock = Lifeline(rank, {}, timeout_s)
         try:
             with clock.working():
@@ -194,7 +194,8 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     as a :class:`PeerError`.
 
     Use this function for work that can fail on only some ranks. Otherwise the remaining ranks would wait in their next
-    collective for a rank that has left. The time limit of collectives applies. For work on files, use
+    collective for a rank that has left. A rank that has finished ``work`` waits for the other ranks in a collective, so
+    the time limit of collectives also limits ``work``. For work on files, use
     :func:`~dpo_engine.platform.long_work.without_time_limit` instead.
 
     *Collectives* over ``group``: one all-gather of objects.

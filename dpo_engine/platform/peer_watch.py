@@ -3,7 +3,8 @@
 If a rank dies, ranks that wait for it in a collective get an error at once with gloo, but only after several minutes
 with NCCL. Ranks that compute or sleep do not notice the loss at all. Therefore every rank keeps a TCP connection to the
 first rank. A rank that leaves normally sends a farewell message. If a connection closes without this message, the first
-rank tells all others. The operating system closes a process's connections no matter how the process ends.
+rank tells the other ranks which rank is lost. If the first rank itself is lost, every other rank sees its own
+connection close. The operating system closes a process's connections no matter how the process ends.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class ProgressLine:
         live = _live()
         self._due = time.monotonic() + (REDRAW_S if live else EVERY_S)
         line = printable(f"{self.what}: {text}")
-        with suppress(OSError, ValueError):  # the work must not fail because stdout is closed
+        with suppress(OSError, ValueError):  # a closed stdout must not make the work fail
             sys.stdout.write(f"{ERASE}{line[: shutil.get_terminal_size().columns - 1]}" if live else f"{line}\n")
             sys.stdout.flush()
         self._drawn = live

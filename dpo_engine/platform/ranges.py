@@ -23,7 +23,7 @@ def mark_with(open_range: Open | None) -> None:
 
 
 class MegatronTimers:
-    """Replaces the timers of Megatron's schedules, and marks the ranges that they measure.
+    """Stand-in for the timers of Megatron's schedules. It marks the ranges that those timers would measure.
 
     Assign an instance to the field ``timers`` of the model's config. A schedule then calls
     ``timers(name, ...).start(...)`` and later ``timers(name).stop()``.

@@ -7,10 +7,10 @@ the scheduler allows. A second signal raises an exception while torchrun waits f
 torchrun before the ranks have exited. SIGUSR1, which Slurm can send before it ends a job (``sbatch --signal``), is not
 handled at all.
 
-The solution: this module starts torchrun with SIGUSR1 among the signals that it passes on, and with a time limit that
-matters only if a rank hangs (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_S` if it is not set). Signals after the
-first one have no effect. A signal that arrives before the ranks exist ends torchrun with the exit code for an
-interrupted run.
+The solution: this module makes torchrun pass on SIGUSR1 too. The module also sets a time limit that matters only if a
+rank hangs: the value of the environment variable ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` or, if this variable is not set,
+:data:`WITHIN_S`. Signals after the first one have no effect. A signal that arrives before the ranks exist ends torchrun
+with the exit code for an interrupted run.
 
 Why this way: torch has read the environment variable since version 2.13. In older versions, the limit is a default
 argument of ``PContext.close``, which this module overrides after a signal. The ranks cannot solve the problem

@@ -98,9 +98,9 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
              (for each evaluation, the number of pairs that the other evaluation does not contain); ``other_weights``
              (number of common pairs whose weights differ); ``won``, ``lost``, ``tied`` (numbers of pairs);
              ``sign_test`` (p-value of a sign test of the accuracies, by prompt); ``other_units`` (names of the facts
-             in :data:`UNITS` that differ; if any differ, margins cannot be compared); and for each of
-             :data:`MEASURES`, the two means ``first`` and ``second``, and their difference as ``mean``, ``low``, and
-             ``high``
+             in :data:`UNITS` that differ; if any differ, margins cannot be compared); and the names in
+             :data:`MEASURES`. The value of a measure is a dictionary with the two means ``first`` and ``second``, and
+             with their difference as ``mean``, ``low``, and ``high``
 
     Raises :class:`DataError` if the evaluations have no pair in common.
     """

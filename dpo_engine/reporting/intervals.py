@@ -40,17 +40,17 @@ def estimates(
     values   [n, c]  one row per pair
     weights  [n]     weight of each pair, > 0
     prompts  [n]     prompt id of each pair
-    centers  [c]     center of each column: the middle of its possible values, :data:`SHARE` or :data:`DIFFERENCE`; None
-                     if the column has other values. Without ``centers``, no column has a center
+    centers  [c]     center of each column (the middle of its possible values): :data:`SHARE` or :data:`DIFFERENCE`, or
+                     None if the column has other values. Without ``centers``, no column has a center
 
     The bootstrap draws prompts with replacement, and takes all pairs of each drawn prompt. Pairs with the same prompt
     are correlated, so drawing single pairs would make the intervals too narrow. If every prompt has one pair, drawing
     prompts is the same as drawing pairs.
 
     Bootstrap intervals are too narrow if nearly all values are equal. For example, the bootstrap interval of 255 values
-    that are all 1 is 1 to 1. If four values of a column are positive and all others are 0, the bootstrap interval
-    excludes 0. Intervals of columns with a center are therefore widened to contain the exact interval of
-    :func:`_exact_bounds`.
+    that are all 1 is 1 to 1. If four values of a column are positive and all others are 0 (with one pair per prompt),
+    the bootstrap interval excludes 0, although the p-value of :func:`sign_test` is 0.125. Intervals of columns with a
+    center are therefore widened to contain the exact interval of :func:`_exact_bounds`.
 
     Returns  c estimates, one per column; the same arguments give the same estimates
 

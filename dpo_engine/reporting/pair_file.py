@@ -58,7 +58,7 @@ class Evaluation:
     """Results of one policy on the held-out pairs.
 
     facts    information about the run: `step`, `model`, `loss` with its options, `reference` (None if the run has no
-             reference), `dtype`, `data` (a digest of all pairs), and `engine` (the engine's version)
+             reference), `dtype`, `data` (a digest of the evaluated pairs), and `engine` (the engine's version)
     columns  the columns of `SCHEMA`, [n] each, with one row per pair in the order of the held-out set. `id` and
              `prompt_id` are hashes of token ids. Log-probabilities are in nats. Without a reference, the columns
              `ref_chosen_logps` and `ref_rejected_logps` contain nan

@@ -111,7 +111,9 @@ def open_trackers(config: Config, opening: Opening) -> list[Sink]:
 
 
 def try_open(config: Config, directory: Path) -> list[str]:
-    """Open the trackers and registered sinks of a run in an empty ``directory``, close them, and list the problems.
+    """Try to open the trackers and registered sinks of a run, close them, and list the problems.
+
+    directory  empty directory, to which the sinks write
 
     For each tracker with a server, this creates an empty run on the server.
     """

@@ -1,4 +1,4 @@
-"""Write and read a Parquet file with the tokens of selected pairs and their log-probabilities.
+"""Write and read a Parquet file with the tokens of selected pairs and the log-probability of each response token.
 
 The file has one row per prompt and one row per response.
 """

@@ -7,8 +7,9 @@ all tokens of a pair. An implementation that saves memory therefore normally com
 sums and once for the gradient.
 
 Solution. This module receives only the hidden states at scored sites, that is, at tokens that predict a response token.
-It processes the sites in chunks of whole pairs, with at most ``CHUNK_SITES`` sites per chunk. For each chunk,
-``dpo_kernels`` computes statistics of this rank's vocabulary shard (maximum, sum of exponentials, target logit).
+It processes the sites in chunks of whole pairs. A chunk has at most ``CHUNK_SITES`` sites, unless a single pair has
+more. For each chunk, ``dpo_kernels`` computes statistics of this rank's vocabulary shard (maximum, sum of exponentials,
+target logit).
 `Vocabulary.together` combines the statistics into log-probabilities, with a MAX and a SUM over TP. `_pair_sums` sums
 the log-probabilities for each response, with a SUM over CP. A pair's loss depends on no other pair, and the reference's
 values are known beforehand. The loss and the gradient of a chunk are therefore computed while its logits are still in
@@ -101,9 +102,9 @@ def _pair_sums(
     entries   the entries of ``batch.scored`` to sum
     pairs     the pairs to which these entries belong
 
-    Returns   [2 + others, 2, pairs]. First axis: sums of the log-probabilities over all tokens; sums of the
-              log-probabilities over the tokens up to the length of the pair's shorter response; sums of the other
-              values. Second axis: chosen, rejected.
+    Returns   [2 + others, 2, pairs]. First axis: sums of the log-probabilities over all scored tokens; sums of the
+              log-probabilities over the first n scored tokens, where n is the smaller of the pair's two numbers of
+              scored tokens; sums of the other values. Second axis: chosen, rejected.
 
     *Collectives*: SUM of the result over cp.
     """

@@ -258,7 +258,7 @@ class OffloadedReference:
             self._ready[name] = score(chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     def _is_ready(self, name: bytes) -> bool:
-        """Whether the batches with this ``name`` have been scored: on this rank and, with shared experts, on all ranks.
+        """Whether this rank has scored the batches with this ``name``; if ranks share experts, whether all ranks have.
 
         Ranks that share experts must run every forward pass together. If a rank's batches for two steps contain only
         dummies, they have the same name, although the batches of other ranks differ. This rank would then skip a

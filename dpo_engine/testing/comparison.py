@@ -14,9 +14,9 @@ def assert_same_metrics(got: dict[str, float], expected: dict[str, float], rel: 
 
     rel   relative tolerance, and also the least absolute tolerance
 
-    For a metric that is a difference, the absolute tolerance grows with the size of the subtracted values. It is at
-    least ``rel`` times the log-probability for a displacement (log-probabilities can be near -100 nats), and at least
-    ``rel`` times the chosen reward for a reward margin.
+    For a metric that is a difference, the absolute tolerance grows with the size of the subtracted values. For a
+    displacement, it is at least ``rel`` times the absolute log-probability, which can be near 100 nats. For a reward
+    margin, it is at least ``rel`` times the absolute chosen reward.
 
     If policy and reference have the same weights, their log-probabilities differ only by rounding errors. Metrics that
     count signs of the differences are then not compared.
@@ -39,7 +39,8 @@ def assert_same_metrics(got: dict[str, float], expected: dict[str, float], rel: 
 def assert_same_numbers(got: dict[str, Any], expected: dict[str, Any], rel: float) -> None:
     """Compare two results of :func:`~dpo_engine.testing.trajectory.train_steps`.
 
-    rel   relative tolerance of metrics, and of log-probabilities per pair
+    rel   relative tolerance of the metrics and of the values of each pair. For the values of each pair, the absolute
+          tolerance is ``rel`` times the largest absolute log-probability of a chosen response
     """
     for step, (a, b) in enumerate(zip(got["steps"], expected["steps"], strict=True)):
         assert_same_metrics(a, b, rel, f"step {step}")

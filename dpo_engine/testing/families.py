@@ -45,7 +45,7 @@ STEPS = [2, 3, 2, 2, 2]
 OPTIMIZER = {"lr": 3e-4, "eps": 1e-6}
 DECAY, CLIP = 0.01, 1.0
 LONGEST = 32
-"""Upper limit for the number of tokens in a row of the checks."""
+"""Maximum number of tokens in a row that :func:`check_steps` passes to transformers."""
 TOKENS = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
@@ -116,7 +116,7 @@ def check_layouts(
     """Train two steps with rows of trees on the ranks of a layout. Compare the results with padded rows on one rank.
 
     ranks       as in :func:`check_logits`
-    recompute   ``model.recompute`` in the layout
+    recompute   ``model.recompute`` of the run in the layout; the run on one rank uses the default
 
     All computations are in fp64. The results are the metrics of steps and of an evaluation, the log-probabilities of
     pairs, and the exported weights. The relative tolerance is 1e-10. Raises ``AssertionError`` with a number or a
@@ -145,8 +145,9 @@ def check_defaults(models: TinyModels, case: str) -> None:
     check needs no ranks.
 
     The engine reads the architecture twice: from the file without the field, and from the same file with the field's
-    default from transformers. Raises ``AssertionError`` with the field and the differences between the architectures
-    or, if the engine rejects one of the files, with the two results.
+    default from transformers. Raises ``AssertionError`` if the two results differ; the error contains the field and the
+    differences between the architectures. If the engine rejects a file, the result for this file is the list of
+    problems, and the error contains both results.
     """
     from transformers import AutoConfig
 
@@ -233,7 +234,10 @@ def _runs(models: TinyModels, case: str, layout) -> bool:
 
 
 def _load_and_save(directories: dict[str, Path], layout, exports: Path) -> dict[str, Any]:
-    """Return the logits of each case on the ranks that have them. For a case that fails, return the traceback."""
+    """Load each case, compute its logits, and export it.
+
+    Returns  for each case: the logits; None on a rank that does not have them; the traceback if the case fails
+    """
     from dpo_engine.model.weights.load import load_hf
     from dpo_engine.model.weights.save import save_hf
 

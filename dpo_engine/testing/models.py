@@ -45,8 +45,8 @@ class TinyModels:
 
         config   fields of ``config.json`` in addition to `TINY`
 
-        The matrices are enlarged, and all vectors, such as biases, differ from their initial values, so that every
-        mistake clearly changes the logits.
+        The values of the matrices are multiplied by 3, and all vectors, such as biases, differ from their initial
+        values, so that every mistake clearly changes the logits.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 

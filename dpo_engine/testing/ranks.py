@@ -33,7 +33,10 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240
     from dpo_engine.platform.device import gpu_present, open_platform
 
     if gpu_present():
-        raise RuntimeError("these ranks are forked and run on CPUs; set CUDA_VISIBLE_DEVICES= before Python starts")
+        raise RuntimeError(
+            "this process can use a GPU, but CUDA does not work after a fork; set CUDA_VISIBLE_DEVICES to an empty "
+            "string before Python starts"
+        )
     open_platform(deterministic=True)
     with tempfile.TemporaryDirectory() as folder:
         children = [_fork(rank, world_size, folder, fn, kwargs) for rank in range(world_size)]

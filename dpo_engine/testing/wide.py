@@ -39,7 +39,8 @@ def angles_of(module: torch.nn.Module, positions: torch.Tensor) -> dict[str | No
     asked = [(torch.zeros(1), positions, *([] if kind is None else [kind])) for kind in kinds]
     found = {kind: module(*given) for kind, given in zip(kinds, asked, strict=True)}
     if isinstance(found.get(None), torch.Tensor):
-        # Use torch.cos and torch.sin, because torch.polar rounds differently from them in fp32.
+        # Use torch.cos and torch.sin, as the engine does. In fp32, they round differently from torch.polar, which
+        # transformers uses.
         angles = positions[..., None].float() * module.inv_freq
         parts = (part.double() * module.attention_scaling for part in (angles.cos(), angles.sin()))
         return {None: torch.complex(*parts)}

@@ -128,7 +128,7 @@ class Callbacks:
             if reason is not None:
                 if not (isinstance(reason, str) and reason):
                     raise ConfigError(
-                        f"{key}: {event} returned {show(reason)}; return the reason to end the run as text, or None"
+                        f"{key}: {event} returned {show(reason)}; return None, or text with the reason to end the run"
                     )
                 self.asked = self.asked or (key, reason)
             if any(metrics.get(name) is not value for name, value in before.items()):

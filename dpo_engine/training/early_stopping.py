@@ -1,4 +1,6 @@
-"""Follow the metric that compares checkpoints: check that it is reported, and end a run whose metric does not improve.
+"""Callbacks that read the metric by which checkpoints are compared.
+
+`ReportedMetric` checks that the metric is reported. `StopAfterNoGain` ends a run whose metric does not improve.
 
 These callbacks save no state. `StopAfterNoGain` reads past evaluations from metrics.jsonl, which a resumed run restores
 from the copy in its checkpoint. A run that is killed and resumed, even in another layout, therefore ends at the same

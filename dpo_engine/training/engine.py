@@ -107,7 +107,9 @@ class Engine:
         needs = attention_options(arch, config.data.max_length)
         choose_kernels(kernels, arch, platform, dtype, needs, tp=dims.tp, cp=dims.cp, spec=spec, flash=flash)
         if fp64 and "triton" in kernels_in_use():
-            raise ConfigError("kernels=triton: Triton computes sums in fp32, but --fp64 needs fp64; use eager and sdpa")
+            raise ConfigError(
+                "kernels=triton: sums in fp32, but --fp64 requires fp64; set model.attention=sdpa and model.head=eager"
+            )
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
         facts = rank_facts(config, arch, platform, spec)
         facts["model"] |= adapter_facts(adaptation, start)
@@ -133,7 +135,7 @@ class Engine:
         close_graphs()
         if isinstance(sys.exc_info()[1], Interrupted | None):
             say_unmet()
-            # Not after other exceptions: closing waits for kernels, and these may wait for a rank that has failed.
+            # Closing waits for kernels. After an exception other than Interrupted, these may wait for a failed rank.
             close_buffers()
         close_groups()
 

@@ -1,4 +1,4 @@
-"""Check settings of evaluations: the metric that compares checkpoints, and intervals that are given in epochs."""
+"""Check settings of evaluations: the metric by which checkpoints are compared, and intervals given in epochs."""
 
 import math
 from fractions import Fraction

@@ -60,8 +60,8 @@ def export_policy(
         found = open_tokenizer(config)
         if tokenizer not in (None, found.content):
             say(
-                "export: the tokenizer's files or the chat template have changed since training; the export "
-                "contains the current ones"
+                "export: the chat template or the tokenizer's files have changed since training; the export "
+                "contains the current template and files"
             )
         return found
 

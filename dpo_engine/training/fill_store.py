@@ -28,7 +28,9 @@ Say = Callable[[str], None]
 
 
 def open_store(engine: Engine) -> ReferenceStore:
-    """Open the store for this run's reference. The folder's name contains the weights' digest, dtype, and layer spec.
+    """Open the store for this run's reference.
+
+    The folder's name contains a digest of the weights, the dtype, and the layer spec.
 
     *Collectives*: those of :meth:`~dpo_engine.training.engine.Engine.reference_digest`.
     """

@@ -21,7 +21,8 @@ CAUSES = {
     "shared": "dropout in the model, adapters that were not turned off or exchanged, a nondeterministic kernel",
     "offloaded": "dropout in the model, weights lost while swapping, a nondeterministic kernel",
     "stored": "a stale store, dropout in the model, a nondeterministic kernel",
-    "dataset": "records scored with other weights, another chat template or truncation, dropout in the model",
+    "dataset": "records scored with other weights, records scored with another chat template or truncation, "
+    "dropout in the model",
 }
 """Likely causes of a wrong first step, by ``reference.mode``."""
 ROUTING = "routers that chose other experts in bf16, because the reference scored the pairs in another layout"

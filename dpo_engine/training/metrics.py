@@ -36,8 +36,8 @@ ROUNDING = 1e-14
 SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
 METRICS = {
-    "loss": "mean loss over the pairs. If policy and reference are equal at step 1, most loss functions have a known "
-    "value (ln 2 for `sigmoid`). The run stops if the metric differs from this value",
+    "loss": "mean loss over the pairs. At step 1, if policy and reference are equal, most loss functions have a known "
+    "value (ln 2 for `sigmoid`). The run stops if the metric of step 1 differs from this value",
     "loss/NAME": "a term of `loss`, multiplied by its weight; the terms add up to `loss`; reported for losses that are "
     "sums of terms. For `mix`, NAME is the name of a loss. For `cpo` and `orpo`, it is `preference` or `likelihood`",
     "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, summed over "
@@ -46,11 +46,10 @@ METRICS = {
     "rewards/rejected": "reward of the rejected responses",
     "rewards/margins": "chosen reward minus rejected reward",
     "rewards/accuracies": "share of pairs whose chosen reward is larger than the rejected reward; a tie counts as half",
-    "loss_margin/mean": "mean over the pairs of the chosen reward per token minus the rejected reward per token; "
-    "reported for losses that average over tokens (`ipo`, `simpo`, `average: true`), because `rewards/margins` "
-    "compares sums",
-    "loss_margin/accuracies": "share of pairs for which the difference in `loss_margin/mean` is positive; a tie counts "
-    "as half",
+    "loss_margin/mean": "chosen reward per token minus rejected reward per token, averaged over the pairs; reported "
+    "for losses that average over tokens (`ipo`, `simpo`, `average: true`), because `rewards/margins` compares sums",
+    "loss_margin/accuracies": "share of pairs whose chosen reward per token is larger than the rejected reward per "
+    "token; a tie counts as half",
     "rewards/chosen_std": "standard deviation of `rewards/chosen` over the pairs",
     "rewards/rejected_std": "standard deviation of `rewards/rejected` over the pairs",
     "rewards/margins_std": "standard deviation of `rewards/margins` over the pairs",
@@ -102,7 +101,7 @@ METRICS = {
     "peak_memory_bytes": "on a GPU: largest amount of memory that tensors have occupied so far on rank 0",
     "reserved_memory_bytes": "on a GPU: largest amount of memory that torch has reserved so far on rank 0",
     "mfu": "operations that the step's matrix products execute per second, divided by the peak of all GPUs; reported "
-    "only on GPUs whose peak is known, in bf16, and if neither `optim.freeze` nor `train.freeze_router` is set. In a "
+    "only in bf16, on GPUs whose peak is known, and if neither `optim.freeze` nor `train.freeze_router` is set. In a "
     "run with adapters, the first layer must also have an adapter",
 }
 """Every metric of a step and its meaning.
@@ -251,9 +250,9 @@ def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, 
     """Compute the metrics, by name, from their sums over the global batch.
 
     A source without pairs in the batch has no metrics. Standard deviations are weighted, and computed as
-    ``sqrt(E[x^2] - E[x]^2)``. Squares of fp32 rewards are exact in fp64. If the difference is at most `ROUNDING` times
-    ``E[x^2]``, it can be a rounding error and counts as 0. This loses no information, because a deviation of 1e-7 times
-    the rewards is below the precision of fp32.
+    ``sqrt(E[x^2] - E[x]^2)``. Squares of fp32 rewards are exact in fp64. If the variance ``E[x^2] - E[x]^2`` is at most
+    `ROUNDING` times ``E[x^2]``, the variance can be a rounding error and counts as 0. This loses no information,
+    because a deviation of 1e-7 times the rewards is below the precision of fp32.
     """
     over_pairs, over_tokens, over_sources = totals.split(reported.sizes)
     metrics = dict(zip(reported.weighted, (over_pairs / total_weight).tolist(), strict=True))

@@ -125,9 +125,9 @@ class Objective:
             return logps
         if logps.chosen_shared is None or logps.rejected_shared is None:
             raise ConfigError(
-                f"loss.ld_alpha={self.ld_alpha}: needs log-probabilities summed up to the shorter response's length, "
-                "but the reference provides only sums over whole responses; remove loss.ld_alpha, or set "
-                "reference.mode=resident"
+                f"loss.ld_alpha={self.ld_alpha}: needs the log-probabilities of each response up to the length of the "
+                "shorter response, but the reference provides only sums over whole responses; remove loss.ld_alpha, or "
+                "set reference.mode=resident"
             )
         return logps._replace(
             chosen=logps.chosen_shared + self.ld_alpha * (logps.chosen - logps.chosen_shared),
@@ -136,7 +136,10 @@ class Objective:
 
     @staticmethod
     def likelihoods(policy: PairLogps) -> Tensor:
-        """Return WPO's weights: the likelihood per token of both responses, relative to tokens sampled from the policy.
+        """Return WPO's weights: the normalized likelihood per token of both responses.
+
+        The likelihood ``p`` of a token is divided by ``sum_v p_v^2``, the expected likelihood of a token that is
+        sampled from the policy.
 
         Returns  [b]  the product over both responses of ``exp(mean(log p - log sum_v p_v^2))``, without gradient; the
                  mean is over the response's tokens, and the sum over the vocabulary
@@ -154,7 +157,7 @@ class Objective:
         if losses.shape != data.weights.shape:
             raise ConfigError(
                 f"loss.name: the loss returned shape {list(losses.shape)}, but the number of pairs is "
-                f"{len(data.weights)}; it must return one value per pair, without summing or averaging"
+                f"{len(data.weights)}; the loss must return one value per pair, without summing or averaging"
             )
         if self.use_weighting:
             losses = losses * self.likelihoods(policy)

@@ -47,7 +47,7 @@ def planned_memory(engine: Engine) -> str:
     planned = stage_memory(engine.config, engine.arch, engine.groups.dims, stage, dtype, tokens)
     more = f"; a GPU needs about {gib(OUTSIDE)} more" if engine.platform.gpu else ""
     where = f" in stage {stage}" if engine.groups.dims.pp > 1 else ""
-    rows = f"rows of {tokens:,} tokens per micro-batch"
+    rows = f"largest micro-batch: {tokens:,} tokens"
     return f"{gib(planned.peak)}{where} = {planned.terms}; {rows}{more}{planned.on_host}"
 
 
@@ -66,13 +66,16 @@ def explanation(engine: Engine, error: torch.OutOfMemoryError, scoring: bool) ->
     found = savings(engine.config, engine.arch, dims, dtype=dtype, tokens=tokens)
     if scoring:
         weights = stage_memory(engine.config, engine.arch, dims, engine.groups.pp.rank(), dtype, tokens).weights
-        plan = f"weights of a model on this rank: {gib(weights)}; rows of {tokens:,} tokens per micro-batch"
+        plan = f"weights of a model on this rank: {gib(weights)}; largest micro-batch: {tokens:,} tokens"
         names = ", ".join(change.name for change, _ in found if change.name.startswith(SCORING))
         order = ""
     else:
         plan = f"planned for this rank: {planned_memory(engine)}"
         names = ", ".join(f"{change.name} ({gib(cost.peak)})" for change, cost in found[:SHOWN])
-        order = "; least loss of speed first; in parentheses: the plan for the rank that needs the most memory"
+        order = (
+            "; changes that cost less speed come first; each size is the planned memory of the rank that needs the "
+            "most memory"
+        )
     if not names:
         return [allocated, plan, "use more ranks, or lower data.max_length; no other single change lowers this memory"]
     return [allocated, plan, f"to use less memory, set one of {names}{order}"]

@@ -1,9 +1,9 @@
 """Make a run or an export the only writer of its directory, and check that all ranks see the same directories.
 
-If `train.output_dir` is on a local disk of each node, the parts of a checkpoint are on different disks. Such a run
-trains to its end, but its checkpoints cannot be loaded. Therefore rank 0 writes a file with a random name to each of
-the run's directories, and every rank looks for these files before the data is read. If a directory that all ranks must
-share is not shared, the run ends with an error.
+If `train.output_dir` is on a local disk of each node, the parts of a checkpoint are on different disks. Without a
+check, such a run would train to its end, but its checkpoints could not be loaded. Therefore rank 0 writes a file with a
+random name to each of the run's directories, and every rank looks for these files before the data is read. If a
+directory that all ranks must share is not shared, the run ends with an error.
 
 `data.cache_dir` may be on a local disk of each node, because one rank per node tokenizes for the node's other ranks. If
 this directory is not shared, the log says that the data is tokenized on each node.

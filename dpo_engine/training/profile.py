@@ -112,7 +112,7 @@ TOOLS: dict[str, Callable[[], Tool]] = {"torch": TorchTrace, "nsys": NsightSyste
 
 
 class Profiler(Callback):
-    """Profile the steps that ``asked`` names, on every rank. A resumed run profiles only the steps that it runs.
+    """On every rank, profile the steps in ``asked.steps``. A resumed run profiles only the steps that it runs.
 
     On each rank, ``torch`` and ``memory`` write one file to ``<train.output_dir>/profile``, for example
     ``torch_steps_10-12_rank_00000.json``.

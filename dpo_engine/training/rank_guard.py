@@ -12,9 +12,9 @@ step; if the interval is 0, none of these later checks run.
 `RankGuard.check` also compares facts about the data, and all weights of which several ranks have copies: data-parallel
 and context-parallel replicas, parameters that tensor parallelism does not split, experts, and tied embeddings.
 
-Why this way: a check reads the weights once, and exchanges only a few integers per rank, in one all-gather: a hash of
-the facts, the rank within each of four process groups, and combined fingerprints of the weights. If ranks disagree,
-they also exchange the facts and all fingerprints, so that the error can name the difference.
+Why this way: a check reads the weights once, and exchanges only a few integers per rank, in one all-gather. The
+integers are a hash of the facts, the rank within each of four process groups, and combined fingerprints of the weights.
+If ranks disagree, they also exchange the facts and all fingerprints, so that the error can name the difference.
 A fingerprint is a weighted sum of integers modulo 2^64. Equal tensors therefore have equal fingerprints on every
 device, in any order of additions. A failed check raises the same error on all ranks. Facts are compared in the order of
 `KINDS`.
@@ -306,8 +306,8 @@ class RankGuard:
     def _fold(self, prints: Mapping[tuple[str, int], Tensor]) -> Tensor:
         """Combine fingerprints into four numbers [4].
 
-        There is one number each for the sharded parameters, the replicated parameters, the tied embedding, and the
-        parameters of experts.
+        The numbers cover the sharded parameters, the replicated parameters, the tied embedding (which is also in one of
+        the first two numbers), and the parameters of experts (which are in no other number).
         """
         rules = FAMILIES[self.arch.model_type].rules if self.arch.tied_embeddings else ()
         tied = {rule.tied_to for rule in rules if rule.tied_to}
@@ -345,6 +345,6 @@ def _different_weights(everyone: Sequence[Mapping[tuple[str, str, int], int]], s
     others = len(different) - 1
     more = f" and {others} more {'parameter' if others == 1 else 'parameters'}" if others else ""
     return (
-        f"step {step}: copies of {model} {name}{more} differ: {values}; restart from the last checkpoint, and test "
-        "the memory of the rank that differs"
+        f"step {step}: copies of {model} {name}{more} differ: fingerprint {values}; restart from the last "
+        "checkpoint, and test the memory of the rank that differs"
     )

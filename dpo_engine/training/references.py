@@ -29,9 +29,10 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.fill_store import Say, everywhere, fill, look, open_store, score_pairs, wanted_keys
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Tolerance, relative to ``max(1, |value|)``, between known log-probabilities and the results of scoring again.
+"""Tolerance for the difference between a known log-probability and the value found by scoring the pair again.
 
-The values can differ because the order of additions depends on the layout and the machine."""
+The tolerance is relative to ``max(1, |value found|)``. The two values can differ because the order of additions depends
+on the layout and the machine."""
 
 
 def open_reference(
@@ -45,8 +46,8 @@ def open_reference(
 ) -> Reference:
     """Build the reference that ``reference.mode`` selects, or `NoReference` if the loss does not read a reference.
 
-    policy     this rank's chunks with the weights that the run starts from; these weights can be replaced temporarily,
-               and are restored before this function returns
+    policy     this rank's chunks, with the run's initial weights; these weights can be replaced temporarily, and are
+               restored before this function returns
     pairs      all pairs that the run will score: training and held-out pairs
     upcoming   returns the micro-batches of the next steps, for a reference that scores several steps ahead
     say        called with each line for the log

@@ -94,7 +94,7 @@ def _saved_already(verb: str, step: int) -> Iterator[None]:
     """Append a way out to errors in this block: the run is saved, and ``dpo-engine <verb>`` can do the work later."""
     try:
         yield
-    except (PeerError, NumbersError):  # the way out is to run the same command again, or to use an earlier step
+    except (PeerError, NumbersError):  # instead: rerun the command (PeerError), use an earlier step (NumbersError)
         raise
     except EngineError as error:
         *others, last = error.problems

@@ -216,8 +216,8 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
         if len(absent):
             file = pairs.sources[pairs.source_ids[absent[0]]]
             raise DataError(
-                f"{file}: {reader} needs {field} in every record of {key}, but {len(absent)} of {len(pairs)} pairs "
-                f"have no {field}; add {field} to every record, or choose another {reader.split()[0]}"
+                f"{file}: {reader} needs {field} in every record of {key}, but {field} is missing in {len(absent)} "
+                f"of {len(pairs)} pairs; add {field} to every record, or choose another {reader.split()[0]}"
             )
 
 

@@ -140,7 +140,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     def start_or_say_why() -> Start:
         try:
             return start_from(found)
-        except CheckpointError as error:  # also report the skipped checkpoints, which are not logged yet
+        except CheckpointError as error:  # also report the skipped checkpoints: the caller has not logged them yet
             raise CheckpointError([*passed_over, *error.problems]) from error
 
     without_time_limit(world, lambda: refuse_unasked(config), Meter(f"reading {config.train.output_dir}"))

@@ -21,8 +21,9 @@ Why this way: the gradient is exact, a step needs no more memory than with other
 schedules need no change. Both passes use the same weights and the same code, without dropout, so their
 log-probabilities agree. The cost is one more forward pass. Losses that do not couple pairs skip pass 1.
 
-Not covered: a coupled loss that depends on the model through anything but the summed log-probabilities. Therefore
-`loss.use_weighting`, which multiplies the loss of each single pair, is rejected for coupled losses.
+Not covered: a coupled loss that depends on the model through anything but the summed log-probabilities.
+`loss.use_weighting` would create such a loss, because it multiplies the loss of each pair by a weight that depends on
+the policy's distribution at every token. This option is therefore rejected for coupled losses.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

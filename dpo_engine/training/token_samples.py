@@ -44,7 +44,7 @@ def sample_tokens(
     path        Parquet file of the evaluation; the tokens are written to a file next to it
     tokenizer   opens the run's tokenizer, for the text of the tokens
 
-    Returns  the path of the file
+    Returns  the path of the file with the tokens
 
     *Collectives*: those of scoring and of :func:`~dpo_engine.scoring.tokens.token_logps`; over world, four all-gathers
     and one broadcast of objects. Writing has no time limit.
@@ -104,6 +104,7 @@ def unknown_reference(engine: Engine) -> str | None:
     if not engine.objective.facts.needs_reference or mode not in ("stored", "dataset"):
         return None
     return (
-        f"tokens: reference.mode={mode} has only sums over responses, so tokens have no log-probability under the "
-        "reference; `dpo-engine eval RUN.yaml --tokens N reference.mode=resident` adds these log-probabilities"
+        f"tokens: reference.mode={mode} provides only one log-probability per response, so tokens have no "
+        "log-probability under the reference; `dpo-engine eval RUN.yaml --tokens N reference.mode=resident` adds these "
+        "log-probabilities"
     )

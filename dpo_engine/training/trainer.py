@@ -45,7 +45,7 @@ from dpo_engine.wording import data_size
 
 
 class Trainer:
-    """One run on one rank, from step 0 or the checkpoint in ``start`` to the run's last step.
+    """One run on one rank. The run begins at step 0 or at the checkpoint in ``start``, and ends at its last step.
 
     step        number of steps done
     pairs_seen  number of pairs in these steps
@@ -173,15 +173,15 @@ class Trainer:
         if evaluations and not self.last:
             if self.step == 0:
                 leave_before_a_step(self.engine, self.interruption)
-            # The checkpoint was saved before this evaluation, so a callback can still end the run at the saved step.
+            # After this evaluation, which the checkpoint lacked, a callback can end the run: `agree` sets `stopped`.
             elif signal := self.agree(None):
                 raise stopped_before_a_step(signal)
         while self.step < plan.num_steps and not self.stopped:
             metrics = self.take_step()
             due = plan.due(self.step, interval_of(config.checkpoint.save_interval))
             judged = self.last or plan.due(self.step, interval_of(config.train.eval_interval))
-            may_save = due or bool(judged and config.checkpoint.keep_best)  # if this step is among the best
-            # A save that is due or running must finish before the save at a stop, so plan time for two saves.
+            may_save = due or bool(judged and config.checkpoint.keep_best)  # keep_best also saves the best steps
+            # The save at a later stop must wait for a save that is due or running, so plan time for two saves.
             self.interruption.save_s = self.saver.took_s * (1 + (may_save or self.saver.in_flight))
             stop = None if self.last else self.agree("step")
             guarded = config.train.guard_interval
@@ -230,7 +230,7 @@ class Trainer:
         groups, interruption = self.engine.groups, self.interruption
         interruption.finish = bool(self.callbacks.asked)
         stop = interruption.agreed(groups.world, self.engine.platform.device, after=after)
-        # If a rank has a signal, the MAX hides a callback's request, but the checkpoint must record this request.
+        # A signal or the time limit hides a callback's request in the MAX, but the checkpoint must record the request.
         asked: list[Any] = [None] * groups.world.size()
         if interruption.finish or stop:
             dist.all_gather_object(asked, self.callbacks.asked, group=groups.world)
@@ -241,7 +241,7 @@ class Trainer:
         return stop
 
     def tie(self) -> float:
-        """Return ``BatchFacts.tie``. Before the first update, equal models differ only by rounding."""
+        """Return ``BatchFacts.tie``: before the first update of equal models, a tolerance for rounding; otherwise 0."""
         return tolerance(self.engine) if self.step == 0 and known_equal(self.engine) else 0.0
 
     def take_step(self) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Count the tokens and floating-point operations of a step, for the throughput metrics.
 
 Only matrix products count. Each token takes 2 operations per matrix parameter. Experts that the token does not use do
-not count, and the output layer counts only at scored sites. Each attention head takes 4 times the head size per visible
-(query, key) pair. Pairs that are not visible do not count, because a kernel skips them. In a layer with a sliding
-window, pairs outside the window are not visible. The operations of recomputation (`model.recompute`) do not count.
+not count, and the output layer counts only at scored sites. For each visible (query, key) pair, an attention head takes
+4 x (head size) operations. If queries and values have different sizes, the head size is the mean of the two. Pairs that
+are not visible do not count, because a kernel skips them. In a layer with a sliding window, pairs outside the window
+are not visible. The operations of recomputation (`model.recompute`) do not count.
 """
 
 import math
@@ -59,7 +60,7 @@ def count_work(engine: Engine, pairs: PairDataset, indices: np.ndarray, batches:
 
 
 def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> dict[str, float]:
-    """Return the metrics ``tokens_per_s``, ``layout_gain`` and, if the peak is known, ``mfu`` of a step.
+    """Return a step's metrics ``tokens_per_s``, ``layout_gain`` and, if the GPU's peak FLOP/s is known, ``mfu``.
 
     If weights are frozen, or if a run with adapters has no adapter in the first layer, a step omits some products. The
     count would still include these products, so ``mfu`` is then left out.
@@ -142,5 +143,5 @@ def _products(arch: Architecture, layers: Sequence[int], tokens: int, computed: 
 
 
 def _attention(arch: Architecture, visible: Any) -> Any:
-    """Return the operations of a layer's attention for a number of visible (query, key) pairs."""
+    """Return the number of operations of attention, given the number of visible (query, key) pairs in all layers."""
     return 4 * score_size(arch) * visible

@@ -79,7 +79,7 @@ def examine(
 ) -> Findings:
     """Import the plugins of a run and find problems that the schema does not cover.
 
-    Of each data source, only the first records are read.
+    Of each data source, only the first records are read. If all of these would be dropped, more records are read.
 
     world_size  number of ranks; None: the smallest number that the layout allows
     broken      keys with invalid values; checks that depend on these keys are skipped
@@ -291,10 +291,9 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
         problems.append(f"{key}.path={error}")
     if source.format not in FORMATS:
         near = nearest(source.format, list(FORMATS))
-        hint = f"did you mean {near}? " if near else ""
+        lead = f"did you mean {near}? Registered" if near else "registered"
         problems.append(
-            f"{key}.format={source.format}: no such data format; {hint}registered formats: "
-            f"{join(sorted(FORMATS), 'and')}"
+            f"{key}.format={source.format}: no such data format; {lead} formats: {join(sorted(FORMATS), 'and')}"
         )
     else:
         problems += [

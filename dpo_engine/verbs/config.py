@@ -1,4 +1,4 @@
-"""``dpo-engine config``: print every key of a run with its value and meaning, as commented YAML or as JSON Schema."""
+"""``dpo-engine config``: print a run as YAML with a comment about each key, or print the JSON Schema of a run."""
 
 import json
 import textwrap

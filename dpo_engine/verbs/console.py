@@ -77,9 +77,10 @@ def outcome(config: Config, summary: Mapping[str, Any]) -> list[str]:
 
 
 def known(error: Exception) -> EngineError | None:
-    """Return an error whose message tells the user what has failed, or ``None`` if ``error`` does not show this.
+    """Convert ``error`` to an error whose message tells the user what has failed.
 
-    ``error`` shows it if it is a failed operation on a named file, or a failed communication between ranks.
+    Only a failed operation on a named file and a failed communication between ranks are converted. For any other error,
+    return ``None``.
     """
     if isinstance(error, OSError) and error.filename is not None:
         return EngineError(f"{error.filename}: {error.strerror}")

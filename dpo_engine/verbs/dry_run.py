@@ -31,7 +31,7 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 UNKNOWN = ("train_data", "reference")
 """Parts of a run's identity that are known only after tokenizing the data and loading the reference.
 
-`train` compares these parts."""
+Only `train` compares these parts with the checkpoint's."""
 
 
 def dry_run(config: Config) -> list[tuple[str, str]]:
@@ -81,8 +81,8 @@ def try_resume(config: Config) -> list[str]:
         accepted = f", with accepted changes of {', '.join(change.key for change in changes)}" if changes else ""
         weights = ", the base weights" if config.adapter else ""
         rest = (
-            f"train also compares the training data{weights} and the reference, and checks the hashes of the "
-            "checkpoint's files"
+            f"`train` also compares the training data{weights} and the reference with those of the checkpoint, and "
+            "checks the hashes of the checkpoint's files"
         )
         return [*lines, f"would resume after step {manifest['step']}{accepted}; {rest}"]
     return lines

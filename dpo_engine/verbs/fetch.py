@@ -21,15 +21,16 @@ def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]
 
     Returns  the directories of the snapshots
 
-    Raises :class:`~dpo_engine.errors.ConfigError` with a line for every repository that cannot be downloaded, or if the
-    environment variable HF_HUB_OFFLINE forbids downloads.
+    Raises :class:`~dpo_engine.errors.ConfigError` with a line for every repository that cannot be downloaded, and for
+    every data set that cannot be used, for example because it lacks the requested split. The same error is raised if
+    the environment variable HF_HUB_OFFLINE forbids downloads.
     """
     from huggingface_hub import constants
 
     problems, directories = [], []
     wanted = hub_ids(config)
     if wanted and constants.HF_HUB_OFFLINE:
-        raise ConfigError("HF_HUB_OFFLINE=1: forbids the downloads of fetch; unset HF_HUB_OFFLINE")
+        raise ConfigError("HF_HUB_OFFLINE=1: forbids downloads, but `fetch` must download; unset HF_HUB_OFFLINE")
     for key, (text, repo) in wanted.items():
         try:
             directory = snapshot(repo, again=True)

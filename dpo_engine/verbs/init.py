@@ -64,7 +64,7 @@ def init(
     model         directory or Hub id of a Hugging Face checkpoint; it is not read
     data          source of preference pairs; it is not read
     to            path of the YAML file to write; it must not exist
-    validation    source of pairs to evaluate on; None: hold out a fraction of ``data``
+    validation    source of pairs for evaluations; None: hold out a fraction of ``data``
     output_dir    ``train.output_dir`` of the run
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the file exists or a value is invalid.

@@ -169,7 +169,7 @@ def saved_line(config: Config) -> str | None:
 
 
 def lines(pair: Inspected, *, tokens: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the lines that describe a pair, each with the kind of its tokens, or with "" if it contains no tokens.
+    """Yield ``(kind, line)`` for each line that describes a pair. ``kind`` is "" if the line contains no tokens.
 
     tokens   show the token strings instead of the decoded text
     """

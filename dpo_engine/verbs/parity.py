@@ -3,8 +3,9 @@
 Both runs take a few optimizer steps on pairs of the first global batches (:mod:`~dpo_engine.training.short_run`). They
 record the loss, the gradient norm and all metrics of each step. They also record the log-probabilities of each pair
 before each step and after the last step. One run uses the configured layout. The other run uses a single process,
-padded rows, and micro-batches of a different size. Equal numbers show that these differences do not affect the results.
-Equal numbers in fp64 show that differences in the configured dtype are rounding errors.
+padded rows, and micro-batches of a different size. If both runs record equal numbers, the layout, the padding and the
+size of micro-batches do not affect the results. If the numbers differ in the configured dtype but are equal in fp64,
+the differences are rounding errors.
 """
 
 import json

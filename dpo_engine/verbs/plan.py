@@ -110,9 +110,9 @@ def plan(
     gpu         a key of `GPUS`
     nodes       number of nodes; None: the smallest number with at most eight GPUs per node
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for numbers that are not positive, for a number of GPUs that is not a
-    multiple of the number of nodes, for a model whose configuration cannot be read, and for adapters that do not fit
-    the model.
+    Raises :class:`~dpo_engine.errors.ConfigError` for numbers that are not positive and finite, for a number of GPUs
+    that is not a multiple of the number of nodes, for a model whose configuration cannot be read, and for adapters that
+    do not fit the model.
     """
     given = [("gpus", gpus, "GPUs"), ("nodes", nodes, "nodes")]
     problems = [
@@ -122,13 +122,15 @@ def plan(
     ]
     if not 0 < gpu_memory * GIB < math.inf:
         problems.append(
-            f"--gpu-memory={gpu_memory:g}: must be positive and finite; pass the GiB of one GPU, such as 80"
+            f"--gpu-memory={gpu_memory:g}: must be positive and finite; pass the memory of one GPU in GiB, such as 80"
         )
     if problems:
         raise ConfigError(problems)
     nodes = nodes or -(-gpus // PER_NODE)
     if gpus % nodes:
-        raise ConfigError(f"--gpus={gpus}: must be a multiple of the number of nodes, {nodes}; pass --nodes")
+        raise ConfigError(
+            f"--gpus={gpus}: must be a multiple of the number of nodes ({nodes}); change --gpus or --nodes"
+        )
     per_node = gpus // nodes
     arch = read_architecture(config.model.path)
     if problems := adapter_problems(config.adapter, arch):
@@ -156,7 +158,7 @@ def plan(
 def _layouts(
     config: Config, arch: Architecture, gpus: int, per_node: int, size: int, gpu: GPU
 ) -> tuple[list[Layout], list[str]]:
-    """Return all layouts that the model allows, whether they fit or not, and why other layouts are not possible."""
+    """Return all possible layouts, including those that do not fit, and why the other layouts are not possible."""
     found, reasons = [], set()
     for sizes in _sizes(arch, gpus):
         uneven = config.parallel.layers == "auto" or arch.num_layers % (sizes.pp * sizes.chunks)
@@ -213,7 +215,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     sent: dict[str, tuple[float, str]] = {}
 
     def add(name: str, size: float, ranks_apart: int) -> None:
-        """Record bytes between ranks whose numbers differ by up to ``ranks_apart``."""
+        """Record the bytes that a rank sends to ranks whose numbers differ from its own by at most ``ranks_apart``."""
         if size:
             sent[name] = size, "within a node" if ranks_apart < per_node else "between nodes"
 

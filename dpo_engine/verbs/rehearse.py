@@ -1,9 +1,10 @@
 """``dpo-engine rehearse``: test with injected faults whether a user's own run resumes correctly.
 
-The test trains the first steps of the run, kills and stops it, resumes it, and compares its metrics with those of an
-uninterrupted run. Each rank is a process on this machine. The process reads its rank and the address of rank 0 from
-environment variables. Each case trains in its own directory under ``<train.output_dir>/rehearsal``. Outside
-``rehearsal``, the test changes only the cache of tokenized data and the reference store.
+The test trains the first steps of the run without a fault. Then it does the following for each fault: it starts the run
+from the beginning, injects the fault, resumes the run, and compares the metrics with those of the uninterrupted run.
+Each rank is a process on this machine. The process reads its rank and the address of rank 0 from environment variables.
+Each fault has its own directory under ``<train.output_dir>/rehearsal``. Outside ``rehearsal``, the test changes only
+the cache of tokenized data and the reference store.
 """
 
 import json
@@ -68,7 +69,7 @@ def rehearsals(last_rank: int) -> list[Rehearsal]:
 
 
 def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], None] = console.say) -> bool:
-    """Train the first steps, interrupt and resume the run several times, and compare it with an uninterrupted run.
+    """Train the first steps of a run without a fault. Then, for each fault, train, resume, and compare the metrics.
 
     world   number of ranks to start on this machine; None: the smallest number that the layout allows
     say     called with each line of the report
@@ -171,7 +172,7 @@ def train_command(config: Config, run: Path, output: Path) -> list[str]:
 
 
 def _start(config: Config, run: Path, output: Path, world: int, fault: str = "") -> tuple[list[int], str]:
-    """Train the first steps of the run in ``output``. Return the ranks' exit codes and the output of rank 0."""
+    """Train the first steps, with ``output`` as output directory. Return all exit codes and what rank 0 printed."""
     command = train_command(config, run, output)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -204,7 +205,7 @@ def _trajectory(output: Path) -> list[dict[str, Any]]:
 
 
 def _resumed_after(said: str) -> int:
-    """Return the step after which the last start resumed, or 0 if it started from scratch."""
+    """Return the step after which a restarted run resumed, or 0 if the run started from scratch."""
     found = re.findall(r"^(?:[\d:-]+ )*resumed after step (\d+)$", said, re.M)
     return int(found[-1]) if found else 0
 

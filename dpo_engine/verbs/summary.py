@@ -201,7 +201,7 @@ def most_pairs(config: Config) -> int | None:
 
 
 def _training_pairs(config: Config) -> int | None:
-    """Estimate the number of training pairs from the number of records. Return None if the records are not counted."""
+    """Estimate the number of training pairs from the number of records. Return None if :func:`most_pairs` does."""
     most = most_pairs(config)
     return None if most is None else round(most * (1 - config.data.validation_fraction))
 
@@ -235,7 +235,7 @@ def _steps(config: Config, pairs: int | None) -> str:
     optim = config.optim
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(steps * (optim.warmup_ratio or 0))
     return (
-        f"{about} {_count(steps, 'step')} over {_count(pairs, 'pair')}, {epoch:,} per epoch"
+        f"{about} {_count(steps, 'step')} ({epoch:,} per epoch) over {_count(pairs, 'pair')}"
         + (f", {_count(warmup, 'warmup step')}" if warmup else "")
         + "; fewer if pairs are dropped"
     )
@@ -292,7 +292,8 @@ def _export(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Return a line for each property of the run's tokenizer that the export cannot keep."""
     source, own = model_directory(config.model.path), config.model.tokenizer
     if not config.checkpoint.export or (own is None and config.data.chat_template is None and tokenizer.note is None):
-        return []  # the export has the model's own files, from which transformers reads the run's tokenizer
+        # There is no export, or it has the model's own files, from which transformers reads the run's tokenizer.
+        return []
     files = {
         name: path
         for name, path in companions(source, own and model_directory(own, "model.tokenizer")).items()
@@ -314,8 +315,8 @@ def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tupl
         lines.append(
             (
                 "memory",
-                f"{dtype}: {gib(cost.peak)} per rank{stage} = {cost.terms}; rows of "
-                f"{'at least ' * (size == 0)}{tokens:,} tokens per micro-batch; "
+                f"{dtype}: {gib(cost.peak)} per rank{stage} = {cost.terms}; largest micro-batch: "
+                f"{'at least ' * (size == 0)}{tokens:,} tokens; "
                 f"CUDA and NCCL need about {gib(OUTSIDE)} more{cost.on_host}",
             )
         )

@@ -16,8 +16,10 @@ def tokenize(config: Config, say: Callable[[str], None] = console.say) -> None:
 
     say   called with each report
 
-    Raises :class:`~dpo_engine.errors.DataError`, which names the file and the line, for records that cannot be used,
-    and :class:`~dpo_engine.errors.ConfigError` for a plugin, tokenizer or chat template that cannot be used.
+    Raises :class:`~dpo_engine.errors.DataError` for data that cannot be used, and
+    :class:`~dpo_engine.errors.ConfigError` for a plugin, tokenizer or chat template that cannot be used. A data error
+    names the file and, if a record is at fault, the record's line. With ``data.on_bad_line: skip``, bad records are
+    skipped instead, except for records whose text the chat template changes.
     """
     if problems := import_plugins(config.plugins):
         raise ConfigError(problems)

@@ -1,4 +1,4 @@
-"""A plugin with a kernel backend for the output layer, which computes statistics with torch's logsumexp."""
+"""A plugin with a kernel backend for the output layer. The backend computes statistics with torch's logsumexp."""
 
 import torch
 from torch import Tensor

@@ -108,7 +108,7 @@ def draw(metrics: list[dict[str, float]], path: Path) -> None:
 
 
 def result(task: Path, run: Path) -> int:
-    """Print all results; return the exit code."""
+    """Print all results, save the curves, and return the exit code."""
     logging.disable_progress_bar()
     lines = (task / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [{name: text.strip() for name, text in json.loads(line).items()} for line in lines]

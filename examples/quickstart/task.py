@@ -1,4 +1,4 @@
-"""The questions of the quickstart: three kinds, each with one right answer and one plausible wrong answer.
+"""Three kinds of questions for the quickstart. Each question has one right answer and one plausible wrong answer.
 
 The wrong answer is the opposite of what the question asks for: letters sorted from z to a, a list that is not reversed,
 or the smallest digit. The base model can give both answers, and preference training decides which one it gives.
@@ -37,7 +37,7 @@ def ask(rng: random.Random, kind: str) -> Question:
 
 
 def stream(rng: random.Random, without: set[frozenset[str]]) -> Iterator[Question]:
-    """Yield an endless stream of questions of alternating kinds. Sets of items in ``without`` are not used."""
+    """Yield an endless stream of questions of alternating kinds. No question has the items of a set in ``without``."""
     while True:
         for kind in KINDS:
             question = ask(rng, kind)

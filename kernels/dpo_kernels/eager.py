@@ -10,11 +10,11 @@ This package must not communicate, so each operation ends where an all-reduce is
 Solution. For each row of a shard with logits x, :func:`linear_stats` returns the maximum m, the sum of exp(x - m), and
 the target's logit, or 0 if the target is in another shard. From these, the caller computes the log-probability with a
 MAX and a SUM all-reduce over the shards. At any time, at most ``chunk`` rows have logits in memory. :func:`linear_grad`
-takes the global log-sum-exp and the gradient of each row's log-probability, computes the logits of a chunk again, and
-overwrites them with their gradient, ``grad * (onehot - softmax)``. Two matrix products then give the gradients of the
-hidden states and of the weight. If a chunk's loss depends only on that chunk, the caller can use :func:`linear_keep`
-and :func:`linear_kept_grad`. They keep the logits between the forward pass and the gradient, and need three matrix
-products instead of four.
+takes the global log-sum-exp and the gradient of each row's log-probability. It computes the logits of a chunk again,
+and overwrites them, or with a soft cap a copy of them, with their gradient, ``grad * (onehot - softmax)``. Two matrix
+products then give the gradients of the hidden states and of the weight. If a chunk's loss depends only on that chunk,
+the caller can use :func:`linear_keep` and :func:`linear_kept_grad`. They keep the logits between the forward pass and
+the gradient, and need three matrix products instead of four.
 
 Why this way. Subtracting the maximum keeps the exponentials finite. The sums of different shards are scaled to a common
 maximum before they are merged. Forward pass and gradient are two functions rather than one autograd function, because
@@ -22,10 +22,10 @@ the all-reduces and the loss come between them. Matrix products of 16-bit operan
 fp64 operands in fp64. ``d_weight`` is accumulated in place, so the fp32 gradient buffer of the training framework can
 be passed directly.
 
-Not covered. A chunk of logits is stored in fp32, or in fp64 for fp64 operands. In ``triton_logits``, ``linear_stats``
-stores no logits, and ``linear_grad`` stores only their gradient. The output layer has no bias, and each row has one
-target, without label smoothing. :func:`tree_attention` stores all scores, visible or not, so use another backend for
-long rows.
+Not covered. This backend always stores the logits of a chunk, in fp32, or in fp64 for fp64 operands. The backend
+``triton`` needs less memory: its ``linear_stats`` stores no logits, and its ``linear_grad`` stores only their gradient.
+The output layer has no bias, and each row has one target, without label smoothing. :func:`tree_attention` stores all
+scores, visible or not, so use another backend for long rows.
 """
 
 from typing import NamedTuple
@@ -235,7 +235,10 @@ def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: T
 
 
 def linear_products(d_logits: Tensor, hidden: Tensor, weight: Tensor, d_weight: Tensor | None) -> Tensor:
-    """Run the backward pass of a linear layer: add to ``d_weight``, and return the gradient of ``hidden``."""
+    """Run the backward pass of a linear layer, and return the gradient of ``hidden``.
+
+    The weight's gradient is added to ``d_weight``, unless ``d_weight`` is None.
+    """
     if d_weight is not None:
         accumulate(d_weight, d_logits.T, hidden)
     return d_logits @ weight

@@ -75,7 +75,7 @@ def parts(tree: Tree) -> list[Chain | Together]:
 
 
 def _chains(tree: Tree, first: int, last: int, before: list[Chain | Together]) -> list[Chain]:
-    """Split the tree of segments ``first`` to ``last - 1`` into chains, which follow the parts ``before``."""
+    """Split the tree of segments ``first`` to ``last - 1`` into chains. ``before``: the parts in front of the tree."""
     heads = [s for s in range(first, last) if s == first or tree.parents[s] != s - 1]
     chain_of = np.searchsorted(heads, np.arange(first, last), side="right") - 1
     found: list[Chain] = []
@@ -110,10 +110,11 @@ def tree_attention(
     """Like :func:`dpo_kernels.eager.tree_attention`.
 
     A group of short trees is computed by one call with a mask. In other trees, a run of queries that starts at the
-    root, and is not longer than the window, is computed by one causal call. Every other run is split into tiles. Each
-    tile is computed by one call over all keys that its last query sees, with a causal mask for the tile's own tokens.
-    torch's ``causal_lower_right`` could compute a whole run in one call, but on a CPU it also computes and stores the
-    invisible half. With a window, the keys of a tile start at the first key that the tile's first query sees.
+    root, and is not longer than the window, is computed by one causal call. Every other run is split into tiles, and
+    each tile is computed by one masked call. Without a window, this call covers all keys that the tile's last query
+    sees, and the mask is causal for the tile's own tokens. With a window, the keys start at the first key that the
+    tile's first query sees. torch's ``causal_lower_right`` could compute a whole run in one call, but on a CPU it also
+    computes and stores the invisible half.
 
     torch's operator supports neither soft caps nor sinks. If there is a soft cap or a sink, every run is split into
     tiles, and all calls go to :func:`~dpo_kernels.tile_attention.tile_attention` instead.
@@ -148,7 +149,7 @@ def tree_attention(
     widest = 1 << (tree.n - 1).bit_length()  # rounded up to a power of 2, so that a few masks serve all row lengths
     corner = _corner(widest, q.device, q.dtype)
     band = None if window is None else _band(window, q.device, q.dtype)
-    short = window if window is not None and window < SHORT else None  # a wider window hides nothing in a short tree
+    short = window if window is not None and window < SHORT else None  # larger windows hide nothing in short trees
     sizes = [part.stop - part.start for part in plan]
     key_parts, value_parts = k.split(sizes), v.split(sizes)
     visible = tree.prepared(("visible", q.device, short), lambda: _visible(tree, plan, q.device, short))
@@ -224,7 +225,8 @@ def _corner(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 def _band(window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a mask [TILE, window - 1 + TILE] that contains the mask of every tile as a slice.
 
-    Row i is for the tile's i-th query. The first column is for the first key that the tile's first query sees.
+    Row i is for the tile's i-th query. The first column is for the key that is ``window - 1`` positions before the
+    tile's first query.
     """
     visible = torch.ones(TILE, window - 1 + TILE, dtype=torch.bool, device=device)
     return _mask(visible.tril(window - 1).triu(), dtype)

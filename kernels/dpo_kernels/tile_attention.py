@@ -1,4 +1,6 @@
-"""Attention of a few queries with options that torch's operator lacks: a soft cap on the scores, and sinks.
+"""Attention of a few queries, with a soft cap on the scores and with sinks.
+
+torch's ``scaled_dot_product_attention`` supports neither of these two options.
 
 The scores of one call exist in memory during the forward pass, and again during the backward pass, which recomputes
 them. Between the passes, only inputs, outputs and the log-sum-exp of each query are kept.
@@ -34,7 +36,7 @@ def tile_attention(
 
 
 def _by_key_head(tensor: Tensor, kv_heads: int) -> Tensor:
-    """Turn [n, heads, d] into [kv_heads, heads / kv_heads, n, d], in the dtype of sums."""
+    """Turn [n, heads, d] into [kv_heads, heads / kv_heads, n, d], in the dtype that :func:`wide` gives."""
     return tensor.to(wide(tensor.dtype)).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
 
 

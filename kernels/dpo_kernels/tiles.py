@@ -99,7 +99,8 @@ def tile_matrix(
     furthest = np.where(first < stop, stop, 0).max(axis=1)
     # The tile has a visible pair if a key has first < high and a key has stop > low, even if these are different keys.
     # If all keys of the block have first < high, the key with stop > low satisfies both conditions. If only some keys
-    # have first < high, query high - 1 is a token of the block, because `first` ascends along the row. It sees itself.
+    # have first < high, the token of query high - 1 is in the block of keys, because `first` ascends along the row.
+    # This token sees itself, so the tile has a visible pair.
     seen = (first.min(axis=1) < high) & (furthest > low)
     full = (first.max(axis=1) <= low) & (stop.min(axis=1) >= high)
     if window is not None:

@@ -344,5 +344,6 @@ def tree_attention(
     options = Options(scale, tree.effective(window), softcap)
     if query.is_cuda or query.dtype == torch.float32:
         return _TreeAttention.apply(query, key, value, sinks, tree, options)
-    # Only Triton's interpreter reaches this line. It stores bf16 values as integers and would multiply these integers.
+    # This line is reached only under Triton's interpreter. The interpreter stores bf16 values as integers and would
+    # multiply these integers.
     return _TreeAttention.apply(query.float(), key.float(), value.float(), sinks, tree, options).to(query.dtype)

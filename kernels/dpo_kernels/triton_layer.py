@@ -1,6 +1,7 @@
-"""Triton kernels for a layer's operations between matrix products and attention: one launch per operation and pass.
+"""Triton kernels for a layer's operations other than matrix products and attention.
 
-All arithmetic is in fp32. Every program writes its own elements, so results are deterministic.
+In each pass, forward or backward, an operation is computed by a single kernel. All arithmetic is in fp32. Every program
+writes its own elements, so results are deterministic.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from dpo_kernels.eager_layer import HeadNorms
 
 ROWS, COLUMNS = 16, 1024
-"""Tokens per program of the kernels for heads, and elements per program of the kernels for gates."""
+"""A program that computes heads processes ``ROWS`` tokens. One that computes gates processes ``COLUMNS`` elements."""
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def _normalize_backward(
     source, grad, target, sums, norm, offset, eps, inside, token, table, tokens,
     D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the norm's input to ``target``. SUMS: write the weight's gradient, summed over rows."""
+    """Write the input's gradient to ``target``. SUMS: also write the weight's, summed over these rows, to ``sums``."""
     columns = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (columns < D)
     g = _load_turned(grad, columns, mask, token, table, tokens, -1.0, HALF, INTERLEAVED)
@@ -282,7 +283,7 @@ def _split(
     norms: HeadNorms | None,
     sums: Tensor | None,
 ) -> None:
-    """Run the kernel forward or, with ``d_mixed``, backward. For None, the kernel gets a tensor that is not used."""
+    """Run the kernel forward or, with ``d_mixed``, backward. For each argument that is None, pass an unused tensor."""
     tokens, rows, groups, slots, width = (mixed if d_mixed is None else d_mixed).shape
     strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:3]]
     unused = query

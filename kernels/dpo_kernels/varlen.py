@@ -7,7 +7,7 @@ query.
 Solution. Queries that follow each other on a path of a tree form a run: each query sees all keys that the previous
 query sees, and its own key. A run is therefore a causal row, if the keys that its last query sees are copied next to
 each other. All runs of all trees of a micro-batch are computed by one call. The backward pass adds the gradients of a
-key's copies in a fixed order and in fp32, without atomics, so results do not change from call to call.
+key's copies in a fixed order and in fp32, without atomics, so this sum does not change from call to call.
 
 Why this way. Copies of keys and values are small if several query heads share a key head. If every token is a query,
 only tokens on several paths are copied more than once; the prompt of a pair is copied twice. Any subset of a row's

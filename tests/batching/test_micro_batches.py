@@ -121,7 +121,8 @@ class TestStacked:
         assert len({tuple(len(batch.index) for batch in rank) for rank in ranks}) == 1
         shapes = [batch.tokens.shape for rank in ranks for batch in rank]
         assert max(rows * columns for rows, columns in shapes) <= 300
-        # The first rank has the longest pairs. Only the last of its micro-batches can have room for another pair.
+        # At each index, no rank has a longer pair than the first rank. On the first rank, only the last micro-batch can
+        # have room for another pair.
         for batch in ranks[0][:-1]:
             rows, columns = batch.tokens.shape
             assert (rows + 2) * columns > 300
@@ -140,7 +141,10 @@ class TestStacked:
 
 
 def test_unsettled_micro_batches_are_refused(tmp_path):
-    """If unsettled micro-batches were accepted, a benchmark or a plugin could use other micro-batches than `train`."""
+    """Check that `Engine.host_batches` refuses a configuration without a chosen layout or size of micro-batches.
+
+    Otherwise, a benchmark or a plugin could use micro-batches that differ from those of `train`.
+    """
     for sections in ({}, {"batch": {"layout": "stacked"}, "train": {"micro_batch_size": None}}):
         engine = SimpleNamespace(config=config(tmp_path, **sections))
         with pytest.raises(RuntimeError, match="Engine.host_batches: call Engine.settle_batches first, before a model"):

@@ -106,7 +106,10 @@ class TestTrees:
         assert cost.flops(tree) == 2 * 80 * 16 + 32 * (tree.visible + 2 * tree.within(window)) + 40 * 11
 
     def test_costs_match_the_operations_of_a_model(self, tiny_hf):
-        """Compare with the FLOPs of a transformers model, whose eager attention also computes masked token pairs."""
+        """Compare the cost model with the FLOPs of a transformers model.
+
+        The eager attention of this model computes all n x n (query, key) pairs, including masked ones.
+        """
         import torch
         from torch.utils.flop_counter import FlopCounterMode
         from transformers import AutoModelForCausalLM
@@ -178,7 +181,7 @@ class TestDealing:
         held = [{int(parts[pair, 0]) for pair in pairs} for rank in dealt for pairs in rank]
         assert sum(map(len, held)) == len(set(parts[:, 0].tolist()))
 
-    def test_prompt_over_the_budget_is_split_between_pairs(self):
+    def test_tree_over_the_budget_is_split_into_pieces_of_whole_pairs(self):
         # Four responses of 10 tokens to a prompt of 20 tokens form six pairs. The prompt and all four responses have 60
         # tokens in total. The prompt and three responses have 50. The pairs are sorted by response, and then split into
         # 0-1 0-2 | 0-3 | 1-2 1-3 2-3.

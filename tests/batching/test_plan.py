@@ -122,7 +122,7 @@ class TestDealing:
         # Each pair is on exactly one rank.
         assert sorted(dealt[dealt >= 0]) == indices.tolist() and set(dealt[dealt < 0]) <= {-1}
         assert all([len(place) for place in share] == sizes for share in shares)
-        # The numbers of pairs on two ranks differ by at most one. On each rank, dummies come last.
+        # The numbers of pairs on any two ranks differ by at most one. On each rank, dummies come last.
         real = [int((np.concatenate(share) >= 0).sum()) for share in shares]
         assert max(real) - min(real) <= 1
         for share in shares:
@@ -176,9 +176,9 @@ class TestPlan:
 
 
 class TestGroupedByPrompt:
-    """With `data.group_by_prompt`, a source's pairs with the same prompt are adjacent in the order of the source.
+    """With `data.group_by_prompt`, the draws from a source are ordered so that pairs with the same prompt are adjacent.
 
-    With equal weights, each pair still occurs once per epoch, and the sources are still mixed in proportion.
+    The sources are still mixed in proportion. With equal weights, each pair still occurs once per epoch.
     """
 
     @given(

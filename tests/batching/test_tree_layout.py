@@ -85,9 +85,9 @@ class TestPlant:
         assert (plain.segments[1] == -1).all()
 
     def test_equal_responses_with_other_masks_are_scored_separately(self):
-        """Both pairs have the same chosen response, but the mask of the second pair scores only one of its tokens.
+        """Both pairs have the same chosen response, but the second pair's mask scores only one token of this response.
 
-        The second pair therefore has its own scored sites.
+        The chosen response of the second pair therefore has its own scored site.
         """
         pair = MANY[0]._replace(chosen=np.array([5, 6, 7], dtype=np.int32), chosen_mask=None)
         masked = pair._replace(chosen_mask=np.array([False, True, False]))

@@ -519,7 +519,7 @@ EMPTY = {"format": 2, "step": 4, "updates": 4, "schedule": 4, "layout": {}, "ide
 
 
 def test_ranks_that_read_different_storage_are_refused(tmp_path):
-    """Each rank reads its own folder, as if each node had another file system under the same path."""
+    """Each rank reads its own folder, as if each node had a different file system mounted at the same path."""
     from dpo_engine.checkpoint.directory import seal
 
     for node in (0, 1):

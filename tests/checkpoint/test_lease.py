@@ -50,7 +50,7 @@ def plant(output, holder, number=1):
 
 @pytest.fixture
 def sleeper():
-    """Yield a child process that runs until a test or the end of the test kills it."""
+    """Yield a child process that a test can kill. The fixture kills the process at the end of the test."""
     process = subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"], stdout=-1)
     process.stdout.readline()
     yield process

@@ -70,7 +70,7 @@ def test_numbers_follow_yaml_1_2(run, written, expected):
 
 
 @pytest.mark.parametrize(("written", "expected"), [("010", 10), ("0x10", 16), ("0o10", 8), ("1_000", 1000), ("+7", 7)])
-def test_leading_zeros_are_not_octal(run, written, expected):
+def test_notations_of_whole_numbers(run, written, expected):
     text = WHOLE.replace("a.jsonl}", f"a.jsonl, seed: {written}}}")
     assert Config.load(run(text)).data.seed == expected
 
@@ -167,11 +167,11 @@ ONE_KEY = {
     "optim: {lr: .nan}": "optim.lr=nan: must be a finite number; the default is 1e-06",
     "optim: {warmup_ratio: 1.0}": "optim.warmup_ratio=1.0: must be null, or a number of at least 0 and less than 1; "
     "the default is null",
-    "optim: {betas: [0.9]}": "optim.betas: must be a list of 2 items (each item a number of at least 0 and less than "
-    "1); the default is [0.9, 0.999]",
+    "optim: {betas: [0.9]}": "optim.betas: must be a list of 2 items (each item is a number of at least 0 and less "
+    "than 1); the default is [0.9, 0.999]",
     "optim: {betas: [0.9, 2]}": "optim.betas[1]=2: must be a number of at least 0 and less than 1; fix this item",
-    "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 items (each item a number of at least 0 and less than "
-    "1); the default is [0.9, 0.999]",
+    "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 items (each item is a number of at least 0 and less "
+    "than 1); the default is [0.9, 0.999]",
     "loss: sigmoid": "loss=sigmoid: must be a mapping with the keys name, ld_alpha, use_weighting, balance and "
     "router_z; write the keys that you want to set, indented below `loss:`",
     "lr: 1e-6": "lr=1e-06: no such key; did you mean optim.lr?",
@@ -185,12 +185,12 @@ ONE_KEY = {
     "logging: {wandb: yes}": "logging.wandb=yes: must be null, or a mapping with the keys project, name and mode; "
     "the default is null",
     "plugins: [1, a]": "plugins[0]=1: must be text; fix this item",
-    "plugins: my.module": "plugins=my.module: must be a list (each item text); the default is []",
+    "plugins: my.module": "plugins=my.module: must be a list (each item is text); the default is []",
 }
 
 
 @pytest.mark.parametrize("text", ONE_KEY)
-def test_wrong_key_is_one_line_with_a_way_out(run, text):
+def test_wrong_key_is_reported_in_one_line_with_a_way_out(run, text):
     assert problems(run(WHOLE + text + "\n")) == [ONE_KEY[text]]
 
 
@@ -261,8 +261,8 @@ def test_duplicate_key_is_refused_with_both_lines(run):
     text = "model: {path: m}\ntrain:\n  seed: 1\n  output_dir: o\n  seed: 2\nmodel: {path: n}\ndata: {train: a}\n"
     path = run(text)
     assert problems(path) == [
-        f"{path}:5: duplicate key seed, first set on line 3; keep one",
-        f"{path}:6: duplicate key model, first set on line 1; keep one",
+        f"{path}:5: the key seed was already set on line 3; set it once",
+        f"{path}:6: the key model was already set on line 1; set it once",
     ]
 
 
@@ -346,7 +346,7 @@ def test_errors_have_exit_codes_and_survive_pickling():
         assert kind("one").problems == ["one"]
 
 
-def test_problems_are_plain_records():
+def test_fields_of_a_draft_and_path_of_a_problem():
     assert {field.name for field in dataclasses.fields(configuration.Draft)} == {"config", "problems", "broken"}
     with pytest.raises(ValueError) as caught:
         Config.model_validate({"model": {}, "data": {"train": "a"}, "train": {"output_dir": "o"}})

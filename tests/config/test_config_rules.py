@@ -43,8 +43,8 @@ CONTRADICTIONS = [
     ),
     (
         {"reference__mode": "shared"},
-        "reference.mode=shared: requires an adapter, because the reference is the policy's model without its adapter; "
-        "set adapter, or reference.mode=resident",
+        "reference.mode=shared: requires an adapter, because the reference is the policy's model without its trained "
+        "adapter; set adapter, or reference.mode=resident",
     ),
     (
         {"reference__adapter": "none"},
@@ -158,8 +158,8 @@ CONTRADICTIONS = [
     ),
     (
         {"reference__sync_every": 4, "reference__mode": "offloaded"},
-        "reference.sync_every=4: applies only when reference.mode is resident or shared, but it is offloaded; "
-        "remove reference.sync_every",
+        "reference.sync_every=4: applies only when reference.mode is resident or shared, but this run's mode is "
+        "offloaded; remove reference.sync_every",
     ),
     (
         {"reference__sync_alpha": 0.5},
@@ -168,20 +168,22 @@ CONTRADICTIONS = [
     ),
     (
         {"reference__ahead": 2},
-        "reference.ahead=2: applies only when reference.mode is offloaded, but it is resident; remove reference.ahead",
+        "reference.ahead=2: applies only when reference.mode is offloaded, but this run's mode is resident; remove "
+        "reference.ahead",
     ),
     (
         {"reference__store": "s"},
-        "reference.store=s: applies only when reference.mode is stored, but it is resident; remove reference.store",
+        "reference.store=s: applies only when reference.mode is stored, but this run's mode is resident; remove "
+        "reference.store",
     ),
     (
         {"reference__missing": "error", "reference__mode": "dataset"},
-        "reference.missing=error: applies only when reference.mode is stored, but it is dataset; remove "
+        "reference.missing=error: applies only when reference.mode is stored, but this run's mode is dataset; remove "
         "reference.missing",
     ),
     (
         {"reference__verify": 0},
-        "reference.verify=0: applies only when reference.mode is stored or dataset, but it is resident; "
+        "reference.verify=0: applies only when reference.mode is stored or dataset, but this run's mode is resident; "
         "remove reference.verify",
     ),
     (
@@ -195,8 +197,8 @@ CONTRADICTIONS = [
     ),
     (
         {"loss__ld_alpha": 0.5, "reference__mode": "dataset"},
-        "loss.ld_alpha=0.5: requires the reference's log-probability of each token, but records contain only sums; "
-        "remove loss.ld_alpha, or set reference.mode=stored",
+        "loss.ld_alpha=0.5: requires the reference's log-probability of each token, but with reference.mode=dataset, "
+        "the records contain only sums; remove loss.ld_alpha, or set reference.mode=stored",
     ),
     (
         {"loss__name": "simpo", "reference__sync_every": 3},
@@ -216,8 +218,7 @@ CONTRADICTIONS = [
     ),
     (
         {"data__max_length": 64, "data__max_prompt_length": 64},
-        "data.max_prompt_length=64: has an effect only below data.max_length=64; lower or remove "
-        "data.max_prompt_length",
+        "data.max_prompt_length=64: has an effect only if it is less than data.max_length=64; lower or remove this key",
     ),
     (
         {"data__seed": 3, "data__shuffle": False},
@@ -320,14 +321,14 @@ def losses(monkeypatch):
         pass
 
     @LOSSES.register("strange")
-    def strange(policy, reference, *, own: Own = None, later: "NotHere" = 1.0):  # noqa: F821  the type must be undefined
+    def strange(policy, reference, *, own: Own = None, later: "NotHere" = 1.0):  # noqa: F821  undefined on purpose
         return policy.chosen
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"), CONTRADICTIONS, ids=[line.split("=")[0] for _, line in CONTRADICTIONS]
 )
-def test_contradiction_is_one_line_with_a_way_out(changes, expected):
+def test_contradiction_is_reported_in_one_line_with_a_way_out(changes, expected):
     assert contradictions(configured(**changes)) == [expected]
 
 
@@ -346,7 +347,7 @@ def test_smallest_run_has_no_contradictions():
     ],
     ids=str,
 )
-def test_losses_that_accept_token_weights(loss):
+def test_losses_that_accept_ld_alpha_or_use_weighting(loss):
     assert contradictions(Config.parse({**SMALLEST, "loss": loss})) == []
 
 
@@ -357,7 +358,7 @@ def test_tree_keys_are_accepted_with_trees_and_auto(layout):
 
 @pytest.mark.parametrize("layout", ["auto", "tree", "stacked"])
 @pytest.mark.parametrize("size", [{"batch__tokens_per_micro_batch": 9}, {"train__micro_batch_size": 9}, {}], ids=str)
-def test_micro_batches_have_one_size_in_every_layout(layout, size):
+def test_every_layout_accepts_one_micro_batch_size_or_none(layout, size):
     assert contradictions(configured(batch__layout=layout, **size)) == []
 
 
@@ -392,7 +393,7 @@ LOSS_PROBLEMS = [
     (
         {"name": "sigmoyd"},
         [
-            "loss.name=sigmoyd: no such loss; did you mean sigmoid? registered losses: {all} (add more with plugins: "
+            "loss.name=sigmoyd: no such loss; did you mean sigmoid? Registered losses: {all} (add more with plugins: "
             "[my.module])"
         ],
     ),
@@ -400,7 +401,7 @@ LOSS_PROBLEMS = [
     (
         {"name": "robust", "xyz": 1},
         [
-            "loss.xyz=1: loss robust has no such option; its options are beta, label_smoothing, divergence, alpha and "
+            "loss.xyz=1: loss robust has no such option; its options: beta, label_smoothing, divergence, alpha and "
             "reference_free"
         ],
     ),
@@ -428,7 +429,7 @@ LOSS_PROBLEMS = [
             "loss.kind=c: must be a or b; the default is a",
             "loss.steps=1.5: must be a whole number; the default is 3",
             "loss.on=1: must be true or false; the default is false",
-            "loss.pair=[1]: must be a list of 2 items (each item a number); the default is [1.0, 2.0]",
+            "loss.pair=[1]: must be a list of 2 items (each item is a number); the default is [1.0, 2.0]",
             "loss.bare=x: must be a number; the default is 0.5",
         ],
     ),
@@ -448,7 +449,7 @@ LOSS_PROBLEMS = [
     ),
     (
         {"name": "nca_pair", "divergence": "js"},
-        ["loss.divergence=js: loss nca_pair has no such option; its options are beta"],
+        ["loss.divergence=js: loss nca_pair has no such option; its options: beta"],
     ),
     (
         {"name": "cpo", "kind": "ipo", "label_smoothing": 0.1, "nll_weight": 0, "nll": "sum"},
@@ -465,8 +466,8 @@ LOSS_PROBLEMS = [
             "(use loss.name=mix with the losses sigmoid and sft, where sft has the weight rpo_alpha)",
         ],
     ),
-    ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (each item a mapping)"]),
-    ({"name": "mix", "losses": "sft"}, ["loss.losses=sft: must be a list (each item a mapping); fix the value"]),
+    ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (each item is a mapping)"]),
+    ({"name": "mix", "losses": "sft"}, ["loss.losses=sft: must be a list (each item is a mapping); fix the value"]),
     (
         {"name": "mix", "losses": []},
         ["loss.losses=[]: must not be empty; give at least one loss, with its name, weight and options"],
@@ -488,7 +489,7 @@ LOSS_PROBLEMS = [
             "loss.losses[1].name=mix: must be a registered loss other than mix; for example sigmoid",
             "loss.losses[2].name=null: must be a registered loss other than mix; for example sigmoid",
             "loss.losses[3].weight=0: must be a number greater than 0; the default is 1.0",
-            "loss.losses[3].beta=1: loss sft has no such option; its options are nll",
+            "loss.losses[3].beta=1: loss sft has no such option; its options: nll",
             "loss.losses[4].weight=true: must be a number greater than 0; the default is 1.0",
             "loss.losses[4].alpha=2: applies only to divergence alpha, but divergence is reverse_kl; remove alpha",
         ],

@@ -86,7 +86,7 @@ def test_a_missing_base_is_refused(write, tmp_path):
         Config.load(path)
     assert (
         str(caught.value)
-        == f"{path}: base=no.yaml: {tmp_path / 'no.yaml'} is not a file; set a path relative to {path}"
+        == f"{path}: base=no.yaml: {tmp_path / 'no.yaml'} is not a file; set a path relative to the folder of {path}"
     )
 
 

@@ -73,7 +73,7 @@ class TestPromptUnderAnotherName:
         with pytest.raises(BadRecord, match="prompt must be text or a list of messages, not an object with question"):
             FORMATS["auto"]({**TEXT, "prompt": {"question": "why"}})
 
-    def test_human_and_assistant_turns_are_refused_too(self):
+    def test_human_and_assistant_turns_beside_a_prompt_are_refused(self):
         turns = {name: f"\n\nHuman: Add.\n\nAssistant: {text}" for name, text in ANSWERS.items()}
         assert detect(turns) is FORMATS["hh"]
         for name in ("question", "instruction", "query"):
@@ -171,8 +171,8 @@ class TestColumns:
         with pytest.raises(DataError) as error:
             list(read_pairs(path, "text", None, {"promt": "q"}))
         assert str(error.value) == (
-            f"{path}: data.columns.promt: format text has no field 'promt'; did you mean prompt? "
-            "in data.columns, the key is the format's field name and the value is the field name in your records"
+            f"{path}: data.columns.promt: format text has no field 'promt'; in data.columns, the "
+            "key is the format's field name and the value is the field name in your records; did you mean prompt?"
         )
         assert target_problems({"question": "q"}, "text") and not target_problems({"question": "q"}, "auto")
         assert not target_problems({"margin": "m", "tools": "t", "whatever": None}, "hh")

@@ -1,4 +1,7 @@
-"""Tests of the token-pair cache: its key, its pairs, and its files after a kill or when the disk is full."""
+"""Tests of the token-pair cache (its key, pairs, digests and files), of the validation split, and of the report.
+
+The files of the cache are also tested after a kill, with damage, and on a full disk.
+"""
 
 import os
 import time
@@ -234,7 +237,7 @@ class TestDataset:
         assert lines[1].endswith("0.jsonl: 20, " + report.sources[1][0] + ": 1")
         assert lines[3].startswith("  tokens (median / p95 / max): prompt ") and report.lengths["row"][2] > 20
 
-    def test_every_meaningful_byte_of_a_cache_is_checked(self, build, tmp_path):
+    def test_a_flipped_bit_in_a_cache_is_detected_or_changes_no_pair(self, build, tmp_path):
         expected = build([GOOD, {**ALSO_GOOD, "weight": 2.0}])[0]
         (path,) = (tmp_path / "cache").iterdir()
         whole, rows = path.read_bytes(), [(ids(pair), repr(pair[3:])) for pair in expected]

@@ -117,7 +117,7 @@ class TestAlpaca:
             "rejected": WORST,
         }
         pair = made("alpaca", row)
-        assert pair.tools == (TOOL,)  # wrapped as {type, function}, as by LLaMA-Factory's tool formatter
+        assert pair.tools == (TOOL,)  # wrapped as {type, function}, as LLaMA-Factory's tool formatter does
         assert conversation(pair) == (EARLIER, BEST, WORST)
 
     @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ class TestSharegpt:
             ("{}", "must be a tool call as JSON, with a name and optional arguments"),
         ],
     )
-    def test_a_call_that_is_not_json_is_refused(self, value, says):
+    def test_a_value_that_is_not_a_tool_call_is_refused(self, value, says):
         with pytest.raises(BadRecord, match=rf"^chosen\[0\] {says}"):
             FORMATS["sharegpt"](self.record(chosen={"from": "function_call", "value": value}))
 
@@ -395,7 +395,7 @@ class TestHelpSteer3:
         pair = made("helpsteer3", self.record(1, context=ASK["content"]))
         assert conversation(pair) == ([ASK], WORST, BEST) and pair.margin == 1
 
-    def test_no_preference_is_left_out(self):
+    def test_a_record_without_a_preference_is_left_out(self):
         assert made("helpsteer3", self.record(0)) is None
 
     def test_preference_that_is_not_a_number_is_refused(self):
@@ -453,7 +453,7 @@ class TestUltraFeedback:
         assert (pair.chosen_reward, pair.rejected_reward, pair.margin) == (8.5, 3.0, None)
 
     @pytest.mark.parametrize("score", [None, "high", float("nan"), True])
-    def test_scores_of_another_kind_are_ignored(self, score):
+    def test_scores_that_are_not_numbers_are_ignored(self, score):
         assert made("messages", {**self.ROW, "score_chosen": score}).chosen_reward is None
 
     def test_scores_that_are_too_large_are_refused(self):
@@ -473,7 +473,7 @@ def test_anthropic_hh():
     assert made("hh", row) == Pair(start, f" {BEST}", f" {WORST}")
 
 
-def test_every_form_is_read_from_files(tmp_path):
+def test_records_are_read_from_json_lines_and_parquet(tmp_path):
     """JSON lines and Parquet files give the same pairs, even if fields are null or empty, as is usual in tables."""
     rows = {
         "colossalchat": TestColossalChat().record(),

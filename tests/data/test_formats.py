@@ -84,7 +84,7 @@ class TestMalformed:
             assert lines.count == 1 and bad.says in lines.first[0]
             assert lines.first[0].startswith(f"{path}:{bad.line}: ")
 
-    def test_first_five_bad_lines_are_kept(self, tmp_path):
+    def test_messages_of_the_first_five_bad_lines_are_kept(self, tmp_path):
         path = tmp_path / "pairs.jsonl"
         path.write_bytes(dump(GOOD) + b"\n" + b"no\n" * 9)
         lines = BadLines(skip=True)
@@ -113,7 +113,7 @@ class TestMalformed:
             (b'{"a": {"b": 1, "b": 2}}', "key 'b' occurs twice"),
             (b'{"a": "\xed\xa0\x80"}', "byte 8 is not UTF-8"),
             (b'{"a": ' + b'{"a": ' * 64 + b"1" + b"}" * 65, "nested deeper"),
-            (b'{"a": "b}', "it ends inside a value"),
+            (b'{"a": "b}', "the text ends inside a value"),
             (b'{"a": tru', "invalid JSON at column 7"),
         ],
     )

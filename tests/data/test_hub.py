@@ -120,7 +120,7 @@ class TestCache:
         assert found.content == load_tokenizer(tmp_path / "tokenizer").content
         assert commits()[0] == f"Hub model org/tiny: commit {directory.name}"
 
-    def test_absent_model_names_both_readings_and_fetch(self, offline):
+    def test_error_of_an_absent_model_contains_both_readings_and_fetch(self, offline):
         from dpo_engine.model.architecture import read_architecture
 
         with pytest.raises(ConfigError) as error:
@@ -130,7 +130,7 @@ class TestCache:
             f"cache {offline}, and HF_HUB_OFFLINE is set; run `dpo-engine fetch RUN.yaml` on a machine with a network"
         )
 
-    def test_absent_data_names_both_readings_and_fetch(self, offline):
+    def test_error_of_absent_data_contains_both_readings_and_fetch(self, offline):
         with pytest.raises(DataError) as error:
             find_shards("org/absent:train[:5]")
         assert str(error.value).startswith(
@@ -185,7 +185,7 @@ class TestDownload:
         with pytest.raises(ConfigError, match="the model is not complete in the cache .*, and HF_HUB_OFFLINE is set"):
             model_directory("org/m")
 
-    def test_unreachable_hub_leaves_the_cache(self, server, tmp_path, monkeypatch):
+    def test_cache_is_used_if_the_hub_is_unreachable(self, server, tmp_path, monkeypatch):
         commit = server.add("model", "org/m", folder_of(tmp_path / "m", **MODEL))
         model_directory("org/m")
         use_hub(monkeypatch, tmp_path, "http://127.0.0.1:9")
@@ -196,7 +196,7 @@ class TestDownload:
     @pytest.mark.parametrize(
         ("path", "says"),
         [
-            ("org/none", "the Hub has no such model, or it is private; correct the name, or set HF_TOKEN"),
+            ("org/none", "the Hub has no such model, or the model is private; correct the name, or set HF_TOKEN"),
             ("org/m@v9", "the model has no revision v9; correct the revision"),
             ("org/gated", "the model is gated; request access on its page, and set HF_TOKEN"),
         ],

@@ -61,7 +61,7 @@ def test_records_are_those_of_the_json_module(form, tmp_path):
     assert [row for block in read_blocks(path, most=3) for _, row in block.records(BadLines())] == HARD
 
 
-def test_array_lines_and_shards_give_the_same_pairs(tmp_path, build):
+def test_an_array_its_shards_and_json_lines_give_the_same_pairs(tmp_path, build):
     array = save(tmp_path / "demo.json", json.dumps(DEMO, indent=2))
     template = save(
         tmp_path / "t.jinja", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
@@ -127,7 +127,7 @@ def test_large_files_are_not_counted(tmp_path):
 
 
 @pytest.mark.parametrize("text", [json.dumps(DEMO), json.dumps(DEMO, indent=2)])
-def test_an_array_among_json_lines_is_explained(text, tmp_path):
+def test_an_array_in_a_jsonl_file_is_explained(text, tmp_path):
     path = save(tmp_path / "a.jsonl", text)
     with pytest.raises(DataError) as caught:
         list(read_pairs(path))

@@ -160,9 +160,9 @@ def test_dataset_and_its_report(build, tmp_path):
 
 
 def test_record_with_an_unusable_pair_is_dropped_whole(build, tmp_path):
-    """If one pair is unusable, the whole record counts as bad, and all of its pairs are dropped.
+    """A pair that cannot be used makes its record bad. The run ends, or skips the record with all of its pairs.
 
-    If the only problem of a pair is its length, that pair alone is dropped.
+    A pair that is only too long does not make its record bad: only this pair is dropped.
     """
     unfit = {**ROW, "responses": [" 5", "<|im_end|>", " 22", " four"]}
     given = source(tmp_path / "a.jsonl", [ROW, unfit, ROW], "ranked_all")

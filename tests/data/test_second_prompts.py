@@ -83,7 +83,10 @@ class TestTwoPrompts:
             assert checked(FORMATS["auto"](whole)).prompt == whole["prompt"]
 
     def test_only_the_field_that_is_a_prompt_alone_is_proposed(self):
-        """Like the records of argilla/distilabel-intel-orca-dpo-pairs, this record also contains the judge's prompt."""
+        """The error does not propose `labelling_prompt`.
+
+        In argilla/distilabel-intel-orca-dpo-pairs, this field is the prompt for the model that judged the responses.
+        """
         row = {"input": MORE, "labelling_prompt": [ASK], "chosen": TEXT["chosen"], "rejected": TEXT["rejected"]}
         with pytest.raises(
             BadRecord, match="^'input' may be the prompt; set data.columns={prompt: input}, or format: im"
@@ -170,7 +173,7 @@ class TestRepeatedPrompts:
     )
     def test_a_repeated_header_is_refused(self, header):
         row = {"prompt": f"Add. {header}", "chosen": f"{header} It is 4.", "rejected": f"{header} It is 5."}
-        with pytest.raises(BadRecord, match="^responses begin with '.*', the end of prompt; remove it from prompt$"):
+        with pytest.raises(BadRecord, match="^responses repeat the end of prompt, '.*'; remove this text from prompt$"):
             FORMATS["auto"](row)
         assert FORMATS["auto"]({**row, "prompt": "Add. "})
 

@@ -177,7 +177,7 @@ class TestLimits:
             build([self.ROW], max_length=4)
 
     def test_each_reason_has_its_way_out(self):
-        limit, change = "raise the limit, or shorten the records", "change the records, or the data format"
+        limit, change = "raise the limit or shorten the records", "change the records or the data format"
         long, left_out = f"; 1 dropped: {LONG_RESPONSE}", f"; 9 dropped: {LEFT_OUT}"
         assert dropped_text({}) == ""
         assert dropped_text({LONG_RESPONSE: 1}) == f"{long}; {limit}"

@@ -27,7 +27,11 @@ SCORED = [
 
 
 def weights(first, form="messages", **others):
-    """Return the weight of each turn of `chosen`. The first turn of `chosen` gets the fields `first`."""
+    """Return the weight of each turn of `chosen`.
+
+    first   additional fields of the first turn of `chosen`
+    others  additional fields of the record
+    """
     row = {"prompt": [ASK], "chosen": [{**LOOK, **first}, MORE, SAID], "rejected": [OTHER]}
     if form == "sharegpt":
         turns = {name: [{"from": t["role"], "value": t["content"], **t} for t in row[name]] for name in row}

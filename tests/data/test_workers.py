@@ -90,7 +90,7 @@ def gone(pids, within_s=10.0):
     return True
 
 
-# Workers import these functions from this module.
+# Workers import the functions `double`, `settings` and `sleep` from this module.
 
 
 def double(number):
@@ -211,7 +211,11 @@ class TestTheSameDataSet:
 class TestErrors:
     @pytest.mark.parametrize("count", [1, 2])
     def test_first_bad_record_of_the_file_is_named(self, count, build, tmp_path):
-        """Parsing finds the error in line 602 before tokenizing finds the error in line 601 of the same block."""
+        """Check that the error names line 601, although the error in line 602 of the same block is found first.
+
+        Line 602 is not valid JSON. A block is parsed before it is tokenized, and only tokenizing shows that line 601 is
+        bad.
+        """
         rows = text_rows(1200)
         rows[600] = {**rows[600], "chosen": "<|im_end|>"}
         path = write(tmp_path / "bad.jsonl", rows)

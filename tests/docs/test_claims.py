@@ -1,6 +1,6 @@
 """Tests that the README and the pages are right about losses, metrics, exit codes, keys, signatures, files and memory.
 
-Other tests check links, spelling and the length of the README.
+Some tests in this file also check links, spelling and the length of the README.
 """
 
 import ast
@@ -110,9 +110,9 @@ def test_exit_codes():
 
 @pytest.mark.parametrize("name", OURS)
 def test_keys_in_prose_exist_and_take_the_values_given(name, tmp_path):
-    """Text in backticks that starts with a section's name must be a valid `key`, `key: value` or `key=value`.
+    """Check text in backticks that starts with the name of a section of the run file, such as `model.`.
 
-    Values of loss options are not checked.
+    The text must be a valid `key`, `key: value` or `key=value`. File names and values of loss options are not checked.
     """
     run = tmp_path / "run.yaml"
     run.write_text("{}")
@@ -171,7 +171,7 @@ def test_the_readme_lists_every_file_under_its_wing():
         listed += ["/".join([*folders, name]) for name in re.findall(r"\w+\.py", line)]
     package = ROOT / "dpo_engine"
     files = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name[:2] != "__"]
-    # docs/models.md lists the families, so the README names only those files in families/ that families share.
+    # docs/models.md lists the families, so the README names only the files of families/ that several families use.
     families = {f"model/families/{name}" for name in ("blocks.py", "mixtures.py", "rule.py", "rope.py")}
     files = [name for name in files if not name.startswith("model/families/") or name in families]
     assert sorted(listed) == sorted(files)
@@ -259,7 +259,10 @@ def test_adapters_need_the_memory_that_the_page_says(tmp_path):
 
 
 def test_only_one_page_says_that_no_gpu_has_run_the_engine():
-    """After the first run on a GPU, only one sentence has to change. It is on a page to which the README links."""
+    """Only one sentence, in docs/gpu.md, says that the engine has not run on a GPU. The README links to this page.
+
+    Therefore, no other sentence has to change after the engine has run on a GPU.
+    """
     said = re.compile(r"(not\s+run\s+on\s+a\s+GPU|No\s+GPU\s+has|on\s+a\s+GPU,?\s+yet)")
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*"), *ROOT.glob("*/README.md")]
     found = {

@@ -1,6 +1,6 @@
-"""Tests of the README and the pages of docs/: their tables, commands, YAML and records are valid.
+"""Tests of README.md, CONTRIBUTING.md and the pages of docs/: tables, commands, YAML and records are valid.
 
-The files that they name exist, and the site builds.
+The files that these pages name exist, and the site builds.
 """
 
 import json

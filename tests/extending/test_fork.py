@@ -1,7 +1,7 @@
 """Tests of extensions in a package outside the source tree. The extensions' code comes from docs/extending.md.
 
-The fast tests import the package in this process. The slow tests start other processes: one test checks that importing
-the package does not import Megatron, and the other test trains through the command line.
+The fast tests run in this process, and import the package if they need it. The slow tests start other processes: one
+test checks that importing the package does not import Megatron, and the other test trains through the command line.
 """
 
 import csv
@@ -88,7 +88,7 @@ def test_the_settings_on_the_page_are_valid(registered):
         ),
         (
             {"callbacks": {"patince": {}}},
-            "callbacks.patince: no such callback; did you mean patience? registered callbacks: patience",
+            "callbacks.patince: no such callback; did you mean patience? Registered callbacks: patience",
         ),
         (
             {"callbacks": {"patience": {"evaluations": "two"}}},
@@ -96,15 +96,15 @@ def test_the_settings_on_the_page_are_valid(registered):
         ),
         (
             {"logging": {"sinks": {"cvs": {}}}},
-            "logging.sinks.cvs: no such sink; did you mean csv? registered sinks: csv, swanlab and trackio",
+            "logging.sinks.cvs: no such sink; did you mean csv? Registered sinks: csv, swanlab and trackio",
         ),
         (
             {"logging": {"sinks": {"csv": {"columns": ["loss"]}}}},
-            "logging.sinks.csv.columns=[loss]: sink csv has no such option; its options are metrics",
+            "logging.sinks.csv.columns=[loss]: sink csv has no such option; its options: metrics",
         ),
         (
             {"logging": {"sinks": {"csv": {"metrics": "loss"}}}},
-            "logging.sinks.csv.metrics=loss: must be a list (each item text); the default is [loss, grad_norm]",
+            "logging.sinks.csv.metrics=loss: must be a list (each item is text); the default is [loss, grad_norm]",
         ),
         (
             {"optim": {"schedule": "staircase", "schedule_options": {"stairs": 2.5}}},

@@ -108,7 +108,7 @@ def test_a_family_is_one_short_file_that_needs_no_megatron():
 
 @pytest.fixture
 def package(tmp_path):
-    """Create a repository with a family and with the test file from docs/extending.md. Return its directory."""
+    """Create a folder with a model family and with the test file from docs/extending.md. Return the folder."""
     page = (ROOT / "docs/extending.md").read_text(encoding="utf-8").partition("### Test the family")[2]
     text = re.search(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[1]
     assert len(text.splitlines()) <= 15
@@ -141,5 +141,5 @@ def test_test_file_on_the_page(package):
 
 def test_ranks_are_not_forked_beside_a_gpu(monkeypatch):
     monkeypatch.setattr("dpo_engine.platform.device.gpu_present", lambda: True)
-    with pytest.raises(RuntimeError, match="run on CPUs; set CUDA_VISIBLE_DEVICES= before Python starts"):
+    with pytest.raises(RuntimeError, match="can use a GPU.*; set CUDA_VISIBLE_DEVICES to an empty string before"):
         run_ranks(dict, 1)

@@ -26,8 +26,8 @@ def saved(run_files, tiny_hf, tmp_path_factory):
 def flips(path: str, folder: str, seed: int, count: int) -> list[tuple[str, str]]:
     """Repeat ``count`` times: change one byte of a file, load the newest intact checkpoint, and restore the byte.
 
-    Returns each change and its outcome: "newest" or "older" if the state of this checkpoint was loaded exactly,
-    "refused" if loading was refused, and "WRONG" in all other cases.
+    Returns each change and its outcome: "newest" or "older" if the state of the newest or of the older checkpoint
+    was loaded exactly, "refused" if loading was refused, and "WRONG" in all other cases.
     """
     from torch import distributed as dist
 

@@ -76,9 +76,10 @@ def made(run_files, tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def write(run_yaml, run_files, tiny_hf, tmp_path):
-    """Return a function like ``run_yaml``: the output directory is in ``folder``, and there is no validation data.
+    """Return a function that writes a run's YAML file, as ``run_yaml`` does.
 
-    The model has four layers. The learning rate is so low that the steps do not amplify rounding errors.
+    The function's argument ``folder`` is the parent of the output directory. The run has no validation data. The model
+    has four layers. The learning rate is so low that the steps do not amplify rounding errors.
     """
 
     def make(name="run", *, folder=tmp_path, **sections):
@@ -94,7 +95,7 @@ def write(run_yaml, run_files, tiny_hf, tmp_path):
 def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
     """Copy a stopped run, and resume the copy with changes. Return the job, its output directory and its pairs.
 
-    The pairs are returned by step. If the expected exit code is not 0, no pairs are returned.
+    A dictionary maps each step to its pairs. If the expected exit code is not 0, the dictionary is empty.
     """
     ranks, parallel = LAYOUTS[name]
     output, log = tmp_path / "run", tmp_path / "log"
@@ -309,7 +310,7 @@ class TestAccepted:
             assert steps[step]["learning_rate"] == pytest.approx(cosine(step, STEPS, peak=1e-5), rel=1e-6)
             assert pairs[step] == whole[1][step]
         assert steps[STOP + 1]["loss"] == whole[0][STOP + 1]["loss"], (
-            "the loss before the first update with the new rate must be the same"
+            "the loss before the first update with the new rate must be that of the uninterrupted run"
         )
         assert steps[STOP + 1]["grad_norm"] == whole[0][STOP + 1]["grad_norm"]
 

@@ -1,8 +1,8 @@
-"""Replay a run's operations on its checkpoint folder, and check that the loader always finds an intact checkpoint.
+"""Replay a run's operations on its checkpoint folder, and check which checkpoint the loader finds after a crash.
 
-This must hold from the time when the first checkpoint is published.
+As soon as the first checkpoint has been published, the loader must always find an intact checkpoint.
 
-After every operation, the test rebuilds three states in which a crash can leave the disk:
+After every operation, each test rebuilds one of three states. A crash can leave the disk in any of these states:
 
 - `as written`: all operations up to the crash have taken effect.
 - `names first`: files have only the content that was synced, but names are as if all directories had been synced.
@@ -28,7 +28,10 @@ from support.small_run import write_run
 
 
 def record(config_path: str, folder: str) -> list[tuple]:
-    """Train. Return this rank's operations on ``folder`` and inside it as (start time, operation, path, argument)."""
+    """Train, and return this rank's operations on ``folder`` and on its contents.
+
+    Each operation is a tuple (start time, operation, path, argument).
+    """
     from dpo_engine.config.run import Config
     from dpo_engine.verbs.train import train
 

@@ -47,8 +47,8 @@ def runs(run_files, tiny_hf, tmp_path_factory):
 def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
     """Drop all evaluations except that of step ``last``.
 
-    A run evaluates the policy after its last step. A resumed run can therefore have the evaluation of an earlier end,
-    which an uninterrupted run lacks.
+    A run evaluates the policy after its last step. If the run is then resumed to a later step, its metrics can keep
+    this evaluation, which the metrics of an uninterrupted run lack.
     """
     return [line for line in lines if "loss" in line or line["step"] == last]
 
@@ -196,7 +196,7 @@ def test_newest_intact_checkpoint_is_used(name, again, runs):
     continued(finished, run, runs, 4)
     (line,) = [line for line in finished.output[0].splitlines() if " skipped: " in line]
     assert f"checkpoint for step 6 skipped: {run}/checkpoints/step_00000006" in line and says in line
-    assert " skipped: " not in finished.output[1], "only one rank must print the message"
+    assert " skipped: " not in finished.output[1], "rank 1 must not repeat the message of rank 0"
 
 
 @pytest.mark.parametrize("name", cases(UNHARMED))
@@ -263,7 +263,7 @@ def test_newer_format_is_refused(step, again):
         pytest.param("_verify_file", errno.EACCES, 1, 4, marks=pytest.mark.slow),
     ],
 )
-def test_temporary_storage_errors_do_not_reject_a_checkpoint(reader, code, often, step, runs, tmp_path):
+def test_only_temporary_storage_errors_are_retried(reader, code, often, step, runs, tmp_path):
     shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")
 
     def before():

@@ -139,7 +139,7 @@ def test_pair_without_a_preference_is_refused(fields, says, job, tmp_path):
     rows = [*pairs(4), {**GOOD, **fields}]
     template = tmp_path / "turns.jinja"
     template.write_text("{{ messages[0].content }}{% if messages[1] %}{{ messages[1].content }}{% endif %}")
-    if fields["chosen"] == "</s>":  # only in a rendered conversation is this text encoded as the EOS
+    if fields["chosen"] == "</s>":  # `</s>` becomes the EOS token only in a rendered conversation
         talk = [{"role": "user", "content": "Which?"}]
         rows = [
             {"prompt": talk, **{name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}}

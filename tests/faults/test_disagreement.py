@@ -82,7 +82,8 @@ def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_p
 def old_version():
     from dpo_engine import installation, version
 
-    assert installation.__version__ == version.__version__  # `installation` keeps its own copy of the version
+    # `installation` copied the version when it was imported, so its own check does not see the change below.
+    assert installation.__version__ == version.__version__
     version.__version__ = "0.0.9"
 
 

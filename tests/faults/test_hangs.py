@@ -1,7 +1,7 @@
-"""Fault tests: if a rank dies, hangs or raises an error, the other ranks soon exit, and one line says what happened.
+"""Fault tests: if a rank dies, hangs or raises an error, the other ranks soon exit, and stderr says what happened.
 
-The other ranks exit with code 6, and so does a rank that hangs. If all ranks report the same error, all ranks exit with
-that error's code.
+The other ranks exit with code 6, and so does a rank that hangs. If all ranks find the same error, or if one rank shares
+its configuration error with the others, all ranks exit with that error's code.
 """
 
 import os
@@ -30,7 +30,7 @@ def hasty(**sections):
 
 DEATHS = {
     "rendezvous": "dp2",  # the ranks are not connected yet, so only a timeout can detect the death
-    "data": "dp2",  # one rank tokenizes for all ranks; no data loader processes exist that could die
+    "data": "dp2",  # one rank tokenizes for all ranks; there are no data loader processes that could die
     "reference": "pp2",
     "forward": "tp2",
     "reduce": "dp2",
@@ -171,7 +171,7 @@ def test_error_on_one_stage_is_reported_and_ends_the_others(run_yaml, tmp_path, 
     assert done.codes == [6, 2] and max(done.seconds) - min(done.seconds) < WITHIN_S
     assert said(done, 0)[0].startswith("rank 1 died or lost its connection")
     (line,) = said(done, 1)
-    assert "rank 1] loss.name: the loss returned shape [], but the number of pairs is 2; it must return one val" in line
+    assert "rank 1] loss.name: the loss returned shape [], but the number of pairs is 2; the loss must return " in line
 
 
 def test_error_on_all_ranks_is_reported_once(run_yaml, tmp_path, monkeypatch):

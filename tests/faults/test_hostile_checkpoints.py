@@ -119,7 +119,7 @@ def test_resealed_manifest_is_refused(name, sealed, folder):  # noqa: F811
     [
         pytest.param(PICKLE, id="a pickle"),
         pytest.param(b'{"files": ' + b"[" * 100_000, id="100000 deep"),
-        pytest.param(b'{"step": 1' + b"0" * 5000 + b"}", id="an integer of 5000 digits"),
+        pytest.param(b'{"step": 1' + b"0" * 5000 + b"}", id="an integer of 5001 digits"),
         pytest.param(b"[]", id="a list"),
         pytest.param(b'{"format": "\x1b[31m"}', id="a terminal sequence"),
     ],

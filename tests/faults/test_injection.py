@@ -1,4 +1,4 @@
-"""Tests of the fault injector: invalid settings, when faults fire, and commands that run with DPO_FAULT."""
+"""Tests of the fault injector: its settings, the occurrence at which a fault fires, and complete runs with faults."""
 
 import errno
 import os
@@ -22,12 +22,12 @@ def unarmed():
     "text, says",
     [
         ("step:0:1", "must have the form <phase>:<rank>:<nth>:<action>"),
-        ("stepp:0:1:kill", "unknown phase 'stepp'; use one of rendezvous"),
+        ("stepp:0:1:kill", "unknown phase or value 'stepp'; use one of rendezvous"),
         ("step:first:1:kill", "invalid rank 'first': use a number, or * for"),
         ("step:2:1:kill", "rank 2 does not exist; use 0 to 1, or *"),
         ("step:0:0:kill", "invalid count '0': use 1 for the first occurrence"),
-        ("step:0:1:nan", "phase step has no action 'nan'; use one of kill"),
-        ("gradient:0:1:kill", "phase gradient has no action 'kill'; use one of nan"),
+        ("step:0:1:nan", "step has no action 'nan'; use one of kill"),
+        ("gradient:0:1:kill", "gradient has no action 'kill'; use one of nan"),
     ],
 )
 def test_invalid_settings_are_refused(text, says):

@@ -1,7 +1,7 @@
 """Fault tests, group A: kill one rank of a run in one phase.
 
-The other ranks must exit, and a restart must give the metrics of an uninterrupted run. The tests cover all phases and
-layouts, and about half of the ranks for each phase and layout.
+The other ranks must exit, and a restart must give the metrics of an uninterrupted run. For each phase in `PHASES` and
+each layout, the tests kill about half of the ranks, one rank per test.
 """
 
 import signal

@@ -31,8 +31,8 @@ def test_newest_checkpoint_is_intact_after_every_kill(kills, seed, run_yaml, tmp
         run, folder = run_yaml(f"run{runs}", **sections), tmp_path / f"run{runs}/checkpoints"
         codes = [-9]
         while codes != [0] * ranks:
-            # Kill the remaining ranks, as srun does. A rank would otherwise wait for a peer that died before
-            # connecting.
+            # Kill the remaining ranks, as srun does with --kill-on-bad-exit. A rank would otherwise wait for a peer
+            # that died before connecting.
             finished = run_job(
                 ["train", str(run)], ranks, tmp_path / "log", during=killing(draw, seconds), ends_with=over
             )

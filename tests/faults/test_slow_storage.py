@@ -179,7 +179,7 @@ FAILURES = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "injected" else pytest.mark.slow) for name in FAILURES]
 )
-def test_failed_export_of_a_finished_run_is_written_later(name, run_yaml, tmp_path):
+def test_result_that_could_not_be_written_is_written_later(name, run_yaml, tmp_path):
     options, what, verb = FAILURES[name]
     run = run_yaml(**{**SHORT, "checkpoint": {"save_interval": 2, "export": True}})
     done = run_job(["train", str(run)], 2, tmp_path / "log", **options)

@@ -190,7 +190,7 @@ def removing(what: str, when: int):
 
 
 @pytest.mark.slow
-def test_removed_checkpoints_are_written_again(whole, run_yaml, tmp_path):
+def test_removed_checkpoint_folder_is_created_again(whole, run_yaml, tmp_path):
     run = run_yaml(**{**SHORT, "checkpoint": {"save_interval": 2, "async_save": False}})
     finished = run_job(["train", str(run)], 2, tmp_path / "log", before=removing("checkpoints", 4))
     assert finished.codes == [0, 0], finished.said

@@ -57,7 +57,10 @@ def nodes(tmp_path):
 
 @pytest.mark.long
 def test_killed_rank_is_restarted_and_the_run_resumes(nodes, run_yaml, tmp_path):
-    """Either node can notice the death first. The nodes' counts of restarts depend on this, and are not checked."""
+    """Either node can notice the killed rank first. The nodes' restart counts depend on which node does.
+
+    The counts are therefore not checked.
+    """
     often = {"save_interval": 2}
     assert run_job(["train", str(run_yaml("whole", checkpoint=often))], 2, tmp_path / "log").codes == [0, 0]
     codes, said = nodes(

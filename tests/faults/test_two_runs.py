@@ -1,4 +1,8 @@
-"""Tests of two runs with one output directory: one trains, the other is refused or stops, and no files are mixed."""
+"""Tests of two runs that share an output directory.
+
+One run trains. The other run is refused or stops, and no files of the two runs are mixed. Evaluation and export work
+while a run trains.
+"""
 
 import json
 import os
@@ -31,7 +35,7 @@ def alone():
 
 
 def unhurried(pause_s):
-    """Return a ``before`` hook that makes each process a job with one rank, and prolongs its steps by `pause_s`."""
+    """Return a ``before`` hook that makes each process a job with one rank, and prolongs each step by `pause_s`."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -44,7 +48,7 @@ def unhurried(pause_s):
 
 
 def far(watch_s=1.0):
-    """Return a ``before`` hook: the job seems to run on another machine than the holder of the lease.
+    """Return a ``before`` hook that makes the job seem to run on another machine, not on that of the lease's holder.
 
     The job can then tell only from the renewals of the lease whether the holder is alive.
 
@@ -89,7 +93,10 @@ def expected(run_yaml, tmp_path):
 
 
 def race(run, folder, output):
-    """Start two jobs with different learning rates in one directory. Return the rate of the job that trained."""
+    """Start two jobs that have different learning rates and the same output directory.
+
+    Return the learning rate of the job that trained.
+    """
     own = {number: [f"optim.lr={rate}", f"train.output_dir={output}"] for number, rate in enumerate(RATES)}
     done = run_job(["train", str(run)], 2, folder, before=unhurried(0.25), own=own)
     assert sorted(done.codes) == [0, 4], done.said
@@ -208,7 +215,7 @@ def test_evaluation_and_export_work_while_the_run_trains(run_yaml, tmp_path):
 
 @slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="requires root to create a mount namespace")
-def test_output_directory_of_each_node_is_refused_before_the_first_step(run_yaml, tmp_path):
+def test_output_directory_that_differs_between_nodes_is_refused_before_the_first_step(run_yaml, tmp_path):
     run, output = run_yaml("run", parallel={"tp": 2}), tmp_path / "run"
     (tmp_path / "node1").mkdir()
     output.mkdir()

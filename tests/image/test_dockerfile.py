@@ -1,6 +1,7 @@
 """Tests of docker/Dockerfile and docker/install.py without building the image.
 
-hadolint checks the Dockerfile. The tests of install.py check the constraints that it writes and its messages.
+hadolint checks the Dockerfile. The tests of install.py check its messages, the versions that it chooses, and the
+constraints that it writes.
 """
 
 import importlib.util
@@ -78,7 +79,7 @@ def test_installed_version_counts_more_than_the_constraint(install, tmp_path):
         ("2.14.0", False),
     ],
 )
-def test_bounds_of_torch_compare_releases(install, version, fits):
+def test_torch_must_be_within_the_bounds_of_pyproject(install, version, fits):
     text = re.search(r'"torch(>=[^"]*)"', (ROOT / "pyproject.toml").read_text())[1]
     (torch,) = install.parse([f"torch=={version}"]).values()
     assert install.allowed(torch, SpecifierSet(text)) is fits
@@ -138,7 +139,7 @@ def test_contradiction_is_resolved_by_the_second_list(main, tmp_path, capsys):
     assert all("triton==3.7.1" in lines for lines in written)
     assert written[0][0].endswith("packages kept from the base image: all that pyproject.toml allows")
     assert written[1][0].endswith(
-        "packages kept from the base image: those compiled against torch or without a tested version"
+        "packages kept from the base image: those that are compiled against torch or have no tested version"
     )
     said = capsys.readouterr().out
     assert "contradict the base image's versions; retrying with fewer of these versions\n" in said
@@ -154,7 +155,7 @@ def test_other_failures_of_pip_end_the_build(main):
 @pytest.mark.parametrize(
     ("torch", "message"),
     [
-        (None, "TORCH_REQUIREMENT: must be set if the base image has no torch, for example to torch==2.13.0"),
+        (None, "TORCH_REQUIREMENT: the base image has no torch; set this variable, for example to torch==2.13.0"),
         ("2.9.0a0+nv25.10", "torch 2.9.0a0+nv25.10: the engine requires torch<2.14,>=2.10.0a0; use another BASE_IMAGE"),
     ],
 )

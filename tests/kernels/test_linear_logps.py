@@ -281,12 +281,13 @@ def test_triton_scores_without_logits(backends):
     triton = backends["triton"]
     with Work() as scored:
         stats = triton.linear_stats(hidden, weight, targets, 0, v, chunk=n)
-    # Triton's interpreter copies the kernel's arguments. The largest of them is hidden.
+    # Triton's interpreter copies the kernel's arguments. The largest argument is the tensor ``hidden``.
     assert scored.flops == 0 and scored.largest <= hidden.numel()
     with Work() as again:
         lse = stats.maximum + stats.sum_exp.log()
         triton.linear_grad(hidden, weight, targets, lse, grad, 0, v, chunk=8, d_weight=torch.zeros_like(weight))
-    # Two products, for the two gradients. The kernel computes a third product, the logits, which Work does not count.
+    # Work counts two products, one for each gradient. The kernel also computes a third product, the logits. Work does
+    # not count that product.
     assert again.flops == 4 * n * HIDDEN * v
     assert again.largest <= max(8 * v, hidden.numel(), weight.numel())
 

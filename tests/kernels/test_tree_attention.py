@@ -59,7 +59,7 @@ def paths(tree: Tree) -> list[list[int]]:
 
 
 def unshared(query, key, value, tree, scale):
-    """Run causal attention on each path as a separate row. For a token on several paths, keep one of its results."""
+    """Run causal attention on each path as a separate row. For a token on several paths, compute one result."""
     group = query.shape[1] // key.shape[1]
     of_token = {int(token): i for i, token in enumerate(tree.rows)}
     outputs, order, done = [], [], set()
@@ -159,7 +159,7 @@ def test_shard_without_queries_has_gradients(name, backends):
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "varlen", "triton"])
 def test_inputs_may_be_views(name, backends):
-    """Query, key and value may be slices of larger tensors, in which neither tokens nor heads are contiguous."""
+    """Query, key and value may be slices of larger tensors. The heads of such a slice are not adjacent in memory."""
     tree = Tree.of(*TREES["pair"])
     generator = torch.Generator().manual_seed(0)
     wide = [torch.randn(tree.n, heads, 48, generator=generator, requires_grad=True) for heads in (4, 2, 2)]

@@ -97,7 +97,7 @@ def test_transformer_engine_gets_the_rows_of_a_tree(name, window, value_width, i
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_te_is_registered_once_it_has_computed_a_tree(installed):
+def test_te_is_registered_after_it_has_computed_a_tree(installed):
     for _ in range(2):  # the verb `parity` opens the engine several times in one process
         choose_kernels(TE, ARCH, GPU, torch.bfloat16, ["window"], tp=2, spec="te")
     assert dispatch.backend_name("attention") == "te"
@@ -107,8 +107,8 @@ def test_te_is_registered_once_it_has_computed_a_tree(installed):
     "needs, spec, says",
     [
         ([], "native", "model.attention=te: requires Transformer Engine's layers, but this run uses native layers; "),
-        (["softcap"], "te", "model.attention=te: the backend's tree_attention has no argument softcap, which"),
-        (["sinks"], "te", "model.attention=te: the backend's tree_attention has no argument sinks, which"),
+        (["softcap"], "te", "model.attention=te: the backend's tree_attention has no argument named softcap, which"),
+        (["sinks"], "te", "model.attention=te: the backend's tree_attention has no argument named sinks, which"),
     ],
 )
 def test_te_is_refused_where_it_cannot_run(needs, spec, says, installed):
@@ -130,7 +130,8 @@ def test_te_is_refused_if_it_has_no_fused_kernel(unfused, installed):
         choose_kernels(TE, ARCH, GPU, torch.bfloat16, spec="te")
     reason = "there is no fused kernel for it" if unfused else "No dot product attention backend is available"
     assert str(refused.value) == (
-        f"model.attention=te: Transformer Engine cannot compute this model's attention: {reason}; set another value"
+        f"model.attention=te: Transformer Engine cannot compute this model's attention: {reason}; set the key to "
+        "another value"
     )
     assert "te" not in dispatch.BACKENDS
 
@@ -176,7 +177,7 @@ def test_flash_attention_needs_bf16(loaded):
 
 # Each key consists of the attention backend for rows of trees, the layer spec, the layout, and a flag. The flag is True
 # if the model's attention is plain. Each value consists of two flags. The first is True if model.flash_attention=3 has
-# an effect. The second is True if model.attention=te has an effect; if it is None, this is not checked.
+# an effect. The second is True if model.attention=te has an effect, and None if the test does not check that effect.
 USED = {
     ("varlen", "native", "tree", True): (True, None),
     ("sdpa", "te", "tree", True): (True, None),
@@ -208,7 +209,10 @@ def test_kernels_without_effect_are_refused(case, monkeypatch):
     assert refusal("auto", 2) is None
     said = refusal("auto", 3)
     kernels = f"model.attention={name}" if layout == "tree" else "model.spec=te"
-    expected = f"model.flash_attention=3: has no effect in {layout} rows of llama models with {kernels}; remove the key"
+    expected = (
+        f"model.flash_attention=3: has no effect with {kernels} in {layout} rows of llama models; remove the key "
+        "model.flash_attention"
+    )
     assert said == (None if flash else expected)
     if te is not None:
         expected = (
@@ -261,7 +265,9 @@ def test_flash_attention_that_torch_does_not_know(monkeypatch):
         choose_kernels(AUTO, ARCH, GPU, torch.bfloat16, flash=4)
 
 
-@pytest.mark.skipif(not hasattr(attention, "list_flash_attention_impls"), reason="torch has no FlashAttention 3 or 4")
+@pytest.mark.skipif(
+    not hasattr(attention, "list_flash_attention_impls"), reason="requires a torch that supports FlashAttention 3 and 4"
+)
 @pytest.mark.parametrize("version, module", [(3, "flash_attn_interface"), (4, "flash_attn")])
 def test_flash_attention_that_is_not_installed(version, module, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)
@@ -283,7 +289,7 @@ def test_flash_attention_that_cannot_compute_the_heads(function, loaded, monkeyp
         choose_kernels({**AUTO, "attention": "varlen"}, ARCH, GPU, torch.bfloat16, flash=4)
     assert str(refused.value) == (
         "model.flash_attention=4: FlashAttention 4 cannot compute this model's attention: FA4 flash_attention backward "
-        "unsupported: windowed attention not supported; set another value"
+        "unsupported: windowed attention not supported; set the key to another value"
     )
 
 

@@ -1,7 +1,7 @@
-"""Tests of the choice of the size of micro-batches.
+"""Tests of the automatic layout and size of micro-batches.
 
-The size depends on the number of tokens that keeps a device busy, on the stages of a pipeline, on the longest pair, and
-on the device's memory.
+Four facts determine the size: how many tokens keep a device busy, the stages of the pipeline, the longest pair, and the
+device's memory.
 """
 
 import math
@@ -66,7 +66,7 @@ class TestChoice:
         assert costs[math.ceil(work / tokens)] == pytest.approx(costs[best], rel=0.001)
         assert reason == "with more, pipeline stages would be idle for too large a part of a step"
 
-    def test_long_runs_in_a_pipeline_are_limited_by_what_is_enough(self, tmp_path):
+    def test_large_steps_in_a_pipeline_are_limited_by_what_is_enough(self, tmp_path):
         assert choose(tmp_path, ParallelDims(pp=2, world=2), per_step=1e7)[0] == ENOUGH["cpu"]
 
     @pytest.mark.parametrize("gib", [None, 250])
@@ -137,7 +137,7 @@ class TestSettled:
                 ["batch layout: stacked; as configured"],
             )
 
-    def test_the_choice_is_the_same_for_a_settled_configuration(self, tmp_path):
+    def test_the_choice_is_the_same_for_the_same_inputs(self, tmp_path):
         """A resumed run chooses again from the same inputs, and must get the same result."""
         pairs = [(60, 20, 20), (3, 50, 4)] * 20
         found = [settle(config(tmp_path), *pairs, device_memory=80 * GIB) for _ in range(2)]

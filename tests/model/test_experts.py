@@ -66,7 +66,7 @@ def test_the_bias_changes_the_choice_but_not_the_weights():
 
 
 def test_names_of_transformer_engines_experts():
-    """Transformer Engine has one module for all experts of a rank. The module has one weight for each expert."""
+    """In Transformer Engine, one module holds a linear layer of all experts of a rank, with one weight per expert."""
     for name in ("mlp.experts.linear_fc1.weight3", "mlp.experts.local_experts.3.linear_fc1.weight"):
         assert plain_name(f"decoder.layers.2.{name}", 8) == (
             "decoder.layers.2.mlp.experts.local_experts.{e}.linear_fc1.weight",

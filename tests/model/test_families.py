@@ -193,7 +193,7 @@ def test_longrope_limits_rows_to_the_original_length(config_dir):
     ],
     ids=str,
 )
-def test_older_files_have_the_rotary_positions_of_full_layers_at_the_top_level(family, older, config_dir):
+def test_older_files_have_the_rotary_positions_of_full_attention_layers_at_the_top_level(family, older, config_dir):
     from transformers import AutoConfig
 
     directory = config_dir(family, **older)
@@ -334,7 +334,7 @@ REFUSED = {
     ),
     "unknown": (
         {"model_type": "lama"},
-        "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2 and 34 more; a plugin can "
+        "unknown model family 'lama'; did you mean llama? Registered: arcee, cohere, cohere2 and 34 more; a plugin can "
         "register a family",
     ),
 }
@@ -486,12 +486,12 @@ def test_rotary_fields_by_kind_of_layer_are_checked(fields, says, config_dir):
     assert problem.startswith(says)
 
 
-def test_a_null_base_by_kind_of_layer_is_absent(config_dir):
+def test_a_null_rope_theta_for_a_kind_of_layer_counts_as_absent(config_dir):
     fields = {"rope_theta": 5e5, "rope_parameters": {FULL: {"rope_type": "default", "rope_theta": None}}}
     assert read_architecture(config_dir("gemma3_text", **fields)).rope_theta == 5e5
 
 
-def test_problems_of_a_text_config_name_it(config_dir):
+def test_problems_in_a_text_config_begin_with_text_config(config_dir):
     assert problems(config_dir("gemma3", text_config=[])) == ["text_config: must be an object; correct config.json"]
     assert problems(config_dir("gemma3", text_config={"vocab_size": 0, "attention_bias": True})) == [
         "text_config: attention_bias=True: biases in attention are not supported for Gemma models",
@@ -499,7 +499,7 @@ def test_problems_of_a_text_config_name_it(config_dir):
     ]
 
 
-def test_ministral3_is_limited_to_the_length_without_scaled_queries(config_dir):
+def test_ministral3_rows_end_where_queries_would_be_scaled(config_dir):
     scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
     assert read_architecture(config_dir("ministral3", rope_parameters=scaling)).max_positions == 32
     assert read_architecture(config_dir("ministral3", max_position_embeddings=262144)).max_positions == 16384
@@ -515,7 +515,7 @@ def test_invalid_checkpoint_directory_is_refused(tmp_path):
     assert problems(tmp_path / "none") == ["no such directory; set it to the directory of a Hugging Face checkpoint"]
     assert problems(tmp_path) == ["has no config.json; set it to the directory of a Hugging Face checkpoint"]
     for text, said in {
-        "{": "config.json cannot be read (invalid JSON at column 2: it ends inside a value",
+        "{": "config.json cannot be read (invalid JSON at column 2: the text ends inside a value",
         "[" * 100_000: "config.json cannot be read (is nested deeper than 64 levels",
         "[1]": "config.json cannot be read (is a list, not an object",
         '{"hidden_size": 64, "hidden_size": 1}': "config.json cannot be read (key 'hidden_size' occurs twice",

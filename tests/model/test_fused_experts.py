@@ -26,7 +26,7 @@ EXPERTS = "model.layers.1.mlp.experts."
 
 
 def fused_copy(directory, folder):
-    """Save a model with fused experts. transformers also holds experts in memory in this form."""
+    """Save a copy of a checkpoint in which the experts are fused, as transformers holds them in memory."""
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(directory).save_pretrained(folder, save_original_format=False)
@@ -65,9 +65,9 @@ def both_digests(compute, directories):
 
 
 def quantize(source, target):
-    """Replace the experts' matrices with random MXFP4 matrices.
+    """Copy a checkpoint, and replace the experts' matrices in the copy with random MXFP4 matrices.
 
-    Their tensors are named as in the published checkpoints of gpt-oss.
+    The MXFP4 tensors have the same names as in the published checkpoints of gpt-oss.
     """
     shutil.copytree(source, target)
     tensors, generator = load_file(target / FILE), torch.Generator().manual_seed(7)
@@ -113,7 +113,11 @@ def test_quantized_experts_are_read_as_by_transformers(layout, ranks, quantized,
 
 
 def test_every_quantized_number_is_that_of_transformers():
-    """Combine every byte with every scale. In the MX specification, values with the largest scale are NaN."""
+    """Combine every byte with every scale.
+
+    With the largest scale, the numbers are not compared with those of transformers. They must be NaN, as in the MX
+    specification.
+    """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()

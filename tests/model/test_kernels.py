@@ -111,8 +111,8 @@ def test_backend_without_a_needed_option_is_refused(monkeypatch):
     with pytest.raises(ConfigError) as refused:
         choose_kernels(asked, arch, CPU, torch.float32, ["window"])
     assert str(refused.value) == (
-        "model.attention=older: the backend's tree_attention has no argument window, which the layers of this mistral "
-        "model need; use another backend"
+        "model.attention=older: the backend's tree_attention has no argument named window, which the layers of this "
+        "mistral model need; use another backend"
     )
 
 

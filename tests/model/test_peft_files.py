@@ -142,7 +142,8 @@ def test_the_same_projections_have_adapters_as_in_peft(settings, tiny_hf, tmp_pa
     found = read_adaptation(tmp_path, arch)
     assert {name: tuple(shape) for name, shape in adapter_shapes(found, arch).items()} == expected
 
-    # PEFT can load the engine's file and save it again. It then sorts the patterns, and this must change no adapter.
+    # If PEFT loads the engine's file and saves it again, PEFT sorts the patterns. The sorted patterns must give every
+    # projection the same rank and scale.
     (tmp_path / "again").mkdir()
     (tmp_path / "again/adapter_config.json").write_text(adapter_config(found, arch, "base"))
     LoraConfig.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "last")
@@ -183,7 +184,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_adapters_that_are_not_a_function_of_the_checkpoint_are_refused(field, tiny_hf, tmp_path):
+def test_unsupported_and_invalid_settings_in_files_are_refused(field, tiny_hf, tmp_path):
     value, expected = REFUSED[field]
     arch = read_architecture(str(tiny_hf("llama")))
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], field.lstrip("-"): value}
@@ -208,7 +209,7 @@ def test_adapter_files_are_compared_with_the_model(tiny_hf, tmp_path):
     make_adapter(model, adapter, target_modules=["q_proj"])
     assert adapter_problems(asked, arch) == []
     assert adapter_problems(AdapterConfig(path=str(adapter), rank=3), arch) == [
-        "adapter.rank=3: is set by adapter.path; remove adapter.rank"
+        "adapter.rank=3: cannot be set, because the files at adapter.path already set rank; remove adapter.rank"
     ]
     tensors = adapter_tensors(adapter)
     first, second, *_ = sorted(tensors)
@@ -248,11 +249,12 @@ SETTINGS = [
     (
         {"targets": ["q_proj", "lm_head"]},
         "adapter.targets[1]=lm_head: cannot be adapted, because the engine computes the output layer and the "
-        "log-probabilities in one operation, which has no adapters; remove it",
+        "log-probabilities in one operation, which has no adapters; remove this target",
     ),
     (
         {"targets": ["embed_tokens"]},
-        "adapter.targets[0]=embed_tokens: cannot be adapted, because an embedding is not a projection; remove it",
+        "adapter.targets[0]=embed_tokens: cannot be adapted, because an embedding is not a projection; remove this "
+        "target",
     ),
     (
         {"targets": "("},
@@ -280,7 +282,10 @@ SETTINGS = [
         "adapter.layers: requires a list of names in adapter.targets, but adapter.targets is a regular expression; put "
         "the layers into this expression",
     ),
-    ({"rank_pattern": {"lm_head": 3}}, "adapter.rank_pattern: lm_head matches no adapted projection; remove it"),
+    (
+        {"rank_pattern": {"lm_head": 3}},
+        "adapter.rank_pattern: lm_head matches no adapted projection; remove this expression",
+    ),
     ({"alpha_pattern": {"x(": 3}}, None),
 ]
 
@@ -336,7 +341,7 @@ def test_attention_of_gpt_oss_is_adapted_but_not_its_experts(tiny_hf):
     ]
 
 
-def test_all_linear_is_every_projection_outside_of_experts(tiny_hf):
+def test_all_linear_is_every_projection_outside_of_routed_experts(tiny_hf):
     from dpo_engine.config.sections import AdapterConfig
 
     arch = read_architecture(str(checkpoint(tiny_hf, "glm4_moe")))
@@ -358,7 +363,7 @@ def test_targets_that_are_no_projections_are_refused(tiny_hf, tmp_path):
         read_adaptation(tmp_path, arch)
 
 
-def test_the_order_of_names_means_nothing_and_the_scale_does(tiny_hf, tmp_path):
+def test_the_digest_depends_on_the_scale_but_not_on_the_order_of_names(tiny_hf, tmp_path):
     model = tiny_hf("llama", num_hidden_layers=2)
     arch, facts, digests = read_architecture(str(model)), [], []
     make_adapter(model, tmp_path, target_modules=["q_proj", "k_proj"])
@@ -372,7 +377,7 @@ def test_the_order_of_names_means_nothing_and_the_scale_does(tiny_hf, tmp_path):
     assert facts[2]["adapter.alpha"] == "64.0" and adapter_facts(None, None) == {}
 
 
-def test_keys_for_which_heads_are_too_few(tiny_hf):
+def test_tp_must_divide_the_rows_of_the_key_projection(tiny_hf):
     from dpo_engine.config.sections import AdapterConfig
 
     arch = read_architecture(str(tiny_hf("llama", num_key_value_heads=1, head_dim=6)))

@@ -1,4 +1,8 @@
-"""Tests of converting a bare sentencepiece model to `tokenizer.json`: the ids must be those of sentencepiece itself."""
+"""Tests of converting a bare sentencepiece model to `tokenizer.json`.
+
+The last conversion must produce the ids of sentencepiece itself. The first conversion must produce the ids of the
+engine's tokenizer.
+"""
 
 import io
 
@@ -58,7 +62,8 @@ def test_ids_are_those_of_sentencepiece(make, options, tmp_path):
     made = list(conversions(path))
     texts = [*TEXTS, *(["a <|turn|>which<|turn|>xa"] if "user_defined_symbols" in options else [])]
     assert [made[-1].tokenizer.encode(text).ids for text in texts] == [model.encode(text) for text in texts]
-    # The engine uses made[0]. If the sentencepiece model doubles a leading space, made[0] removes the additional space.
+    # If the sentencepiece model doubles a leading space, the engine's tokenizer removes the leading space from the text
+    # before sentencepiece reads the text. made[0] must produce the same ids.
     doubles = model.encode(" a", out_type=str)[1:2] == model.encode("a", out_type=str)
     assert doubles == (options.get("add_dummy_prefix", True) and "remove_extra_whitespaces" in options)
     wanted = [model.encode(text.removeprefix(" ") if doubles else text) for text in texts]

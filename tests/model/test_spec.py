@@ -49,10 +49,10 @@ def test_transformer_engine_is_not_used_for_other_layers(case, lack, tiny_hf, mo
 
 
 def test_transformer_engine_is_not_used_if_some_experts_are_frozen(tiny_hf, monkeypatch):
-    """In each layer, one module of Transformer Engine holds one matrix of every expert of a rank.
+    """One module of Transformer Engine holds one kind of matrix for all experts that a rank has in a layer.
 
-    If this matrix is frozen in the first of these experts, the module computes no weight gradients. Otherwise, the
-    module computes the weight gradients of all these experts.
+    For example, a module holds the ``down_proj`` matrices. If the first expert's matrix is frozen, the module computes
+    no weight gradients. Otherwise, the module computes the weight gradients of all its experts.
     """
     monkeypatch.setattr(spec, "has_transformer_engine", lambda: True)
     given = read_architecture(checkpoint(tiny_hf, "qwen3_moe")), Platform("cuda", "nccl", gpu=True), torch.bfloat16

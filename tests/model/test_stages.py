@@ -65,7 +65,7 @@ def test_impossible_divisions_are_refused(tiny_hf):
         "parallel.layers=[3, 3]: must sum to model.num_layers=7, but the sum is 6; correct the list"
     ]
     assert problems(pp=4, vpp=2, layers="auto") == [
-        "parallel.pp=4 x parallel.vpp=2: must be at most model.num_layers=7; use a smaller number"
+        "parallel.pp=4 x parallel.vpp=2: must be at most model.num_layers=7; use fewer model chunks"
     ]
     assert problems(pp=3, layers="auto") == problems(pp=3, layers=[1, 1, 5]) == []
     assert contradictions(config_of(pp=2, vpp=2, layers=[3, 4])) == [

@@ -111,7 +111,7 @@ def test_tokenizer_that_only_its_vocabulary_files_define(tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["nothing", "settings", "file", "legacy", "list", "folder"])
-def test_template_of_the_run_replaces_the_tokenizers(inside, tmp_path):
+def test_template_of_the_run_replaces_that_of_the_tokenizer(inside, tmp_path):
     other = {"nothing": None, "settings": None, "list": None}.get(inside, OWN.replace("go", "no"))
     directory = byte_level(tmp_path / "tok", template=other)
     named = [
@@ -177,7 +177,7 @@ def test_named_template_that_links_elsewhere_is_refused(tmp_path):
     )
 
 
-def test_a_missing_template_or_end_token_is_seen(tmp_path):
+def test_a_missing_template_is_noted_and_a_wrong_end_token_is_corrected(tmp_path):
     directory = byte_level(tmp_path / "tok", template=OWN)
     tokenizer = load_tokenizer(directory)
     files = companions(tmp_path / "tok", None)

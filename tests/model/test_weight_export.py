@@ -149,7 +149,7 @@ def test_non_regular_files_are_refused(source):
         companions(source, None)
 
 
-def test_other_tokenizer_replaces_the_sources(source, tmp_path):
+def test_other_tokenizer_replaces_that_of_the_source(source, tmp_path):
     other = tmp_path / "tokenizer"
     other.mkdir()
     (other / "vocab.json").write_text("theirs")

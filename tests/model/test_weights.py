@@ -362,7 +362,7 @@ def anonymous_and_mapped_bytes(reset: bool) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def test_loading_and_saving_hold_one_file_and_one_tensor(tiny_hf, tmp_path):
+def test_loading_and_saving_never_hold_the_whole_model(tiny_hf, tmp_path):
     wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     directory = tiny_hf("llama", max_shard_size="16MB", **wide)
     total = sum(value.nbytes for value in load_weights(directory).values())

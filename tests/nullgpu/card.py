@@ -69,7 +69,7 @@ def attention_launches(kernels: Counter[str]) -> int:
 
 @contextmanager
 def waits_by_line() -> Iterator[Counter[str]]:
-    """Count the waits about which torch warns inside the block, by their place in the source code.
+    """Count torch's warnings about waits inside the block, by the place of each wait in the source code.
 
     The place consists of the three innermost stack frames whose file paths contain one of the strings in SOURCES.
     """

@@ -1,4 +1,4 @@
-"""Replace a rank's inputs from other ranks and from files, so that one process can act as any rank of any run.
+"""Replace a rank's inputs that come from other ranks or files, so that one process can act as any rank of any run.
 
 The replaced inputs are the rendezvous, Python objects from other ranks, the few numbers that control a step, the
 numbers of tokens for each expert and, optionally, the weights. The engine's computation is not replaced.

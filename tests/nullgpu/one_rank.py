@@ -1,4 +1,4 @@
-"""Run the steps of one rank, in a run of any size, on the null GPU, and report how the rank uses the device.
+"""Run steps on the null GPU as one rank of a run of any size, and report how the rank uses the device.
 
     tests/nullgpu/nullgpu python tests/nullgpu/one_rank.py --model llama3_8b --world 8 parallel.tp=2
 
@@ -38,8 +38,8 @@ def arguments() -> argparse.Namespace:
     add("--vary", action="store_true", help="give pairs different lengths, from 0.3 to 1 times --lengths")
     add("--steps", type=int, default=2, help="number of steps; the first one creates Adam's moments")
     add("--waits", action="store_true", help="print where the host waits in the last step")
-    add("--compile", action="store_true", help="use torch.compile, as a run does; the start is faster without it")
-    add("--losses", action="store_true", help="afterwards, run one step with each registered loss")
+    add("--compile", action="store_true", help="use torch.compile, as training runs do; the start is faster without it")
+    add("--losses", action="store_true", help="finally, run one more step with each registered loss")
     add("--snapshot", help="file for torch's memory snapshot (see https://pytorch.org/memory_viz)")
     add("--json", help="file for the whole report")
     add("keys", nargs="*", help="configuration, such as parallel.tp=2 model.recompute=full reference.mode=stored")
@@ -289,7 +289,7 @@ def outside_torch() -> int:
 def estimate(rank: OneRank) -> Memory:
     """Return the memory that `check` would estimate for this rank's stage.
 
-    ``max_length`` is set to the number of tokens of the longest prompt with its longer response.
+    ``max_length`` is set to the prompt's number of tokens in ``--lengths`` plus that of the longer response.
     """
     engine, (prompt, chosen, rejected) = rank.engine, (int(text) for text in asked.lengths.split(","))
     config = engine.config.model_copy(

@@ -37,7 +37,10 @@ def test_chosen_micro_batches_fit_the_card(card, arguments, least):
 
 
 def test_short_pairs_need_few_launches():
-    """Check that micro-batches of one pair need more than eight times as many launches as chosen micro-batches."""
+    """Compare the launches of a step with automatically chosen micro-batches and with micro-batches of one pair.
+
+    The former are at most 4,000. The latter are more than eight times as many.
+    """
     arguments = ("--model", "llama3_1b", "--pairs", "16", "--lengths", "200,100,100", "--vary")
     asked = (DEFAULTS, ("batch.layout=auto",))
     together, alone = (run(*arguments, *keys)["last"]["counts"]["launches"] for keys in asked)

@@ -101,6 +101,9 @@ def test_peak_is_what_the_estimate_says(keys):
 
 
 def test_memory_of_the_first_step_is_used_again():
-    """If torch's cache were not emptied, the activations of the first step would be reserved twice."""
+    """After the first step, torch's cache holds the memory of that step's activations.
+
+    If the cache were not emptied, the recordings would reserve additional memory for activations.
+    """
     report = run(*ROWS, "--layers", "8", "adapter.rank=16", ON)["last"]
     assert report["reserved"] <= 1.15 * report["peak"]

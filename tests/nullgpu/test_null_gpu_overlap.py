@@ -120,9 +120,10 @@ def test_nccl_communicates_less():
     assert overlapped["micro_batches"] == count == 2
     fewer = collectives(plain, 472)
     fewer.subtract(collectives(overlapped, 472))
-    # In each layer, attention and MLP sum their outputs in the forward passes of the reference and the policy (4 sums),
-    # and the gradients of their inputs in the backward pass (2). They gather their inputs in the policy's forward pass
-    # (2 gathers), and again for the gradients of weights (2). They also gather the gradients of their outputs (2).
+    # The overlap replaces these collectives of each layer. Attention and MLP sum their outputs in the forward passes of
+    # the reference and the policy (4 sums), and the gradients of their inputs in the backward pass (2). They gather
+    # their inputs in the policy's forward pass (2 gathers), and again for the gradients of weights (2). They also
+    # gather the gradients of their outputs (2).
     assert fewer == {"reduce_scatter": count * layers * 6, "all_gather": count * layers * 6}
     assert kernels(plain) == dict.fromkeys(kernels(overlapped), 0)
 
@@ -169,7 +170,7 @@ def test_a_model_with_norms_of_heads():
 
 @pytest.mark.parametrize("model, shared", [("qwen3_30b_a3b", False), ("qwen2_moe_14b", True)])
 def test_experts(model, shared):
-    """The overlap covers attention, and MLPs with all tokens as input. NCCL still exchanges the tokens of experts."""
+    """The overlap covers attention and shared experts. NCCL still exchanges the tokens of routed experts."""
     keys = ("--model", model, "--layers", "2", "--lengths", "64,32,32", "model.spec=te", "batch.layout=tree")
     last = run(*keys, *layout(tp=2), "parallel.ep=2", ON)["last"]
     found = {name: calls // last["micro_batches"] for name, calls in kernels(last).items()}

@@ -1,4 +1,4 @@
-"""Tests of every loss in every layout: losses, gradients and three updates must match those on one rank."""
+"""Tests of every loss in every layout: metrics and the weights after three updates must match those on one rank."""
 
 import pytest
 

@@ -197,7 +197,7 @@ def test_values_match_the_formula(name, given, formula):
     assert got.tolist() == pytest.approx(expected, rel=1e-10)
 
 
-def test_every_loss_has_a_formula_here():
+def test_all_losses_except_the_aot_losses_have_a_formula_here():
     here = {LOSSES[name] for name, *_ in FORMULAS}
     own = {loss for loss in LOSSES.values() if loss.__module__.startswith("dpo_engine.")}
     assert {loss.__name__ for loss in own - here} == {"aot", "aot_unpaired"}
@@ -295,7 +295,7 @@ def test_coefficients_are_the_derivatives_of_the_weighted_mean(name):
         torch.testing.assert_close(coefficient, gradient, rtol=1e-12, atol=1e-15)
 
 
-def test_missing_pair_does_not_affect_coefficients():
+def test_pair_of_weight_0_does_not_affect_the_coefficients_of_other_pairs():
     policy, reference = pairs(12)
     policy.chosen[1] = float("nan")
     data = columns(policy, [1.0, 0.0, 1.0, 1.0, 1.0])
@@ -362,7 +362,7 @@ def test_shape_and_value_at_initialization(name):
             torch.testing.assert_close(got, torch.full_like(got, expected), rtol=1e-12, atol=1e-15)
         else:
             assert len(set(got.tolist())) > 1, (
-                "the value does not depend on the data, so the loss should declare it as at_init"
+                "the loss at initialization does not depend on the data, so the registration should state at_init"
             )
 
 
@@ -444,7 +444,7 @@ def test_aliases():
     assert {name: to for name, to in own.items() if name != to} == ALIASES
 
 
-def test_reward_scale_is_beta_or_that_of_the_first_loss_in_a_mix():
+def test_reward_scale_is_beta_or_in_a_mix_that_of_the_first_loss_with_beta():
     def scale(name, **given):
         facts = loss_facts(LOSSES[name], options_of(name, **given))
         return facts.reward_scale, facts.averages

@@ -45,9 +45,11 @@ CASES = [
 
 
 def scored(seed: int = 0):
-    """Return the log-probabilities of tokens [2 PAIRS, LENGTH - 1] and the response masks [2 PAIRS, LENGTH].
+    """Return the policy's log-probabilities, the response masks, and the reference's sums, all for random responses.
 
-    The third value has the reference's log-probabilities, summed over each response [2 PAIRS].
+    Returns  [2 PAIRS, LENGTH - 1]  the policy's log-probability of each token
+             [2 PAIRS, LENGTH]      1 for the tokens of responses, and 0 for all other tokens
+             [2 PAIRS]              the reference's log-probabilities, summed over each response
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(PROMPT + 1, LENGTH + 1, (2 * PAIRS, 1), generator=generator)
@@ -88,9 +90,10 @@ def trl_loss(
     """Return the loss of TRL's ``DPOTrainer``. ``logps`` and ``log_sum_sq`` replace outputs of the policy's fused head.
 
     reference_logps  the reference's log-probability of each token, instead of ``reference_sums``
-    precomputed      whether the loss gets sums of the reference, as with TRL's ``precompute_ref_log_probs``; if not, it
-                     gets ``reference_logps``
-    log_sum_sq       for each token, the log of the sum of squared probabilities; it turns on ``use_weighting``
+    precomputed      whether the trainer gets the reference's sums of log-probabilities, as with TRL's
+                     ``precompute_ref_log_probs``; if not, the trainer gets ``reference_logps``
+    log_sum_sq       for each token, the log of the sum of the squared probabilities of all vocabulary entries; if this
+                     argument is given, ``use_weighting`` is on
     """
     from collections import defaultdict
 

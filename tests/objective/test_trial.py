@@ -96,8 +96,8 @@ CASES = [
         {"at_init": 0.5},
         "the loss is [0.693147, 0.693147] if policy and reference are equal, but at_init is 0.5",
     ),
-    (centered, {}, "the loss of a pair changes with the other pairs of its micro-batch, so it would depend on the"),
-    (shuffled, {}, "the loss of a pair changes with the other pairs of its micro-batch"),
+    (centered, {}, "a pair's loss, or the gradient of this loss, depends on the other pairs of the micro-batch, so"),
+    (shuffled, {}, "a pair's loss, or the gradient of this loss, depends on the other pairs of the micro-batch"),
     (secret, {}, "the loss reads columns of data that its registration does not list; list them in needs_data"),
     (broken, {}, "the loss failed on two example pairs (TypeError: unsupported operand"),
     (

@@ -111,7 +111,7 @@ def test_messages(tiny_hf):
         (".*",): ["optim.freeze: freezes every weight of the model; leave some weights to train"],
         (r".*\.q_proj\.weight",): [
             f"optim.freeze: freezes {first}, but not {kept}, which are stored in the same parameter (linear_qkv, "
-            "the first of 4 partly frozen parameters); freeze all of them, or none"
+            "the first of 4 partly frozen parameters); freeze all weights of a parameter, or none of them"
         ],
         (MATRICES, EMBEDDING): [],
         (): [],

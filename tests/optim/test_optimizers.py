@@ -90,7 +90,7 @@ def config(distributed=False, **optim):
     [
         (
             {"optimizer": "sdg"},
-            "optim.optimizer=sdg: no such optimizer; did you mean sgd? registered optimizers: adamw and sgd (add more "
+            "optim.optimizer=sdg: no such optimizer; did you mean sgd? Registered optimizers: adamw and sgd (add more "
             "with plugins: [my.module])",
         ),
         (
@@ -163,7 +163,7 @@ def test_state_must_be_declared(monkeypatch):
         owned.moments()
     assert caught.value.problems == [
         "optim.optimizer: keeps the tensor grad_avg for each parameter, but is registered with state=('square_avg',); "
-        "add grad_avg, or checkpoints would lose it"
+        "add grad_avg to state, or checkpoints would lose this tensor"
     ]
     assert set(OwnedSlice(weight, 0, 3, weight, False, rmsprop, ("square_avg", "grad_avg")).moments()) == {
         *("square_avg", "grad_avg"),

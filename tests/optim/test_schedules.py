@@ -86,7 +86,7 @@ def test_factor_out_of_range_ends_the_run_before_its_first_step(power):
     [
         (
             {"schedule": "cosin"},
-            "optim.schedule=cosin: no such schedule; did you mean cosine? registered schedules: constant, cosine, "
+            "optim.schedule=cosin: no such schedule; did you mean cosine? Registered schedules: constant, cosine, "
             "inverse_sqrt, linear, power and wsd (add more with plugins: [my.module])",
         ),
         (

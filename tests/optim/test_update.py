@@ -22,7 +22,7 @@ def updated(config, fp64, scale, fused=False):
     trained = engine.load_policy(total_steps=4)
     if fused:
         fuse_adam(trained.optimizer)
-        set_adam_step(trained, 0)  # create the optimizer state as loading a checkpoint does
+        set_adam_step(trained, 0)  # create the optimizer state now, as when a checkpoint is loaded
     named = [(name, p) for chunk in trained.chunks for name, p in chunk.named_parameters()]
     before = {name: p.detach().double().clone() for name, p in named}
     size = sum(float(value.square().sum()) for value in before.values()) ** 0.5

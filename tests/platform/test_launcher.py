@@ -106,7 +106,7 @@ def test_wrong_port_is_named(monkeypatch, port, line):
     assert error.value.problems == [line]
 
 
-def test_wrong_variable_is_one_line_of_the_command_line():
+def test_command_reports_a_wrong_variable_in_one_line():
     env = {**os.environ, "WORLD_SIZE": "2"} | {"RANK": "two"}
     overrides = ["model.path=m", "data.train=d.jsonl", "train.output_dir=o"]
     command = [sys.executable, "-m", "dpo_engine", "train", *overrides]

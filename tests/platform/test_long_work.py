@@ -81,7 +81,7 @@ def test_rank_without_a_heartbeat_is_lost():
 
 
 def counted(seconds):
-    """Let rank 1 read 3 MB, which takes `seconds` for each MB, while rank 0 only waits. Return the printed lines."""
+    """Let rank 1 simulate reading 3 MB, at `seconds` seconds per MB, while rank 0 waits. Return the printed lines."""
     from dpo_engine.platform import long_work, progress_line
 
     long_work.BEAT_S, long_work.FIRST_S = 0.05, 0.4
@@ -100,7 +100,7 @@ def counted(seconds):
     return text.getvalue().splitlines()
 
 
-def test_wait_prints_lines_with_rate_and_time_left_on_the_first_rank():
+def test_first_rank_prints_rate_and_time_left_during_a_long_wait():
     lines, others = run_ranks(counted, 2, seconds=0.45)
     assert others == [] and len(lines) >= 2
     found = [re.fullmatch(r"reading /d: (?:33|66)% of 3\.0 MB, (\d\.\d) MB/s, 0:00:\d\d left", line) for line in lines]

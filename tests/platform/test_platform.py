@@ -1,6 +1,6 @@
 """Tests of the platform: patches for the CPU, device properties, parallel dimensions, and operations on the CPU.
 
-Further tests cover process groups, errors that occur on only one rank, and the store that ranks share.
+Other tests in this file cover process groups, errors that occur on only one rank, and the store that ranks share.
 """
 
 import datetime
@@ -59,7 +59,8 @@ def test_installed_host_maps_cuda_to_the_cpu():
 def open_twice():
     """Open the groups of 4 ranks with tp 2, close them, and open them again.
 
-    Returns a dictionary that says for pairs of groups whether both are the same object, and a sum over the group `tp`.
+    Returns a dictionary and a sum. The dictionary says, for pairs of groups, whether both groups are the same object.
+    The sum is that of the rank numbers in the second group `tp`.
     """
     dims = ParallelDims(tp=2, world=4)
     platform = device.open_platform(deterministic=True)
@@ -336,7 +337,7 @@ print(config.compile_threads, os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
     "asked, threads",
     [({}, "1"), pytest.param({"TORCHINDUCTOR_COMPILE_THREADS": "3"}, "3", marks=pytest.mark.slow)],
 )
-def test_a_rank_on_a_gpu_starts_no_processes_to_compile(asked, threads):
+def test_a_rank_on_a_gpu_starts_no_processes_to_compile_by_default(asked, threads):
     environment = {name: value for name, value in os.environ.items() if "INDUCTOR" not in name} | asked
     found = subprocess.run([sys.executable, "-c", COMPILING], env=environment, capture_output=True, text=True)
     assert found.stdout.split() == [threads, "1"], found.stderr

@@ -63,7 +63,7 @@ def test_a_terminal_shows_one_line_that_disappears(clock, monkeypatch):
     assert sys.stdout.getvalue() == first + first.replace("10%", "12%") + ERASE
 
 
-def test_plain_mode_draws_nothing_again(clock, monkeypatch, capsys):
+def test_plain_mode_never_redraws_a_line(clock, monkeypatch, capsys):
     choose_progress("rich")
     work(clock, seconds=5)
     assert capsys.readouterr().out.startswith(ERASE)

@@ -1,4 +1,4 @@
-"""Tests of the page's comparison of two runs: the summary sentence, the rows, and the sign test."""
+"""Tests of the comparison of two runs on the report page and in the terminal: summary sentence, rows and sign test."""
 
 import io
 import math
@@ -31,7 +31,7 @@ def judged(name, chosen, rejected, wrong=0, **more):
     return Judged(RunFiles(Path(name), name, evaluation=found), Measures(found))
 
 
-def test_a_run_with_a_better_accuracy_that_broke():
+def test_summary_says_what_became_worse_despite_a_better_accuracy():
     """The first run ranks four pairs incorrectly, and the second run ranks all pairs correctly.
 
     A difference of four pairs is not clear. The summary must also say what became worse.
@@ -78,7 +78,7 @@ def test_rows_that_cannot_be_compared_are_left_out():
     assert told["summary"] == "b: +0.0 points of reward accuracy, which is no clear difference."
 
 
-def test_runs_with_other_references_are_compared_by_likelihood(tmp_path):
+def test_runs_with_different_references_are_compared_by_likelihood(tmp_path):
     """If the references differ, the summary compares likelihood accuracies instead of reward accuracies."""
     logps = {"chosen_tokens": [4] * COUNT, "ref_chosen_logps": [math.nan] * COUNT}
     simpo = judged("simpo", 1.0, -1.0, facts={"loss": {"name": "simpo"}, "reference": None, "step": 20}, **logps)
@@ -101,7 +101,7 @@ def test_the_terminal_shows_the_sentence_too():
     told = comparison(*runs)
     assert told["summary"] in out and "sign test of prompts: p = 0.125" in out
     assert "hot, step 4  dpo, step 4  difference" in out
-    assert "hot ranks 4 of them better than dpo does, 0 worse and 251 eq" in out
+    assert "the reward accuracy is higher in hot than in dpo for 4 of them, lower for 0 and equal for 251; sign" in out
     for row in told["rows"]:
         mean, low, high = (f"{value:+.3f}".replace("-", "\u2212") for value in row.difference)
         assert re.search(

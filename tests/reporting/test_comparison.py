@@ -183,7 +183,7 @@ class TestCompare:
         assert found["low"] == pytest.approx(gain.mean() - 1.96 * error, abs=0.3 * error)
         assert found["high"] == pytest.approx(gain.mean() + 1.96 * error, abs=0.3 * error)
 
-    def test_repeated_pair_is_matched_as_often_as_both_have_it(self):
+    def test_repeated_pair_is_matched_as_often_as_it_occurs_in_both_evaluations(self):
         first, second = evaluation([1, 1, 1.0], ids=["a", "a", "b"]), evaluation([0, 0, 0.0], ids=["a", "c", "a"])
         found = compare(first, second, names=self.names)
         assert (found["common"], found["only"]) == (2, [1, 1])

@@ -53,7 +53,10 @@ def test_intervals_have_their_nominal_coverage():
 
 
 def test_pairs_of_a_prompt_are_resampled_together():
-    """Repeating each pair five times adds no evidence, and the order of pairs does not matter."""
+    """Copies of a pair add no evidence if they have the same prompt, and the order of pairs does not matter.
+
+    If every copy has its own prompt, the interval becomes narrower.
+    """
     rng = np.random.default_rng(3)
     values, prompts = rng.normal(size=50), np.array([f"p{i:02d}" for i in range(50)])
     expected = one(values, prompts=prompts)
@@ -83,9 +86,11 @@ def tail(hits, count, share):
 
 @pytest.mark.parametrize(("hits", "count"), [(255, 255), (251, 255), (0, 12), (7, 10)])
 def test_intervals_of_shares_contain_the_exact_ones(hits, count):
-    """At each bound of the Clopper-Pearson interval, the tail that includes the observed count has probability 2.5%.
+    """The interval of a share contains its bootstrap interval and its exact interval (Clopper-Pearson).
 
-    Exceptions are the lower bound 0 if there are no hits, and the upper bound 1 if there are only hits.
+    At the lower bound of the exact interval, the probability of at least the observed number of hits is 2.5%. At the
+    upper bound, the probability of at most the observed number is 2.5%. If there are no hits, the lower bound is 0. If
+    there are only hits, the upper bound is 1.
     """
     values = np.arange(count) < hits
     found, bootstrap = one(values, centers=[SHARE]), one(values)
@@ -111,7 +116,10 @@ def test_few_pairs_that_differ(better, worse):
 
 
 def test_exact_intervals_count_prompts():
-    """Repeating each pair five times adds no evidence, and opposite pairs of the same prompt cancel."""
+    """Copies of a pair add no evidence if they have the same prompt.
+
+    In the sign test, opposite values of the same prompt cancel.
+    """
     values, prompts = np.ones(20), np.arange(20)
     expected = one(values, centers=[SHARE])
     assert one(np.repeat(values, 5), prompts=np.repeat(prompts, 5), centers=[SHARE]) == pytest.approx(expected)

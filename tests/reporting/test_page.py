@@ -1,4 +1,4 @@
-"""Tests of the page of a run: its content, size and speed, pages of several runs, and the text for terminals."""
+"""Tests of reports about one run or several: pages, text for terminals, and the time and memory to write a page."""
 
 import base64
 import dataclasses
@@ -118,7 +118,7 @@ def test_values_outside_of_the_histogram_are_named(tmp_path):
 
 
 def test_pairs_have_every_kind_that_fits(tmp_path):
-    """Each shown pair whose ranking flipped has a kind that says so, even if it was chosen for another reason."""
+    """Each shown pair whose ranking flipped has a kind that says so, even if the pair was shown for another reason."""
     reference = np.array([-1.0] * 20 + [1.0] * 4)
     policy = np.array([1.0] * 18 + [-1.0] * 6)
     logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5}
@@ -158,10 +158,10 @@ def test_the_page_asks_to_reload_only_if_the_run_may_go_on(folder, tmp_path):
     assert "reload the page" in page(read_runs([going])) and "reload the page" not in page(read_runs([going, folder]))
 
 
-def test_the_time_between_starts_is_no_training(tmp_path):
+def test_the_pause_before_a_restart_is_not_training_time(tmp_path):
     """Steps take 2 s and end 2.5 s apart. The run is restarted after step 20.
 
-    A pause of 270 s before the restart must not change the results.
+    A pause of 270 s before the restart must change neither the training time nor the time between steps.
     """
     folder = write_directory(tmp_path / "run", count=20, shown=2)
     assert "0:02:29 of training" in page(read_runs([folder])), "steps 1 and 21 count 2 s each, other steps 2.5 s"
@@ -204,8 +204,8 @@ def test_charts_of_a_run_without_a_reference(folder, tmp_path):
     )
 
 
-def test_small_numbers_of_pairs_keep_their_digits(tmp_path):
-    """Very small margins are not rounded to 0, so that they show whether the ranking of their pair flipped."""
+def test_small_margins_keep_their_digits(tmp_path):
+    """Very small margins are not rounded to 0, so that the table shows whether the ranking of a pair flipped."""
     logps = {"ref_chosen_logps": [-5.00021, -5.0, -6.0], "chosen_logps": [-4.0, -5.0, -4.9998]}
     folder = write_directory(tmp_path / "run", found=evaluation([1.0, 0.0, 1.0], **logps), shown=3)
     rows = {row["index"]: row for row in pair_rows(read_runs([folder]))}
@@ -241,7 +241,7 @@ def test_run_beside_run(folder, tmp_path):
     won = int((second["accuracy"] > first["accuracy"]).sum())
     lost = int((second["accuracy"] < first["accuracy"]).sum())
     assert (
-        f"two ranks {won} better, {lost} worse" in html
+        f"two ranks {won} of these pairs better than one, {lost} worse" in html
         and "exact sign test: p = " in html
         and f"Pairs that the runs judge differently: {won + lost}</summary>" in html
     )
@@ -253,7 +253,7 @@ def test_runs_with_different_held_out_pairs(folder, tmp_path):
     ids = [f"{i:032x}" for i in range(30, 90)]
     half = write_directory(tmp_path / "half", found=pairs(60, id=ids), shown=2)
     html = page(read_runs([folder, half]))
-    says = "The runs were evaluated on different held-out pairs, of which only the common ones are compared: "
+    says = "Only some held-out pairs are the same in both runs, and only these pairs are compared: "
     assert f"{says}30 in common, 30 only in half, 30 only in one." in html
     none = write_directory(tmp_path / "none", found=evaluation([1.0], ids=["f" * 32]), shown=1)
     html = page(read_runs([folder, none]))
@@ -313,7 +313,10 @@ def test_wrong_use_is_refused(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_size_time_and_memory(tmp_path):
-    """The run has 100,000 metric lines, 500 evaluations, 50,000 pairs, and 500 shown pairs with long responses."""
+    """The run has 100,000 steps and 500 evaluations. The last evaluation has 50,000 pairs.
+
+    The page shows 500 of these pairs, and each of their responses has 400 tokens.
+    """
     random = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(random.choice(letters, random.integers(2, 8))) + " " for _ in range(30_000)]

@@ -69,7 +69,7 @@ def test_jsonl_holds_every_metric_under_its_prefix(run):
     assert lines_of(config)[1:] == [{"step": 1, "eval/loss": 0.7}, {"step": 2, "loss": None, "grad_norm": None}]
 
 
-def test_resumed_run_truncates_the_steps_it_repeats(run):
+def test_resumed_run_removes_the_steps_that_it_repeats(run):
     config = run(progress="off")
     first = open_sinks(config, total_steps=4, writer=True)
     for step in (1, 2, 3):

@@ -64,8 +64,9 @@ def test_better_worse_and_unclear():
 def free(right, tokens, step, count=40, **more):
     """Return an evaluation without a reference.
 
-    Per token, the chosen response is more likely in the first ``right`` pairs. As a whole, the chosen response is more
-    likely in all pairs, because it has only 2 tokens. The rejected response has ``tokens`` tokens.
+    Every chosen response has 2 tokens, and every rejected response has ``tokens`` tokens, at least 3. The chosen
+    response has the higher log-probability per token in the first ``right`` pairs. The sum over all tokens of the
+    response is higher for the chosen response in all pairs.
     """
     each = np.where(np.arange(count) < right, -1.0, -2.0)
     chosen, rejected = 2 * each, np.full(count, -1.5 * tokens)
@@ -177,7 +178,10 @@ def test_ranking_counts_flips():
     worse = one(verdict(evaluation(reference - policy, **swapped)), "The policy ranks fewer pairs")
     assert worse.kind == "bad" and "0 pairs became right, 20 became wrong" in worse.evidence
     same = {"ref_chosen_logps": policy - 5, "chosen_logps": policy - 5, "rejected_logps": [-5.0] * 40}
-    assert one(verdict(evaluation(policy, **same)), "By likelihood, the policy ranks about as many").kind == "note"
+    assert (
+        one(verdict(evaluation(policy, **same)), "No clear change in the share of pairs ranked correctly").kind
+        == "note"
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +191,7 @@ def test_ranking_counts_flips():
         (-3.0, -1.0, "Chosen responses became less likely in 100.0% of the pairs, and rejected", "warn"),
         (2.0, -1.0, "Margins grew from both sides", "good"),
         (2.0, 1.0, "Chosen responses became more likely; rejected", "note"),
-        (0.0, -4.0, "Chosen responses are about as likely", "note"),
+        (0.0, -4.0, "No clear change in the likelihood of chosen", "note"),
     ],
 )
 def test_displacement(chosen, rejected, start, kind):
@@ -210,7 +214,7 @@ def test_a_policy_far_from_the_reference():
     sizes = "4.1 nats per token of chosen responses, 0.0 per token of rejected ones"
     assert sizes in one(verdict(far), "The log-probability of a token").evidence
     falling = {"eval__loss": series(0.6, 0.4)}
-    for start in ("No overfitting so far", "The model's confidence matches"):
+    for start in ("No overfitting so far", "No clear difference between the model's confidence"):
         kinds = [one(verdict(found, **falling), start).kind for found in (sure(near), sure(far))]
         assert kinds == ["good", "note"], "far from the reference, the finding must be a note"
     headline = one(verdict(far), "Better on held-out pairs (accuracy 100.0% on 20 pairs), but the policy is very far")
@@ -223,7 +227,7 @@ def test_overfitting():
     over = one(verdict(found, **rising), "Overfitting since step 2")
     assert over.kind == "warn" and over.advice.startswith("Step 2 has no checkpoint, and no other step has one.")
     for kept, says in (
-        ([2, 3], "Use the checkpoint of this step (`export --step 2`)"),
+        ([2, 3], "Use the checkpoint of step 2 (`export --step 2`)"),
         ([3], "Step 2 has no checkpoint; only step 3 has one."),
         ([1, 3], "Step 2 has no checkpoint; only steps 1 and 3 have one."),
     ):
@@ -237,7 +241,8 @@ def test_overfitting():
     assert one(verdict(found, eval__loss=series(0.6, 0.5, 0.4)), "No overfitting so far").kind == "good"
     assert one(verdict(found, eval__loss=series(0.6)), "There are fewer than two evaluations").kind == "note"
     assert one(verdict(found), "There are fewer than two evaluations").kind == "note"
-    # If the evaluation of the best step exists, the verdict depends on the interval of the paired difference.
+    # If the losses of the same pairs are known for the best step, the verdict depends on the interval of the paired
+    # difference.
     loss = found.columns["loss"]
     noisy = evaluation([1.0] * 20, loss=loss - 0.02 - 0.2 * (-1.0) ** np.arange(20))
     assert one(verdict(found, noisy, **rising), "No clear overfitting").kind == "note"
@@ -282,7 +287,7 @@ def test_length():
     assert one(verdict(length_case(0.8, 0.8)), "Length alone does not explain").kind == "good"
     assert one(verdict(evaluation([1.0] * 20)), "Both responses of every pair are equally long").kind == "note"
     few = evaluation([1.0] * 20, chosen_tokens=[9] * 2 + [8] * 18)
-    short = one(verdict(few), "Too few pairs differ in length")
+    short = one(verdict(few), "Length may or may not explain the accuracy: too few pairs")
     assert (
         short.kind == "note"
         and "equally long responses counts as half right. Different lengths: 2 pairs of 20." in short.evidence
@@ -315,11 +320,14 @@ def test_calibration():
     assert f"error {confidence - 0.7:.3f}, Brier score {brier:.3f}" in over.evidence
     assert one(verdict(evaluation([0.1] * 50)), "The model is underconfident").kind == "note"
     few = evaluation([0.1] * 7 + [-0.1] * 3)
-    assert one(verdict(few), "The model's confidence matches"), (
+    assert one(verdict(few), "No clear difference between the model's confidence"), (
         "10 pairs must be too few to show that the model is underconfident"
     )
     half = math.log(0.8 / 0.2)
-    assert one(verdict(evaluation([half] * 80 + [-half] * 20)), "The model's confidence matches").kind == "good"
+    assert (
+        one(verdict(evaluation([half] * 80 + [-half] * 20)), "No clear difference between the model's confidence").kind
+        == "good"
+    )
 
 
 def test_calibration_error_counts_pairs_by_weight():

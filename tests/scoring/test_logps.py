@@ -80,7 +80,7 @@ def pairs_of(case: Case):
     """Return eight pairs and a dummy, or only dummies if the case has ``dummies``.
 
     The prompts of the eight pairs are drawn from three prompts. One response consists of the token ids at the edges of
-    the vocabulary shards, for all layouts.
+    the vocabulary shards of all layouts.
     """
     if case.dummies:
         return [None, None]

@@ -51,7 +51,7 @@ def test_policy_is_restored_even_after_an_error():
 
 
 def test_offloaded_results_belong_to_their_pairs(monkeypatch):
-    """Steps can come in an order that differs from the announced order, for example after skipped steps."""
+    """Each step gets the results of its own pairs, even if the order of the steps differs from that of ``upcoming``."""
     monkeypatch.setattr(references, "score", lambda chunks, batches, **_: [batch.index.tolist() for batch in batches])
     weights = HostWeights([torch.nn.Linear(2, 2)], pinned=False)
     upcoming = [[batch_of(0, 1)], [batch_of(2)], [batch_of(3)]]

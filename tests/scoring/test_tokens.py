@@ -166,7 +166,7 @@ def test_progress_of_evaluating_and_scoring(files, tiny_hf, tmp_path, capfd):  #
         assert shares == sorted(shares) and len(set(shares)) >= 3 and shares[-1] == 100, (what, shares)
     texts, _ = read_tokens(tmp_path / "eval/step_00000000.tokens.parquet")
     assert len(texts) == 21 and texts[1].ref_logps is None and all(np.isfinite(texts[1].logps))
-    says = "tokens: reference.mode=stored has only sums over responses, so tokens have no log-probability under the "
+    says = "tokens: reference.mode=stored provides only one log-probability per response, so tokens have no "
     assert says in out
 
 

@@ -1,4 +1,7 @@
-"""Tests of training jobs submitted to Slurm: after any interruption, the metrics are those of an undisturbed job.
+"""Tests of training jobs that are submitted to Slurm.
+
+If a job is interrupted and requeued, its metrics are those of an undisturbed run. A job that fails or is canceled is
+not requeued.
 
 Most tests set `DPO_FAULT=step:R:N:stop`, which suspends the process of rank R after the N-th step. Such a test acts at
 this known moment, and then continues or ends the process. The expected metrics come from forked ranks, which run
@@ -51,7 +54,10 @@ def test_warning_before_the_time_limit(submit_from, run_yaml, undisturbed, tmp_p
 
 
 def test_warning_under_torchrun(submit_from, run_yaml, undisturbed, tmp_path):
-    """Slurm signals only the batch shell. torchrun exits with 1 for any nonzero exit code of the ranks."""
+    """The warning reaches only the batch shell. The job saves and is requeued.
+
+    The exit code of torchrun does not show that the ranks saved: it is 1 for any nonzero exit code of the ranks.
+    """
     layout = {"tp": 2}
     expected = undisturbed(layout)
     job = submit_from(LAUNCHER="torchrun").train(run_yaml("slurm", parallel=layout), DPO_FAULT="step:0:5:stop")

@@ -67,7 +67,10 @@ class Cluster:
 
 
 class Submission:
-    """A directory to submit jobs from, like a user's clone, with the scripts in `launch/` and a `site.env`."""
+    """A directory from which tests submit jobs.
+
+    Like a user's clone, the directory contains the scripts of `launch/` and a `launch/site.env`.
+    """
 
     def __init__(self, cluster: Cluster, folder: Path, **site: str):
         self.cluster = cluster
@@ -86,7 +89,10 @@ class Submission:
         return subprocess.run(command, env=surroundings, cwd=folder, capture_output=True, text=True, timeout=60)
 
     def train(self, run: Path | str, *options: str, **environment: str) -> "Job":
-        """Submit ``launch/train.sbatch`` for a run on 2 nodes with 2 ranks each."""
+        """Submit ``launch/train.sbatch`` for a run, by default on 2 nodes with 2 ranks each.
+
+        Options of sbatch change these defaults.
+        """
         return self.submit(*options, "launch/train.sbatch", str(run), **environment)
 
     def submit(self, *arguments: str, folder: Path | None = None, **environment: str) -> "Job":

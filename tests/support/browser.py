@@ -74,7 +74,7 @@ def requests(driver: webdriver.Chrome) -> list[str]:
 
 
 def check_charts(driver: webdriver.Chrome, least: int = 15) -> None:
-    """Check that the page has at least `least` charts, and that every chart has marks."""
+    """Check that the page has at least `least` charts, and that every chart shows a line, a point or a bar."""
     counts = driver.execute_script(
         "return [...document.querySelectorAll('.chart')].map(chart => [chart.id,"
         " chart.querySelectorAll('.scatterlayer path, .barlayer path').length])"

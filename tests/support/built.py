@@ -25,7 +25,8 @@ def write(path, rows):
 class Builder:
     """Callable: `build(rows or path, ..., max_length=9)` returns a data set and its build report.
 
-    Lists of rows are written to `0.jsonl`, `1.jsonl` and so on.
+    A list of rows is written to a file that is named after the position of the list in the arguments: `0.jsonl` for the
+    first argument, `1.jsonl` for the second.
     """
 
     def __init__(self, folder: Path, tokenizer_path: Path):

@@ -91,13 +91,17 @@ def debian_base() -> Path:
         )
         if done.returncode:
             part.unlink(missing_ok=True)
-            absent(f"no Debian mirror: {done.stderr.strip().splitlines()[-1]}")
+            absent(f"mmdebstrap cannot make the base image: {done.stderr.strip().splitlines()[-1]}")
         part.rename(tar)
     return tar
 
 
 def pip_volumes(folder: Path) -> list[str]:
-    """Return volume options that give builds access to this machine's pip settings: indexes, folders, certificates."""
+    """Write this machine's pip settings to ``pip.conf`` in ``folder``, and return volume options for builds.
+
+    The options mount ``pip.conf``, and the local files and directories that the settings name: constraints,
+    certificates, and directories of packages.
+    """
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout

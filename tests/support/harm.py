@@ -31,7 +31,8 @@ class Outcome(NamedTuple):
     grown     peak growth of the memory in bytes
     errors    lines that the run wrote to stderr
     output    what the run wrote to stdout
-    changed   files outside of the run's own folder ``out`` that were added, removed or changed
+    changed   files and directories that were added, removed or changed. The folder ``out``, to which the run writes its
+              results, is not compared
     """
 
     code: int

@@ -59,7 +59,7 @@ def rows(folder: Path, *lines: bytes | str, name: str = "pairs.jsonl") -> None:
 
 
 def edited(path: Path, **changes) -> None:
-    """Change keys of a JSON file."""
+    """Set keys of a JSON file. If there is no such file, create the file."""
     values = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**values, **changes}))
 
@@ -83,7 +83,7 @@ def record_nested_100000_deep(folder):
 
 
 @case(3, "pairs.jsonl:2: contains a number with too many digits")
-def record_with_an_integer_of_5000_digits(folder):
+def record_with_an_integer_of_5001_digits(folder):
     rows(folder, dump(GOOD)[:-1] + f', "weight": {HUGE}}}'.encode())
 
 
@@ -138,7 +138,7 @@ def record_with_a_terminal_sequence_for_a_name(folder):
 
 
 @case(3, "pairs.jsonl.gz:2: the line is longer than 16 MiB")
-def record_of_a_megabyte_that_unpacks_to_a_gigabyte(folder):
+def record_of_megabytes_that_unpacks_to_a_gigabyte(folder):
     path = folder / "pairs.jsonl.gz"
     with path.open("wb") as stream:
         stream.write(gzip.compress(dump(GOOD) + b"\n"))
@@ -382,7 +382,7 @@ def index_nested_100000_deep(folder):
 
 
 @case(2, "model.safetensors.index.json cannot be read (contains a number with too many digits)")
-def index_with_an_integer_of_5000_digits(folder):
+def index_with_an_integer_of_5001_digits(folder):
     (folder / "model/model.safetensors.index.json").write_text('{"weight_map": ' + HUGE + "}")
 
 
@@ -400,7 +400,7 @@ def model_config_nested_100000_deep(folder):
 
 
 @case(2, "config.json cannot be read (contains a number with too many digits)")
-def model_config_with_an_integer_of_5000_digits(folder):
+def model_config_with_an_integer_of_5001_digits(folder):
     text = (folder / "model/config.json").read_text()
     (folder / "model/config.json").write_text(text.replace('"hidden_size": 64', f'"hidden_size": {HUGE}'))
 
@@ -496,7 +496,7 @@ def tokenizer_config_nested_100000_deep(folder):
 
 
 @case(2, "tokenizer_config.json cannot be read (contains a number with too many digits)")
-def tokenizer_config_with_an_integer_of_5000_digits(folder):
+def tokenizer_config_with_an_integer_of_5001_digits(folder):
     (folder / "tok/tokenizer_config.json").write_text(f'{{"model_max_length": {HUGE}}}')
     return BYTES
 
@@ -596,7 +596,7 @@ def run_file_nested_deep_by_aliases(folder):
 
 
 @case(2, "is not valid YAML (a number with 5,001 digits, more than 100)")
-def run_file_with_an_integer_of_5000_digits(folder):
+def run_file_with_an_integer_of_5001_digits(folder):
     run_file(folder, f"plugins: {HUGE}\n")
 
 

@@ -25,9 +25,9 @@ def steps_of(output: Path) -> list[dict]:
 
 
 def record_pairs(folder: Path) -> None:
-    """From now on, write the pairs that this rank uses in each step to a file in ``folder``.
+    """From now on, append a record of each step to this rank's file in ``folder``.
 
-    The record of a step has all pairs of the global batch, in order, and the pairs in this rank's micro-batches.
+    The record lists all pairs of the global batch, in order, and the pairs in this rank's micro-batches.
     """
     from dpo_engine.training import trainer
 
@@ -54,7 +54,8 @@ def recorded_pairs(folder: Path, ranks: int, copies: int) -> dict[int, list[str]
 
     copies  number of ranks that share one model copy and work on the same pairs
 
-    Asserts that the order was the same on all ranks, and that the number of ranks that used each pair is ``copies``.
+    Asserts that all ranks recorded the same steps and the same order of pairs, and that ``copies`` ranks used each
+    pair.
     """
     logs = [(folder / f"rank_{rank}.jsonl").read_text(encoding="utf-8").splitlines() for rank in range(ranks)]
     by_rank = [{line["step"]: line for line in map(json.loads, log)} for log in logs]

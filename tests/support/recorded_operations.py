@@ -71,10 +71,9 @@ class Recorder(TorchDispatchMode):
     def _waited(result, args):
         """Wait for a collective, and return its result.
 
-        In the returned result, the handle of a finished broadcast replaces the handle of the collective.
-
         Waiting for some collectives starts operations, such as a copy. These operations are not recorded here, but they
-        would be recorded if the caller waited for the same collective again.
+        would be recorded if the caller waited for the same collective again. Therefore, the returned result contains
+        the handle of a different collective, a broadcast of one number. Waiting for the broadcast starts no operations.
         """
         group = next(one for one in args if isinstance(one, torch.ScriptObject) and "ProcessGroup" in str(one._type()))
         _, done = torch.ops.c10d.broadcast_([torch.zeros(1)], group, 0, 0)

@@ -77,10 +77,12 @@ def write_directory(
     found=None,
     **of,
 ):
-    """Write a run's configuration, metrics, log, evaluations and last manifest, and return its directory.
+    """Write a run's configuration, metrics, log and evaluations, and return the run's directory.
+
+    The last step has a checkpoint, of which only the manifest is written.
 
     losses   the held-out loss of each evaluation; None: losses that decrease
-    found    the last evaluation; None: an evaluation of random pairs
+    found    the last evaluation; None: an evaluation of random pairs. Its summary is written for all evaluated steps
     of       arguments of :func:`texts_of`
     """
     folder.mkdir(parents=True)

@@ -43,9 +43,10 @@ CASES = {
     "name", [pytest.param(name, marks=() if name.startswith("start,") else pytest.mark.slow) for name in CASES]
 )
 def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
-    """A shared and a resident reference compute the same matrix products on the same numbers.
+    """In a run with an adapter, the mode ``auto`` means a shared reference.
 
-    The metrics and the trained adapters of the two runs are therefore bitwise equal.
+    A shared reference and a resident reference compute the same matrix products on the same numbers. The metrics and
+    the trained adapters of the two runs are therefore bitwise equal.
     """
     adapter, reference, ranks, parallel = CASES[name]
     model = tiny_hf("llama", num_key_value_heads=2)

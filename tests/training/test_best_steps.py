@@ -1,7 +1,7 @@
 """Tests of saving the best evaluated steps.
 
-Runs are also killed while they save such a step, or stopped before its evaluation. After a restart, they must still
-choose the right best steps.
+Some runs are killed while they evaluate or save the second-best step. Another run is stopped after a step, before the
+evaluation of the step. After a restart, each of these runs must still choose the right best steps.
 """
 
 import json

@@ -112,7 +112,7 @@ def test_one_rank_ends_the_run(start, tmp_path):
 def test_a_return_value_that_is_no_reason(start):
     kind, message = start(last_step=1, returned=True)[0]
     assert kind == "ConfigError"
-    assert message == "callbacks.recorder: on_step returned true; return the reason to end the run as text, or None"
+    assert message == "callbacks.recorder: on_step returned true; return None, or text with the reason to end the run"
 
 
 class Setting(Callback):

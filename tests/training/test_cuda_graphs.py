@@ -392,7 +392,8 @@ def test_savings_can_be_set(tiny_hf):
         (
             "llama",
             {"num_hidden_layers": 1},
-            "the model has one layer, and the last layer has no graphs, because its sizes vary",
+            "the model has one layer, and the last layer has no graphs, because the number of tokens that it computes "
+            "varies",
         ),
     ],
 )
@@ -432,7 +433,10 @@ def test_the_log_names_graphs(tiny_hf):
 
 
 def test_estimated_memory(tiny_hf):
-    """With graphs, the activations also stay in memory during an update, so the update needs additional memory."""
+    """With graphs, the activations also stay in memory during an update.
+
+    The estimate therefore adds the memory of the update to the memory of the activations.
+    """
     arch = read_architecture(str(tiny_hf("llama")))
     sections = {"data": {"train": "t", "max_length": 64}, "optim": {"gradients": "bf16"}}
     sections["parallel"] = {"distributed_optimizer": False}

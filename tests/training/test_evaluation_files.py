@@ -106,7 +106,7 @@ def train_with_a_full_disk(config):
 
 
 @pytest.mark.parametrize("case", [pytest.param("nothing asked", marks=pytest.mark.slow), "without plotly", "full disk"])
-def test_what_cannot_be_written_does_not_end_the_run(case, files, tiny_hf, tmp_path, capfd):  # noqa: F811
+def test_a_run_ends_normally_if_files_are_not_written(case, files, tiny_hf, tmp_path, capfd):  # noqa: F811
     logging = LOGGING | ({"page": False, "token_samples": 0} if case == "nothing asked" else {})
     config = config_of(
         files,

@@ -1,4 +1,8 @@
-"""Tests of fp64 training steps of every family: several layouts, one rank and transformers agree on the numbers."""
+"""Tests of fp64 training steps of every family.
+
+The numbers in several layouts must match those on one rank. For dense models, the numbers on two tensor-parallel ranks
+must match those of transformers.
+"""
 
 import pytest
 

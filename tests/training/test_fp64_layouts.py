@@ -1,4 +1,7 @@
-"""Tests in fp64: in every layout, metrics and weights agree to within 1e-10 with those of padded rows on one rank."""
+"""Tests of parallel layouts in fp64, and a test that compares fp32 with fp64.
+
+In every layout, a run must give the same metrics and weights as a run with padded rows on one rank, to within 1e-10.
+"""
 
 import pytest
 
@@ -10,7 +13,10 @@ from support.layouts import LAYOUTS, SIZES, world
 PLAIN = {"distributed_optimizer": False}
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
 SLOW = ("one", "tp2", "pp2", "cp2", "dp2", "tp2 pp2 cp2")
-"""Layouts that only the slow suite tests: the largest layout, and layouts that are parts of other tested layouts."""
+"""Layouts that `test_layout_matches_one_rank` tests only in the slow suite.
+
+These are the largest layout, and layouts whose kinds of parallelism also occur in other tested layouts.
+"""
 CASES = [
     pytest.param(name, rows, marks=pytest.mark.slow if name in SLOW else ())
     for name in LAYOUTS

@@ -1,4 +1,7 @@
-"""Tests of FP8 linear layers, as far as a CPU allows: refusals, row lengths, and padding, which must change no number.
+"""Tests of FP8 linear layers, as far as a CPU allows.
+
+The tests check which settings are accepted, which layers are chosen, how much memory is planned, which stored scores
+and checkpoints are used, and how long rows are. Padding must change no number.
 
 ``tests/nullgpu/test_null_gpu_fp8.py`` runs the layers on a GPU that computes nothing. No test computes in FP8.
 """
@@ -56,7 +59,11 @@ DELAYED = (
 )
 NO_EFFECT = "has no effect unless megatron.transformer.fp8 is set"
 REFUSALS = [
-    ({"fp8": "e4m3"}, {}, f"fp8=e4m3: requires fp8_recipe, because Megatron's default is delayed, and {DELAYED}"),
+    (
+        {"fp8": "e4m3"},
+        {},
+        f"fp8=e4m3: requires fp8_recipe, because Megatron's default is delayed scaling, and {DELAYED}",
+    ),
     ({"fp8": "e4m3", "fp8_recipe": "delayed"}, {}, f"fp8_recipe=delayed: {DELAYED}"),
     (
         {"fp8": "e4m3", "fp8_recipe": "custom"},
@@ -67,7 +74,7 @@ REFUSALS = [
     (
         {"fp8": None},
         {},
-        "fp8=null: has no effect unless its value is e4m3 or hybrid; meet this condition, or remove the field",
+        "fp8=null: has no effect unless the field is set to e4m3 or hybrid; meet this condition, or remove the field",
     ),
     ({"fp8_recipe": "blockwise"}, {}, f"fp8_recipe=blockwise: {NO_EFFECT}; meet this condition, or remove the field"),
     (
@@ -196,11 +203,11 @@ def test_refusals_for_a_model(tiny_hf):
     assert problems(BLOCKWISE) == problems({}) == problems({}, tp=4) == []
     (line,) = problems(BLOCKWISE, tp=4)
     assert line == (
-        f"{FP8}each rank's width of the MLP, 24, must be a multiple of 16; lower parallel.tp or parallel.etp, or "
+        f"{FP8}the width of the MLP on each rank, 24, must be a multiple of 16; lower parallel.tp or parallel.etp, or "
         "remove fp8"
     )
     mxfp8 = problems({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, tp=2)
-    assert [line.split("rank's ")[1].split(", must")[0] for line in mxfp8] == ["width of the MLP, 48"]
+    assert [line.split(": ")[1].split(", must")[0] for line in mxfp8] == ["the width of the MLP on each rank, 48"]
     assert problems({**BLOCKWISE, **SOME, START: 3}, pp=2) == [
         f"megatron.transformer.{START}=3: must be at most 2, the number of layers of a pipeline stage; lower it"
     ]
@@ -342,7 +349,7 @@ SPLITS = [  # tp, cp, sequence parallelism
 
 @pytest.mark.parametrize("tp, cp, split", SPLITS)
 @pytest.mark.parametrize("recipe", TOKEN_MULTIPLES)
-def test_each_rank_has_a_multiple_of_tokens(tp, cp, split, recipe):
+def test_token_counts_on_each_rank_fit_the_recipe(tp, cp, split, recipe):
     pairs, dims = RandomPairs(6, 500), ParallelDims(tp=tp, cp=cp, world=tp * cp)
     given = config_of(
         {"fp8": "e4m3", "fp8_recipe": recipe},

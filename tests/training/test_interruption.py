@@ -1,4 +1,7 @@
-"""Tests of interruptions: a signal to one rank stops all ranks after the same step, and the state is saved."""
+"""Tests of interruptions by signals, by the time limit, and by callbacks.
+
+A signal to one rank must stop all ranks after the same step, and the state must be saved.
+"""
 
 import os
 import signal
@@ -12,7 +15,7 @@ from support.small_run import config_of, log_of
 
 
 def run_and_signal(config, numbers, at_step):
-    """Train, and send the signals to rank 0 during step ``at_step``. Return the error or the summary of the run."""
+    """Train, and send the signals ``numbers`` to rank 0 in step ``at_step``. Return the error or the run's summary."""
     from torch import distributed as dist
 
     from dpo_engine.errors import EngineError

@@ -52,11 +52,11 @@ class Observed(NamedTuple):
     """The results of a rank, and what the rank did while it trained.
 
     calls        number of calls of modules and functions
-    chunks       numbers of the model chunks, in the order of the chunks' forward passes
-    gathers      events in order: a trained chunk's number at each of its forward passes, and ``gather`` whenever an
+    chunks       index of the model chunk of each forward pass, in order
+    gathers      events in order: a trained chunk's index at each of its forward passes, and ``gather`` whenever an
                  all-gather of weights starts
     kept         bytes of the hidden states that each activation checkpoint keeps
-    buckets      numbers of gradient buckets, of values in the buckets, and of values that this rank's optimizer updates
+    buckets      three counts: gradient buckets, values in the buckets, and values that this rank's optimizer updates
     """
 
     result: dict
@@ -81,7 +81,10 @@ def observed(config, **arguments):
     calls, chunks, gathers, kept, buckets = Counter(), [], [], [], []
 
     def watch(owner, name, event, before=True):
-        """Make each call of a method or function also call ``event`` with the same positional arguments."""
+        """Replace a method or function with a wrapper that also calls ``event`` with the same positional arguments.
+
+        before  True: ``event`` is called before the method or function; False: after it
+        """
         real = getattr(owner, name)
 
         def watched(*inputs, **more):
@@ -331,9 +334,9 @@ INSTANCES = {"num_distributed_optimizer_instances": 2}
 
 @pytest.mark.slow
 def test_a_run_with_instances_resumes_bitwise_and_matches_another_layout(files, tiny_hf, tmp_path):
-    """In the same layout, a run with two instances resumes bitwise.
+    """A run with two optimizer instances must give bitwise equal metrics if it is resumed in the same layout.
 
-    A run with only one instance agrees with this run up to rounding, also after a resume on fewer ranks.
+    A run with one instance must give the same metrics up to rounding, also if it is resumed on fewer ranks.
     """
     model = tiny_hf("qwen3_moe", head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
 

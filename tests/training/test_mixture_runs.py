@@ -70,7 +70,10 @@ def offloaded(model, tmp_path, parallel):
 
 
 def offloaded_losses(config, sizes):
-    """Train with an offloaded reference that scores all steps ahead. Return the loss of each step."""
+    """Train with an offloaded reference, which scores the pairs of all steps in the first step.
+
+    Returns the loss of each step.
+    """
     from dpo_engine.testing.pairs import global_batches
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.references import open_reference
@@ -102,7 +105,10 @@ def test_one_flipped_bit_in_a_copy_is_found(name, tiny_hf, tmp_path):
 
 
 def flipped(config, name):
-    """Flip a bit on rank 3, whose experts are copies of the experts of rank 1. Return the rank guard's error."""
+    """Flip a bit of the parameter ``name`` on rank 3, and compare the ranks. Return the text of the rank guard's error.
+
+    The experts of rank 3 are copies of the experts of rank 1.
+    """
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.rank_guard import RankGuard
 

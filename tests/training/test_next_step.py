@@ -1,4 +1,7 @@
-"""Tests of the thread that prepares the next step: order, errors, end, and independence of other ranks."""
+"""Tests of the thread that prepares the next step.
+
+The tests check the order of the steps, errors, and the end of the thread. The thread must not need other ranks.
+"""
 
 import threading
 
@@ -51,7 +54,7 @@ class TestOneAhead:
         assert [number for number, _ in made] == [0, 1, 2, 3], "there is no item 4"
         assert len({thread for _, thread in made}) == 1 and made[0][1] is not threading.current_thread()
 
-    def test_another_item_than_the_one_begun(self):
+    def test_an_item_that_was_not_begun_can_be_taken(self):
         items, _ = self.made(9)
         items.begin(1)
         assert items.take(5) == 25

@@ -57,8 +57,8 @@ def test_the_run_ends_with_the_plan_and_what_to_change(files, tiny_hf, tmp_path)
     assert planned.startswith("planned for this rank: ") and terms in planned
     assert re.fullmatch(
         r"to use less memory, set one of reference.mode=stored \(.*\), train.micro_batch_size=1 \(.*\), "
-        "model.recompute=.*; least loss of speed first; in parentheses: the plan for the rank that needs the most "
-        "memory",
+        "model.recompute=.*; changes that cost less speed come first; each size is the planned memory of the rank that "
+        "needs the most memory",
         change,
     )
     log = (tmp_path / "run" / "log.txt").read_text().splitlines()
@@ -110,7 +110,7 @@ def test_scoring_ends_with_what_to_change(verb, size, next_line, files, tiny_hf,
     numbers = sum(
         tensor.numel() for tensor in load_file(tiny_hf("llama", num_hidden_layers=2) / "model.safetensors").values()
     )
-    found = re.fullmatch(r"weights of a model on this rank: ([\d.]+) MiB; rows of [\d,]+ tokens per micro-batch", kept)
+    found = re.fullmatch(r"weights of a model on this rank: ([\d.]+) MiB; largest micro-batch: [\d,]+ tokens", kept)
     assert float(found[1]) == pytest.approx(4 * numbers / 2**20, abs=0.006)
 
 

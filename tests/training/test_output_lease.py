@@ -1,6 +1,7 @@
-"""Tests of two rules: all ranks must share the directories of a run, and only one export may write to a directory.
+"""Tests of two rules about directories.
 
-Only a cache may be a different directory on each node.
+All ranks must share the directories of a run; only a cache may be a different directory on each node. No two exports
+may write to the same directory at the same time.
 """
 
 import os
@@ -78,7 +79,7 @@ def test_directory_that_appears_late_passes(tmp_path):
     assert run_ranks(shared, 2, folder=tmp_path, keys=[key], apart=[key], late_s=0.3) == [[], []]
 
 
-def test_cache_of_each_node_is_a_note(tmp_path):
+def test_cache_that_is_not_shared_gives_a_note(tmp_path):
     first, second = run_ranks(shared, 2, folder=tmp_path, keys=["data.cache_dir"], apart=["data.cache_dir"])
     (line,) = first
     assert re.fullmatch(
@@ -149,7 +150,7 @@ def test_second_export_to_a_directory_is_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link"]
 
 
-def test_export_next_to_a_file_is_refused_in_one_line(tmp_path):
+def test_export_to_a_directory_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     ((code, text),) = run_ranks(export_into_a_file, 1, folder=tmp_path)
     assert code == 4

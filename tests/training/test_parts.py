@@ -80,8 +80,8 @@ def test_terms_of_a_coupled_loss():
 def test_terms_of_losses_with_a_likelihood(name, weighting):
     got = metrics_of(name, {"nll": "response_mean"}, use_weighting=weighting)
     nll = [-c / n for c, n in zip(CHOSEN, LENGTHS, strict=True) if n]
-    # With use_weighting, the factor of a pair is the product, over both responses, of exp((log p + c) / tokens). The
-    # collision entropy c is 1 nat in this test.
+    # With use_weighting, the factor of a pair is the product, over both responses, of exp((log p + H) / tokens). The
+    # collision entropy H is 1 nat in this test.
     factors = [math.exp((c + 1) / n + (r + 1) / n) for c, r, n in zip(CHOSEN, REJECTED, LENGTHS, strict=True) if n]
     factors = factors if weighting else [1.0] * 3
     assert got["loss/likelihood"] == pytest.approx(mean([f * v for f, v in zip(factors, nll, strict=True)]), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Tests of `logging.profile`: files, marked ranges, refused settings, and unchanged numbers of the profiled steps."""
+"""Tests of `logging.profile`: files, marked ranges, and refused settings. Profiling must not change metrics."""
 
 import contextlib
 import json
@@ -128,7 +128,7 @@ def test_memory_snapshot_needs_a_gpu(tool, gpu, refused):
     "steps, line",
     [
         ([3, 2], "logging.profile.steps=[3, 2]: the first step must not be after the last step; swap them"),
-        ([3, 6], "logging.profile.steps=[3, 6]: the last step must be at most train.max_steps=5; lower it"),
+        ([3, 6], "logging.profile.steps=[3, 6]: the last step must be at most train.max_steps=5; lower the last step"),
     ],
 )
 def test_steps_are_checked_with_the_configuration(steps, line):

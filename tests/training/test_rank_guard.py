@@ -102,7 +102,7 @@ class TestRendezvous:
         assert len(lines) == 11 and lines[-1] == "further differences between ranks: 22"
 
     @pytest.mark.parametrize("worlds", [[2, 4], [4, 2], [2, 2, 4], [4, 4, 2]], ids=str)
-    def test_wrong_number_of_ranks_does_not_wait_for_missing_ones(self, worlds, monkeypatch):
+    def test_wrong_number_of_ranks_is_reported_without_a_long_wait(self, worlds, monkeypatch):
         monkeypatch.setattr(rank_guard, "READ_WITHIN_S", 0.2)
         outcomes = at_rendezvous([FACTS] * len(worlds), worlds)
         wrong = [outcome for outcome in outcomes if outcome]
@@ -147,10 +147,11 @@ class TestFingerprint:
 def guarded(config, *, harm=None, facts=None, times=0):
     """Build the policy, apply ``harm`` and ``facts`` if they are given, and compare the ranks.
 
-    Then repeat the comparison ``times`` times. Return the error, or the times that the repeated comparisons took.
+    Then repeat the comparison. Return the error, or a list with the duration of each repetition in seconds.
 
     harm   (rank, local parameter name): one bit of this parameter is flipped on this rank
     facts  for each rank, facts to add to the engine's facts; they replace facts of the same names
+    times  number of repetitions
     """
     from dpo_engine.training.engine import Engine
 

@@ -263,7 +263,7 @@ class TestStored:
         outcome = run_ranks(counted, 1, config=config)[0]
         lost = {"removed": 22, "truncated": 22, "flipped": 22, "foreign": 29}[damage]
         assert outcome["scored"] == lost, "only the lost rows may be scored again"
-        assert expected in capfd.readouterr().out, "the run must report the damaged segment that it ignored"
+        assert expected in capfd.readouterr().out, "the run must report the segment that it ignored"
         assert_same(tmp_path / "b", resident["same"])
         again = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "c", copy))[0]
         assert again["scored"] == 0 and again["result"]["step"] == 6
@@ -560,7 +560,7 @@ def test_eval_uses_the_runs_reference(reference, files, policy, other, tmp_path)
     assert first == again and max(map(abs, first["margin"])) > 0.01
 
 
-def test_zero_gradients_are_allowed_if_the_weights_differ(files, policy, other, tmp_path):
+def test_zero_gradients_are_allowed_if_policy_and_reference_differ(files, policy, other, tmp_path):
     """Zero gradients can be correct: for example, a hinge loss has zero gradients if all pairs satisfy the margin."""
     sections = {"loss": {"name": "flat"}, "reference": {"path": str(other)}, "train": {"max_steps": 1}}
     outcome = run_ranks(dead_gradients, 1, config=config_of(files, policy, tmp_path, **sections))[0]["result"]

@@ -65,7 +65,7 @@ def test_the_date_of_a_template_stays_that_of_the_first_start(dated, tmp_path, m
     assert run_data.with_template_date(fresh).data.template_date == "2031-05-17"
 
 
-def test_a_date_that_is_none_is_refused(dated):
+def test_an_invalid_date_is_refused(dated):
     config = dated(1, "cache").model_dump(mode="json")
     config["data"]["template_date"] = "2026-13-01"
     with pytest.raises((ConfigError, ValueError), match="Value error, a date, YYYY-MM-DD, for example 2026-01-31"):

@@ -354,6 +354,7 @@ def test_ld_alpha_needs_per_token_reference_logps():
     with pytest.raises(ConfigError) as error:
         Objective(LOSSES["sigmoid"], {}, ld_alpha=0.25).losses(some_pairs(), reference, DATA)
     assert str(error.value) == (
-        "loss.ld_alpha=0.25: needs log-probabilities summed up to the shorter response's length, but the reference "
-        "provides only sums over whole responses; remove loss.ld_alpha, or set reference.mode=resident"
+        "loss.ld_alpha=0.25: needs the log-probabilities of each response up to the length of the shorter response, "
+        "but the reference provides only sums over whole responses; remove loss.ld_alpha, or set "
+        "reference.mode=resident"
     )

@@ -1,4 +1,4 @@
-"""Tests of ``tp_comm_overlap`` on a CPU: wrong settings are refused, and rows of a fixed size change no number.
+"""Tests of ``tp_comm_overlap`` on a CPU: wrong settings are refused, and rows of a fixed size do not change results.
 
 ``tests/nullgpu/test_null_gpu_overlap.py`` runs Transformer Engine's layers on a GPU that computes nothing.
 """
@@ -50,7 +50,7 @@ def config_of(options, **sections):
 
 
 NO_EFFECT = (
-    "has no effect unless its value is true, parallel.tp is above 1, and parallel.sequence_parallel is not false; "
+    "has no effect unless its value is true, parallel.tp is above 1, and parallel.sequence_parallel is true or auto; "
     "meet this condition, or remove the field"
 )
 REFUSALS = [
@@ -84,8 +84,8 @@ REFUSALS = [
     (
         ON,
         {"optim": {"freeze": ["model.embed_tokens.weight"]}},
-        "tp_comm_overlap=true: with it, Transformer Engine does not sum the gradient of a layer's input over ranks "
-        "if the layer's weight is frozen; remove tp_comm_overlap or optim.freeze",
+        "tp_comm_overlap=true: Transformer Engine with tp_comm_overlap does not sum the input gradient of a frozen "
+        "layer over the ranks; remove tp_comm_overlap or optim.freeze",
     ),
     (
         {**ON, "fp8": "e4m3", "fp8_recipe": "blockwise"},
@@ -97,7 +97,7 @@ REFUSALS = [
         {**ON, "tp_comm_overlap_rs_dgrad": True},
         {},
         "tp_comm_overlap_rs_dgrad=true: cannot be set, because tp_comm_overlap was tested only with Megatron's "
-        "defaults for its parts; remove the field",
+        "defaults of the other tp_comm_overlap fields; remove the field",
     ),
 ]
 
@@ -130,7 +130,7 @@ def test_refusals_for_a_model(tiny_hf):
         f"{LINE}requires Transformer Engine's layers, which do not support olmo2 models; remove this option"
     ]
     assert problems(read_architecture(tiny_hf("llama", num_hidden_layers=1))) == [
-        f"{LINE}has no effect, because a model's last layer does not use it; remove it"
+        f"{LINE}has no effect on the last layer, which is this model's only layer; remove tp_comm_overlap"
     ]
     narrow = tiny_hf("llama", hidden_size=48, num_attention_heads=4, num_key_value_heads=2)
     assert problems(read_architecture(narrow)) == [
@@ -139,8 +139,8 @@ def test_refusals_for_a_model(tiny_hf):
     assert problems(read_architecture(tiny_hf("llama")), {**ON, **TENSORWISE}) == []
     assert [line for line in problems(read_architecture(tiny_hf("llama")), {**ON, **MXFP8}) if LINE in line] == [
         f"{LINE}the hidden size, 64, must be a multiple of 512; remove tp_comm_overlap",
-        f"{LINE}each rank's width of attention's output, 32, must be a multiple of 128; remove tp_comm_overlap",
-        f"{LINE}each rank's width of the MLP, 48, must be a multiple of 128; remove tp_comm_overlap",
+        f"{LINE}the width of the attention output on each rank, 32, must be a multiple of 128; remove tp_comm_overlap",
+        f"{LINE}the width of the MLP on each rank, 48, must be a multiple of 128; remove tp_comm_overlap",
     ]
 
 
@@ -153,7 +153,10 @@ def test_check_accepts_the_overlap_without_a_gpu(files, tiny_hf, tmp_path):
 
 @pytest.fixture
 def transformer_engine(monkeypatch):
-    """Pretend that Transformer Engine is installed. Record the arguments with which its buffers are created."""
+    """Pretend that Transformer Engine is installed.
+
+    Record each creation of its buffers, with the arguments, and each destruction.
+    """
     made = SimpleNamespace(calls=[], multicast=True)
     compiled, base = ModuleType("transformer_engine_torch"), ModuleType("transformer_engine.pytorch.module.base")
     compiled.device_supports_multicast = lambda: made.multicast
@@ -373,8 +376,8 @@ def test_rows_that_do_not_fit():
     with pytest.raises(RuntimeError) as found:
         tree_batches(pairs, np.arange(1), config, ParallelDims(), 0, False, COST, 64)
     assert str(found.value) == (
-        "a row of trees has 100 tokens, but rows have a fixed size of 64; pass all pairs that a run scores to "
-        "Engine.settle_batches"
+        "a row of trees has 100 tokens, but rows have a fixed size of 64; call Engine.settle_batches with all pairs "
+        "that the run scores"
     )
 
 

@@ -177,7 +177,7 @@ def test_loss_without_its_columns_names_file_and_field(files, tiny_hf, tmp_path)
     config = config_of(files, tiny_hf("llama"), tmp_path, loss={"name": "rpo_sq"})
     kind, message = run_ranks(run, 1, config=config)[0]
     assert kind == "DataError"
-    expected = "loss rpo_sq needs chosen_reward in every record of data.train, but 22 of 22 pairs have no"
+    expected = "loss rpo_sq needs chosen_reward in every record of data.train, but chosen_reward is missing in 22 of 22"
     assert message.startswith(f"{files['train']}: {expected}")
 
 
@@ -294,7 +294,7 @@ def test_loss_must_return_one_value_per_pair(files, tiny_hf, tmp_path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     assert import_plugins(["summed_loss"]) == []
     kind, message = run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), tmp_path, loss={"name": "summed"}))[0]
-    assert kind == "ConfigError" and "it must return one value per pair" in message
+    assert kind == "ConfigError" and "the loss must return one value per pair" in message
 
 
 def test_metrics_by_source_and_token_weights_on_resume(files, tiny_hf, tmp_path):

@@ -1,4 +1,8 @@
-"""Tests that compare the engine's counts of tokens and operations with torch's counter and the benchmarks' formulas."""
+"""Tests that compare the engine's counts of operations with torch's counter and the benchmarks' formulas.
+
+The tests also compare the predicted shapes of padded rows with those of the micro-batches, and check when `mfu` is
+reported.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -87,7 +91,10 @@ def test_trees_count_what_is_computed(tiny_hf, tmp_path):
 
 @pytest.mark.parametrize("layout", ["stacked", "tree"])
 def test_windows_bound_the_keys_that_are_counted(layout, tiny_hf):
-    """The expected value is a sum over the tokens. Each token adds the number of keys that it sees."""
+    """The expected value is a sum over all layers and tokens: the number of keys that a token sees in a layer.
+
+    In the tree layout, the last layer counts only the tokens that predict a scored token.
+    """
     from dpo_engine.batching.batches import collate
     from dpo_engine.batching.trees import needed_columns, plant
     from dpo_engine.model.architecture import read_architecture
@@ -183,8 +190,8 @@ def test_mfu_counts_what_a_whole_step_executes(name, tiny_hf, tmp_path):
     For stacked rows, the engine counts attention's backward pass as the work of 2 forward passes. Torch's kernel does
     the work of 2.5 forward passes.
 
-    For trees, attention has a mask, and torch counts every (query, key) pair of a row. The test therefore compares the
-    count of attention with a formula, and only the count of all other products with torch's count. The engine does not
+    For trees, attention has a mask, and torch counts every (query, key) pair of a row. The test therefore takes the
+    operations of attention from a formula, and only those of all other products from torch's count. The engine does not
     count the small matrix products that compute metrics. For this tiny model, they are 0.25 % of the operations.
     """
     layout, ranks, parallel, mode, loss = STEPS[name]
@@ -289,7 +296,7 @@ def counted_products(config):
     ],
 )
 def test_products_of_a_forward_pass_are_those_that_torch_executes(family, ranks, parallel, layout, tiny_hf, tmp_path):
-    """Of the experts' products, a token needs only those of the experts that the router chose for this token."""
+    """A token needs the products of only those experts that the router chose for this token."""
     sizes = {"num_hidden_layers": 2, **CASES.get(family, (family, {}))[1]}
     config = run_config(tiny_hf(family, **sizes), tmp_path, parallel=parallel, batch={"layout": layout})
     results = run_ranks(counted_products, ranks, config=config)

@@ -281,7 +281,7 @@ def test_summary_of_a_run(raw):
     assert "4 pairs per step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 slots empty" in text
     assert "train.jsonl: 10 records, format text (auto)" in text
     assert "checked the first 8 records of each source; training reads all records before its first step" in text
-    assert "at most 9 steps over 10 pairs, 3 per epoch; " in text
+    assert "at most 9 steps (3 per epoch) over 10 pairs; " in text
     assert "sigmoid, beta 0.3; reference " in text
     assert "parallel.sequence_parallel: on, because parallel.tp is 2" in text
     assert (
@@ -312,12 +312,12 @@ def test_summary_of_micro_batches_whose_size_is_chosen(raw, monkeypatch):
     ) in text
     # The longest possible pair has 2 x 128 tokens. If the GPU is unknown, a micro-batch has room for at least one such
     # pair. On a CPU, a micro-batch has room for two such pairs, because a rank has two pairs in a step.
-    assert "bf16: " in text and "; rows of at least 256 tokens per micro-batch; " in text
-    assert "fp32: " in text and "; rows of 512 tokens per micro-batch; " in text
+    assert "bf16: " in text and "; largest micro-batch: at least 256 tokens; " in text
+    assert "fp32: " in text and "; largest micro-batch: 512 tokens; " in text
     monkeypatch.setattr("dpo_engine.verbs.summary.gpu_present", lambda: True)
     monkeypatch.setattr("dpo_engine.verbs.summary.gpu_memory", lambda: 80 * 2**30)
     text = "\n".join(summarize(changed(raw, parallel={"cp": 2}), 4))
-    assert "bf16: " in text and "; rows of 512 tokens per micro-batch; " in text and "fp32: " not in text
+    assert "bf16: " in text and "; largest micro-batch: 512 tokens; " in text and "fp32: " not in text
 
 
 def test_summary_names_the_assumed_number_of_ranks(raw):
@@ -337,14 +337,14 @@ def test_summary_counts_only_what_is_cheap(raw, tmp_path, monkeypatch):
     text = "\n".join(summarize(changed(raw, **changes), 1))
     assert "b.parquet: 7 records, format text (auto), weight 2" in text and "c.jsonl.gz: 3 records" in text
     assert "validation: about 0.1 of the prompts in data.train are held out" in text
-    assert "about 5 steps over 18 pairs, 5 per epoch, 3 warmup steps" in text
+    assert "about 5 steps (5 per epoch) over 18 pairs, 3 warmup steps" in text
     monkeypatch.setattr("dpo_engine.verbs.summary.COUNTED_BYTES", 1)
     assert "unknown until the pairs are counted" in "\n".join(summarize(changed(raw), 1))
     assert "at most 3\n" in "\n".join(summarize(changed(raw, train__max_steps=3), 1))
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", "at most 2 steps"), ("ranked_all", "unknown until the pairs")])
-def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expected):
+def test_number_of_pairs_is_unknown_if_a_ranked_list_gives_several_pairs(raw, tmp_path, name, expected):
     path = tmp_path / "ranked.jsonl"
     path.write_text('{"prompt": "w1", "responses": [" w2", " w3", " w4"], "scores": [1, 2, 3]}\n' * 5)
     config = changed(raw, data__train=[{"path": str(path), "format": name}])
@@ -362,7 +362,7 @@ def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):
     )
     assert problems(raw, data__train=sources[:2], data__validation=sources[2:]) == [
         f"data.train[0].path={missing}: {way_out}",
-        f"data.train[1].format=txt: no such data format; did you mean text? registered formats: {names}",
+        f"data.train[1].format=txt: no such data format; did you mean text? Registered formats: {names}",
         f"data.validation[0].path={missing}: {way_out}",
         f"data.validation[0].format=zzz: no such data format; registered formats: {names}",
     ]
@@ -389,7 +389,7 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     assert problems(raw, data__train=empty) == [f"{empty}: contains no usable pair"]
     long = written("long.jsonl", '{"prompt": "w1 w2", "chosen": " w2 w4", "rejected": " w3"}')
     assert problems(raw, data__train=long, data__max_length=3) == [
-        f"{long}: contains no usable pair; 1 dropped: a response too long for data.max_length; raise the limit, "
+        f"{long}: contains no usable pair; 1 dropped: a response too long for data.max_length; raise the limit "
         "or shorten the records"
     ]
     assert problems(raw, data__train=long, data__max_length=8) == []
@@ -434,8 +434,8 @@ def test_names_of_columns_are_checked(raw):
     columns = {"promt": "question"}
     sources = [{"path": raw["data"]["train"], "format": "text", "columns": columns}]
     rule = (
-        "format text has no field 'promt'; did you mean prompt? in data.columns, the key is the format's field name "
-        "and the value is the field name in your records"
+        "format text has no field 'promt'; in data.columns, the key is the format's field name and the value is the "
+        "field name in your records; did you mean prompt?"
     )
     assert problems(raw, data__train=sources) == [f"data.train[0].columns.promt=question: {rule}"]
 

@@ -52,12 +52,12 @@ def test_check_and_train_refuse_the_same_checkpoint_with_the_same_words(name, sa
 
 def test_a_run_that_may_resume(saved_run):
     assert try_resume(saved_run()) == [
-        "would resume after step 3; train also compares the training data and the reference, and checks the "
-        "hashes of the checkpoint's files"
+        "would resume after step 3; `train` also compares the training data and the reference with those of the "
+        "checkpoint, and checks the hashes of the checkpoint's files"
     ]
     accepted = saved_run(train={"global_batch_size": 4}, checkpoint={"accept_changes": ["global_batch_size"]})
     (line,) = try_resume(accepted)
-    assert line.startswith("would resume after step 3, with accepted changes of global_batch_size; train also")
+    assert line.startswith("would resume after step 3, with accepted changes of global_batch_size; `train` also")
     assert try_resume(saved_run(train={"output_dir": "/nonexistent/run"})) == []
 
 
@@ -70,14 +70,16 @@ def test_a_run_with_adapters_may_resume(files, tiny_hf, tmp_path):
 
     first = make("first", rank=4)
     run_ranks(run, 1, config=first)
-    assert try_resume(first)[0].startswith("would resume after step 1; train also compares the training data, the base")
+    assert try_resume(first)[0].startswith(
+        "would resume after step 1; `train` also compares the training data, the base weights and the reference with"
+    )
     with pytest.raises(CheckpointError, match="adapter.rank was 4 and is now 8; the saved weights do not fit; restore"):
         try_resume(make("first", rank=8))
     with pytest.raises(CheckpointError, match="adapter was .* and is now null; the saved weights do not fit; restore"):
         try_resume(first.model_copy(update={"adapter": None}))
     second = make("second", path=str(tmp_path / "first" / "hf_adapter"))
     run_ranks(run, 1, config=second)
-    assert try_resume(second)[0].startswith("would resume after step 1; train also")
+    assert try_resume(second)[0].startswith("would resume after step 1; `train` also")
 
 
 def test_a_damaged_checkpoint_is_named(saved_run, tmp_path):

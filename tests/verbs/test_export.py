@@ -47,7 +47,7 @@ def export_quietly(config, options):
 
 
 def exported(config, **options):
-    """Export on one rank, and return the directory and the lines of the log."""
+    """Export on one rank. Return the directory of the export, and the lines that `export` reports."""
     return run_ranks(export_quietly, 1, config=config, options=options)[0]
 
 
@@ -55,7 +55,7 @@ def exported(config, **options):
 def done(files, tiny_hf, tmp_path_factory):
     """Train 6 steps on conversations. The tokenizer is a bare SentencePiece model, and the chat template is a file.
 
-    Returns the configuration and the records of the run.
+    Returns the run's configuration and the records of its data file.
     """
     folder = tmp_path_factory.mktemp("export")
     (folder / "own.jinja").write_text(TEMPLATE)
@@ -125,7 +125,7 @@ def test_best_checkpoint_is_kept_and_chosen(done):
     config, _ = done
     log = {line["step"]: line.get("eval/rewards/accuracies") for line in log_of(config.cache_dir.parent)}
     best = max(log, key=lambda step: (log[step], -step))
-    assert best < 5, "otherwise the test proves nothing, because the newest two checkpoints are kept anyway"
+    assert best < 5, "the test proves nothing if the best checkpoint is one of the newest two, which are kept anyway"
     kept = sorted(path.name for path in config.checkpoint_dir.iterdir() if path.is_dir())
     assert kept == [f"step_{step:08d}" for step in (best, 5, 6)]
     lines = []
@@ -206,8 +206,8 @@ def test_changed_template_is_named(done, tmp_path):
     )
     _, lines = exported(changed, to=str(tmp_path / "hf"))
     assert lines == [
-        "export: the tokenizer's files or the chat template have changed since training; the export contains the "
-        "current ones"
+        "export: the chat template or the tokenizer's files have changed since training; the export contains the "
+        "current template and files"
     ]
 
 
@@ -227,8 +227,8 @@ def test_better_step_without_a_checkpoint_is_named(tmp_path):
     assert best_saved(config, lines.append) == 4
     assert lines == [
         "best checkpoint by lowest eval/loss: step 4 (0.5)",
-        "step 2 (0.25) was better but has no checkpoint; set checkpoint.keep_best to keep the best step in the next "
-        "run",
+        "step 2 (0.25) was better but has no checkpoint; to keep the checkpoint of the best step, set "
+        "checkpoint.keep_best in the next run",
     ]
 
 

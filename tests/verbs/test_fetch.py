@@ -108,7 +108,7 @@ def test_fetch_reports_every_problem(published, server, tmp_path):
     config = Config.load(run_file(tmp_path, **other))
     with pytest.raises(ConfigError) as error:
         fetch(config, lambda line: None)
-    absent = "the Hub has no such model, or it is private; correct the name, or set HF_TOKEN"
+    absent = "the Hub has no such model, or the model is private; correct the name, or set HF_TOKEN"
     assert error.value.problems == [
         f"model.path=org/none: {absent}",
         f"model.tokenizer=org/gone: {absent}",
@@ -120,7 +120,9 @@ def test_fetch_reports_every_problem(published, server, tmp_path):
 def test_fetch_offline_is_refused(server, tmp_path, monkeypatch):
     config = Config.load(run_file(tmp_path))
     use_hub(monkeypatch, tmp_path, None)
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE=1: forbids the downloads of fetch; unset HF_HUB_OFFLINE"):
+    with pytest.raises(
+        ConfigError, match="HF_HUB_OFFLINE=1: forbids downloads, but `fetch` must download; unset HF_HUB_OFFLINE"
+    ):
         fetch(config)
 
 

@@ -102,7 +102,7 @@ def test_terminal_output(run, tmp_path):
     while True:
         try:
             output += os.read(terminal, 65536)
-        except OSError:  # on Linux, reading at the end of a pseudoterminal is an error
+        except OSError:  # on Linux, this error means that the program has closed its side of the pseudoterminal
             break
     assert shown.wait(timeout=60) == 0, shown.stderr.read()
     text = output.decode()

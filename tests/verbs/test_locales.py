@@ -1,4 +1,4 @@
-"""Tests of paths with non-ASCII characters in an ASCII locale: the console shows escapes, and files are UTF-8."""
+"""Tests of non-ASCII paths with an ASCII locale or console: the console shows escapes, and files are UTF-8."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def command(folder, *arguments, locale):
 
 
 @pytest.mark.parametrize("locale", LOCALES)
-def test_paths_are_written_with_escapes(tmp_path, locale):
+def test_console_shows_paths_with_escapes(tmp_path, locale):
     written = command(tmp_path, "init", "--model=mödel", "--data=d/日.jsonl", "--to=rün.yaml", locale=locale)
     assert (written.returncode, written.stderr) == (0, b"")
     assert written.stdout == b"wrote r\\xfcn.yaml\nnext: dpo-engine check r\\xfcn.yaml\n"

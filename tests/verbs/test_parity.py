@@ -84,7 +84,7 @@ def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
 )
 def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel, adapter):  # noqa: F811
     more = {"adapter": adapter} if adapter else {"optim": {"states": "host"}}
-    # `parity --fp64` must leave this option out, because the option requires the distributed optimizer.
+    # `parity --fp64` must leave out `pad_buckets_for_high_nccl_busbw`, which requires the distributed optimizer.
     more["megatron"] = {"ddp": {"pad_buckets_for_high_nccl_busbw": True}}
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"}, **more)
     done = parity(config, tmp_path / "run", "--fp64", ranks=ranks)
@@ -131,7 +131,7 @@ def test_kernels_without_fp64_are_refused(files, tiny_hf, tmp_path, monkeypatch)
 
     monkeypatch.setattr(engine, "kernels_in_use", lambda: "triton (attention, head)")
     with pytest.raises(
-        ConfigError, match="kernels=triton: Triton computes sums in fp32, but --fp64 needs fp64; use eager and s"
+        ConfigError, match=r"kernels=triton: sums in fp32, but --fp64 requires fp64; set model.attention=sdpa and m"
     ):
         engine.Engine.open(config_of(files, tiny_hf("llama"), tmp_path, parallel=PLAIN), fp64=True)
     unfit = "parallel.distributed_optimizer=true: does not support fp64; set it to false"
@@ -261,6 +261,7 @@ def command(files, model, folder, loss, *, ranks=1, before=None, **sections):
     """Run `dpo-engine parity` with a loss of the plugin above.
 
     All pairs have the same weight in the loss. At the learning rate of 1e-6, training steps hardly change the margins.
+    The margins come from the change that `parity` makes to the policy's weights before the first step.
     """
     folder.mkdir(exist_ok=True)
     (folder / "parity_losses.py").write_text(LOSSES)
@@ -447,7 +448,7 @@ def test_changed_policy_is_the_same_in_every_layout(files, tiny_hf, tmp_path):
 
 
 def test_policy_and_reference_differ_until_the_last_step(files, tiny_hf, tmp_path):
-    """Policy and reference must differ. For two equal models, equal log-probabilities would prove little.
+    """Policy and reference must differ. If they were equal, equal numbers in two layouts would prove little.
 
     Warmup must not apply, because its first learning rate is 0.
     """

@@ -22,8 +22,8 @@ def test_train_reads_the_cache(run_yaml, capsys, tmp_path):
     assert said.endswith(f"cache: {tmp_path / 'cache'}\n")
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("pairs-*.arrow")}
     assert len(made) == 2
-    # Train in a separate process. If this process opened process groups, later tests would hang, because they fork
-    # their ranks from this process.
+    # Train in a separate process. If the process of pytest opened process groups, later tests would hang, because they
+    # fork their ranks from the process of pytest.
     trained = run_job(["train", path, "train.max_steps=2"], 1, tmp_path / "log")
     assert trained.codes == [0], trained.said
     assert "training pairs: 24 pairs from 24 records, from the cache" in trained.output[0]
@@ -63,7 +63,9 @@ def test_field_that_the_loss_reads_is_required(run_yaml, tmp_path, capsys):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"data": {"train": str(data), "validation": None}, "loss": {"name": "sigmoid", "margin_scale": 1.0}}
     assert cli.main(["tokenize", str(run_yaml(**settings))]) == 3
-    assert "needs margin in every record of data.train, but 1 of 20 pairs have no margin" in capsys.readouterr().err
+    assert (
+        "needs margin in every record of data.train, but margin is missing in 1 of 20 pairs" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

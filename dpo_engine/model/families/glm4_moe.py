@@ -7,7 +7,7 @@ from dpo_engine.model.families.mixtures import DENSE_MLP, checked, deepseek_expe
 
 @FAMILIES.register("glm4_moe")
 class Glm4Moe:
-    """Rotary positions on half of each head; after the first one to three layers, experts chosen as in DeepSeek-V3."""
+    """Rotary positions on half of each head; experts, chosen as in DeepSeek-V3, in all but the first 1 to 3 layers."""
 
     rules = ROOT + NORMS + ATTENTION + QK_NORM + DENSE_MLP + mixture(shared="shared_experts")
     fused = fused_experts()

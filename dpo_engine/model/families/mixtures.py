@@ -76,8 +76,8 @@ def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DO
 def named_count(config: HFConfig, *names: str, default: int | None = None) -> int:
     """Read a count that can have any of several names.
 
-    If ``config.json`` has none of the names, return the default. If there is no default either, record a problem with
-    the first name.
+    If ``config.json`` has none of the names, return the default. If there is no default either, record a problem that
+    mentions the first of the names.
     """
     given = next((name for name in names if config.get(name) is not None), names[0])
     return config.count(given, default)

@@ -32,7 +32,8 @@ def rope(config: HFConfig, *, theta: float = 10000.0, partial: float = 1.0) -> R
     """Read the rotary fields.
 
     There are two forms of these fields: ``rope_theta`` and ``rope_scaling`` at the top level, or a ``rope_parameters``
-    object that contains both. If a file has both forms, ``rope_scaling`` takes precedence, as in transformers.
+    object that contains ``rope_theta`` and the fields of the scaling. If a file has both forms, ``rope_scaling`` takes
+    precedence, as in transformers.
 
     theta, partial  values if ``config.json`` omits ``rope_theta`` or ``partial_rotary_factor``
     """
@@ -170,4 +171,4 @@ def _longrope(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dic
 
 
 OTHERS = {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
-"""Functions that check the required numbers of a kind of scaling, and read its optional numbers."""
+"""Functions that check the required numbers of a kind of scaling, and read its other fields."""

@@ -163,9 +163,10 @@ class Merge:
         return rounded
 
     def rounding(self, group: dist.ProcessGroup) -> str:
-        """Return a sentence about the share of the adapters' change that is lost when merged weights are rounded.
+        """Return a sentence about the share of the adapters' contribution that is lost when merged weights are rounded.
 
-        This share is the norm of the rounding errors, relative to the norm of the change of all merged weights.
+        The contribution is the difference between the merged weights, before they are rounded, and the base weights.
+        The lost share is the norm of all rounding errors, divided by the norm of the contribution.
 
         *Collectives*: one all-gather of objects over ``group``.
         """

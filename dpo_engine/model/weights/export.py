@@ -165,9 +165,10 @@ class Export:
         return stranger and f"is occupied by {stranger}, which was not written by an export"
 
     def _stranger(self) -> str | None:
-        """Return the name of a file in the target directory that no export of the engine wrote.
+        """Return the name of a file or folder in the target directory that no export of the engine wrote.
 
-        Return None if there is no such file. If the target is not a directory, return ``a regular file``.
+        Return None if there is no such entry. If the target is not a directory, return ``a regular file``. Files of
+        the configuration and of the tokenizer are recognized by their names alone.
         """
         if self.directory.exists() and not self.directory.is_dir():
             return "a regular file"

@@ -83,7 +83,8 @@ class CheckpointFiles:
             weight_map = self._read_index(index)
             if single.is_file() and SINGLE not in weight_map.values():
                 raise self.fail(
-                    f"has {SINGLE} and also {INDEX}, but the index does not list {SINGLE}; remove the stale file"
+                    f"has {SINGLE} and also {INDEX}, but the index does not list {SINGLE}; remove the one that is "
+                    "out of date"
                 )
             return weight_map
         if single.is_file():
@@ -163,7 +164,7 @@ class CheckpointFiles:
         return self._divided(found) if self._places else found
 
     def _divided(self, found: dict[str, Header]) -> dict[str, Header]:
-        """Replace the headers of fused tensors with headers of the weight table's tensors that they contain."""
+        """Replace the header of each fused tensor with headers of its parts, which are tensors of the weight table."""
         divided = {name for place in self._places.values() for name in place.stored}
         others = {name: header for name, header in found.items() if name not in divided}
         for name, place in self._places.items():
@@ -218,13 +219,12 @@ def carried(arch: Architecture) -> tuple[str, ...]:
 
 
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
-    """Check that a checkpoint matches the weight table: the name, file, shape and dtype of every tensor.
+    """Check a checkpoint's tensors: names and shapes (by the weight table), files (by the index), and dtypes.
 
-    A missing tensor is an error. A tensor that no rule uses is an error too, with three exceptions: names that match
-    `DERIVED`, tensors that are only copied to exports (:func:`carried`), and tensors of layers for multi-token
-    prediction (:mod:`~dpo_engine.model.weights.kept`). If the embeddings are tied, the checkpoint can still contain the
-    tied tensor (`lm_head.weight`), which must then equal the embedding. Only headers are read, except to compare these
-    two tensors.
+    A missing tensor is an error. A tensor that no rule uses is an error too, with four exceptions: tensors whose names
+    match `DERIVED`, tensors that are only copied to exports (:func:`carried`), tensors of layers for multi-token
+    prediction (:mod:`~dpo_engine.model.weights.kept`) and, if the embeddings are tied, a stored copy of the embedding
+    (`lm_head.weight`). This copy must equal the embedding. Only headers are read, except to compare these two tensors.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
     """
@@ -295,7 +295,7 @@ def layer_of(name: str) -> int | None:
 
 
 def kept_layers(directory: str | Path) -> int:
-    """Return the number of layers for multi-token prediction that ``config.json`` declares after the last layer."""
+    """Return the number of layers for multi-token prediction: ``num_nextn_predict_layers`` in ``config.json``."""
     count = read_config_json(directory).get("num_nextn_predict_layers", 0)
     return count if type(count) is int and count > 0 else 0
 

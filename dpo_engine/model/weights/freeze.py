@@ -50,7 +50,11 @@ def frozen_tensors(patterns: Sequence[str], arch: Architecture) -> dict[str, HFT
 
 
 def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
-    """List the problems of ``optim.freeze``: patterns without a match, and weights that cannot be frozen."""
+    """List the problems of ``optim.freeze``.
+
+    These are invalid patterns, patterns without a match, a selection of all weights, and parameters of which only some
+    tensors are selected.
+    """
     if not patterns:
         return []
     problems, names = [], [tensor.name for tensor, _ in _tensors(arch)]
@@ -80,7 +84,7 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
     where += f", the first of {len(split)} partly frozen parameters" if len(split) > 1 else ""
     return [
         f"optim.freeze: freezes {first}, but not {' and '.join(kept)}, which are stored in the same parameter "
-        f"({where}); freeze all of them, or none"
+        f"({where}); freeze all weights of a parameter, or none of them"
     ]
 
 

@@ -99,7 +99,7 @@ class _Part:
 
 
 class _Packed:
-    """Slices of one expert's matrix, which is quantized along its rows, and stored transposed."""
+    """Slices of one expert's matrix. The files contain the transposed matrix, whose rows are quantized in groups."""
 
     def __init__(self, blocks: Any, scales: Any, place: Place):
         self.blocks, self.scales, self.place = blocks, scales, place

@@ -1,4 +1,4 @@
-"""Join the tensors of single experts in exports that have one tensor for all experts of a layer."""
+"""Join the tensors of individual experts, for exports that have one tensor for all experts of a layer."""
 
 from collections.abc import Iterator, Mapping
 
@@ -13,7 +13,7 @@ from dpo_engine.model.weights.table import Placed
 
 
 def written_fused(placed: Placed, arch: Architecture) -> HFTensor | None:
-    """Return the fused tensor to which an export adds a parameter; None if the parameter's own tensors are exported."""
+    """Return the exported tensor of all experts that contains a parameter; None if the parameter is exported alone."""
     fused = next((one for one in fused_of(arch) if one.written and one.parts == placed.rule.tensors), None)
     if fused is None:
         return None
@@ -22,7 +22,7 @@ def written_fused(placed: Placed, arch: Architecture) -> HFTensor | None:
 
 
 def completed_tensors(placed: Placed, arch: Architecture) -> list[HFTensor]:
-    """Return the exported tensors that this parameter completes if the rank adds its parameters in order."""
+    """Return the exported tensors that are complete once ``placed`` is added. A rank adds its parameters in order."""
     fused = written_fused(placed, arch)
     if fused is None:
         return placed.tensors(arch)

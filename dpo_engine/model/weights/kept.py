@@ -1,4 +1,4 @@
-"""Tensors of layers for multi-token prediction, which follow the last layer in checkpoints of some models.
+"""Tensors of layers for multi-token prediction. In some checkpoints, these layers follow the model's own layers.
 
 The checkpoints of DeepSeek-V3 and GLM-4.5 contain such layers, for speculative decoding. Neither transformers nor the
 engine loads them, because training does not use them. The engine exports them unchanged.

@@ -114,7 +114,9 @@ def fill_parameter(placed: Placed, files: Files, arch: Architecture) -> set[str]
 
 @torch.no_grad()
 def weights_digest(arch: Architecture, directory: str | Path, *, groups: ParallelGroups, key: str) -> str:
-    """Compute a digest of the model in ``directory``. It depends on the architecture and all tensors, not on the path.
+    """Compute a digest of the model in ``directory``.
+
+    The digest depends on the architecture and on all tensors in the weight table, but not on the path.
 
     key   configuration key whose value is the directory, for error messages
 

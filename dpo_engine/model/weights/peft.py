@@ -2,7 +2,7 @@
 
 An adapter is accepted only if its tensors are those of the engine's adapters, and if it belongs to the unchanged
 weights of the checkpoint. PEFT can load other adapters without an error, but may ignore some of their tensors. The
-model then computes different results.
+model's results then differ from the results with the complete adapter.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ def _is_name(value: Any) -> bool:
 def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str:
     """Return the text of the ``adapter_config.json`` for adapters of the checkpoint ``base``.
 
-    If several patterns match a name, the first one applies. PEFT sorts the patterns by name, which could change which
-    pattern is the first match. Patterns are therefore written as whole names.
+    If several patterns match a name, the first one applies. PEFT sorts the patterns when it saves the adapter again, so
+    another pattern could become the first match. Patterns are therefore written as whole names.
     """
     adapted = adapter_shapes(adaptation, arch)
     # An expression can also match modules that are not projections. PEFT would add adapters to these modules, so the
@@ -268,7 +268,7 @@ def adapter_digest(directory: str | Path) -> str:
 
 
 def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 1) -> list[str]:
-    """List the problems of the section ``adapter`` for a model, including those of the files in ``path``.
+    """List the problems of the section ``adapter`` for a model, including those of the files in ``adapter.path``.
 
     tp   tensor-parallel size
     """
@@ -295,7 +295,8 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
     others = [name for name in AdapterConfig.model_fields if getattr(asked, name) != getattr(defaults, name)]
     if others:
         return [
-            f"adapter.{name}={show(getattr(asked, name))}: is set by adapter.path; remove adapter.{name}"
+            f"adapter.{name}={show(getattr(asked, name))}: cannot be set, because the files at adapter.path already "
+            f"set {name}; remove adapter.{name}"
             for name in others
         ]
     try:

@@ -55,10 +55,10 @@ def save_hf(
 ) -> None:
     """Write the model as a Hugging Face checkpoint; ``directory`` is published atomically.
 
-    source        directory or Hub id of the checkpoint that the run started from. The export gets copies of its
-                  generation config and of the files of a multimodal model's processor. If ``tokenizer`` is None, the
-                  export also gets a copy of its tokenizer. Its config.json is copied with the changes of
-                  :func:`~dpo_engine.model.weights.export.config_text`
+    source        directory or Hub id of the checkpoint that the run started from. The export gets copies of the
+                  checkpoint's generation config and of the files of a multimodal model's processor. If ``tokenizer`` is
+                  None, the export also gets a copy of the checkpoint's tokenizer. The checkpoint's config.json is
+                  copied with the changes of :func:`~dpo_engine.model.weights.export.config_text`
     tokenizer     directory, SentencePiece file or Hub id of the tokenizer; None if the tokenizer is in ``source``
     trained_with  the run's tokenizer, as loaded for training, with its chat template. The exported files are compared
                   with it on the first rank; other ranks ignore it. None: the files are copied without a comparison
@@ -76,11 +76,11 @@ def save_hf(
                   the run did not start from an adapter
 
     The export works in rounds. In a round, one rank of each pipeline stage gathers the stage's parameters over tp, one
-    by one, until it has a complete file, and writes this file. Experts are gathered and written in the same way: the
-    first copy of an expert by one of the ranks over which this copy is sharded. If the export has tensors with all
-    experts of a layer, the first rank of ep gathers and writes all experts. In each round, all ranks wait, without a
-    time limit, until the files are written. An existing directory is replaced only if it is empty or contains only an
-    earlier export.
+    by one, until it has a complete file, and writes this file. Experts are gathered and written in the same way. The
+    first copy of an expert is gathered and written by one of the ranks that hold the shards of this copy. If the export
+    has tensors with all experts of a layer, the first rank of ep gathers and writes all experts. In each round, all
+    ranks wait, without a time limit, until the files are written. An existing directory is replaced only if it is empty
+    or contains only an earlier export.
 
     *Collectives*: one gather over tp for each sharded parameter outside of experts, only on the first ranks of dp_cp.
     One gather over expt_tp for each sharded parameter of experts, only on the first ranks of expt_dp. One more gather
@@ -195,11 +195,11 @@ def _collect(
     change: Change | None,
     joined: Joined,
 ) -> Exception | None:
-    """Gather each parameter on the first rank of its shards, which adds the parameter's tensors to ``shards``.
+    """Gather each parameter on the first of the ranks that hold its shards.
 
-    Files are not written here.
+    This rank adds the parameter's tensors to ``shards``. Files are not written here.
 
-    joined  tensors with all experts of a layer that are incomplete, because not all of the experts have been gathered
+    joined  incomplete tensors: each will contain all experts of a layer, but some of these experts are not gathered yet
 
     *Collectives*: for each parameter, those of :func:`gather_shards` or, for experts that are exported together, of
     :func:`gather_experts`. After an error, the remaining gathers still run, because the other ranks take part in them.
@@ -250,6 +250,8 @@ def _write(failure: Exception | None, export: Export, shards: ShardWriter, meter
 def gather_shards(placed: Placed) -> list[Tensor]:
     """Return all shards of a parameter on the first rank that has one, and an empty list on the other ranks.
 
+    If the parameter is not sharded, return the whole parameter, in a list, on every rank.
+
     *Collectives*: one gather over ``placed.shards`` if the parameter is sharded.
     """
     shard = placed.parameter.detach()
@@ -265,7 +267,7 @@ def assemble(
 ) -> dict[str, Tensor]:
     """Assemble checkpoint tensors from all shards of one parameter; this reverses ``fill_parameter`` in ``load.py``.
 
-    change   function that changes each complete tensor, given its name, before it is rounded to its dtype
+    change   function that changes each complete tensor, given its name, and rounds the result to the tensor's dtype
 
     Raises :class:`~dpo_engine.errors.NumbersError` if a value is not finite in its dtype.
     """

@@ -39,7 +39,7 @@ def save_peft(
     tokenizer  directory of an export; its tokenizer files are copied
     card       function that returns the content of README.md; None: no README.md
 
-    Each stage writes its tensors to a file, and rank 0 joins the files, because PEFT reads a single file.
+    Each stage writes its tensors to its own files, and rank 0 joins the files, because PEFT reads a single file.
 
     *Collectives* over world: all-gathers of objects. Writing has no time limit.
     On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.

@@ -1,4 +1,4 @@
-"""Write safetensors files: the shard files of one rank, and the files of several ranks joined into one."""
+"""Write safetensors files: the shard files of one rank, and a single file that joins the files of several ranks."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class Share(NamedTuple):
 class Filling:
     """Division of a sequence of tensors into files, by the sizes of the tensors alone.
 
-    max_bytes   maximum size of the tensors in one file; a file with a single tensor can be larger
+    max_bytes   maximum total size of the tensors in one file; a file with a single tensor can be larger
     """
 
     def __init__(self, max_bytes: int):

@@ -5,20 +5,22 @@ projections into one matrix, interleaved by key/value head, and the gate and up 
 pads the vocabulary, and shards the parameters over tensor- and pipeline-parallel ranks. Separate converters for loading
 and for saving tend to become inconsistent, and a mistake in one of them silently trains or exports a wrong model.
 
-Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.rule.Rule`: a parameter, the
-checkpoint tensors that it consists of, and how their rows interleave. :func:`pieces` turns a rule and a tensor-parallel
-rank into row ranges. The full parameter is a sequence of blocks of rows. In layout ``plain``, each tensor is a block.
-In ``qkv``, the blocks are the q, k and v rows of key/value head 0, then the rows of head 1, and so on. In ``glu``, the
-blocks are the gate and up rows of rank 0, then the rows of rank 1, and so on. A rank's shard is a contiguous range of
-this sequence. The pieces of the shard are the intersections of this range with the blocks.
+Solution. Each model family has one declarative table of rules (:class:`~dpo_engine.model.families.rule.Rule`). A rule
+describes a parameter, the checkpoint tensors that the parameter consists of, and how the rows of these tensors
+interleave. :func:`pieces` turns a rule and a tensor-parallel rank into row ranges. The full parameter is a sequence of
+blocks of rows. In layout ``plain``, each tensor is a block. In ``qkv``, the blocks are the q, k and v rows of key/value
+head 0, then the rows of head 1, and so on. In ``glu``, the blocks are the gate and up rows of rank 0, then the rows of
+rank 1, and so on. A rank's shard is a contiguous range of this sequence. The pieces of the shard are the intersections
+of this range with the blocks.
 
 Why this way. Loading copies the pieces from tensors to shards, and saving copies the same pieces back, so saving is
 always the inverse of loading. Every rank reads only its own slices, in any layout, without an intermediate format. The
 table lists all expected names and shapes before a model is built, so a checkpoint can be checked by its headers alone.
 Nothing is skipped silently: a parameter without a rule, a shard whose shape is not the shape that its rule gives, and
-a tensor that is unused or written twice are errors. There are two exceptions. Stored rotary frequencies and masks are
-ignored. Tensors of layers for multi-token prediction, and tensors of parts of a model that the engine does not train,
-are not loaded; exports contain copies of these tensors.
+a tensor that is unused or written twice are errors. There are three exceptions. Stored rotary frequencies and masks are
+ignored. A stored copy of tied embeddings is only compared with the original. Tensors of layers for multi-token
+prediction, and tensors of parts of a model that the engine does not train, are not loaded; exports contain copies of
+these tensors.
 
 A tensor that contains all experts of a layer is divided into the tensors of the table when it is read. A quantized
 tensor is also dequantized (:mod:`dpo_engine.model.weights.fused`).
@@ -202,6 +204,7 @@ def table_names(arch: Architecture) -> set[str]:
 def reports(groups: ParallelGroups) -> bool:
     """Whether this rank reports the names of the tensors that it loaded.
 
-    One rank reports for the parameters of each stage, and one rank for the first copy of each set of experts.
+    In each stage, one rank reports the tensors outside of experts. The tensors of experts are reported by one of the
+    ranks that hold the shards of the experts' first copy.
     """
     return any(groups.shards(expert).rank() == 0 and groups.copies(expert).rank() == 0 for expert in (False, True))

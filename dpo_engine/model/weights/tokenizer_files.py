@@ -2,12 +2,12 @@
 
 The problem: transformers picks a tokenizer class from the `config.json` next to the tokenizer's files. If the run read
 its tokenizer from a directory without that file, or from a bare sentencepiece model, the exported tokenizer can
-therefore produce different ids. To detect this, transformers loads the exported files from a directory that also
-contains the export's `config.json`. The loaded tokenizer is compared with the run's tokenizer: the ids of a few texts,
-the special tokens, and the chat template. If these differ, other forms of the tokenizer are tried: files that
-transformers has loaded and saved again, or a converted `tokenizer.json`. If `AutoTokenizer` cannot reproduce the run's
-tokenizer from any of these forms, the log describes the first difference. The export then has the first form from which
-`PreTrainedTokenizerFast` reproduces the tokenizer, or the tokenizer's own files if there is no such form.
+therefore produce different ids. To detect this, the engine lets transformers load the exported files from a directory
+that also contains the export's `config.json`. The loaded tokenizer is compared with the run's tokenizer: the ids of a
+few texts, the special tokens, and the chat template. If these differ, other forms of the tokenizer are tried: files
+that transformers has loaded and saved again, or a converted `tokenizer.json`. If `AutoTokenizer` cannot reproduce the
+run's tokenizer from any of these forms, the log describes the first difference. The export then has the first form from
+which `PreTrainedTokenizerFast` reproduces the tokenizer, or the tokenizer's own files if there is no such form.
 """
 
 import json

@@ -13,7 +13,7 @@ from dpo_engine.reporting.page.run_files import RunFiles
 from dpo_engine.reporting.page.thinning import thinned
 
 MOST_GROUPS = 8
-"""Maximum number of sources or length groups in a chart."""
+"""Maximum number of sources or length groups that a chart shows for each run."""
 MOST_EVALUATIONS = 500
 Chart = dict[str, Any]
 
@@ -32,7 +32,8 @@ CURVES = (
         "accuracy",
         "Reward accuracy",
         "share of pairs",
-        "Share of pairs whose chosen response gained more log-probability than the rejected one. 0.5 means no change.",
+        "Share of pairs whose chosen response gained more log-probability than the rejected one. If no log-probability "
+        "has changed, the share is 0.5.",
         ("rewards/accuracies",),
     ),
     ("margin", "Reward margin", "", "Chosen reward minus rejected reward, mean over pairs.", ("rewards/margins",)),
@@ -217,8 +218,9 @@ def best_step(run: RunFiles) -> tuple[int, str] | None:
 def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
     """Yield up to three charts of the accuracies at the evaluated steps, with confidence intervals.
 
-    The first chart has one line per run, for all pairs. The second chart has a line for each source, and the third one
-    has a line for each length group. A chart by source or by length is omitted if it would have only one group.
+    The first chart has one line per run, for all pairs. For each run, the second chart has a line for each source, and
+    the third one has a line for each length group. A chart by source or by length is omitted if it would have only one
+    group.
     """
     many = len(judged) > 1
     what = {"accuracy": "Reward accuracy", "likelihood_accuracy_per_token": "Accuracy by log-probabilities per token"}

@@ -57,7 +57,7 @@ def comparison(first: Judged, second: Judged) -> dict[str, Any]:
         return told | {"problem": "the runs were evaluated on different held-out pairs, so no pair can be compared"}
     if sum(found["only"]):
         told["problem"] = (
-            "the runs were evaluated on different held-out pairs, of which only the common ones are compared: "
+            "only some held-out pairs are the same in both runs, and only these pairs are compared: "
             f"{found['common']:,} in common, {found['only'][0]:,} only in {names[0]}, {found['only'][1]:,} only in "
             f"{names[1]}"
         )

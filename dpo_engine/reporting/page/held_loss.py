@@ -83,7 +83,8 @@ def overfitting(run: RunFiles, m: Measures) -> Iterator[Finding]:
 def _use(run: RunFiles, step: int) -> str:
     """Return advice against overfitting, such as how to use or keep the checkpoint of the best step."""
     if step in run.kept:
-        return f"Use the checkpoint of this step (`export --step {step}`), train for fewer steps, or lower optim.lr."
+        use = f"Use the checkpoint of step {step:,} (`export --step {step}`)"
+        return f"{use}, train for fewer steps, or lower optim.lr."
     if step == 0:
         return "Step 0 is the model before training. Train for fewer steps, or lower optim.lr."
     several = len(run.kept) > 1

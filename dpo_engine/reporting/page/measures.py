@@ -241,7 +241,8 @@ class Measures:
     def length_rule(self) -> str:
         """Which response is chosen in more of the pairs: the ``longer`` or the ``shorter`` one.
 
-        If longer and shorter responses are chosen equally often, this is the kind that the reward margins favor.
+        If longer and shorter responses are chosen equally often, the reward margins decide: ``longer`` if they favor
+        longer responses on the whole, otherwise ``shorter``.
         """
         if self._longer_wins == 0.5:
             return "longer" if (self.length_difference * self.reward_margin).sum() >= 0 else "shorter"
@@ -292,7 +293,7 @@ class Measures:
 
     @property
     def confidence(self) -> float:
-        """Weighted mean of the probability, from :attr:`probability`, that the model's preferred response is better."""
+        """Weighted mean of each pair's confidence, which is the larger of its :attr:`probability` p and 1 - p."""
         return self._mean(np.maximum(self.probability, 1 - self.probability))
 
     def _mean(self, values: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Describe the charts of single pairs as data: log-probability differences, their change, calibration, and length."""
+"""Describe, as data, the charts of single pairs: log-probability differences, their change, calibration, and length."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
         series.insert(0, ("reference", "quiet", known[0][2].reference_margin))
     everything = np.concatenate([values for *_, values in series])
     low, high = np.quantile(everything, [0.002, 0.998])
-    # The axis ends at most this far beyond the quantiles. Otherwise, a few extreme values could put most pairs into few
-    # bars.
+    # The axis includes 0, and otherwise ends at most this far beyond the quantiles. With a longer axis, a few extreme
+    # values could put most pairs into few bars.
     near = 0.25 * (high - low)
     low = max(low - near, everything.min())
     high = min(high + near, everything.max())

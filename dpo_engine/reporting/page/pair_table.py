@@ -66,7 +66,7 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def _kinds(shown: str, reference: float, policy: float) -> list[str]:
-    """Return the kind for which a pair was selected. Add "became right" or "became wrong" if the pair also did so."""
+    """Return the kinds of a pair: why it was selected and, if its ranking changed, "became right" or "became wrong"."""
     kinds = [visible(OLD_KINDS.get(shown, shown), 40)]
     flipped = TO_RIGHT if reference < 0 < policy else TO_WRONG if policy < 0 < reference else None
     return kinds if flipped is None or flipped in kinds else [*kinds, flipped]
@@ -91,8 +91,8 @@ def tokens(text: TokenText, most: int) -> dict[str, Any]:
 
     most   maximum number of texts. Tokens beyond these texts are counted, but not returned
 
-    Each text belongs to one token, with one exception: tokens that end within a character share a text with the token
-    that completes the character.
+    A token without text, such as one that ends within a character, shares the text of the next token that has text.
+    Tokens without text at the end of the response share an empty text. Every other text belongs to one token.
 
     Returns  a dictionary: ``t`` (the texts); ``v`` (the log-probability of each text under the policy); ``r`` (the
              log-probability of each text under the reference, or None if these log-probabilities are unknown);

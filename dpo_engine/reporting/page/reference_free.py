@@ -14,11 +14,12 @@ def outcome(m: Measures) -> Finding:
     estimate, change = m.accuracy, m.since_first
     likely = f"the chosen response is more likely{' per token' if m.compares_tokens else ''}"
     share = f"{likely} in {percent(estimate.mean)} of {pairs_text(m.count)}"
-    by = "per token, as in the loss" if m.compares_tokens else "of whole responses"
+    by = "per token (as in the loss)" if m.compares_tokens else "of whole responses"
     evidence = f"Log-probabilities {by} are compared. After step {m.step:,}: {interval(estimate)}"
     margin = f"mean {m.margin_name} {signed(m.margin.mean)}"
     if change is None:
-        evidence += f"; {margin}. The run has no reference, so 50% is no baseline, and no earlier evaluation is known."
+        evidence += f"; {margin}. The run has no reference, so 50% is no baseline. "
+        evidence += "No earlier evaluation of the same pairs is known."
         advice = "Set train.eval_at_start, so that the model is also evaluated before training."
         return Finding("note", f"On held-out pairs, {share}.", evidence, advice, "held")
     when = "before training" if change.step == 0 else f"after step {change.step:,}"

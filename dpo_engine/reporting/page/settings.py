@@ -16,8 +16,8 @@ class Setting(NamedTuple):
     """A configuration key of a run, with its value and its default (or why no default is shown).
 
     changed whether the value differs from the default
-    shown   whether the short list contains the key. This list contains the keys whose values differ from the default,
-            and the keys whose default is unknown (such as the options of a loss)
+    shown   whether the list of changed settings contains the key. This list contains the keys whose values differ from
+            the default, and the keys whose default is unknown (such as the options of a loss)
     """
 
     path: str

@@ -25,7 +25,11 @@ SIGNS = {"good": ("✓", "green"), "warn": ("!", "yellow"), "bad": ("✗", "red"
 
 
 def show_runs(judged: Sequence[Judged], console: Console) -> None:
-    """Print the findings, tables and curves of runs, and their comparisons, but no single pairs."""
+    """Print the findings, tables and curves of each run.
+
+    If there are several runs, also compare each later run with the first, and list the settings that differ between the
+    runs. Single pairs are not printed.
+    """
     for item in judged:
         _show_run(item, console)
     for other in judged[1:]:
@@ -56,8 +60,8 @@ def _show_comparison(told: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     _say(
         console,
-        f"{pairs_text(found['common'])} in common; by the reward, {later} ranks {found['won']:,} of them better than "
-        f"{first} does, {found['lost']:,} worse and {found['tied']:,} equally; sign test of prompts: "
+        f"{pairs_text(found['common'])} in common; the reward accuracy is higher in {later} than in {first} for "
+        f"{found['won']:,} of them, lower for {found['lost']:,} and equal for {found['tied']:,}; sign test of prompts: "
         f"p = {found['sign_test']:.3g}",
     )
     if found["other_units"]:

@@ -13,7 +13,7 @@ from dpo_engine.reporting.page.measures import Group, Measures, pairs_text, perc
 from dpo_engine.reporting.page.run_files import RunFiles
 
 SMALLEST_GROUP = 10
-"""A finding needs at least this many pairs of a group, or at least this many logged steps of the training accuracy.
+"""Smallest number of pairs for a finding about a source, and smallest number of logged steps for a finding about steps.
 
 A finding about the gradient norm needs twice as many logged steps."""
 GAP = 0.1
@@ -27,7 +27,7 @@ SPIKE = 10.0
 def findings(run: RunFiles, measures: Measures | None) -> list[Finding]:
     """Return the findings about a run, the most important first.
 
-    measures  measures of the run's newest evaluation; None if the run has no evaluation
+    measures  measures of the run's newest readable evaluation; None if the run has no such evaluation
     """
     found = [*_ended(run), *held_loss.bad_numbers(run, measures)]
     if measures is None:
@@ -107,7 +107,7 @@ def _ranking(m: Measures) -> Iterator[Finding]:
         title = f"The policy ranks fewer pairs correctly by likelihood: {before} → {after}."
         yield Finding("bad", title, evidence, advice, "flip")
     else:
-        title = f"By likelihood, the policy ranks about as many pairs correctly as the reference: {before} → {after}."
+        title = f"No clear change in the share of pairs ranked correctly by likelihood: {before} → {after}."
         yield Finding("note", title, evidence, "", "flip")
 
 
@@ -142,7 +142,7 @@ def _displacement(m: Measures) -> Iterator[Finding]:
         title = "Chosen responses became more likely; rejected ones did not become less likely."
         yield Finding("note", title, evidence, "", "displacement")
     else:
-        yield Finding("note", "Chosen responses are about as likely as before.", evidence, "", "displacement")
+        yield Finding("note", "No clear change in the likelihood of chosen responses.", evidence, "", "displacement")
 
 
 def _drift(m: Measures) -> Iterator[Finding]:
@@ -185,7 +185,7 @@ def _length(m: Measures) -> Finding:
         return Finding("note", title, f"{m.count:,} pairs.", "", "length")
     rule = f"“the {m.length_rule} response is better” is right in {percent(m.length_accuracy)} of the pairs"
     if with_rule is None or against is None:
-        title = "Too few pairs differ in length to say whether length explains the accuracy."
+        title = "Length may or may not explain the accuracy: too few pairs follow the length rule, or too few break it."
         different = f"Different lengths: {pairs_text(m.count - m.equal_lengths)} of {m.count:,}."
         evidence = f"The rule {rule}; a pair with equally long responses counts as half right. {different}"
         return Finding("note", title, evidence, "", "length")
@@ -258,7 +258,8 @@ def _calibration(m: Measures) -> Iterator[Finding]:
         title = "The model is underconfident: its accuracy exceeds its confidence, because margins are small."
         yield Finding("note", title, evidence, "", "calibration")
     else:
-        yield Finding(good(m), "The model's confidence matches its accuracy.", evidence, "", "calibration")
+        title = "No clear difference between the model's confidence and its accuracy."
+        yield Finding(good(m), title, evidence, "", "calibration")
 
 
 def _health(run: RunFiles) -> Iterator[Finding]:

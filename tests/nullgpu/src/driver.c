@@ -6,7 +6,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define NOT_FOUND 500
 
-// These functions are in the preloaded library, libnullgpu.so. Only dlsym is in the C library.
+// These functions are in the preloaded library, libnullgpu.so. Its dlsym replaces that of the C library.
 extern int cudaDeviceGetAttribute(int *, int, int);
 extern int cudaGetDeviceCount(int *);
 extern int cudaMemGetInfo(size_t *, size_t *);

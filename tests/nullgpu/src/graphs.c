@@ -13,7 +13,7 @@ static size_t captured;              // number of operations in the active captu
 
 unsigned long long capture_of(const void *stream) {
   unsigned long long id = stream > (void *)2 ? *(const unsigned long long *)stream : 0;
-  return id && id == __atomic_load_n(&active, __ATOMIC_RELAXED) ? id : 0;  // handles 1 and 2 are default streams
+  return id && id == __atomic_load_n(&active, __ATOMIC_RELAXED) ? id : 0;  // handles 0 to 2 are default streams
 }
 int join_capture(void *stream, unsigned long long id) {
   if (!id || id != __atomic_load_n(&active, __ATOMIC_RELAXED)) return !capture_of(stream);
@@ -33,7 +33,8 @@ int capture(const void *stream) {
 }
 int capturing(void) { return __atomic_load_n(&active, __ATOMIC_RELAXED) != 0; }
 
-// On a real GPU, the capture fails if the host waits for a stream that is captured. This function returns that error.
+// On a real GPU, if the host waits for a stream that is captured, the wait returns an error and the capture fails. This
+// function returns the same error.
 int waits_for(const void *stream, const char *what) {
   if (!(stream ? capture_of(stream) : active)) return cudaSuccess;
   fprintf(stderr, "nullgpu: %s during the capture of a graph\n", what);

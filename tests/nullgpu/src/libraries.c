@@ -178,7 +178,7 @@ PRODUCT(cublasDdot_v2)
 PRODUCT(cublasDotEx)
 
 // ---- cuDNN: every graph has one engine and one plan ----
-enum {  // values of cudnn_graph.h, which the headers of torch's wheel do not include
+enum {  // values from cudnn_graph.h; build.sh does not search the folder of this header
   PLAN_DESCRIPTOR = 5,
   HEURISTIC_RESULTS = 202,
   CONFIGURATION_ENGINE = 300,
@@ -216,7 +216,7 @@ EXPORT int cudnnBackendExecute(void *handle, void *plan, void *pointers) {
   return 0;
 }
 EXPORT int cudnnBackendGetAttribute(void *descriptor, int name, int type, int64_t wanted, int64_t *found, void *out) {
-  // Size of an attribute in bytes, by its type. Attributes of all later types have 4 bytes.
+  // Size of an attribute in bytes, by its type. Attributes of types that are not in this table have 4 bytes.
   static const unsigned char size[] = {8, 4, 1, 8, 4, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 8, 4, 4, 4, 4, 4, 4, 4, 4, 1};
   int counted = name == HEURISTIC_RESULTS || name == CONFIGURATION_ENGINE;
   int none = name == CONFIGURATION_KNOBS || name == PLAN_WORKSPACE || name == ENGINE_KNOBS ||

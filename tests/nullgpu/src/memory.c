@@ -1,4 +1,5 @@
-// Memory of the null GPU. Device memory is reserved address space. Only small copies and fills write to it.
+// Memory of the null GPU. Device memory is reserved address space. Only small copies, small fills and NCCL's small
+// results are written to it.
 #define _GNU_SOURCE
 #include "nullgpu.h"
 #include <cuda_runtime_api.h>
@@ -154,8 +155,9 @@ EXPORT cudaError_t cudaGetSymbolAddress(void **pointer, const void *symbol) {
   return cudaSuccess;
 }
 
-// Memory of other processes. The null GPU runs one rank alone. When this rank gathers the handles of all ranks, every
-// gathered handle is its own. Therefore, data that this rank writes to another rank arrives in this rank's own memory.
+// Memory of other processes. The null GPU runs one rank alone. When this rank gathers the handles of all ranks, it gets
+// its own handle once for each rank. Therefore, data that this rank writes to another rank arrives in this rank's own
+// memory.
 EXPORT cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *pointer) {
   memset(handle, 0, sizeof *handle);
   memcpy(handle, &pointer, sizeof pointer);

@@ -29,7 +29,7 @@ typedef enum {
 typedef enum { UNKNOWN_MEMORY, HOST_MEMORY, DEVICE_MEMORY } MemoryKind;
 
 void count(Counter what);
-void count_kernel(const void *key);                        // count a launch, also by kernel if it is registered
+void count_kernel(const void *key);                        // count a launch; a registered kernel has its own count too
 void register_kernel(const void *key, const char *name);   // `key` identifies the kernel in launches
 const char *kernel_name(const void *key);
 void count_collective(const char *operation, size_t bytes, int ranks);
@@ -46,7 +46,8 @@ unsigned long long capture_of(const void *stream);  // the number of the stream'
 // is allowed.
 int join_capture(void *stream, unsigned long long id);
 int capturing(void);                               // whether any stream is captured
-// Return an error if the host waits for a stream that is captured. If `stream` is NULL, the host waits for the device.
+// The host waits for `stream`. Return an error if this stream is captured. If `stream` is NULL, the host waits for the
+// whole device. Then, return an error if any stream is captured.
 int waits_for(const void *stream, const char *what);
 
 long setting(const char *variable, long otherwise);  // the variable's value, or `otherwise` if it is unset or empty

@@ -107,8 +107,8 @@ void count_collective(const char *operation, size_t bytes, int ranks) {
   pthread_mutex_unlock(&collectives_lock);
 }
 
-// Write one line for each launched kernel: launches and name. Write one line for each kind of collective: calls,
-// operation, bytes and ranks.
+// Write one line for each launched kernel: the number of launches, and the kernel's name. Also write one line for each
+// kind of collective: the number of calls, the operation, the size in bytes, and the number of ranks.
 EXPORT int nullgpu_write(const char *path) {
   FILE *file = fopen(path, "w");
   if (!file) return -1;

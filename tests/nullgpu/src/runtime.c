@@ -166,7 +166,7 @@ EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return cudaSuccess;
 }
 // A stream that waits for an event of a capture takes part in the capture. As on a GPU, the default stream cannot take
-// part in a capture, and a stream that is captured cannot wait for other work.
+// part in a capture, and a stream that is captured cannot wait for an event outside of the capture.
 EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
   unsigned long long id = event ? ((Event *)event)->capture : 0;
   return join_capture(stream, id) ? cudaSuccess : cudaErrorStreamCaptureImplicit;

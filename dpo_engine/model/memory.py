@@ -2,9 +2,9 @@
 
 The formulas assume native layers that keep their tensors in ``model.dtype``. On an emulated GPU that computes nothing
 (``tests/nullgpu``), the formulas match the measured peaks of full micro-batches to within 3 %. There are two
-exceptions. In rows of trees with context parallelism, ``varlen`` needs 6 % more than estimated. With FP8, Transformer
-Engine keeps the inputs of linear layers in one byte per number, so the estimate of activations is too large. The
-allocator, CUDA and NCCL need additional memory.
+exceptions. With context parallelism, the attention kernels ``varlen`` of the tree layout need 6 % more than estimated.
+With FP8, Transformer Engine keeps the inputs of linear layers in one byte per number, so the estimate of activations is
+too large. The allocator, CUDA and NCCL need additional memory.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class Memory:
     graphs                                    copies and buffers of ``model.cuda_graphs``. They and ``activations``
                                               remain allocated from the second step to the end of the run
     activations                               tensors that forward passes in flight keep for their backward passes
-    working                                   logits of one chunk of scored sites and the logits' gradient, or the
+    working                                   logits of `CHUNK_SITES` tokens and the logits' gradient, or the
                                               activations of a layer that is recomputed, whichever is larger
     update                                    fp32 copies of bf16 gradients, after the activations are freed
-    formula                                   how the memory of the weights and their states is computed, as text
+    formula                                   formula for weights, gradients, optimizer states and reference, as text
     host                                      bytes of host memory with ``optim.states: host``, by purpose
     """
 
@@ -267,8 +267,8 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
     stream = arch.hidden_size * number // (dims.tp if split else 1)
     count = 2 * arch.pre_norms + 2 * arch.post_norms - (arch.parallel == "one norm")
     norms = 2 * count * stream  # their inputs and outputs
-    # Queries and the output of this rank's columns; keys and values of the whole row, because every context-parallel
-    # rank keeps all of them.
+    # Queries and the output for the tokens of this rank; keys and values for all tokens of the row, because every
+    # context-parallel rank keeps all keys and values.
     attention = (2 * heads + 2 * kv_heads * dims.cp) * arch.head_dim * number
     if arch.qk_norms:  # queries and keys before their norms; if norms are per head, also a copy of the values
         attention += (heads + (1 + arch.qk_norm) * kv_heads) * arch.head_dim * number
@@ -288,10 +288,10 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
 def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split: bool) -> int:
     """Return the bytes per token that a layer's experts keep for the backward pass, if all experts are used equally.
 
-    For each expert of a token, two copies of the input and two of the output are kept: one in the order of the tokens,
-    and one in the order of the experts. The native layers also keep six tensors with the width of the expert: gate, up
-    projection, activation, product, weighted product, and the weighted product in fp32. Experts with biases or a clamp
-    keep four: gate, up projection, product, and weighted product.
+    For each expert of a token, a layer keeps two copies of the input: in the order of the tokens, and in the order of
+    the experts. Each rank that shares the expert adds two such copies of the output. Native layers also keep 6 tensors
+    with the width of the expert: gate, up projection, activation, product, and the weighted product both in the model's
+    dtype and in fp32. Experts with biases or a clamp keep 4: gate, up projection, product, and weighted product.
     """
     experts = arch.experts
     # Tokens that a rank sends to experts, per token of the row. The rank's own experts receive the same number.
@@ -320,25 +320,26 @@ def _activations(
     attention, mlp = (BYTES[dtype] * more // number for more in (adapters.attention, adapters.mlp))
     again = {"none": 0, "selective": mlp, "full": attention + mlp}[config.model.recompute]
     kept, recomputed = kept + attention + mlp - again, recomputed + again
-    held = _layers_in_flight(config, arch, dims, stage, tokens)
-    tokens = -(-tokens // dims.cp)
-    return tokens * kept * held, tokens * recomputed
+    own = -(-tokens // dims.cp)
+    return own * kept * _layers_in_flight(config, arch, dims, stage, tokens), own * recomputed
 
 
 def _layers_in_flight(config: Config, arch: Architecture, dims: ParallelDims, stage: int, tokens: int) -> int:
     """Return the largest number of layers whose activations a rank keeps, summed over all micro-batches in flight.
 
-    With graphs, chunks never use each other's memory, so the result is the sum of the largest numbers of all chunks.
+    With graphs, model chunks never use each other's memory. The result is then the sum of the chunks' own maxima.
     """
     pairs = -(-config.train.global_batch_size // dims.dp)
     micro_batches = -(-pairs // max(tokens // (2 * config.data.max_length), 1))
     layers = [len(chunk) for chunk in dims.chunk_layers(arch.num_layers)[stage :: dims.pp]]
     if not dims.vpp:
         return min(dims.pp - stage, micro_batches) * layers[0]
-    # Number of forward passes of an interleaved schedule before its first backward pass: the warmup, and one more.
-    first = 2 * (dims.pp - stage - 1) + (dims.vpp - 1) * dims.pp + 1
-    # Each chunk computes pp micro-batches before the next chunk begins; backward passes begin with the last chunk.
-    forward = [at // dims.pp % dims.vpp for at in range(min(micro_batches, 2 * dims.pp) * dims.vpp)]
+    # Each chunk computes a group of micro-batches before the next chunk begins. Backward passes begin with the last
+    # chunk, after the forward passes of the warmup and one more.
+    group = config.megatron.transformer.get("microbatch_group_size_per_vp_stage", dims.pp)
+    first = 2 * (dims.pp - stage - 1) + (dims.vpp - 1) * group + 1
+    sizes = [min(group, micro_batches - begin) for begin in range(0, min(micro_batches, 2 * group), group)]
+    forward = [chunk for size in sizes for chunk in range(dims.vpp) for _ in range(size)]
     if not config.model.cuda_graphs:
         return sum(layers[chunk] for chunk in forward[:first])
     flying, most = Counter(forward[:first]), Counter(forward[:first])

@@ -103,8 +103,9 @@ def test_states_on_the_host_take_host_memory(tiny_hf):
 
     device, host, count = cost(), cost(states="host"), stage_parameters(arch, ParallelDims(), 0) // 2
     assert (device.optimizer, device.host) == (12 * count, {})
-    # Two fp32 buffers for updates in pieces. Each buffer has one element for each parameter of this rank's optimizer,
-    # but at most PIECE elements. This small model does not reach the limit.
+    # The optimizer updates the parameters in pieces, with two fp32 buffers on the device. Each buffer has one element
+    # for each parameter of this rank's optimizer, but at most PIECE elements. This small model does not reach the
+    # limit.
     assert host.optimizer == 8 * count
     assert host.host == {"optimizer states": 12 * count, "buffers": 16 * count}
     assert host.formula.startswith(
@@ -174,6 +175,19 @@ def test_activations_of_the_largest_micro_batch(parallel, train, rows, split, in
     again = Config.parse({**raw, "model": {"path": "m", "recompute": "full"}})
     full = memory(again, arch, dims, dtype="bf16", tokens=4000 * rows)
     assert full.activations == 2 * 4000 * rows * layers * 64 // split
+
+
+@pytest.mark.parametrize(("options", "group"), [({}, 2), ({"microbatch_group_size_per_vp_stage": 4}, 4)])
+def test_activations_of_an_interleaved_schedule(options, group, tiny_hf):
+    """Before its first backward pass, the first of 2 stages runs the forward passes of Megatron's warmup and one more.
+
+    The warmup has 2 (pp - 1) + (vpp - 1) group forward passes, each of one layer.
+    """
+    arch = read_architecture(tiny_hf("llama"))
+    raw = {**SMALLEST, "parallel": {"pp": 2, "vpp": 2}, "train": {**SMALLEST["train"], "global_batch_size": 16}}
+    raw |= {"data": {**SMALLEST["data"], "max_length": 4000}, "megatron": {"transformer": options}}
+    cost = memory(Config.parse(raw), arch, ParallelDims(pp=2, vpp=2, world=2), dtype="bf16", tokens=8000)
+    assert cost.activations == kept_by_hand(8000, 2 + group + 1, 64, 8, arch.num_kv_heads, arch.head_dim, 96)
 
 
 def test_fp64_takes_twice_the_memory_of_fp32(tiny_hf):

@@ -24,8 +24,6 @@ class TestTwoPrompts:
     @pytest.mark.parametrize("name", ["input", "question", "userInput", "chat_history", "messages"])
     def test_the_second_is_refused_by_name(self, row, name, tmp_path):
         value = [{"role": "user", "content": MORE}] if name == "messages" else MORE
-        if "prompt" not in row and name == "messages":
-            return  # such a record is read as sharegpt
         path = write(tmp_path / "a.jsonl", [row, {**row, name: value}])
         with pytest.raises(DataError) as caught:
             list(read_pairs(path))
@@ -70,7 +68,7 @@ class TestTwoPrompts:
         with pytest.raises(BadRecord, match="'input' is not read, but prompt is"):
             FORMATS["auto"]({**row, "input": MORE})
 
-    def test_one_turn_of_several_that_would_be_left_out(self):
+    def test_messages_with_a_turn_that_is_not_in_the_prompt_are_refused(self):
         earlier = [ASK, {"role": "assistant", "content": "Which?"}, {"role": "user", "content": MORE}]
         with pytest.raises(BadRecord, match="'messages' is not read, but prompt is"):
             FORMATS["auto"]({**TEXT, "messages": earlier})
@@ -82,7 +80,7 @@ class TestTwoPrompts:
             whole = {**TEXT, "prompt": f"{MORE}\n\n{TEXT['prompt']}", name: MORE}
             assert checked(FORMATS["auto"](whole)).prompt == whole["prompt"]
 
-    def test_only_the_field_that_is_a_prompt_alone_is_proposed(self):
+    def test_a_prompt_for_the_judge_is_not_proposed(self):
         """The error does not propose `labelling_prompt`.
 
         In argilla/distilabel-intel-orca-dpo-pairs, this field is the prompt for the model that judged the responses.

@@ -105,8 +105,8 @@ def bound(
     """Return the minimum number of operations to train once on each pair, if each pair's prompt is computed once.
 
     lengths  number of prompt, chosen and rejected tokens of each pair
-    passes   work per pair, as a number of forward passes: `TRAINING`, plus 1 if every step scores the reference, or
-             plus 1/E if E epochs share a store
+    passes   work per pair, as a number of forward passes: `TRAINING`, plus 1 if every step scores its pairs with the
+             reference, or plus 1/E if E epochs share the stored results of the reference
     rank     rank of the adapters, if adapters of all matrices in the layers are trained; None: all weights are trained
     """
     trees = [[int(part) for part in pair] for pair in lengths]

@@ -29,7 +29,7 @@ class Job:
     digest     engine: whether to hash the weights after the last step
     micro_batch_size  TRL: number of pairs per micro-batch
     grouped           TRL: whether to group pairs of similar length
-    precomputed       TRL: whether to score the reference before training
+    precomputed       TRL: whether to score all pairs with the reference before training
     onednn            TRL: whether to use oneDNN for matrix products, as the engine does on processors where MKL is slow
     """
 
@@ -63,7 +63,8 @@ class Job:
 class Measured:
     """Measurements of a job.
 
-    filling_s       (processor seconds, wall seconds) to score the reference in advance; zeros if each step scores it
+    filling_s       (processor seconds, wall seconds) to score all pairs with the reference in advance; zeros if each
+                    step scores its own pairs
     steps_s         (processor seconds, wall seconds) of every step
     peak_bytes      peak resident memory minus the resident memory after the imports; on a GPU, peak memory allocated
                     by torch

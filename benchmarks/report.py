@@ -46,7 +46,7 @@ class Setting:
 def rate(run: Measured, *, pairs: int, warmup: int, gpu: bool) -> float:
     """Return the number of pairs per second of processor time or, on a GPU, of wall time.
 
-    If the run scores the reference in advance, the time includes this scoring.
+    If the run scores pairs with the reference in advance, the time includes this scoring.
 
     pairs   number of pairs in the steps after the first `warmup` steps
     """

@@ -1,4 +1,4 @@
-"""Install the engine into the image's virtual environment, with versions of the base image or of `constraints/`.
+"""Install the engine into the image's virtual environment, with package versions from the base image or `constraints/`.
 
 Usage, from the repository root, with the environment's interpreter: ``python docker/install.py``. Arguments come from
 the environment: TORCH_REQUIREMENT, CONSTRAINTS, EXTRAS, PIP_OPTIONS (see docker/Dockerfile), and the image's

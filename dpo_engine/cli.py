@@ -31,10 +31,10 @@ from dpo_engine.verbs.arguments import build_parser
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb on this rank and return the exit code.
 
-    Errors that a user can cause are printed to stderr, with one line per problem. If all ranks raise the same error and
-    torchrun hosts the store that the ranks share, one rank prints the error. If torchrun does not host the store, one
-    rank per node prints the error, or two ranks per node if a rank was lost. With `--debug`, every rank also prints its
-    traceback.
+    Errors that a user can cause are printed to stderr, with one line per problem. If all ranks are known to raise the
+    same error, only some ranks print it. If torchrun hosts a store for the ranks, and this store can be used, one rank
+    prints the error. Otherwise, the first rank on each node prints the error and, if the error is that a rank was lost,
+    the second rank on each node does, too. With `--debug`, every rank also prints its traceback.
     """
     if arguments is None:
         console.open_streams()

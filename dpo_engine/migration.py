@@ -164,9 +164,10 @@ def _by_last_component() -> dict[str, Entry]:
     """Map last components of keys to entries.
 
     All keys without a section are included. The last component of a nested key is included under two conditions. First,
-    all nested keys with this last component correspond to the same key of ours. Second, the component is neither
-    ``name`` nor the last component of a key of ours; for example, ``path`` is not included, because ``model.path`` is
-    our key. Our keys in the section ``loss`` do not count, so a ``beta`` in any section of another system can be found.
+    all nested keys with this last component correspond to the same key of ours, or none of them has an equivalent.
+    Second, the component is neither ``name`` nor the last component of a key of ours; for example, ``path`` is not
+    included, because ``model.path`` is our key. Our keys in the section ``loss`` do not count, so a ``beta`` in any
+    section of another system can be found.
     """
     own = {key.rpartition(".")[2] for key in _own_keys() if not key.startswith("loss.")} | {"name"}
     nested: dict[str, list[Entry]] = {}

@@ -41,7 +41,7 @@ def parameters_after(entry: Any, passes: int = 0, reserved: tuple[str, ...] = ()
 def name_problem(registry: Registry, name: str, key: str, *, plugins: bool) -> str:
     """Return the error line about an unregistered name, with the nearest name and the registered names.
 
-    key      beginning of the line, with the place of the name: ``callbacks.NAME`` or ``loss.name=NAME``
+    key      beginning of the line, which shows where the name is given: ``callbacks.NAME`` or ``loss.name=NAME``
     plugins  whether the run imports plugins; if not, the line says how to register a name
     """
     near = nearest(name, list(registry))

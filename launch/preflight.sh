@@ -2,7 +2,8 @@
 # Functions for launch/job.sh that prepare and check the environment before the ranks start, so that a problem is
 # reported in a single line, and not once by every rank.
 
-# Run a command of the site (a module or SITE_HOOK). Its code can use unset variables, and can continue after errors.
+# Run a site-specific command (`module load`, SITE_HOOK, or a file that defines `module`) without the shell options -e
+# and -u. The command's code may then use unset variables, and continues after errors.
 relaxed() {
   local code=0
   set +eu

@@ -180,7 +180,7 @@ was_requeued() {
   [[ $(fact JobState) == PENDING ]] || ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0}))
 }
 
-# Requeues the job and ends the script. If the job cannot be requeued, the exit code is 75.
+# Prints how the job continues after a requeue.
 next_start() {
   case $verb in
     train) echo "the job continues from its newest checkpoint" ;;
@@ -189,6 +189,7 @@ next_start() {
   esac
 }
 
+# Requeues the job and ends the script. If the job cannot be requeued, the exit code is 75.
 requeue() { # what happened, how the job continues, nodes to exclude from the next start
   local said state pause tries=0
   # Slurm terminates this script as soon as the job is requeued.

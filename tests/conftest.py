@@ -38,7 +38,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """Return an object that makes and caches tiny models. The object has cases for all supported model families."""
+    """Return an object that makes and caches tiny models. Its table of cases covers all supported model families."""
     return TinyModels(tmp_path_factory.mktemp("models"), CASES)
 
 

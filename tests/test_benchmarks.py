@@ -217,7 +217,7 @@ def test_table_has_medians_and_ratios_by_round():
     assert cells == expected
 
 
-def test_first_lines_compare_both_sides_without_options_and_at_their_best(tmp_path):
+def test_headline_compares_both_sides_without_options_and_with_their_best_options(tmp_path):
     given = ["hh-like", "--quick", "--global-batch-size", "8", "--pairs", "8"]
     asked = compare_trl.arguments([*given, "--ours", "--ours", "batch.layout=stacked", "--trl", "no options", "mb1"])
     made = contest.Contest(asked, "hh-like", tmp_path)

@@ -1,7 +1,8 @@
 """Tests of imports and of file lengths.
 
-A wing is a folder or a group of modules outside folders. It imports only from itself and from lower wings. Only the
-listed wings and modules may import Megatron or the kernels.
+A wing is a folder or a group of modules outside folders. ``TOWER`` lists the wings from lowest to highest. A wing
+imports only from itself and from lower wings. Only the wings and modules in ``MEGATRON`` may import Megatron, and only
+those in ``KERNELS`` may import the kernels.
 """
 
 import ast

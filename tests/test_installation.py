@@ -30,10 +30,11 @@ def kernels_at(folder: Path, version: str | None) -> Path:
 
 
 def test_activated_environment_is_kept(tmp_path):
-    """``launch/environment.sh`` keeps an environment that is activated, although its interpreter comes first on PATH.
+    """``launch/environment.sh`` does not rebuild an environment that is activated.
 
-    The script must use the interpreter from which the environment was created. With the environment's own interpreter,
-    the script would rebuild the environment, and thereby delete that interpreter.
+    The interpreter of an activated environment comes first on PATH. If the script took this interpreter as the base
+    interpreter, the script would rebuild the environment, and thereby delete the interpreter. Instead, the script must
+    take the interpreter from which the environment was created.
     """
     venv = tmp_path / "venv"
     base = Path(sys.executable).resolve()

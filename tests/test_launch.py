@@ -252,10 +252,10 @@ def test_verb_that_needs_no_ranks_is_one_process(stage, arguments, expected):
     assert stage.calls("trainer") == [["-m", "dpo_engine", *expected]]
 
 
-def test_every_other_verb_is_one_process():
+def test_all_remaining_verbs_are_one_process():
     """The verbs train, reference, eval, export and parity run on the ranks of the job.
 
-    The list of single-process verbs in job.sh must contain every other verb.
+    The list of single-process verbs in job.sh must contain exactly the remaining verbs.
     """
     (line,) = [line for line in (ROOT / "launch/job.sh").read_text().splitlines() if "| tokenize |" in line]
     listed = {name.strip(" )") for name in line.split("|")}

@@ -186,10 +186,11 @@ def test_second_warning_is_passed_on_at_once(stage):
     assert "warned by Slurm: the ranks finish their step and save\n" in finish(process)[2]
 
 
-def test_warning_of_unknown_length_is_passed_on_later_after_a_start_without_progress(stage):
-    """The script assumes that Slurm warned the job too early, because an earlier start made no progress.
+def test_early_warning_is_deferred_if_the_previous_start_made_no_progress(stage):
+    """The script assumes that Slurm warned the job too early.
 
-    The script cannot be sure of the time at which Slurm warns, because Slurm does not report the value of
+    The script has two reasons: the previous start made no progress, and the warning arrives in the first 90 s of this
+    start. The script cannot be sure of the time at which Slurm warns, because Slurm does not report the value of
     `sbatch --signal`.
     """
     stage.set_record(seconds_left=3000)

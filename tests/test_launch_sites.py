@@ -62,8 +62,9 @@ def test_task_of_an_array_asks_about_itself_alone(stage):
 def test_job_starts_while_the_controller_is_busy(stage, times, host):
     """The script calls `scontrol show` for its own path, for the time limit, and for the names of the nodes.
 
-    The script requests the names up to three times. If the first four calls fail, the third request for the names
-    succeeds. If all calls fail, the script assumes that its own node is the job's first node.
+    The script requests the path and the time limit once each, and the names up to three times. If the first four calls
+    fail, these are the calls for the path and the limit and the first two calls for the names. The third call for the
+    names then succeeds. If all calls fail, the script assumes that its own node is the job's first node.
     """
     stage.fail("scontrol", "show", times, BUSY)
     code, out, err = finish(stage.start(SLURMD_NODENAME="first"))

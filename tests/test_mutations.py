@@ -22,7 +22,10 @@ def functions_in(path):
 
 
 def old_lines(planted):
-    """Return the lines of code that a bug replaces, from a cell such as ``what it does: `old; old` → `new; new` ``."""
+    """Return the lines of code that a bug replaces.
+
+    The cell ``planted`` has the form `` `old; old` → `new; new` ``. A description and a colon can come before the code.
+    """
     old, _ = re.search(r"`([^`]+)` → (`[^`]+`|nothing)$", planted).groups()
     return [line.strip() for line in old.replace(r"\|", "|").split(";") if line.strip()]
 

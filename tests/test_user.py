@@ -265,7 +265,8 @@ def test_held_out_questions_are_disjoint_from_training(small_task):
 
 
 def test_task_is_determined_by_its_seed(tmp_path):
-    # This test makes all three tasks itself, because other tests can change how this process multiplies matrices.
+    # This test does not compare a task with `small_task`. After `small_task` was made, other tests can have changed how
+    # this process multiplies matrices. The weights of the base models would then differ despite the same seed.
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):
         make_task.make(tmp_path / name, seed=seed, pairs=48, held_out=9, steps=1)
     for path in sorted((tmp_path / "first").rglob("*")):

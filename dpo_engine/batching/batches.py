@@ -54,7 +54,9 @@ class Scored(NamedTuple):
     chunks: tuple[tuple[int, int, int], ...]
 
     def within(self, columns: Tensor, rows: int) -> Scored:
-        """Return only the sites in the given columns, with their entries. The new indices count only these columns.
+        """Return only the sites in the given columns, with their entries.
+
+        The result numbers columns, sites, and entries anew: the given column ``columns[i]`` becomes column i.
 
         columns  [s']  int64, in any order
         rows           r, the number of rows
@@ -78,7 +80,7 @@ class Scored(NamedTuple):
 
 @dataclass
 class Batch:
-    """A micro-batch of b pairs as r rows of s tokens, or one context-parallel rank's share of its columns.
+    """A micro-batch of b pairs as r rows of s tokens, or the part of each row for one context-parallel rank.
 
     A dummy is a placeholder for a pair. Dummies are added so that all ranks have the same number of pairs. They do not
     change losses or metrics.
@@ -87,7 +89,7 @@ class Batch:
                         and row b + i contains its prompt and its rejected response. Layout `tree`: r = 1
     positions  [s]      int64, position of each column for the rotary embedding
     segments   [2, k]   int64, in host memory: lengths and parents of the segments in a tree row. In a
-                        context-parallel share, too, these are the segments of the whole row. None for plain sequences
+                        context-parallel share, too, these are the segments of the whole row. None in layout `stacked`
     columns    [q]      int64, in host memory: the columns of a tree row that the last layer computes
                         (:func:`~dpo_engine.batching.trees.needed_columns`); None means all columns
     scored              the tokens to score

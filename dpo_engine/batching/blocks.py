@@ -1,8 +1,9 @@
 """Cut a row of trees into short blocks, and balance their attention costs over context-parallel ranks.
 
 Problem. As :mod:`~dpo_engine.batching.shares` explains, a split must give every rank the same number of tokens and
-nearly the same number of visible (query, key) pairs. In a row of trees, no fixed pattern achieves this, because
-positions restart with every tree and every response.
+nearly the same number of visible (query, key) pairs. A row of trees contains several prompts, each followed by its
+responses (:mod:`~dpo_engine.batching.trees`). In such a row, no fixed pattern achieves an even split, because positions
+restart with every tree and every response.
 
 Solution. The cost of each query is known exactly: a token at position i of its sequence sees i + 1 keys, whatever the
 shape of the tree. Cut the row into blocks of equal length. The cost of a block is the number of keys that its queries

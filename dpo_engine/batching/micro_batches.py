@@ -20,6 +20,8 @@ PLANNED_TOGETHER = 512
 WORTH_IT = 1.05
 """``auto`` chooses ``tree`` if ``stacked`` would compute at least `WORTH_IT` times as many tokens as ``tree``.
 
+Exception: if trees are slow on this device, ``auto`` always chooses ``stacked`` (:func:`choose_layout`).
+
 The log recommends ``data.group_by_prompt`` if this option could reduce the number of tokens in ``tree`` by a factor of
 at least `WORTH_IT`.
 """

@@ -14,9 +14,9 @@ Why this way. Each global batch is planned separately, so the layout and the num
 an optimizer step uses. The plan is a deterministic function of lengths and content hashes, computed in integers. Every
 rank therefore computes the same plan without communication, and :func:`plan_digest` can identify it. The algorithm
 (:func:`~dpo_engine.batching.balance.deal_evenly`) is greedy assignment followed by exchanges. It is fast. It stops
-when costs are even to 0.1%, when no further exchange helps, or after one exchange per item.
+when costs are even to 0.1%, when no further exchange helps, or after as many exchanges as there are items.
 
-Not covered. FLOP counts are not durations: the plan ignores the efficiency of kernels, communication, the padding of
+Not covered. FLOP counts are not durations: the plan ignores communication, the efficiency of kernels, the padding of
 interleaved schedules, and the uneven load of experts. If a tree is split, every piece computes the prompt again. A pair
 that is longer than the budget is not truncated, but becomes a micro-batch that exceeds the budget. Context-parallel
 ranks are balanced elsewhere (:mod:`~dpo_engine.batching.shares`).

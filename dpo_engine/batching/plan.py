@@ -39,8 +39,8 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True, source: 
 def draws_per_source(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     """Return the number of pairs of each source in an epoch: `sum(sizes)` in total, proportional to weight x size.
 
-    Numbers are rounded by the largest remainder method; in case of a tie, the earlier source gets the pair. If all
-    weights are equal, the result is `sizes`.
+    Numbers are rounded by the largest remainder method. Of sources with equal remainders, the earlier ones are rounded
+    up first. If all weights are equal, the result is `sizes`.
     """
     shares = [Fraction(weight) * size for weight, size in zip(weights, sizes, strict=True)]
     exact = [sum(sizes) * share / sum(shares) for share in shares]
@@ -140,7 +140,8 @@ class Plan:
     The pairs of a step depend on neither the layout nor the number of ranks.
 
     steps_per_epoch  number of steps in a full epoch; the last step uses the remaining pairs, at least one
-    num_steps        total number of steps: the steps of `epochs` epochs, or `max_steps` if that is less
+    num_steps        total number of steps, including the steps before `start`: the steps until `epochs` epochs are
+                     done, or `max_steps` if that is less
     """
 
     def __init__(

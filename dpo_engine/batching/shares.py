@@ -12,8 +12,8 @@ rank. Megatron-Core uses this "zigzag" split. Transformer Engine and Megatron-Co
 
 Rows of trees (layout `tree`). Positions restart with every tree and every response, so the index of a column does not
 determine the cost of its query. The zigzag split would be uneven: for a prompt of 2000 tokens with two responses of
-8000 tokens, the slowest of 8 ranks would do 1.57 times the mean work (measured in tests/batching/test_blocks.py). A
-row of trees is therefore cut into short blocks, which are assigned according to the number of keys that their queries
+8000 tokens each, the slowest of 8 ranks would do 1.57 times the mean work (measured in tests/batching/test_blocks.py).
+A row of trees is therefore cut into short blocks, which are assigned according to the number of keys that their queries
 see (:mod:`~dpo_engine.batching.blocks`).
 
 Why any split is correct. Only queries are split. Attention gives each rank all keys and values that its queries see

@@ -158,7 +158,10 @@ class _Row:
         return self.share and np.asarray(prompt).tobytes() == self._prompt
 
     def first_site(self, prompt: np.ndarray, response: np.ndarray, mask: np.ndarray | None) -> int:
-        """Return the index of a response's first site. Add the prompt and the response to the row if they are new."""
+        """Return the index of a response's first site. Add the prompt and the response to the row if they are new.
+
+        If responses do not share prompts, the prompt and the response are always added.
+        """
         name = np.asarray(prompt).tobytes()
         if name != self._prompt:
             self._prompt, self._leaves = name, {}

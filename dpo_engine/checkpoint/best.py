@@ -54,7 +54,8 @@ def choose(
     step                the newest step; its checkpoint may not be published yet
     history             the run's metrics.jsonl
     keep_last, damaged  as for :func:`~dpo_engine.checkpoint.directory.superseded`
-    keep_best           the metric by which checkpoints are kept in addition to the newest; None: keep only the newest
+    keep_best           the metric by which checkpoints are kept in addition to the ``keep_last`` newest checkpoints;
+                        None: keep only the newest checkpoints
     """
     best: list[int] = []
     if keep_best:

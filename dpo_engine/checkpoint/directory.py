@@ -171,8 +171,9 @@ def superseded(
 ) -> list[str]:
     """Return the names of the published checkpoints that a new checkpoint for ``step`` replaces, oldest first.
 
-    Call this function before the new checkpoint is published, and remove the returned checkpoints afterwards. They
-    include every older checkpoint for the same step.
+    Remove the returned checkpoints only after the new checkpoint is published. They include every older checkpoint for
+    the same step, and every damaged checkpoint for ``step`` or an earlier step. If the new checkpoint is already
+    published when this function is called, they also include the new checkpoint, which the caller must not remove.
 
     keep_last  number of checkpoints to keep, including the checkpoint for ``step``; at least 2
     best       steps of checkpoints that are kept even if they are not among the newest

@@ -6,17 +6,17 @@ mixture of two runs, and no error reports this.
 
 The solution: rank 0 holds a lease, a file in `<train.output_dir>/lease` that names the host, the process, the Slurm job
 and the start time. Lease files are numbered, and only the file with the highest number counts. A run takes the lease by
-creating the file with the next number, and the file system lets only one process create this file. A run may take the
-lease if there is no lease, if the last lease was released, or if the holder of the last lease is dead:
+creating the file with the next number, and the file system lets only one process create this file. A new run may take
+the lease if there is no lease, if the last lease was released, or if the holder of the last lease is dead:
 
-1. On the same machine, the holder is dead if there is no process with the holder's process ID and start time.
-2. If the holder has the Slurm job ID of this process and a lower restart count, it is dead: the job was requeued.
-3. Otherwise the holder is dead if the lease does not change while this process watches. The holder renews its lease
-   every `RENEW_S` seconds in a thread: it sets the file's modification time. The watcher compares this time only with
-   the time that it read before, never with its own clock, and watches longer if the storage answers slowly.
+1. On the same machine, the holder is dead if and only if no process has the holder's process ID and start time.
+2. On another machine, it is dead if it has the new run's Slurm job ID and a lower restart count: the job was requeued.
+3. If neither rule decides, the new run watches the lease for `WATCH_S` seconds, or longer if the storage is slow.
+   The holder is dead if the lease does not change. A holder renews its lease every `RENEW_S` seconds in a thread: it
+   sets the file's modification time. The new run compares this time only with earlier reads, never with its own clock.
 
-Before a new holder writes anything else, it removes the older files. The former holder may still be alive, if it was
-only suspended or cut off from the storage. At its next renewal or save, it finds its file gone, and ends at once.
+Before a new holder writes anything else, it removes the older lease files. The former holder may still be alive, if it
+was only suspended or cut off from the storage. At its next renewal or save, it finds its file gone, and ends at once.
 
 Why this way: locks (flock) do not work on all network storage, and can be lost silently there. NFS has supported the
 exclusive creation of files since version 3. No process ever replaces a file of another process, and a number is never

@@ -51,7 +51,7 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """Return the newest intact checkpoint in ``folder``, or the checkpoint for ``step`` if given.
 
-    Return ``None`` if the folder has no checkpoints.
+    Return ``None`` if ``step`` is not given and the folder has no checkpoints.
 
     say   called on every rank with one line for each skipped checkpoint. If the directory of the returned checkpoint
           contains files that are not part of the checkpoint, also called with one line about these files
@@ -137,8 +137,8 @@ def load_checkpoint(
 ) -> None:
     """Load a checkpoint's state into ``trained``. The checkpoint can be from any parallel layout.
 
-    following  model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
-               their weights are loaded, too
+    following  model chunks, or values of adapters, of a reference that is periodically updated from the policy
+               (``reference.sync_every``); they are loaded, too
     random     whether to restore the states of the random number generators; ignored if the checkpoint was saved in a
                different layout, because its states then do not fit
 

@@ -85,6 +85,8 @@ def compare(
 ) -> list[Change]:
     """Return a :class:`Change` for each key of ``current`` whose value in ``saved`` differs or is absent.
 
+    A key in ``UNRECORDED`` that is absent has the assumed value.
+
     saved     identity of the run that saved the checkpoint
     current   identity of this run, or a part of it
     accepted  keys that may differ
@@ -122,9 +124,9 @@ _FIT = dict.fromkeys(("optim.optimizer", "optim.freeze"), "optimizer state does"
 
 
 def with_all_options(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the saved identity with all options of the losses that the loss ``mix`` combines.
+    """Return the saved identity. If its loss is ``mix``, add the default of each option that a combined loss lacks.
 
-    Older checkpoints record only the options that the run file sets, without defaults.
+    Older checkpoints record only the options that the run file sets.
     """
     loss = saved.get("loss") or {}
     complete = getattr(LOSSES[loss["name"]], "complete", None) if loss.get("name") in LOSSES else None

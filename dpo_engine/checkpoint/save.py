@@ -202,7 +202,7 @@ class Saver:
         return found
 
     def judged(self) -> None:
-        """After the evaluation of a step that is already saved, choose the best checkpoints again and remove old ones.
+        """After the evaluation of a saved step, choose the best checkpoints again, and remove old checkpoints.
 
         *Collectives*: with ``keep_best``, two all-gathers of objects. The removal between them has no time limit.
         """
@@ -330,7 +330,7 @@ class Saver:
         return self.history.stat().st_size if self._first and self.history.exists() else 0
 
     def _state(self) -> dict[str, Tensor]:
-        """Return the flat tensors that this rank saves, of all kinds, by key. Trained weights and moments are views."""
+        """Return the flat tensors that this rank saves, by key. Trained weights and moments are views, not copies."""
         groups, trained = self.groups, self.trained
         rank = groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}

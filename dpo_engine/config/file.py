@@ -166,9 +166,9 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
 def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return `own` merged into `base`. Mappings are merged key by key; other values, such as lists, are replaced.
 
-    The section `loss` is special, because each loss has its own options. If `own` and `base` name different losses, the
-    section `loss` of `own` replaces that of `base`; otherwise, the two sections are merged. In both cases, keys with
-    the value null are then removed from the section `loss`, so these keys get their defaults.
+    If `own` has a section `loss`, this section is special, because each loss has its own options. If `own` and `base`
+    name different losses, the section `loss` of `own` replaces that of `base`; otherwise, the two sections are merged.
+    In both cases, keys with the value null are then removed from the section `loss`, so these keys get their defaults.
     """
     merged = _merged(base, own)
     loss, under = own.get("loss"), base.get("loss") or {}

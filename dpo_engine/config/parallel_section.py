@@ -70,7 +70,7 @@ class MegatronConfig(Section):
 
     @property
     def token_multiple(self) -> int:
-        """The number that must divide each rank's number of tokens in a row; 1 without FP8."""
+        """The number that must divide the number of tokens in each rank's part of a row; 1 without FP8."""
         if self.tp_comm_overlap and self.fp8_recipe == "mxfp8":
             return MXFP8_BLOCK
         return TOKEN_MULTIPLES.get(self.fp8_recipe, 1)

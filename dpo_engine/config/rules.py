@@ -121,7 +121,7 @@ READ_BY = {
     "missing": ("stored",),
     "verify": ("stored", "dataset"),
 }
-"""The keys of ``reference`` that apply only to some modes, each with these modes."""
+"""For each key of ``reference`` that applies only to some modes, the modes to which the key applies."""
 
 
 def _reference_rules(config: Config) -> Iterator[Rule]:

@@ -75,7 +75,7 @@ class Config(Section):
 
     @property
     def fixed_row_reason(self) -> str | None:
-        """The reason why all rows of trees must have the same size, for the log; None if sizes can vary."""
+        """The reason, for the log, why all rows of the tree layout must have the same size; None if sizes can vary."""
         if self.megatron.tp_comm_overlap:
             return "the size of tp_comm_overlap's buffers"
         return "the size for which CUDA graphs are recorded" if self.model.cuda_graphs else None

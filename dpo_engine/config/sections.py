@@ -105,7 +105,7 @@ class LossConfig(Section):
 
     @property
     def token_weighting(self) -> dict[str, Any]:
-        """The settings that weight tokens and pairs, if they differ from their defaults."""
+        """The settings that give weights to tokens and pairs. Settings with their default values are left out."""
         return self.model_dump(include={"ld_alpha", "use_weighting"}, exclude_defaults=True)
 
     @property

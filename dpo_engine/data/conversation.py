@@ -143,7 +143,7 @@ def _turn(here: str, message: Any) -> Message:
         raise BadRecord(f"{here} has the unknown role {role!r}; use one of {', '.join(ROLES)}")
     more = not given.keys() <= USUAL
     for key in _unread(tuple(given)) if more else ():
-        # A field with a number, such as a number of images, is ignored.
+        # A field with a number, such as a number of images, is accepted.
         if given[key] and (key == "function_call" or not isinstance(given[key], (int, float))):
             raise BadRecord(f"{here}.{key} is not supported")
     turn: Message = {"role": role}

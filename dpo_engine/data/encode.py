@@ -43,7 +43,8 @@ class Limits:
     add_eos       whether to end each response with the EOS: never (False), always ("always"), or unless the chat
                   template has already ended the turn with another token (True or "auto")
     score         the tokens to score: those of the response ("response"), or all except the first ("all")
-    allow_faults  whether to accept pairs whose text the chat template changes
+    allow_faults  whether to accept pairs whose text the chat template changes. Changes that are harmless
+                  (:data:`~dpo_engine.data.rendering.HARMLESS`) are always accepted
     """
 
     max_length: int
@@ -92,10 +93,10 @@ class Encoded:
     """The result of tokenizing a pair: either `pair`, or `dropped`, the reason for dropping the pair.
 
     cut     whether the prompt was truncated on the left
-    merged  whether the pair's prompt is shorter than the prompt tokenized alone, because the last tokens change
-            if a response follows
+    merged  whether the tokens at the end of the prompt change if a response follows. The pair's prompt then ends before
+            these tokens
     ends    names of the end tokens with which the responses end; empty if they end without an end token
-    faults  the ways in which the chat template changes the record's text, if such faults are allowed
+    faults  the ways in which the chat template changes the record's text
     masked  whether a response has tokens that are not scored
     repeated  whether both responses of a text pair begin with the whole prompt
     """
@@ -248,7 +249,7 @@ def _mask(text: str, ids: list[int], spans: Sequence[tuple[int, int]], tokenizer
 def _fitted(mask: np.ndarray, length: int, scored: bool) -> np.ndarray:
     """Fit a mask to a response that was cut or received an EOS.
 
-    scored  whether the response's last turn is scored; if it is, the EOS and the whitespace before the EOS are, too
+    scored  whether the response's last turn is scored. If so, the EOS and the whitespace before it are scored too
     """
     if length <= len(mask):
         return mask[:length]

@@ -99,9 +99,9 @@ def swift(row: dict[str, Any]) -> Pair:
     """Megatron-SWIFT: `messages` that end with the chosen response, and `rejected_response` or `rejected_messages`.
 
     `rejected_response` is a text or a list of messages, and replaces everything after the last user or tool turn.
-    `rejected_messages` is a whole conversation. Instead of `messages`, a record may have `query` and `response`, or
-    `instruction`, `input` and `output`; `history` lists earlier pairs of turns. `tool_call` turns are tool calls, and
-    `tool_response` turns are tool results.
+    `rejected_messages` is a whole conversation. The list `messages` may also have the name `conversations`. Instead of
+    this list, a record may have `query` and `response`, or `instruction`, `input` and `output`; `history` lists earlier
+    pairs of turns. `tool_call` turns are tool calls, and `tool_response` turns are tool results.
     """
     name, messages = _swift_messages(row)
     for objects in ("objects", "rejected_objects"):

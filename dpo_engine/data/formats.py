@@ -214,10 +214,10 @@ class RecordReader:
 
 
 def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
-    """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or earlier text or turns.
+    """Raise :class:`BadRecord` if the automatically chosen format ignores the prompt, or text or turns before it.
 
     A record is also refused if chosen and rejected only refer to the fields that contain the responses, or if both
-    repeat the prompt.
+    responses repeat the prompt.
     """
     refuse_labels(row)
     if read_as != "text":
@@ -226,14 +226,14 @@ def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
     refuse_repeated_prompt(row)
     for name in EARLIER:
         if isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
-            way = f"set format: text to leave out {name}, or make prompt a list of messages"
+            way = f"to leave out {name}, set format: text; to keep it, make prompt a list of messages"
             raise BadRecord(f"{name} is not read if there is a prompt; {way}")
 
 
 def _refuse_earlier_turns(row: dict[str, Any], read: Format) -> None:
     """Raise :class:`BadRecord` if a format would leave out text or turns before the prompt."""
     for name in EARLIER:
-        known = name in getattr(read, "fields", EARLIER)  # a format of a plugin may read any field
+        known = name in getattr(read, "fields", EARLIER)  # a format that declares no fields may read any field
         if not known and isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
             raise BadRecord(f"{name} is not read by this format; set data.columns={{{name}: null}} to leave it out")
 
@@ -248,7 +248,8 @@ def _refuse_prompt(row: dict[str, Any]) -> None:
 def _last_hh_turn(name: str, dialogue: str) -> tuple[str, str]:
     """Split off the text of the last turn.
 
-    Raises :class:`BadRecord` unless Human and Assistant turns alternate, from a Human turn to an Assistant turn.
+    Raises :class:`BadRecord` unless Human and Assistant turns alternate, the first turn is a Human turn, and the last
+    turn is an Assistant turn.
     """
     turns = list(HH_TURN.finditer(dialogue))
     roles = [turn[1] for turn in turns]

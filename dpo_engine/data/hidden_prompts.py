@@ -1,7 +1,8 @@
 """Refuse records in which a field that is not read may be the prompt, a part of the prompt, or a response.
 
 Without these checks, a record without a field `prompt` would be read as two responses whose common prefix is the
-prompt. The first words that both responses share would become the prompt, and the question would be left out.
+prompt. The first words that both responses share would become the prompt, and the actual prompt, which is in another
+field, would be left out.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def _kinds(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def _inside(above: str, value: Any, depth: int) -> Iterator[str]:
-    """Yield the dotted names of the fields inside a value that have the name of a prompt."""
+    """Yield the dotted name of each field that is inside a value and has the name of a prompt."""
     if isinstance(value, (list, tuple)) and depth:
         for part in islice(value, ITEMS):
             yield from _inside(above, part, depth - 1)

@@ -141,7 +141,7 @@ def _start_of_array(path: Path) -> int | None:
 
 
 class _Array:
-    """The items of a JSON array as raw bytes. Only the structure is parsed here; each item is parsed like a line.
+    """The items of a JSON array as raw bytes. This class finds the end of each item, but does not parse the items.
 
     at  byte offset after the last byte that was read
     """

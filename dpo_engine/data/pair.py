@@ -63,8 +63,9 @@ FORMATS = Registry("data format")
 
 If a format returns None or no pairs, the record is left out of training; such records are counted and reported. A
 format that may return several pairs must be registered with ``several=True``; otherwise `check` counts each record as
-one pair. ``fields=(...)`` lists the fields that a format reads; the keys of `data.columns` must be in this list or in
-:data:`~dpo_engine.data.columns.OPTIONAL`.
+one pair. ``fields=(...)`` lists the fields that a format reads. The keys of `data.columns` must be in this list or in
+:data:`~dpo_engine.data.columns.OPTIONAL`; keys whose value is null are not checked. A plugin's format that is
+registered without ``fields`` accepts any key.
 
 A format raises :class:`BadRecord` for a record that it cannot use. A format need not check texts, turns, weight or
 margin, because :func:`checked` checks them for every format.

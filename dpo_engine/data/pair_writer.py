@@ -106,7 +106,7 @@ class PairWriter:
 def _remove_stale(path: Path) -> None:
     """Remove temporary files that were last modified more than `STALE_S` seconds ago.
 
-    Only killed writers leave such files, because a running writer modifies its file more often.
+    Only killed writers leave such files, because a running writer modifies its file again before this time has passed.
     """
     for left in path.parent.glob(f"{path.name}.*.tmp"):
         try:

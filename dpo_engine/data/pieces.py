@@ -15,8 +15,8 @@ MOST_PREFIXES = 2048
 def text_pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Return the text of each token. The concatenation of these pieces is the text of all tokens.
 
-    If a token ends within a character, its piece is empty. The piece of the token that completes the character contains
-    the whole character.
+    If a token ends within a character, its piece is empty, unless it is the last token. The piece of the token that
+    completes the character contains the whole character.
     """
     ids = [int(i) for i in ids]
     whole = tokenizer.decode(ids)

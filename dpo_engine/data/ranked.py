@@ -59,8 +59,8 @@ def _pairs(row: dict[str, Any], rule: Rule) -> list[Pair]:
     independent, and a prompt with more responses should not have more influence. If pairs are dropped later because
     they are too long, the remaining pairs share the whole weight (:attr:`Pair.divided`).
 
-    Source: InstructGPT (https://arxiv.org/abs/2203.02155), section 3.5, which weights the comparisons of a prompt in
-    the same way.
+    Source: InstructGPT (https://arxiv.org/abs/2203.02155), section 3.5, where each comparison's loss is divided by the
+    number of comparisons of its prompt.
     Raises :class:`BadRecord`.
     """
     given = facts(row, conversation=_is_conversation(row))

@@ -1,4 +1,4 @@
-"""Read sources of preference records strictly, one record at a time: JSON, Parquet and Arrow."""
+"""Read preference records from JSON, Parquet and Arrow sources, block by block. JSON is parsed strictly."""
 
 from __future__ import annotations
 

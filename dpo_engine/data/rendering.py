@@ -128,7 +128,7 @@ def _lost(turns: Iterable[Message], text: str) -> str:
 
 
 def _spoken(value: Any) -> Iterator[str]:
-    """Yield the texts in a field of a message, which may be a text, a text part, a tool call, or a list of these."""
+    """Yield the texts in the value of a message's field: a text, a text part, a tool call, or a list of these."""
     for part in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(part, str):
             yield part

@@ -40,7 +40,11 @@ def refuse_repeated_prompt(row: Mapping[str, Any]) -> None:
 
 
 def _is_dialogue(prompt: str, responses: list[str]) -> bool:
-    """Return whether both responses begin with the same Human turn, and their common prefix contains the prompt."""
+    """Return whether both responses begin with the same Human turn, and their common prefix contains the prompt.
+
+    The common prefix must also contain the label of an Assistant turn. The prompt is searched for without regard to
+    turn labels and to the amount of whitespace.
+    """
     same = os.path.commonprefix(responses)
     if not re.match(r"(?:### ?)?Human:", same) or "Assistant:" not in same:
         return False

@@ -29,9 +29,9 @@ class Report:
     lengths   median, 95th percentile and maximum of the number of tokens in the prompt, in each response, and in the
               prompt with the longer response
     sources   name and number of pairs of each source
-    stopped   whether later records were not read because the limit on the number of pairs was reached
-    shared    if the limit was reached within a record, the number of kept pairs and the number of all pairs of this
-              record; otherwise None
+    stopped   whether usable pairs were left out because the limit on the number of pairs was reached
+    shared    if the limit was reached within a record, the number of this record's kept pairs and the number of its
+              usable pairs; otherwise None
     cached    whether the pairs were read from the cache
     """
 

@@ -35,7 +35,7 @@ class Table(NamedTuple):
     names     names of the columns
     total     number of rows
     batches   the rows, in batches
-    validate  whether the offsets must be checked before the rows are converted
+    validate  whether the offsets at which the file's values begin must be checked before the rows are converted
     """
 
     names: list[str]

@@ -32,7 +32,7 @@ SAMPLES = (
 
 
 def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str | None]:
-    """Load a tokenizer directory. Code in the directory is never run.
+    """Load a tokenizer directory. Python code in the directory is never run.
 
     `AutoTokenizer` may use the tokenizer class of the model family, and this class may ignore parts of tokenizer.json.
     If the loaded tokenizer and tokenizer.json tokenize `SAMPLES` differently, tokenizer.json is used unchanged.
@@ -55,8 +55,8 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
         if own_code:
             what = "auto_map names custom code, which is never run"
         raise ConfigError(
-            f"model.tokenizer={path}: transformers cannot load this directory ({what}); set it to a tokenizer "
-            "directory or a sentencepiece *.model file"
+            f"model.tokenizer={path}: cannot be loaded by transformers ({what}); set it to a tokenizer directory "
+            "or a *.model file"
         ) from error
     names = {name for name in inner.vocab_files_names.values() if isinstance(name, str)}
     # Without a vocabulary file, transformers may create an empty tokenizer of the model family's class.

@@ -22,9 +22,10 @@ WORDS = frozenset(
     "mask masks masked masking loss losses weight weights train training trainable trained ignore ignored supervise "
     "supervised learn".split()
 )
-"""Words in the names of masks. A field whose name contains one of these words is refused unless `SCORED` or `MASKED`
-defines its meaning, or its value is empty. The reason is that systems use the same name with opposite meanings. For
-example, a field `mask` is 1 for scored tokens in some systems, and 0 in others."""
+"""Words in the names of masks, which are fields that can exclude a turn from the loss. A field whose name contains one
+of these words is refused unless `SCORED` or `MASKED` defines its meaning, or its value is empty. The reason is that
+systems use the same name with opposite meanings. For example, a field `mask` is 1 for scored tokens in some systems,
+and 0 in others."""
 
 
 def plain_name(name: str) -> str:

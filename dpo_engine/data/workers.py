@@ -34,8 +34,8 @@ QUEUED = 2
 MOST = 32
 """Maximum default number of workers. More workers would only wait for the process that writes the results."""
 WORTH_BYTES = 8 * 2**20
-"""Minimum number of bytes to tokenize per worker. The imports of a worker take as long as tokenizing 4 MiB, so a worker
-with fewer bytes would spend more than a third of its time on imports."""
+"""Minimum number of bytes to tokenize per worker. The imports of a worker take as long as tokenizing 4 MiB. With 8 MiB,
+imports are therefore a third of a worker's time; with fewer bytes, they would be more."""
 QUOTA = "/sys/fs/cgroup/cpu.max"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -183,7 +183,7 @@ class _Worker:
             raise self._lost() from error
 
     def receive(self) -> tuple[bool, Any]:
-        """Wait for the worker's next answer, to a function or to a task.
+        """Wait for the worker's next answer. The worker sends one answer for each function and one for each task.
 
         Returns  (True, result) if the worker loaded the function or completed the task, or (False, exception) if it
                  failed. The result of loading a function is None

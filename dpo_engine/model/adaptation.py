@@ -250,10 +250,10 @@ class LayerAdapters(NamedTuple):
     """The memory that the adapters of one or more layers add on each tensor-parallel rank.
 
     parameters  number of parameters of the adapters
-    attention   difference between two numbers of activations per token that attention keeps for the backward pass: the
-                number with these adapters, minus the number if there are no adapters and all weights are trained.
-                Adapters keep additional activations, but frozen linears do not keep their inputs
-    mlp         the same difference for the MLP
+    attention   change in the number of activations per token that attention keeps for the backward pass, compared with
+                a model that has no adapters and whose weights are all trained. Adapters keep additional activations,
+                but frozen linears do not keep their inputs, so the change can be negative
+    mlp         the same change for the MLP
     """
 
     parameters: int = 0

@@ -31,8 +31,8 @@ Under sequence parallelism, a rank computes the gradient of a replicated matrix 
 these gradients over tp, because the parameters have the attribute ``sequence_parallel``. Without sequence parallelism,
 each rank has the whole gradient.
 
-Not covered: adapters of the embedding and of the output layer; and dropout inside adapters, because its masks would
-depend on the layout.
+Not covered: adapters of the embedding, the output layer, experts, and matrices that tensor parallelism does not shard;
+and dropout inside adapters, because its masks would depend on the layout.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,7 +223,8 @@ class Adapter(nn.Module):
     def _norms(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """Return the norm of each of this rank's rows of ``weight + B A``. The norms have no gradient.
 
-        The sum of the two matrices is never computed: ``|w + u D|^2 = |w|^2 + 2 w D^T u^T + u D D^T u^T``.
+        The sum of the two matrices is never computed. For a row w of ``weight``, the same row u of ``up``, and the
+        matrix D = ``down``, the squared norm is ``|w + u D|^2 = |w|^2 + 2 w D^T u^T + u D D^T u^T``.
 
         *Source*: DoRA (arXiv 2402.09353), section 4.3, which treats the norm as a constant.
 

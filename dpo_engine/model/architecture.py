@@ -244,7 +244,7 @@ class Architecture:
         """
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
-        if not self.sliding_layers:  # () and None have the same digest: no family has models with both
+        if not self.sliding_layers:  # () and None have the same digest: no two models differ only in this
             del values["sliding_layers"]
         if self.experts is not None:
             later = {name: vars(Experts)[name] for name in ("router_bias", "biases", "clamp", "slope")}
@@ -275,8 +275,8 @@ def read_architecture(directory: str | Path, key: str = "model.path") -> Archite
 
     The model family that is registered for the checkpoint's ``model_type`` reads ``config.json``.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` with all problems: an unknown ``model_type``, values out of range,
-    and features that the engine's layers do not support.
+    Raises :class:`~dpo_engine.errors.ConfigError` for an unknown ``model_type``, for values out of range, and for
+    features that the engine's layers do not support.
     """
     config = read_config_json(directory, key)
     model_type = config.get("model_type")

@@ -41,7 +41,8 @@ def offer_te(
     tp     number of ranks of tensor parallelism
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the layers are not Transformer Engine's, or if Transformer Engine
-    has no fused attention for the dtype, the heads and the GPU.
+    cannot compute the small tree, for example because it has no fused attention for the dtype, the heads, the window or
+    the GPU.
     """
     if spec != "te":
         raise ConfigError(

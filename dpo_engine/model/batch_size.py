@@ -6,9 +6,9 @@ facts matter for the size. Memory sets a maximum (:mod:`~dpo_engine.model.memory
 the pipeline fills and drains, and with fewer micro-batches this idle time is a larger part of a step. A pair is never
 split, so a micro-batch must have room for the longest pair.
 
-The choice depends only on the configuration, the model, the pairs and the total memory of the device, not on the memory
-that is free at the moment. A resumed run on the same devices therefore has the same micro-batches, and its results are
-bitwise equal to those of an uninterrupted run.
+The choice depends only on the configuration, the model, the pairs, the number of ranks, the attention backend, and the
+type and total memory of the devices. It does not depend on the memory that is free at the moment. A resumed run on the
+same devices therefore has the same micro-batches, and its results are bitwise equal to those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dpo_engine.model.memory import GIB, memory
 from dpo_engine.platform.dims import ParallelDims
 
 ENOUGH = {"gpu": 8192, "cpu": 2048}
-"""Tokens per micro-batch and context-parallel rank above which more tokens save little time."""
+"""Number of tokens that a context-parallel rank has in an efficient micro-batch. More tokens would save little time."""
 
 OVERHEAD = {"gpu": 224, "cpu": 96}
 """Overhead of each micro-batch on a context-parallel rank, in units of the time that the rank needs for one token.
 
-On a GPU, this is the time to read and write fp32 gradients (12 bytes per weight, at an H100's bandwidth), divided by
-the time to compute a token (8 FLOP per weight, at half of an H100's peak). The number for CPUs follows from the
-measured throughput of rows of 512 to 4,096 tokens."""
+On a GPU, this is the time to read and write fp32 gradients and to read bf16 weights twice (12 bytes per weight, at an
+H100's bandwidth), divided by the time to compute a token (8 FLOP per weight, at half of an H100's peak). The number for
+CPUs was derived from the measured throughput of rows of 512 to 4,096 tokens."""
 
 USABLE = 0.92
 """Share of a device's memory that the estimate may fill.

@@ -31,9 +31,10 @@ Which passes. Forward and backward passes of training use recordings from the se
 step, Triton compiles and libraries initialize, so nothing is recorded. Other passes (reference, evaluations, scoring
 for coupled losses) never use recordings: they start the same kernels one by one.
 
-Not covered. Experts, latent attention, FP8, recomputation and ``tp_comm_overlap`` are refused. No test has replayed a
-recording on a GPU. Instead, tests on CPUs repeat recorded operations of torch on the same memory. Where a GPU could
-have put other values into this memory, the tests write NaN (``tests/support/recorded_operations.py``).
+Not covered. Experts, latent attention, FP8, recomputation, ``tp_comm_overlap``, models with one layer, and batch
+layouts other than ``tree`` are refused. No test has replayed a recording on a GPU. Instead, tests on CPUs repeat
+recorded operations of torch on the same memory. Where a GPU could have put other values into this memory, the tests
+write NaN (``tests/support/recorded_operations.py``).
 """
 
 from __future__ import annotations

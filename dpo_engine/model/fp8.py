@@ -19,8 +19,8 @@ numbers of a token, and ``mxfp8`` has a scale for every 32 numbers. With these t
 forward pass do not depend on other sequences. All three recipes compute scales from the tensor itself. Products are
 summed in fp32. There is one exception: in forward passes with ``tensorwise``, Transformer Engine by default sums with
 fewer bits, because this is faster. The engine refuses ``delayed``, whose scales come from the largest values of earlier
-passes. These values would differ between policy and reference: each model would have its own history, or one history
-would mix both. Every evaluation would change training. A resumed run would start without the values.
+passes. Policy and reference would have separate histories of these values, and thus different scales, or one history
+would mix the values of both. Every evaluation would change training. A resumed run would start without the values.
 
 Row lengths. In FP8 products, the number of tokens must be a multiple of 16 or 32, so rows are padded to such a multiple
 (:attr:`~dpo_engine.config.parallel_section.MegatronConfig.token_multiple`). Padding is never scored, and no other token

@@ -1,8 +1,8 @@
 """Communication of keys and values over context-parallel ranks, each of which has some of the columns of every row.
 
-Layers without a sliding window gather all columns. A layer with a window sends only the columns that the receiver's
-queries see. In causal rows, these are the ends of neighboring chunks. The other columns of the result are 0; no query
-attends to them.
+A column is the index of a token in its row. Layers without a sliding window gather all columns. A layer with a window
+sends only the columns that the receiver's queries see. In causal rows, these are the ends of neighboring chunks. The
+other columns of the result are 0; no query attends to them.
 """
 
 from typing import Any, NamedTuple

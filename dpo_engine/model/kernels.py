@@ -43,8 +43,9 @@ def choose_kernels(
     backends whose condition holds:
 
     triton  The default of ``layer`` is ``triton``, and the model has soft caps or ``cp`` is above 1. Flash attention
-            does not support soft caps. With context parallelism, ``varlen`` would copy the keys of a path through a
-            tree for each block of queries
+            does not support soft caps. A row of trees contains several prompts, each followed by its responses. With
+            context parallelism, ``varlen`` would copy keys of such a row for each block of queries: all keys of the
+            block's path through the tree
     varlen  Flash attention supports the device, the dtype and the head size, and the model has no soft caps
     sdpa    No condition
 

@@ -1,8 +1,8 @@
 """Multi-head latent attention: keys and values, and usually queries, are computed from much smaller vectors.
 
-Megatron's own module cannot be used. It computes rotary angles from a token's index, but in a row of trees, or in a
-context-parallel rank's share of a row, a token's position differs from its index. The names of the parameters are
-Megatron's.
+Megatron's own module cannot be used. It computes rotary angles from a token's index, but in a row of trees (prompts,
+each followed by its responses), or in a context-parallel rank's share of a row, a token's position differs from its
+index. The names of the parameters are Megatron's.
 
 Not covered: Transformer Engine's modules, and the smaller cache that this attention allows in inference.
 """

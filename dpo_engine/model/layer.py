@@ -1,9 +1,9 @@
 """A decoder layer with our own forward pass, and with linear layers of Megatron or Transformer Engine.
 
 Megatron's own layer has two drawbacks. Rotating queries or keys takes about twenty operations, and on a GPU each
-operation is a kernel launch. The layer also cannot compute its output for selected columns only. The modules and their
-names are those of Megatron's layer, so everything that depends on them works: sharding, gradient reduction, weight
-tables and hooks on the linear layers.
+operation is a kernel launch. The layer also cannot limit its output to selected columns (indices of tokens in the
+rows). The modules and their names are those of Megatron's layer, so everything that depends on them works: sharding,
+gradient reduction, weight tables and hooks on the linear layers.
 """
 
 import copy
@@ -63,7 +63,8 @@ class Attention(SelfAttention):
         """Return the output of attention, and None or a bias that the caller must add to the output.
 
         hidden_states   [s/cp (/t), r, h], normalized
-        attention_mask  [2, k] int64, in host memory: segments of a row of trees; None for causal rows
+        attention_mask  [2, k] int64, in host memory: segments of a row of trees (prompts, each followed by its
+                        responses); None for causal rows
         rotary_pos_emb  [kinds, 2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
         columns         [q] int64, in host memory: columns of the queries; None: all columns
 
@@ -75,7 +76,10 @@ class Attention(SelfAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, columns: Tensor | None = None
     ) -> Tensor:
-        """Return the output of core attention, [s/cp or q, r, n/t * d]; arguments as for the other methods.
+        """Return the output of core attention, [s/cp or q, r, n/t * d].
+
+        query, key, value        results of :meth:`heads`
+        attention_mask, columns  as for :meth:`forward`
 
         *Collectives*: those of core attention over cp.
         """
@@ -127,12 +131,12 @@ class Layer(TransformerLayer):
     """
 
     last = False
-    graphs: ChunkGraphs | None = None  # recordings of the layer's work; None: it has none
+    graphs: ChunkGraphs | None = None  # CUDA graphs of the layer's model chunk; None: this layer is not recorded
 
     def __init__(self, config: Any, *positional: Any, **megatron: Any):
         super().__init__(config, *positional, **megatron)
         self.arch = config.arch
-        if isinstance(self.mlp, MoELayer):  # with the module "mlp", Megatron recomputes only MLPs without experts
+        if isinstance(self.mlp, MoELayer):  # for these, Megatron ignores "mlp" in recompute_modules
             modules = config.recompute_modules if config.recompute_granularity == "selective" else ()
             self.recompute_mlp = "mlp" in modules
         if self.arch.post_norms:
@@ -181,7 +185,7 @@ class Layer(TransformerLayer):
         return self._rest(before, _with_bias(*attended), shared, context_mask), context
 
     def _replayed(self, graphs: ChunkGraphs, hidden: Tensor, segments: Tensor, tables: Tensor) -> Tensor:
-        """Compute the layer's output. Everything except attention is a replay of recorded work."""
+        """Compute the layer's output. Everything except core attention is a replay of recorded work."""
         graphs.await_weights(self)
         slot, parameters, number = graphs.slot, [*self.parameters()], self.layer_number
         given = {f"hidden states of layer {number}": hidden}

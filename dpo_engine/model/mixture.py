@@ -19,7 +19,7 @@ class Experts:
     bias             whether experts are chosen by score plus a bias of each expert; the biases are not trained
     groups           number of groups of experts; 1: there are no groups
     chosen_groups    number of groups from which a token's experts are chosen
-    group_best       number of the highest scores in a group that are summed; groups are chosen by these sums
+    group_best       how many of a group's highest scores are summed; the groups with the largest sums are chosen
     shared_size      width of an MLP that every token uses in addition to its experts; None: there is no such MLP
     shared_gate      whether the output of this shared MLP is multiplied by the sigmoid of a linear function of the
                      MLP's input

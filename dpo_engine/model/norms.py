@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
 
 @NORMS.register("layer")
 class LayerNorm(nn.Module):
-    """Norm over the last axis that also subtracts the mean, with or without a bias."""
+    """Layer norm over the last axis, with or without a bias. Unlike :class:`RMSNorm`, it subtracts the mean."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **megatron: Any):
         super().__init__()

@@ -60,7 +60,7 @@ def run_pipeline(
     finish   called on the last stage as ``finish(index, batch, hidden [m, h], head [v/t, h])``, with the hidden states
              at the scored sites and the weight of the output layer; returns the scalar to differentiate, and a result
     entries  for each micro-batch, the tokens at which router losses are computed, from
-             :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses are computed
+             :func:`~dpo_engine.model.router_losses.response_tokens`; None: no router losses are computed
 
     Returns  on the last stage, the result of ``finish`` for each micro-batch; on other stages, an empty list
 

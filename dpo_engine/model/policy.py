@@ -64,6 +64,9 @@ class Policy(GPTModel):
     ) -> Tensor:
         """Compute the hidden states of this chunk; on the last stage, only the hidden states at the scored sites.
 
+        A column is an index on the last axis of ``tokens``. A row of trees contains prompts, each followed by its
+        responses.
+
         tokens     [r, s/cp]  int64; read on the first stage only
         positions  [s/cp]     int64, position of each column
         segments   [2, k]     int64, in host memory: lengths and parents of the segments in a row of trees; None:
@@ -71,7 +74,7 @@ class Policy(GPTModel):
         columns    [q]        int64, in host memory: columns for which the last layer computes outputs; None: all
         sites      [m]        int64, scored sites: indices into the flattened ``[s/cp, r]``; read on the last stage only
         entries    [2b, 3, e] fp64, tokens at which router losses are computed, from
-                              :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses
+                              :func:`~dpo_engine.model.router_losses.response_tokens`; None: no router losses
 
         Returns  last stage: [m, h], the same on all tp ranks. In the backward pass, each tp rank computes a part of the
                  gradient, and the parts are summed.

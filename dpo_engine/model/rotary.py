@@ -48,8 +48,8 @@ def inverse_frequencies(width: int, theta: float, scaling: dict[str, Any] | None
 
 def _yarn(width: int, theta: float, scaling: dict[str, Any]) -> Tensor:
     """Return YaRN's frequencies: low ones are divided by the factor, high ones are kept, others are interpolated."""
-    # Indices of two pairs of dimensions: within the original length, the angle of the first pair makes beta_fast full
-    # turns, and the angle of the second pair makes beta_slow full turns.
+    # `low` is the index of the pair of dimensions that is rotated by beta_fast full turns within the original length.
+    # `high` is the same index for beta_slow full turns.
     low, high = (
         width * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (scaling["beta_fast"], scaling["beta_slow"])

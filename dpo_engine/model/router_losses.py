@@ -15,8 +15,8 @@ Solution. The losses are computed for each response, at the n tokens that predic
 Both losses are averaged over the two responses of a pair, and over the layers with experts. Then, like the preference
 loss, they are averaged over the pairs, with the weights of the pairs. The losses therefore do not depend on the number
 of copies of a prompt in a row, on whether pairs share a response, on padding, or on the distribution of pairs and
-tokens over ranks. A definition over all tokens would depend on the batch layout: in rows of trees, the last layer does
-not compute the prompts. ``f`` is a constant in the backward pass.
+tokens over ranks. A definition over all tokens would depend on the batch layout: in the tree layout, the last layer
+computes only the last token of each prompt. ``f`` is a constant in the backward pass.
 
 In each layer, the number of a response's tokens per expert is summed over the ranks that have these tokens. The tokens
 are described by one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the
@@ -81,7 +81,7 @@ class RouterLosses:
     groups      Megatron's process groups
     count       number of experts
     split       whether sequence parallelism splits the tokens over tp
-    layer       number of the layer in the whole model
+    layer       index of the layer in the whole model, counted from 0
     sums        [2] fp64, this rank's contribution to both losses, summed over the micro-batches of the step
     counts      [experts] fp64, for each expert, the number of this rank's tokens in the step that use the expert. Only
                 tokens at which losses are computed are counted

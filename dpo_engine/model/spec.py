@@ -1,8 +1,9 @@
 """Layer specs, which tell Megatron the modules of each layer.
 
 The forward pass of a layer is ours. A ``native`` layer consists of Megatron's own linear layers with our norm and
-attention. A ``te`` layer consists of Transformer Engine's modules. Our attention replaces Transformer Engine's for rows
-of trees, and in models with windows, soft caps or sinks.
+attention, and for some models with our experts. A ``te`` layer consists of Transformer Engine's modules. Our attention
+replaces Transformer Engine's in the tree layout, and in models with windows, soft caps or sinks. Layers with experts
+have our router in both cases.
 """
 
 from collections.abc import Sequence
@@ -112,9 +113,10 @@ def layer_spec(
 ) -> ModuleSpec:
     """Return the spec of one layer.
 
-    Native layers always use our core attention. Transformer Engine layers use our core attention only for rows of
-    trees, and in models with windows, soft caps or sinks.
+    Native layers always use our core attention. Transformer Engine layers use our core attention in two cases: if
+    ``trees`` is set, and in models with windows, soft caps or sinks.
 
+    trees    whether the model will run rows of trees (the tree layout)
     adapted  whether linears will have adapters. Adapters need the output of the norm, which Transformer Engine's fused
              modules do not return
     experts  whether the layer has experts

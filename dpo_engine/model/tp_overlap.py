@@ -7,13 +7,14 @@ product into pieces, and communicate one piece while it multiplies another. NCCL
 buffers in the memory of the other ranks. These buffers are created once, with a fixed size, and Transformer Engine
 refuses every input of another size.
 
-Solution. All micro-batches of a run have the same number of tokens. This requires rows of trees, because a micro-batch
-then has only one row. Each row is padded to the token budget (:func:`dpo_engine.batching.micro_batches.fixed_row`).
-Padding is never scored, and no other token sees it. The policy, the reference and evaluations use the same buffers in
-turn.
+Solution. All micro-batches of a run have the same number of tokens. This requires ``batch.layout=tree``, in which a
+micro-batch has only one row. Each row is padded to the token budget
+(:func:`dpo_engine.batching.micro_batches.fixed_row`). Padding is never scored, and no other token sees it. The policy,
+the reference and evaluations use the same buffers in turn.
 
-Last layer. The model's last layer computes selected columns only, so its sizes vary. It is built without the overlap
-(:class:`~dpo_engine.model.layer.LastLayer`), because this costs less than computing all columns.
+Last layer. The model's last layer computes its output for selected tokens only, and the number of these tokens varies.
+The layer is built without the overlap (:class:`~dpo_engine.model.layer.LastLayer`), because this costs less than
+computing the output for all tokens.
 
 Frozen weights. Transformer Engine fuses some linear layers with the norm before them. While it computes the gradient
 of a fused layer's weight, it sums the gradient of the layer's input over ranks. If the weight is frozen, it does

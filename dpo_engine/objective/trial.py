@@ -31,8 +31,9 @@ def trial_problems(name: str, options: Mapping[str, Any]) -> list[str]:
 
     The loss must return one finite value per pair, with a finite gradient for the policy's log-probabilities. If it
     needs a reference and declares a value ``at_init``, it must return this value when policy and reference are equal.
-    Unless the loss declares ``couples_pairs``, its value for a pair must not depend on the other pair, because the
-    layout decides which pairs share a micro-batch. The registration must state no facts other than `FACTS`.
+    A pair's loss, and the gradient of this loss, must depend on that pair alone, because the layout decides which pairs
+    share a micro-batch. Losses that declare ``couples_pairs`` are exempt from this rule. The registration must state no
+    facts other than `FACTS`.
 
     The example pairs have ``weights`` and the columns of :class:`~dpo_engine.objective.contract.PairData` that
     ``needs_data`` lists. All other columns are nan, as in a data set without these columns.
@@ -73,7 +74,7 @@ def _problems(name: str, options: Mapping[str, Any]) -> list[str]:
         everything = call(policy, reference, _data(PairData._fields))
         if isinstance(everything, Tensor) and everything.isfinite().all():
             return ["the loss reads columns of data that its registration does not list; list them in needs_data"]
-        return [f"the loss of two example pairs is {show(losses.tolist())}; it must be finite"]
+        return [f"the losses of two example pairs are {show(losses.tolist())}; they must be finite"]
     if not losses.requires_grad:
         return ["the loss has no gradient for the policy's log-probabilities; compute the loss without detach()"]
     found = []
@@ -83,9 +84,10 @@ def _problems(name: str, options: Mapping[str, Any]) -> list[str]:
     if facts.needs_reference and facts.at_init is not None:
         start = call(_logps(REFERENCE), reference, data)
         if not all(math.isclose(value, facts.at_init, rel_tol=1e-4, abs_tol=1e-6) for value in start.tolist()):
+            values = show([round(value, 6) for value in start.tolist()])
             found.append(
-                f"the loss is {show([round(value, 6) for value in start.tolist()])} if policy and reference are equal, "
-                f"but at_init is {facts.at_init:g}; correct the loss or its at_init"
+                f"the losses of two example pairs are {values} if policy and reference are equal, but at_init is "
+                f"{facts.at_init:g}; correct the loss or its at_init"
             )
     if not facts.couples_pairs and not found and _coupled(call, losses, policy, reference, data):
         found.append(

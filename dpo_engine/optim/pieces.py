@@ -1,9 +1,10 @@
 """Update weights with AdamW in pieces, so that only a part of the bf16 gradients is copied to fp32 at a time.
 
-Megatron converts all gradients to fp32 before an update. The copy takes 4 more bytes for each parameter that a rank
-owns, at a moment when weights, gradients and states are all in memory. In this module, a piece has at most `PIECE`
-elements. For one piece after the other, the gradients are converted, and torch's fused AdamW updates the piece. At the
-end, the new weights are copied to the model. The results equal those of one fused update of all elements.
+Megatron converts all gradients to fp32 before an update. The fp32 gradients take 4 more bytes for each parameter that a
+rank owns, at a moment when weights, gradients and states are all in memory. This module divides the parameters that a
+rank owns into pieces of at most `PIECE` elements. For one piece after the other, the gradients are converted, and
+torch's fused AdamW updates the piece. At the end, the new weights are copied to the model. The results equal those of
+one fused update of all elements.
 :mod:`~dpo_engine.optim.host_states` keeps the states in host memory and works in the same pieces.
 """
 

@@ -1,8 +1,9 @@
 """Provide a uniform view of optimizer state: the slices of parameters that this rank owns, and their moments.
 
-Megatron stores this state in three ways: as fp32 or fp64 parameters, as bf16 parameters with fp32 copies, and as flat
-ranges in the distributed optimizer. With ``optim.gradients: bf16`` or ``optim.states: host``, the engine updates these
-ranges itself. The implementations of Adam also store the scalar ``step`` in different places.
+An optimizer updates main weights, and keeps moments for them. Megatron stores the main weights in three ways: as the
+model's own fp32 or fp64 parameters, as fp32 copies of bf16 parameters, and as flat ranges in the distributed optimizer.
+With ``optim.gradients: bf16`` or ``optim.states: host``, the engine updates these ranges itself. The implementations of
+Adam also store the scalar ``step`` in different places.
 
 Checkpoints use only the view in this module. Between saving and loading, a run can therefore change its layout, or the
 way in which it stores this state.

@@ -18,10 +18,11 @@ from dpo_engine.platform.torchrun import describe_limit
 GPU_SETTINGS = {
     # Megatron relies on a single hardware queue, so that communication starts in the order in which it was enqueued.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # Sequence lengths vary from step to step. With segments of fixed size, about 14% of the allocated memory would be
+    # Sequence lengths vary from step to step. With segments of fixed size, about 14% of the reserved memory would be
     # unused.
     "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
-    # By default, NCCL registers the buffers of collectives in CUDA graphs. This is unsafe with expandable segments.
+    # By default, NCCL registers the buffers of each collective that a CUDA graph captures. This is unsafe with
+    # expandable segments.
     "NCCL_GRAPH_REGISTER": "0",
 }
 """Environment variables that CUDA, torch and NCCL read when they first use the GPU. Values set by the user are kept."""
@@ -132,10 +133,11 @@ def apex_state() -> str:
 
 
 def describe_stack(platform: Platform) -> list[str]:
-    """Return log lines with library versions and with the implementations of Adam, matrix products and gradient fusion.
+    """Return log lines with library versions and with the implementations of Adam and gradient fusion.
 
-    Gradient fusion means that linear layers add weight gradients directly to ``main_grad``. Further lines report a
-    package ``apex`` that is not NVIDIA's, and a short time limit of torchrun.
+    Gradient fusion means that linear layers add weight gradients directly to ``main_grad``. Without a GPU, the lines
+    also name the implementation of matrix products. Further lines report a package ``apex`` that is not NVIDIA's, and a
+    short time limit of torchrun.
     """
     te, apex = has_transformer_engine() and platform.gpu, apex_state()
     adam = "Transformer Engine" if te else "Apex" if apex == "nvidia" and platform.gpu else "torch"

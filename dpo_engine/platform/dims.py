@@ -183,12 +183,13 @@ class ParallelDims:
 
         Sequence parallelism splits a share into ``tp`` equal parts.
 
-        tokens   number that must divide the number of tokens in each part; without sequence parallelism, in the share
+        tokens   number that must divide the number of tokens in each part. Without sequence parallelism, the share has
+                 only one part
         """
         return tokens * (self.tp if sequence_parallel else 1)
 
     def sequence_multiple(self, sequence_parallel: bool, tokens: int = 1) -> int:
-        """Return the number that must divide the number of tokens in every row of a stacked micro-batch.
+        """Return the number that must divide the number of tokens in every padded row (``batch.layout=stacked``).
 
         Context parallelism splits a row into ``2 cp`` equal chunks, two for each rank.
 

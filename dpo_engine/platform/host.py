@@ -242,8 +242,8 @@ def install() -> None:
 
 def multiply_by_onednn() -> None:
     """Make torch use oneDNN for matrix products in this process. Call this before anything else uses oneDNN."""
-    # The rows of tree batches have many different lengths. oneDNN would cache about a thousand primitives, which would
-    # take half a gigabyte.
+    # With `batch.layout=tree`, rows have many different lengths. oneDNN would cache about a thousand primitives, which
+    # would take half a gigabyte.
     for name, programs in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"), ("LRU_CACHE_CAPACITY", "4")):
         os.environ.setdefault(name, programs)
     KERNELS.impl("mm", product)

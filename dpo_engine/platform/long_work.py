@@ -8,9 +8,9 @@ addition, a thread of each rank increments a counter in the store, and each rank
 rank. These counters detect a rank whose process is suspended and, if there is no lifeline, the loss of a machine. They
 do not detect a rank whose work never ends.
 
-All ranks must make the same calls of :func:`without_time_limit`. Once the first rank has reached a call, the other
-ranks must reach the same call within the time limit. Every file access that may be slow therefore belongs inside such a
-call, and not before it.
+All ranks must make the same calls of :func:`without_time_limit`. Once any rank has reached a call, all other ranks
+must reach the same call within the time limit. Every file access that may be slow therefore belongs inside such a call,
+and not before it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def first_on_node(group: dist.ProcessGroup, work: Callable[[], T], meter: Meter 
 
     Returns what ``work`` returned on this rank.
 
-    *Collectives*, Raises: as for :func:`without_time_limit`.
+    *Collectives*, Raises: as for two calls of :func:`without_time_limit`, one after the other.
     """
     meter = meter or Meter()
     first = local_rank() == 0
@@ -160,8 +160,8 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
 
     *Collectives* over ``group``: one all-gather of objects before the work, and one after it. The time limit applies to
     both.
-    Raises, on all ranks and after all ranks have finished, the error of the first rank on which ``work`` failed. Raises
-    :class:`~dpo_engine.errors.PeerError` if a rank is lost.
+    If ``work`` fails on some ranks, raises an error on all ranks, after all ranks have finished; see
+    :func:`~dpo_engine.platform.parallel.together`. Raises :class:`~dpo_engine.errors.PeerError` if a rank is lost.
     """
     meter = meter or Meter()
     if group.size() == 1 and not meter.what:

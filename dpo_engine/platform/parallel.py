@@ -70,8 +70,8 @@ class ParallelGroups:
     def waits_for_others(self) -> bool:
         """Whether an error that occurs only on some ranks can leave the other ranks waiting inside the step.
 
-        This applies to pipeline stages, because only the last stage computes the loss, and to ranks with different
-        pairs that share experts.
+        This applies to pipeline stages, because only the last stage computes the loss. It also applies to ranks that
+        share experts but have different pairs.
         """
         return self.pp.size() > 1 or self.share_experts
 
@@ -188,10 +188,12 @@ def open_groups(
 
 
 def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
-    """Run ``work`` and return its result. If ranks fail, all ranks raise the error of the first failed rank.
+    """Run ``work`` and return its result. If ``work`` fails on any rank, all ranks raise an error.
 
-    A rank whose own error is not an :class:`EngineError` raises its error unchanged, and reports it to the other ranks
-    as a :class:`PeerError`.
+    All ranks raise the :class:`EngineError` of the failed rank with the lowest index in ``group``. There are two
+    exceptions. If ``work`` raises a communication error, its rank raises this error at once, because it cannot tell the
+    other ranks. If ``work`` raises any other error that is not an :class:`EngineError`, its rank raises this error
+    unchanged, and reports it to the other ranks as a :class:`PeerError`.
 
     Use this function for work that can fail on only some ranks. Otherwise the remaining ranks would wait in their next
     collective for a rank that has left. A rank that has finished ``work`` waits for the other ranks in a collective, so

@@ -86,7 +86,7 @@ def _means(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Any]:
 def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) -> dict[str, Any]:
     """Compare two evaluations on the pairs that both contain. Differences are `first` minus `second`.
 
-    The interval of a difference is computed from the differences of single pairs.
+    The interval of a difference is computed from the per-pair differences between the two evaluations.
 
     If a pair occurs k times in one evaluation and m times in the other, it counts min(k, m) times. Weights are taken
     from `first`. Each evaluation ranks a pair in one of three ways, from best to worst: correctly, as a tie, or
@@ -100,7 +100,7 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
              ``sign_test`` (p-value of a sign test of the accuracies, by prompt); ``other_units`` (names of the facts
              in :data:`UNITS` that differ; if any differ, margins cannot be compared); and the names in
              :data:`MEASURES`. The value of a measure is a dictionary with the two means ``first`` and ``second``, and
-             with their difference as ``mean``, ``low``, and ``high``
+             with their difference ``mean`` and the bounds ``low`` and ``high`` of its confidence interval
 
     Raises :class:`DataError` if the evaluations have no pair in common.
     """

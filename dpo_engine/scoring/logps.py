@@ -24,9 +24,9 @@ not communicate, so they need no process groups.
 Not covered. Losses that couple pairs run in two passes (see ``training/step.py``): the first pass scores without
 gradients, and the second pass multiplies each log-probability by a fixed coefficient. If a pair has more than
 ``CHUNK_SITES`` sites, the pair is scored in pieces, and the logits of the pieces are computed again for the gradient.
-In a row of trees, pairs with the same prompt can share sites, so all of these pairs are treated as one pair. The
-incoming gradient of the result must be 1, because the weight's gradient has already been added. Entropies have no
-gradient, and second derivatives are not available.
+In layout `tree`, adjacent pairs with the same prompt form one tree and can share sites, so all pairs of a tree are
+treated as one pair. The incoming gradient of the result must be 1, because the weight's gradient has already been
+added. Entropies have no gradient, and second derivatives are not available.
 """
 
 from collections.abc import Callable, Sequence

@@ -236,8 +236,8 @@ class OffloadedReference:
         If ``batches`` have not been scored yet, swap the weights, and score ``batches`` and all upcoming batches.
 
         *Collectives*: if ``batches`` must be scored, those of :func:`score` and ``await_weights``. If ranks with
-        different pairs share experts, also MINs of a number over world: one to find whether ``batches`` must be scored
-        and, if so, one for ``batches`` and one for each item of ``upcoming``.
+        different pairs share experts, also all-reduces over world, each the MIN of one number. One all-reduce finds
+        whether ``batches`` must be scored. If so, one more follows for ``batches`` and one per item of ``upcoming``.
         """
         wanted = _name(batches)
         if not self._is_ready(wanted):

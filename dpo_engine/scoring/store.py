@@ -75,7 +75,7 @@ class Rows(NamedTuple):
         return cls(np.empty(0, KEY), np.empty((0, len(VALUES)), np.float32))
 
     def find(self, wanted: np.ndarray) -> np.ndarray:
-        """Return the row of each key [n]; -1 for a key that has no row."""
+        """Return the index of each key's row, [n]; -1 for a key that has no row."""
         return find(self.keys, wanted)
 
     def with_more(self, added_keys: np.ndarray, values: np.ndarray) -> "Rows":

@@ -23,6 +23,8 @@ def score_sites(
 ) -> list[Tensor]:
     """Compute the log-probability of each scored site with one forward pass of the model ``chunks`` per micro-batch.
 
+    A site is the place of a token that predicts a scored token; see :class:`~dpo_engine.batching.batches.Scored`.
+
     Returns  on the last stage, one tensor [m] per micro-batch, for the sites of this context-parallel rank; on the
              other stages, an empty list
 
@@ -46,8 +48,9 @@ def token_logps(
     batches  the micro-batches of the pairs ``indices``
     indices  [n]  indices of pairs in ``pairs``, ascending, without duplicates
 
-    In every layout, ``Batch.positions`` gives the position of each column in its sequence. A site predicts the token at
-    the next position. The index of this token in the response is ``position + 1 - len(prompt)``.
+    A sequence is a prompt followed by one response. In every layout, ``Batch.positions`` contains one number for each
+    column of the micro-batch: the position of the column's tokens in their sequences. A site predicts the token at the
+    next position. The index of this token in the response is ``position + 1 - len(prompt)``.
 
     Returns  on every rank, one value per response token, in nats: for each pair in turn, first the tokens of the chosen
              response and then the tokens of the rejected response; 0 for a token that is not scored

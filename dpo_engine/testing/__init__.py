@@ -1,7 +1,7 @@
 """Checks that a plugin's author can run on a model family; see "Test the family" in ``docs/extending.md``.
 
 The engine's own tests use the same functions. The functions need transformers and Megatron-Core, but neither a GPU nor
-a test framework. No other module of the package imports this one.
+a test framework. Modules of the engine outside ``dpo_engine.testing`` do not import it.
 """
 
 from dpo_engine.testing.families import (

@@ -25,7 +25,7 @@ def assert_same_metrics(got: dict[str, float], expected: dict[str, float], rel: 
     subtracted = {f"displacement/{side}": abs(expected[f"logps/{side}"]) for side in ("chosen", "rejected")}
     margins = [metric for metric in expected if metric.endswith("rewards/margins")]
     subtracted |= dict.fromkeys(margins, abs(expected["rewards/chosen"]))
-    # Even with equal weights, the sums of policy and reference can differ in the last bit.
+    # Even with equal weights, the policy's log-probability can differ from the reference's in the last bit.
     equal = abs(expected.get("rewards/margins", 1.0)) < 1e-16 * abs(expected.get("logps/chosen", 1.0))
     signs = ("rewards/accuracies", "displacement/chosen_fell") if equal else ()
     for metric, value in expected.items():
@@ -61,7 +61,7 @@ def assert_same_numbers(got: dict[str, Any], expected: dict[str, Any], rel: floa
 def assert_same_weights(
     got_dir: Path | str, expected_dir: Path | str, start_dir: Path | str, rel: float, untrained: tuple[str, ...] = ()
 ) -> None:
-    """Compare exported weights, and check which of them training has changed.
+    """Compare exported weights, and check that training has changed all of them except those in ``untrained``.
 
     rel        relative tolerance of each tensor, in the Euclidean norm
     untrained  prefixes of the names of weights that must not have changed. All other weights must have changed, except

@@ -45,7 +45,7 @@ STEPS = [2, 3, 2, 2, 2]
 OPTIMIZER = {"lr": 3e-4, "eps": 1e-6}
 DECAY, CLIP = 0.01, 1.0
 LONGEST = 32
-"""Maximum number of tokens in a row that :func:`check_steps` passes to transformers."""
+"""Maximum length, in tokens, of the rows that :func:`check_steps` passes to transformers."""
 TOKENS = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(5))
 
 
@@ -85,7 +85,7 @@ def check_steps(
     """Train five steps of DPO with weighted pairs. Compare the results with transformers, torch's autograd and AdamW.
 
     ranks   as in :func:`check_logits`
-    batch   section ``batch`` of the run; by default, rows of trees
+    batch   section ``batch`` of the run; by default, rows of trees (a tree is a prompt with its responses)
 
     All computations are in fp64, and gradients are clipped. The relative tolerance is 1e-10 for gradient norms. For the
     change of a weight tensor, it is 1e-8, plus 1e-13 of the norm of the tensor for rounding. Raises ``AssertionError``
@@ -118,10 +118,11 @@ def check_layouts(
     ranks       as in :func:`check_logits`
     recompute   ``model.recompute`` of the run in the layout; the run on one rank uses the default
 
-    All computations are in fp64. The results are the metrics of steps and of an evaluation, the log-probabilities of
-    pairs, and the exported weights. The relative tolerance is 1e-10. Raises ``AssertionError`` with a number or a
-    tensor that differs, with a tensor that training should have changed but did not, or with a tensor that training
-    changed although the family's exports copy it from the checkpoint.
+    All computations are in fp64. The results are the metrics of the steps and of an evaluation, the values of each
+    evaluated pair (such as its log-probabilities and its loss), and the exported weights. The relative tolerance is
+    1e-10. Raises ``AssertionError`` with a number or a tensor that differs, with a tensor that training should have
+    changed but did not, or with a tensor that training changed although the family's exports copy it from the
+    checkpoint.
     """
 
     def on_one_rank() -> tuple[dict[str, Any], Path]:

@@ -52,7 +52,7 @@ class TinyModels:
 
         key = repr((family, str(dtype), max_shard_size, sorted(config.items(), key=str)))
         if key not in self._made:
-            torch.manual_seed(zlib.crc32(key.encode()))  # a counter would depend on the order of tests
+            torch.manual_seed(zlib.crc32(key.encode()))  # a counter as the seed would depend on the order of tests
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY, **config}))
             for name, parameter in model.named_parameters():
                 # the biases of all experts of a layer form a matrix, but start as zeros, so they are treated as vectors

@@ -51,8 +51,8 @@ def train_steps(
     fp64     whether to compute in fp64
     weighted, judged, few, masked   as for :class:`~dpo_engine.testing.pairs.RandomPairs`
 
-    Returns  a dictionary: ``steps`` (the metrics of every step), and ``eval`` and ``per_pair`` (the metrics and the
-             columns of an evaluation of 5 other pairs)
+    Returns  a dictionary: ``steps`` (the metrics of every step), ``eval`` (the metrics of an evaluation of 5 other
+             pairs), and ``per_pair`` (the columns of this evaluation, with one value per pair)
     """
     import numpy as np
     import torch

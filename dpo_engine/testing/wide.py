@@ -57,7 +57,7 @@ def wide_model(directory: Path, length: int, prepare=lambda model: None) -> torc
 
     Run the model inside :func:`wide`.
 
-    length   maximum number of tokens in a row
+    length   maximum length of an input row, in tokens
     prepare  function that is called with the loaded model
     """
     from transformers import AutoModelForCausalLM

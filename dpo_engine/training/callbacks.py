@@ -59,7 +59,7 @@ class Callback:
     """
 
     def on_start(self, run: Run) -> None:
-        """Called once, after the checkpoint that the run resumes from is loaded, and before the first step."""
+        """Called once, before the first step. If the run resumes, its checkpoint is already loaded."""
 
     def on_step(self, run: Run, metrics: dict[str, float]) -> str | None:
         """Called after each step. Numbers that rank 0 adds to ``metrics`` are logged with the step's metrics."""

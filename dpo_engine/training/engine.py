@@ -68,7 +68,7 @@ class Engine:
     adaptation: Adaptation | None  # the adapters that are trained; None: weights of the model are trained
     start: str | None  # digest of the adapter at adapter.path, equal on all ranks; None: no such adapter
     rank_facts: dict[str, dict[str, str]]  # settings and versions that must be equal on all ranks; see rank_guard
-    row_tokens: int | None = None  # fixed size of all rows of trees, from settle_batches; None: sizes vary
+    row_tokens: int | None = None  # fixed length of rows in layout ``tree``, from settle_batches; None: lengths vary
 
     @classmethod
     def open(cls, config: Config, *, fp64: bool = False) -> "Engine":
@@ -146,7 +146,7 @@ class Engine:
         return self.groups.dims.tp > 1 if asked == "auto" else asked
 
     def describe(self) -> list[str]:
-        """Return lines for the log: versions, layout, kernels, loss, reference, model, adapters, and Hub commits."""
+        """Return log lines: versions, layout, kernels, loss, reference, model, frozen weights, adapter, Hub commits."""
         dims, loss, flash = self.groups.dims, self.config.loss, self.config.model.flash_attention
         return [
             *describe_stack(self.platform),
@@ -179,8 +179,8 @@ class Engine:
         key        configuration key that error messages name
         recompute  which activations to recompute in the backward pass, as in ``model.recompute``
 
-        *Collectives*: those of :func:`~dpo_engine.model.tp_overlap.layer_options`.
-        Raises :class:`~dpo_engine.errors.ConfigError` if the checkpoint's architecture differs from the policy's.
+        *Collectives* and errors: those of :func:`~dpo_engine.model.tp_overlap.layer_options` and of
+        :func:`~dpo_engine.model.weights.load.load_hf`, which requires the policy's architecture.
         """
         where: dict[str, Any] = {"groups": self.groups, "platform": self.platform, "spec": self.spec}
         config = transformer_config(
@@ -286,7 +286,7 @@ class Engine:
 
     @cached_property
     def cost(self) -> CostModel:
-        """The cost model of a forward pass over tree rows."""
+        """The cost model of a forward pass over rows of trees (a tree is a prompt with its responses)."""
         names = ("matrix_parameters", "num_layers", "num_attention_heads", "hidden_size", "vocab_size")
         head_dim = score_size(self.arch) // self.arch.num_attention_heads
         windows = [window for window in self.arch.windows if window and window < self.config.data.max_length]
@@ -334,7 +334,7 @@ class Engine:
         Losses and metrics do not depend on how pairs are grouped into micro-batches, or on the order of pairs in the
         global batch. This method does not communicate, and is safe to call on another thread.
 
-        Raises `RuntimeError` if :meth:`settle_batches` must still replace an ``auto`` in the section ``batch``.
+        Raises `RuntimeError` if the section ``batch`` still contains an ``auto`` that :meth:`settle_batches` replaces.
         """
         if not is_settled(self.config):
             raise RuntimeError("Engine.host_batches: call Engine.settle_batches first, before a model is built")

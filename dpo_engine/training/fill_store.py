@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 def open_store(engine: Engine) -> ReferenceStore:
     """Open the store for this run's reference.
 
-    The folder's name contains a digest of the weights, the dtype, and the layer spec.
+    The name of the reference's folder has three parts: a digest of the weights, then the dtype, then the layer spec.
 
     *Collectives*: those of :meth:`~dpo_engine.training.engine.Engine.reference_digest`.
     """
@@ -46,19 +46,23 @@ def fill(
     say: Say,
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Score the pairs that are missing from the store, and write the results segment by segment.
+    """Score the pairs that are missing from the store, and write the results in rounds.
+
+    A round scores at most :data:`PAIRS_PER_SEGMENT` pairs. It writes one segment for each data set that has pairs to
+    score in this round.
 
     chunks    a model that holds the reference's weights
     pairs     the data sets whose pairs the store must contain
-    say       called with one log line after every segment
-    between   called on all ranks after every segment; it can stop the work by raising an exception
+    say       called with one log line after every round
+    between   called on all ranks after every round; it can stop the work by raising an exception
 
-    Each job starts at a random position and rereads the store before every segment, so several jobs share the work.
+    Each job starts at a random position and rereads the store before every round, so several jobs share the work.
 
-    *Collectives*: those of scoring, and for each segment, broadcasts and all-gathers of objects over all ranks. Reading
+    *Collectives*: those of scoring, and for each round, broadcasts and all-gathers of objects over all ranks. Reading
     and writing the store have no time limit.
-    Raises on every rank :class:`~dpo_engine.errors.DataError` if the store cannot be read or written, or lacks values
-    that were just written, and :class:`~dpo_engine.errors.NumbersError` if a log-probability is not finite.
+    Raises :class:`~dpo_engine.errors.DataError` on every rank if the store cannot be read or written, or if values that
+    were just written are missing from it. Raises :class:`~dpo_engine.errors.NumbersError` on every rank if a
+    log-probability is not finite.
     """
     wanted = wanted_keys(pairs)
     parts = [(part, *np.unique(keys(part.digests), return_index=True)) for part in pairs]
@@ -94,7 +98,7 @@ def fill(
 
 
 def leave_if_asked(engine: Engine, interruption: Interruption) -> None:
-    """Stop if any rank received a signal. Call this before the first segment of a store and between segments.
+    """Stop if any rank received a signal. Call this before the first round of :func:`fill` and between rounds.
 
     *Collectives*: one MAX of a number over all ranks.
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.
@@ -113,7 +117,7 @@ def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.
 
     Other jobs can add segments at any time, so rank 0 reads the store for all ranks.
 
-    wanted   keys to look for [n]
+    wanted   sorted keys to look for [n]; must be the same in every call
 
     Returns  on every rank, whether each key is missing [n] bool, and a line for each problem found in the store
 

@@ -155,9 +155,9 @@ class Reported:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Three numbers of sums: over all pairs, over all tokens, and over the pairs from one source.
+        """Counts of the sums over all pairs, of the sums over all tokens, and of the sums over the pairs from a source.
 
-        The last number counts the sums of all sources together.
+        The last count includes the sums of every source.
         """
         by_source = len(self.sources) * (2 + len(SOURCE_METRICS)) if len(self.sources) > 1 else 0
         return len(self.weighted), 2 * len(ENTROPIES) * self.entropy, by_source
@@ -182,7 +182,8 @@ def pair_sums(
     rewards          rewards of the chosen and of the rejected responses, each [b]
     source           [b]  index into ``reported.sources``
     scale            factor of log-ratios in the rewards
-    tolerance        [b]  nats, largest difference of log-probabilities that counts as a tie
+    tolerance        [b]  nats, largest difference of log-probabilities that counts as a tie; for the metrics in
+                     `LIKELIHOOD`, only equal values are a tie
     parts            [b] each, the loss's terms in the order of ``reported.parts``
 
     Returns  [sum(reported.sizes)]  fp64

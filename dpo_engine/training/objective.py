@@ -43,18 +43,19 @@ from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.training.metrics import Reported, pair_sums
 
 LOSS_READS = 4
-"""Number of fields that a loss reads, from the first field of :class:`PairLogps` on: summed log-probabilities and token
-counts."""
+"""Number of fields of :class:`PairLogps` that a loss reads. These are the first fields: summed log-probabilities and
+token counts."""
 
 
 class BatchFacts(NamedTuple):
     """Properties of a whole global batch that are known before scoring, equal on every rank.
 
-    total_weight        sum of the weights of all pairs; the denominator of every mean
+    total_weight        sum of the weights of all pairs; the denominator of the means over all pairs
     mean_chosen_tokens  weighted mean of the number of tokens in a chosen response
     sources             names of the data set's sources; ``Batch.source`` is an index into this tuple
-    tie                 largest difference between two log-probabilities that counts as a tie in accuracies, relative
-                        to the sum of their absolute values; 0: only equal values are a tie
+    tie                 largest difference of log-probabilities that counts as a tie in the accuracies of rewards and in
+                        ``displacement/chosen_fell``, relative to the sum of the absolute values of the policy's two
+                        log-probabilities; 0: only equal values are a tie
     """
 
     total_weight: float

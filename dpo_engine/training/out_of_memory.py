@@ -19,7 +19,9 @@ SHOWN = 6
 
 
 SCORING = ("reference.", "train.micro_batch_size", "batch.", "parallel.")
-"""Changes whose names have these prefixes also help commands that only score pairs, without gradients or optimizer."""
+"""Prefixes of the names of changes that also lower the memory of a command that only scores pairs.
+
+Such a command has no gradients and no optimizer."""
 
 
 @contextmanager

@@ -88,7 +88,7 @@ LOGS = ("NVTE_DEBUG*", "TORCH_NCCL_*DUMP*", "TORCH_NCCL_*TRACE*", "TORCH_NCCL_DE
 """Variables that match :data:`SWITCHES` but are not compared, because they affect only logs and dumps."""
 
 PER_NODE = ("data.cache_dir",)
-"""Configuration keys that may differ between ranks, because their values can be paths on a node's local disk."""
+"""Configuration keys whose values may differ between ranks, because a value can be a path on a node's local disk."""
 
 KINDS: dict[str, tuple[type[EngineError], str]] = {
     "ranks": (ConfigError, "start all ranks of a job with the same world size"),
@@ -151,8 +151,8 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
     a key and returns its value; None: ``store.get``, with the store's own time limit.
 
     Raises :class:`~dpo_engine.errors.ConfigError` on every rank, with a line for each of the first ``MOST_LINES``
-    differences. Ranks whose number is not below rank 0's ``world`` are additional ranks. Rank 0 does not read their
-    facts. If all other ranks agree, only the additional ranks raise the error.
+    differences. A rank whose index is at least rank 0's ``world`` is an additional rank. Rank 0 does not read the facts
+    of additional ranks. If all other ranks agree, only the additional ranks raise the error.
     """
     if world == 1:
         return
@@ -247,7 +247,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 class RankGuard:
-    """Compare the facts of all ranks, and the weights of which several ranks have copies, with one collective.
+    """Compare the facts of all ranks, and the weights of which several ranks have copies.
 
     facts   the facts of this rank: named values that must be equal on all ranks
     """

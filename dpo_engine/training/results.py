@@ -94,7 +94,8 @@ def _saved_already(verb: str, step: int) -> Iterator[None]:
     """Append a way out to errors in this block: the run is saved, and ``dpo-engine <verb>`` can do the work later."""
     try:
         yield
-    except (PeerError, NumbersError):  # instead: rerun the command (PeerError), use an earlier step (NumbersError)
+    except (PeerError, NumbersError):
+        # Writing later does not help: rerun the command after a PeerError, use an earlier step after a NumbersError.
         raise
     except EngineError as error:
         *others, last = error.problems

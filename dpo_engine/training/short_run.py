@@ -102,7 +102,8 @@ def _measure(engine: Engine, data: RunData, steps: list[np.ndarray]) -> dict[str
 def _facts(engine: Engine, data: RunData, indices: np.ndarray) -> BatchFacts:
     """Return the facts of a batch.
 
-    In accuracies, relative differences up to `TIE` count as ties. Otherwise, rounding could change the accuracies.
+    In the accuracies of rewards and in ``displacement/chosen_fell``, relative differences up to `TIE` count as ties.
+    Otherwise, rounding could change these metrics.
     """
     return batch_facts(data.train, indices)._replace(tie=TIE[engine.dtype])
 

@@ -181,7 +181,7 @@ class Trainer:
             due = plan.due(self.step, interval_of(config.checkpoint.save_interval))
             judged = self.last or plan.due(self.step, interval_of(config.train.eval_interval))
             may_save = due or bool(judged and config.checkpoint.keep_best)  # keep_best also saves the best steps
-            # The save at a later stop must wait for a save that is due or running, so plan time for two saves.
+            # If a save is due or running, a later stop can save only after that save, so plan time for both.
             self.interruption.save_s = self.saver.took_s * (1 + (may_save or self.saver.in_flight))
             stop = None if self.last else self.agree("step")
             guarded = config.train.guard_interval
@@ -241,7 +241,7 @@ class Trainer:
         return stop
 
     def tie(self) -> float:
-        """Return ``BatchFacts.tie``: before the first update of equal models, a tolerance for rounding; otherwise 0."""
+        """Return ``BatchFacts.tie``: at step 0, a rounding tolerance if policy and reference are equal; otherwise 0."""
         return tolerance(self.engine) if self.step == 0 and known_equal(self.engine) else 0.0
 
     def take_step(self) -> dict[str, float]:

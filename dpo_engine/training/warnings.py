@@ -20,11 +20,11 @@ class Warnings(Callback):
     training pairs, steps without a gradient, a constant loss, and a policy that is no longer a language model.
 
     For the last warning, the policy's mean log-probability per token of the chosen responses is compared with
-    ``-ln(vocabulary)``, the log-probability under a uniform distribution. A language model gives meaningful text a
-    higher log-probability, so a policy below this value has been pushed away from language, as in likelihood
-    displacement (arXiv 2410.08847). Rewards and accuracy do not show this failure, and can look perfect. A model
-    with random weights starts near this value. The warning therefore also requires that the log-probability is more
-    than `FALL` nats lower than at the start of the run.
+    ``-ln(vocabulary size)``, the log-probability under a uniform distribution. A language model gives meaningful text a
+    higher log-probability. A policy whose mean is below this value has been pushed away from language, as in
+    likelihood displacement (arXiv 2410.08847). Rewards and accuracy do not show this failure, and can look perfect. A
+    model with random weights starts near this value. The warning therefore also requires that the log-probability is
+    more than `FALL` nats lower than at the start of the run.
     """
 
     FALL = 1.0

@@ -62,8 +62,8 @@ def count_work(engine: Engine, pairs: PairDataset, indices: np.ndarray, batches:
 def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> dict[str, float]:
     """Return a step's metrics ``tokens_per_s``, ``layout_gain`` and, if the GPU's peak FLOP/s is known, ``mfu``.
 
-    If weights are frozen, or if a run with adapters has no adapter in the first layer, a step omits some products. The
-    count would still include these products, so ``mfu`` is then left out.
+    If ``optim.freeze`` or ``train.freeze_router`` is set, or if a run with adapters has no adapter in the first layer,
+    a step omits some products. The count would still include these products, so ``mfu`` is then left out.
 
     work      the work of the step's global batch
     elapsed   duration of the step, in seconds
@@ -101,7 +101,7 @@ def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
         rows, columns = batch.tokens.shape
         visible = (batch.positions + 1).double()  # a token sees itself and all earlier tokens of its sequence
         last = visible if batch.columns is None else visible[batch.columns]
-        tokens, layers = rows * columns, arch.num_layers - 1  # the last layer can compute fewer columns
+        tokens, layers = rows * columns, arch.num_layers - 1  # the last layer can compute outputs for fewer positions
         before, final = range(layers), [layers]
         head = 2 * arch.hidden_size * arch.vocab_size * len(batch.scored.sites)
         total[0] += tokens

@@ -21,8 +21,8 @@ MOST_RECORDS = 1000
 def all_dropped(source: Source, tokenizer: Tokenizer, config: Config) -> Counter[str] | None:
     """Return the number of dropped pairs by reason, if all pairs of a source are dropped.
 
-    Return None if a pair is kept. At most `MOST_RECORDS` usable records are searched. Also return None if their pairs
-    are all dropped, but the source has more usable records.
+    Return None if a pair is kept. At most `MOST_RECORDS` usable records are searched. If all pairs in these records are
+    dropped, but the source has more usable records, also return None.
 
     Raises :class:`~dpo_engine.errors.DataError` and :class:`~dpo_engine.errors.ConfigError` as :func:`read_pairs` and
     :func:`encode_pairs` do.

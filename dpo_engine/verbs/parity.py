@@ -144,9 +144,9 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     srun, it uses the ranks that were started.
 
     FP8 is turned off, because its rounding errors are larger than those of bf16, for which the tolerances are chosen.
-    The differences between layouts in FP8 have not been measured on a GPU. With ``fp64``, ``tp_comm_overlap`` is
-    also turned off, and ``model.attention: te`` and ``model.flash_attention`` are replaced by the defaults of these
-    keys, because the kernels do not support fp64.
+    The differences between layouts in FP8 have not been measured on a GPU. With ``fp64``, settings whose kernels do not
+    support fp64 are changed, too: ``tp_comm_overlap`` is turned off, and ``model.attention: te`` and
+    ``model.flash_attention`` are replaced by the defaults of these keys.
 
     Returns  whether every difference is within its tolerance (always True on ranks other than rank 0)
     """

@@ -207,7 +207,7 @@ def _training_pairs(config: Config) -> int | None:
 
 
 def _intervals(config: Config, pairs: int | None) -> list[str]:
-    """Return lines about intervals in epochs: their problems or, if there are none, their lengths in steps."""
+    """Return lines about intervals given in epochs: their problems or, if there are none, their lengths in steps."""
     if not pairs:
         return []
     epoch = -(-pairs // config.train.global_batch_size)
@@ -227,7 +227,7 @@ def _most_steps(config: Config, pairs: int | None) -> tuple[int | None, int | No
 
 
 def _steps(config: Config, pairs: int | None) -> str:
-    """Describe the numbers of steps and pairs. Tokenization can drop some records later."""
+    """Describe the numbers of steps and pairs. They can be smaller in the run, because tokenization can drop pairs."""
     steps, epoch = _most_steps(config, pairs)
     if pairs is None or steps is None:
         return f"at most {steps}" if steps else "unknown until the pairs are counted"
@@ -292,7 +292,8 @@ def _export(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Return a line for each property of the run's tokenizer that the export cannot keep."""
     source, own = model_directory(config.model.path), config.model.tokenizer
     if not config.checkpoint.export or (own is None and config.data.chat_template is None and tokenizer.note is None):
-        # There is no export, or it has the model's own files, from which transformers reads the run's tokenizer.
+        # Without an export, nothing can be lost. Otherwise, the run uses the tokenizer in the model's own files. These
+        # files are exported, and transformers reads the same tokenizer from them.
         return []
     files = {
         name: path

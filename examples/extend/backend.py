@@ -8,7 +8,7 @@ from dpo_kernels.dispatch import register_backend, use_backend
 
 
 class LogSumExp:
-    """The functions of the group ``head``. Two of them are the functions of ``eager``.
+    """The functions of the group ``head``. Two of them are taken unchanged from ``eager``.
 
     Any object with these functions can be a backend.
     """
@@ -33,7 +33,7 @@ class LogSumExp:
 
     @staticmethod
     def linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, *shard, chunk: int, **options) -> LinearStats:
-        """Like :func:`dpo_kernels.eager.linear_stats`; computes one chunk after another."""
+        """Compute the statistics of one chunk after another. The fields have the same meaning as in ``linear_keep``."""
         rows = zip(hidden.split(chunk), targets.split(chunk), strict=True)
         parts = [LogSumExp.linear_keep(part, weight, ids, *shard, **options)[0] for part, ids in rows]
         return LinearStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)))

@@ -11,10 +11,11 @@ Solution. For each row of a shard with logits x, :func:`linear_stats` returns th
 the target's logit, or 0 if the target is in another shard. From these, the caller computes the log-probability with a
 MAX and a SUM all-reduce over the shards. At any time, at most ``chunk`` rows have logits in memory. :func:`linear_grad`
 takes the global log-sum-exp and the gradient of each row's log-probability. It computes the logits of a chunk again,
-and overwrites them, or with a soft cap a copy of them, with their gradient, ``grad * (onehot - softmax)``. Two matrix
-products then give the gradients of the hidden states and of the weight. If a chunk's loss depends only on that chunk,
-the caller can use :func:`linear_keep` and :func:`linear_kept_grad`. They keep the logits between the forward pass and
-the gradient, and need three matrix products instead of four.
+and overwrites them with their gradient, ``grad * (onehot - softmax)``. With a soft cap, it overwrites a copy of the
+logits, because the derivative of the cap needs the logits. Two matrix products then give the gradients of the hidden
+states and of the weight. If a chunk's loss depends only on that chunk, the caller can use :func:`linear_keep` and
+:func:`linear_kept_grad`. They keep the logits between the forward pass and the gradient, and need three matrix products
+instead of four.
 
 Why this way. Subtracting the maximum keeps the exponentials finite. The sums of different shards are scaled to a common
 maximum before they are merged. Forward pass and gradient are two functions rather than one autograd function, because
@@ -41,7 +42,7 @@ from dpo_kernels.products import accumulate, wide, wide_product
 from dpo_kernels.tree import Tree
 
 CACHED_BYTES = 1 << 19
-"""Maximum bytes of a block of logits on a CPU. The block stays in a core's cache during all passes over it."""
+"""Maximum bytes of a block of several rows of logits on a CPU. Such a block stays in a core's cache between passes."""
 
 
 class LinearStats(NamedTuple):
@@ -155,7 +156,7 @@ def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:
 
 
 def _in_shard(targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor]:
-    """Return whether each target's column is valid [n], and the column, clamped to the valid range [n, 1]."""
+    """Return whether each target's column is valid, as [n], and the column clamped to valid columns, as [n, 1]."""
     local = targets - start
     return (local >= 0) & (local < valid), local.clamp(0, valid - 1)[:, None]
 

@@ -167,7 +167,7 @@ def tree_attention(
         keys, values = (_joined([cut[above][:many] for above, many in path]) for cut in (key_parts, value_parts))
         ancestors = sum(many for _, many in part.prefix)
         for index, token, count in part.runs:
-            before = ancestors + token - part.start  # number of keys that the run's first query sees besides itself
+            before = ancestors + token - part.start  # number of tokens on the path before the run's first query
             banded = window is not None and before + count > window
             whole = not (before or banded or own)
             size = count if whole else TILE

@@ -49,9 +49,9 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor, scale: float, softcap: flo
     """Return the scores (-inf for masked keys), and the soft cap's derivative (None without a soft cap)."""
     scores = (query @ key.mT).mul_(scale)  # [kv_heads, group, q, k]
     slope = None
-    if softcap is not None:
+    if softcap is not None:  # cap the scores before masking them, because the soft cap would make -inf finite
         scores.div_(softcap).tanh_()
-        slope = 1 - scores.square()  # before masking, because the soft cap would make -inf finite
+        slope = 1 - scores.square()
         scores.mul_(softcap)
     if mask.dtype is torch.bool:
         return scores.masked_fill_(~mask, -torch.inf), slope

@@ -1,7 +1,8 @@
-"""Triton kernels for a layer's operations other than matrix products and attention.
+"""Triton kernels for three operations of a layer: rotary embedding, the split into heads, and gated activations.
 
-In each pass, forward or backward, an operation is computed by a single kernel. All arithmetic is in fp32. Every program
-writes its own elements, so results are deterministic.
+In each pass, forward or backward, a single kernel computes an operation. Afterwards, torch only adds the programs'
+parts of the gradients of norm weights. All arithmetic is in fp32. Every program writes its own elements, so results are
+deterministic.
 """
 
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 from dpo_kernels.eager_layer import HeadNorms
 
 ROWS, COLUMNS = 16, 1024
-"""A program that computes heads processes ``ROWS`` tokens. One that computes gates processes ``COLUMNS`` elements."""
+"""In the kernels for heads, each program processes ``ROWS`` tokens. In the kernels for gated activations, each program
+processes ``COLUMNS`` elements."""
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def _normalize_backward(
     source, grad, target, sums, norm, offset, eps, inside, token, table, tokens,
     D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Write the input's gradient to ``target``. SUMS: also write the weight's, summed over these rows, to ``sums``."""
+    """Write ``target``, the input's gradient. SUMS: also write ``sums``, these rows' part of the weight's gradient."""
     columns = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (columns < D)
     g = _load_turned(grad, columns, mask, token, table, tokens, -1.0, HALF, INTERLEAVED)

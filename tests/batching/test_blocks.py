@@ -1,7 +1,8 @@
 """Tests of distributing the blocks of a row over context-parallel ranks.
 
-All ranks must get the same number of tokens, and nearly the same attention work. For rows of trees, the usual zigzag
-distribution does not balance the work.
+All ranks must get the same number of tokens, and nearly the same attention work. A row consists of trees. A tree is a
+prompt followed by its responses, which do not see each other. For such rows, the usual zigzag distribution does not
+balance the work.
 """
 
 import numpy as np
@@ -84,8 +85,8 @@ def test_padding_and_blocks_for_any_length(n, cp_size, multiple):
 
 
 def test_by_hand():
-    # On one rank, only the multiple matters. If two ranks share 129 tokens, each rank must have at least 65 tokens. 65
-    # tokens cannot be split into equal blocks of 32 to 64 tokens, but 66 tokens can.
+    # On one rank, only the multiple matters. If two ranks share 129 tokens, each rank must have at least 65 tokens. A
+    # block has 32 to 64 tokens. Equal blocks are not possible for 65 tokens, but are possible for 66 tokens.
     assert [padded_length(n, 1, 4) for n in (1, 4, 5)] == [4, 4, 8]
     assert [padded_length(n, 2) for n in (1, 128, 129)] == [2, 128, 132]
     # Each of the four blocks has 33 tokens, and the attention work increases from block to block. One rank gets the

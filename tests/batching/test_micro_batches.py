@@ -95,8 +95,8 @@ def test_visible_share_of_full_rows(share, each, tmp_path):
     asked = config(tmp_path, batch={"layout": "tree", "share": share, "tokens_per_micro_batch": tree.n})
     many = of_lengths(*[(60, 25, 10)] * 4 * each)
     assert visible_share(asked, many, 1) == pytest.approx(expected)
-    # With a larger budget, one row holds all pairs of the data set. If a rank gets fewer pairs from a global batch, one
-    # row holds only the rank's pairs.
+    # If the budget exceeds the data set, one row holds all pairs of the data set. If a rank's part of a global batch is
+    # smaller than the data set and the budget, one row holds only this part.
     wide = {"layout": "tree", "share": share, "tokens_per_micro_batch": 100 * tree.n}
     few = of_lengths(*[(60, 25, 10)] * each)
     assert visible_share(config(tmp_path, batch=wide), few, 1) == pytest.approx(expected)
@@ -121,8 +121,8 @@ class TestStacked:
         assert len({tuple(len(batch.index) for batch in rank) for rank in ranks}) == 1
         shapes = [batch.tokens.shape for rank in ranks for batch in rank]
         assert max(rows * columns for rows, columns in shapes) <= 300
-        # At each index, no rank has a longer pair than the first rank. On the first rank, only the last micro-batch can
-        # have room for another pair.
+        # Each rank has its longest pairs first. The k-th pair of the first rank is at least as long as the k-th pair of
+        # any other rank. On the first rank, only the last micro-batch can have room for another pair.
         for batch in ranks[0][:-1]:
             rows, columns = batch.tokens.shape
             assert (rows + 2) * columns > 300

@@ -85,8 +85,8 @@ class TestBlending:
         # Source 0 has 2 pairs and weight 1; source 1 has 4 pairs and weight 2. Their shares of the 6 draws of an epoch
         # are (2 x 1) / 10 and (4 x 2) / 10. Before rounding, these are 1.2 and 4.8 draws.
         assert draws_per_source([2, 4], [1.0, 2.0]) == [1, 5]
-        # The shares of the three sources are equal up to rounding. Each source gets 2 of the 7 draws, and the first
-        # source also gets the remaining draw.
+        # The shares of the three sources are equal, except for floating-point errors. Each source gets 2 of the 7
+        # draws, and the first source also gets the remaining draw.
         assert draws_per_source([3, 3, 1], [0.1, 0.1, 0.3]) == [3, 2, 2]
         ids = ids_of([2, 4])
         orders = [blended_order(ids, [1.0, 2.0], seed=0, epoch=e, shuffle=False).tolist() for e in range(3)]
@@ -288,7 +288,10 @@ class TestIntervals:
     )
     @settings(deadline=None)
     def test_parts_of_an_epoch(self, size, batch, epochs, interval):
-        """An event is due after each step that reaches or passes a multiple of the interval, counted in epochs."""
+        """Check that an event is due after each step that reaches or passes a multiple of the interval.
+
+        The interval is a number of epochs.
+        """
         plan = plan_of([size], global_batch_size=batch, epochs=epochs)
         due = [step for step in range(1, plan.num_steps + 1) if plan.due(step, Fraction(interval))]
         twentieths = round(20 * float(interval))  # the interval in twentieths of an epoch

@@ -1,6 +1,7 @@
-"""Tests of tree rows: their contents, and training with them.
+"""Tests of tree rows (layout `tree`, in which pairs can share prompts): their contents, and training with them.
 
-In every parallel layout, metrics, gradients and weights must match those of training with padded rows.
+In every parallel layout, the metrics, the values of each evaluated pair, and the trained weights must match those of
+training with padded rows. On one rank, log-probabilities and gradients are also compared.
 """
 
 import doctest
@@ -85,9 +86,9 @@ class TestPlant:
         assert (plain.segments[1] == -1).all()
 
     def test_equal_responses_with_other_masks_are_scored_separately(self):
-        """Both pairs have the same chosen response, but the second pair's mask scores only one token of this response.
+        """Both pairs have the same chosen response, but in the second pair, a mask selects one token for scoring.
 
-        The chosen response of the second pair therefore has its own scored site.
+        The two pairs therefore cannot share the scored tokens of this response: the second pair has only token 6.
         """
         pair = MANY[0]._replace(chosen=np.array([5, 6, 7], dtype=np.int32), chosen_mask=None)
         masked = pair._replace(chosen_mask=np.array([False, True, False]))
@@ -174,7 +175,10 @@ def reads_margins(sections) -> bool:
 
 @pytest.fixture(scope="module")
 def stacked(tiny_hf, tmp_path_factory):
-    """Return a function that trains with padded rows on one rank. It caches the results by data and sections."""
+    """Return a function that trains with padded rows on one rank.
+
+    Calls with equal arguments train only once: the function caches the results.
+    """
     known = {}
 
     def run(few=None, **sections):
@@ -256,7 +260,8 @@ ODD = ((1, 1, 1), (1, 40, 1), (1, 1, 300), (300, 2, 1), (127, 300, 290), (64, 64
 def odd_step(config, kept, fp64):
     """Run one step on pairs whose lengths are `ODD`, and save the gradients to the file `kept`.
 
-    Returns metrics, log-probabilities, the number of elements in the largest tensor, and the number of scored sites.
+    Returns the metrics, the log-probabilities, the number of elements in the largest tensor that the step computes, and
+    the number of scored sites.
     """
     from dpo_engine.model.weights.table import placed_parameters
     from dpo_engine.scoring.reference import score
@@ -313,6 +318,6 @@ def test_odd_lengths_match_padded_rows_without_full_logits(tiny_hf, tmp_path, mo
     for name, gradient in torch.load(tmp_path / "tree.pt").items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
         assert error < rel, f"{name}: {error:.1e}"
-    # The logits of 64 sites have 0.26 million elements, the largest activation has 0.39 million, and all logits of the
-    # longest pair would have 2.4 million.
+    # The logits of 64 sites have 0.26 million elements, and the largest activation has 0.39 million. All logits of a
+    # pair would have 0.75 million elements on average, and 2.4 million for the longest pair.
     assert largest < 0.5e6 < sites * 4099 / 8

@@ -399,7 +399,7 @@ def test_each_rank_hashes_its_own_share_of_the_files(part, flipped, tmp_path):
 
 
 def resumed_reference(config, folder):
-    """Save and load a bf16 reference with its exact fp32 weights.
+    """Save and load a bf16 reference that also keeps its exact weights in fp32.
 
     The checkpoint is for step 5, although Adam has made only 2 updates.
 
@@ -505,7 +505,7 @@ def save_often(config, folder, asynchronous):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_newest_are_kept_and_saving_twice_replaces(asynchronous, tiny_hf, tmp_path):
+def test_newest_are_kept_and_saving_a_step_again_replaces_its_checkpoint(asynchronous, tiny_hf, tmp_path):
     config = config_of(tiny_hf("llama"), tmp_path, {})
     folder = str(tmp_path / "c")
     first, second, third, again = run_ranks(save_often, 1, config=config, folder=folder, asynchronous=asynchronous)[0]

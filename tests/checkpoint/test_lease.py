@@ -147,7 +147,7 @@ def test_other_start_on_another_machine_is_watched(tmp_path, facts):
     assert time.monotonic() - began > 0.3
 
 
-def test_silent_lease_of_another_machine_is_taken_with_a_line(tmp_path, monkeypatch):
+def test_wait_for_a_silent_lease_of_another_machine_is_logged_once(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "QUIET_S", 0.1)
     plant(tmp_path, elsewhere(job="/7"))
     said = []

@@ -278,7 +278,7 @@ class TestFieldsWithAMeaning:
             pair = FORMATS["auto"]({**row, name: empty})
             assert pair.tools is None and pair.template_options is None
 
-    def test_nulls_that_a_table_adds_are_dropped_from_tools_and_options(self):
+    def test_nulls_that_tables_add_are_dropped_from_tools_and_options(self):
         row = {**CHAT, "tools": [TOOL | {"strict": None}], "chat_template_kwargs": {"a": 1, "b": None}}
         pair = FORMATS["messages"](row)
         assert pair.tools == (TOOL,) and pair.template_options == {"a": 1}

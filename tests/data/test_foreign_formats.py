@@ -1,9 +1,10 @@
 """Tests of records in the documented formats of other systems: the detected format, and the resulting pairs.
 
 Each record has the form of an example in the documentation or tests of another system, but its content is invented.
-Comments name the files in which the other system defines the meaning of the fields. The systems' revisions are
-ColossalAI 4f9953b, NeMo-Aligner af2b3bd, NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL
-f2cd577 and EasyDeL 090a03b.
+Comments name the files in which the other system defines the meaning of the fields. The records of UltraFeedback
+and Anthropic HH are described in the cards of these data sets. The systems' revisions are ColossalAI 4f9953b,
+NeMo-Aligner af2b3bd, NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL f2cd577 and EasyDeL
+090a03b.
 """
 
 import copy
@@ -29,7 +30,10 @@ BEST, WORST = "Crows eat the eggs.", "Nothing at all."
 
 
 def made(name, row):
-    """Check that `auto` detects the format `name` for a record. Return the pair, or None if the record is left out."""
+    """Check that `auto` detects the format `name` for a record, and that the format does not change the record.
+
+    Return the pair, or None if the record is left out.
+    """
     before = copy.deepcopy(row)
     assert detect(row) is FORMATS[name]
     pair = FORMATS[name](row)
@@ -117,7 +121,7 @@ class TestAlpaca:
             "rejected": WORST,
         }
         pair = made("alpaca", row)
-        assert pair.tools == (TOOL,)  # wrapped as {type, function}, as LLaMA-Factory's tool formatter does
+        assert pair.tools == (TOOL,)  # LLaMA-Factory's tool formatter also wraps tools as {type, function}
         assert conversation(pair) == (EARLIER, BEST, WORST)
 
     @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class TestCache:
         assert found.content == load_tokenizer(tmp_path / "tokenizer").content
         assert commits()[0] == f"Hub model org/tiny: commit {directory.name}"
 
-    def test_error_of_an_absent_model_contains_both_readings_and_fetch(self, offline):
+    def test_error_of_an_absent_model_names_path_id_and_fetch(self, offline):
         from dpo_engine.model.architecture import read_architecture
 
         with pytest.raises(ConfigError) as error:
@@ -130,7 +130,7 @@ class TestCache:
             f"cache {offline}, and HF_HUB_OFFLINE is set; run `dpo-engine fetch RUN.yaml` on a machine with a network"
         )
 
-    def test_error_of_absent_data_contains_both_readings_and_fetch(self, offline):
+    def test_error_of_absent_data_names_path_id_and_fetch(self, offline):
         with pytest.raises(DataError) as error:
             find_shards("org/absent:train[:5]")
         assert str(error.value).startswith(

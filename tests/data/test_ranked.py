@@ -121,7 +121,7 @@ def test_missing_field_is_named(name):
         FORMATS["ranked"](row)
 
 
-def test_detection_needs_responses_and_scores_without_a_pair():
+def test_ranked_is_detected_from_responses_and_scores_without_chosen_and_rejected():
     assert detect(ROW) is FORMATS["ranked"]
     assert detect({**ROW, "chosen": " 4", "rejected": " 5"}) is FORMATS["text"], "chosen and rejected take precedence"
     with pytest.raises(BadRecord, match="missing field 'chosen'"):
@@ -160,9 +160,10 @@ def test_dataset_and_its_report(build, tmp_path):
 
 
 def test_record_with_an_unusable_pair_is_dropped_whole(build, tmp_path):
-    """A pair that cannot be used makes its record bad. The run ends, or skips the record with all of its pairs.
+    """A pair that cannot be used makes its record bad.
 
-    A pair that is only too long does not make its record bad: only this pair is dropped.
+    `data.on_bad_line` decides whether the run ends with an error, or skips the record with all of its pairs. A pair
+    that is only too long does not make its record bad: only this pair is dropped.
     """
     unfit = {**ROW, "responses": [" 5", "<|im_end|>", " 22", " four"]}
     given = source(tmp_path / "a.jsonl", [ROW, unfit, ROW], "ranked_all")

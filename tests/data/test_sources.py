@@ -225,7 +225,9 @@ class TestSlices:
             if any(
                 b.startswith("-") and b.endswith("%") and round(int(b[:-1]) * total / 100) == 0 for b in (start, stop)
             ):
-                continue  # the engine differs from datasets here; see test_a_rounded_end_is_the_end
+                # A negative percentage that rounds to 0 records is the end of the data in the engine, but the start in
+                # datasets. See test_a_rounded_end_is_the_end.
+                continue
             told = ReadInstruction.from_spec(f"train[{start}:{stop}]").to_absolute({"train": total})[0]
             expected = list(range(told.from_, told.to))
             source = f"{path}[{start}:{stop}]"
@@ -258,7 +260,7 @@ class TestSlices:
         path.write_bytes(b"")
         assert refusal(f"{path}[:5]") == f"{path}[:5]: the slice selects 0 of 0 records; change its bounds"
 
-    def test_bad_lines_count_as_records_and_matter_only_inside(self, tmp_path):
+    def test_bad_lines_count_as_records_and_are_errors_only_inside_the_slice(self, tmp_path):
         path = tmp_path / "a.jsonl"
         path.write_bytes(b"\n".join([dump(ROWS[0]), b"{", b"", dump(ROWS[1]), dump(ROWS[2])]))
         assert rows_of(f"{path}[2:3]") == ROWS[1:2] and rows_of(f"{path}[-2:]") == ROWS[1:3]

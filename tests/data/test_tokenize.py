@@ -1,6 +1,7 @@
 """Tests of tokenizing records.
 
-They compare token ids with those of transformers, and cover length limits, counts, malformed lines and real data.
+Some tests compare token ids with those of transformers. Others cover length limits, counts, malformed lines and real
+data.
 """
 
 import collections
@@ -125,7 +126,10 @@ class TestIds:
 
 
 class TestLimits:
-    """Each letter is a token. The prompt has 30 tokens with its BOS. The responses have 10 and 20 with their EOS."""
+    """Tests of length limits. In the pair `ROW`, each letter is a token.
+
+    The prompt has 30 tokens with its BOS. With the EOS, the chosen response has 10 tokens, and the rejected one has 20.
+    """
 
     ROW = {"prompt": "X" * 28 + "Y", "chosen": "B" * 9, "rejected": "C" * 19}
 
@@ -153,7 +157,7 @@ class TestLimits:
         assert (len(chosen), len(rejected)) == (10, 20)
         assert report.cut == (length < 30) and ("1 prompt truncated on the left" in str(report)) == (length < 30)
 
-    def test_prompt_of_one_token_is_its_last(self, build, tokenizer_path):
+    def test_prompt_cut_to_one_token_keeps_its_last_token(self, build, tokenizer_path):
         dataset, _ = build([self.ROW], max_length=21)
         assert load_tokenizer(tokenizer_path).decode(dataset[0].prompt) == "Y"
 

@@ -54,7 +54,7 @@ def test_the_same_reading_has_no_note(tmp_path):
     assert tokenizer.note is None and tokenizer.encode_all(TEXTS) == own_ids(path)
 
 
-def test_truncation_and_padding_of_tokenizer_json_are_no_difference(tmp_path):
+def test_truncation_and_an_unreadable_tokenizer_json_give_no_note(tmp_path):
     path = byte_level(tmp_path / "short")
     raw = json.loads((path / "tokenizer.json").read_text())
     raw["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}

@@ -261,7 +261,7 @@ class TestErrors:
             build({"path": str(path), "format": plugin}, workers=2)
 
     def test_format_that_no_worker_can_import(self, build, tmp_path, monkeypatch):
-        """The format is refused if `data.workers` is set. If it is not set, the main process tokenizes the data."""
+        """With `data.workers=2`, the format is refused. Without `data.workers`, the main process tokenizes the data."""
         monkeypatch.setitem(FORMATS, "local", lambda row: FORMATS["text"](row))
         source = {"path": str(write(tmp_path / "d.jsonl", text_rows(300))), "format": "local"}
         message = r"data\.workers=2: .*d\.jsonl cannot be tokenized in worker processes \(.*[Pp]ickl.*\); set data\."

@@ -139,7 +139,7 @@ def test_test_file_on_the_page(package):
     assert "AssertionError: cwm: logits differ from those of transformers by " in report
 
 
-def test_ranks_are_not_forked_beside_a_gpu(monkeypatch):
+def test_ranks_are_not_forked_if_a_gpu_is_present(monkeypatch):
     monkeypatch.setattr("dpo_engine.platform.device.gpu_present", lambda: True)
     with pytest.raises(RuntimeError, match="can use a GPU.*; set CUDA_VISIBLE_DEVICES to an empty string before"):
         run_ranks(dict, 1)

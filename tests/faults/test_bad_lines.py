@@ -23,7 +23,7 @@ ALL = [
 
 
 def named(kinds):
-    """Return the kinds as test parameters. Kinds that are not in `DEFAULT` are marked slow."""
+    """Return the files ``kinds`` as test parameters. A file whose kind is not in `DEFAULT` is marked slow."""
     return [pytest.param(bad, id=bad.kind, marks=() if bad.kind in DEFAULT else pytest.mark.slow) for bad in kinds]
 
 

@@ -26,8 +26,12 @@ def saved(run_files, tiny_hf, tmp_path_factory):
 def flips(path: str, folder: str, seed: int, count: int) -> list[tuple[str, str]]:
     """Repeat ``count`` times: change one byte of a file, load the newest intact checkpoint, and restore the byte.
 
-    Returns each change and its outcome: "newest" or "older" if the state of the newest or of the older checkpoint
-    was loaded exactly, "refused" if loading was refused, and "WRONG" in all other cases.
+    Returns each change and its outcome:
+
+    - "newest": the state of the newest checkpoint was loaded exactly.
+    - "older": the state of the older checkpoint was loaded exactly.
+    - "refused": loading was refused.
+    - "WRONG": all other cases.
     """
     from torch import distributed as dist
 
@@ -72,7 +76,7 @@ def flips(path: str, folder: str, seed: int, count: int) -> list[tuple[str, str]
         outcome = next((name for state, name in right if state == got), "WRONG")
         outcomes.append((f"{file.relative_to(folder)} byte {place} ^ {mask:#x}", outcome))
         file.write_bytes(content)
-    assert loaded() == right[0][0], "after the last byte is restored, the newest checkpoint must load"
+    assert loaded() == right[0][0], "after the last changed byte is restored, the newest checkpoint must load"
     engine.close()
     return outcomes
 

@@ -93,9 +93,10 @@ def write(run_yaml, run_files, tiny_hf, tmp_path):
 
 
 def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
-    """Copy a stopped run, and resume the copy with changes. Return the job, its output directory and its pairs.
+    """Copy a stopped run, and resume the copy in the layout ``name`` with the given settings.
 
-    A dictionary maps each step to its pairs. If the expected exit code is not 0, the dictionary is empty.
+    Return the job, its output directory, and a dictionary that maps each step of the job to its pairs. If the expected
+    exit code is not 0, the dictionary is empty.
     """
     ranks, parallel = LAYOUTS[name]
     output, log = tmp_path / "run", tmp_path / "log"
@@ -331,7 +332,7 @@ class TestAccepted:
         assert steps[STOP + 1]["rewards/margins"] == pytest.approx(2 * margin, rel=1e-5) and margin
         assert steps[STOP + 1]["logps/chosen"] == whole[0][STOP + 1]["logps/chosen"]
 
-    def test_new_pairs_start_with_their_first(self, whole, made, write, tmp_path):
+    def test_training_on_new_pairs_starts_with_the_first_of_them(self, whole, made, write, tmp_path):
         other = other_pairs(tmp_path, 20)
         fresh = run_fresh(write, tmp_path, **other)
         steps, pairs, record = continued(made, write, tmp_path, ["train_data"], counts=True, **other)

@@ -2,7 +2,8 @@
 
 As soon as the first checkpoint has been published, the loader must always find an intact checkpoint.
 
-After every operation, each test rebuilds one of three states. A crash can leave the disk in any of these states:
+After every operation of the run, a test rebuilds the folder in each of three states. A crash can leave the disk in any
+of these states:
 
 - `as written`: all operations up to the crash have taken effect.
 - `names first`: files have only the content that was synced, but names are as if all directories had been synced.

@@ -108,7 +108,7 @@ def test_short_last_batch(job, tmp_path):
         ({"prompt": LONG}, {"max_prompt_length": 8, "truncation": "drop"}, "1 dropped: prompt longer than data.max_pr"),
         ({"chosen": LONG}, {}, "1 dropped: a response too long for data.max_length"),
     ],
-    ids=["drop", "left", "the prompt alone fills it", "the response alone fills it"],
+    ids=["drop", "left", "prompt over max_prompt_length", "response over max_length"],
 )
 def test_pairs_over_the_limit_are_cut_or_dropped(fields, data, says, job, tmp_path):
     rows = [*pairs(8), {**GOOD, **fields}]
@@ -133,7 +133,7 @@ def test_data_without_a_fitting_pair_is_refused(job):
         ({"chosen": "5.", "rejected": "5."}, "chosen and rejected are identical"),
         ({"chosen": ""}, "chosen is empty"),
     ],
-    ids=["no token to learn from", "chosen is rejected", "empty chosen"],
+    ids=["no token to learn from", "chosen equals rejected", "empty chosen"],
 )
 def test_pair_without_a_preference_is_refused(fields, says, job, tmp_path):
     rows = [*pairs(4), {**GOOD, **fields}]

@@ -56,7 +56,7 @@ ALIKE = "start all ranks with the same run file and overrides"
         pytest.param(
             {"parallel.tp": 1, "parallel.pp": 2},
             "parallel.tp: 2 on ranks 0-1 and 3, 1 on rank 2",
-            id="pipeline for tensors",
+            id="pp in place of tp",
             marks=slow,
         ),
     ],
@@ -82,7 +82,7 @@ def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_p
 def old_version():
     from dpo_engine import installation, version
 
-    # `installation` copied the version when it was imported, so its own check does not see the change below.
+    # `installation` has its own copy of the version, so `check_installation` does not see the change below.
     assert installation.__version__ == version.__version__
     version.__version__ = "0.0.9"
 
@@ -217,7 +217,7 @@ def test_different_weights_of_replicas_are_found_at_the_interval(
 
 
 @slow
-@pytest.mark.parametrize("factor, code", [(0, 0), (1, 2)], ids=["alike", "otherwise"])
+@pytest.mark.parametrize("factor, code", [(0, 0), (1, 2)], ids=["same seed", "different seeds"])
 def test_ranks_started_by_torchrun_compare_their_settings(factor, code, run_yaml, tmp_path):
     run = run_yaml(train={"max_steps": 2}, parallel={"tp": 2})
     train = f"exec {sys.executable} -m dpo_engine train {run} data.seed=$((RANK * {factor}))"

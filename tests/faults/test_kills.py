@@ -44,8 +44,8 @@ DEFAULT = {
 def victims(layout: str, phase: str) -> set[int]:
     """Return the ranks to kill, each in its own run: half of the ranks, and the ranks in `DEFAULT` for this case.
 
-    The half consists of either the even or the odd ranks. This choice alternates between layouts and between phases, so
-    rank 0 is killed in some layouts of each phase, but not in all.
+    The half consists of either the even or the odd ranks. This choice alternates between layouts and between phases. In
+    each phase, rank 0 is therefore killed with some of the layouts, but not with all.
     """
     world = LAYOUTS[layout][0]
     first = [*LAYOUTS].index(layout) + [*PHASES].index(phase)

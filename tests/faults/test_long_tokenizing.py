@@ -1,4 +1,4 @@
-"""Tests of tokenization: it takes longer than `parallel.timeout_s`, a signal stops it, or a rank dies meanwhile."""
+"""Tests of tokenization that takes longer than `parallel.timeout_s`, and of signals and deaths during tokenization."""
 
 import os
 import signal

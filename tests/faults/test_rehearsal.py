@@ -1,4 +1,4 @@
-"""Tests of `rehearse`: a run that resumes exactly passes, and a run whose metrics differ after a resume fails."""
+"""Tests of `rehearse`: it passes if a run resumes exactly, and fails if metrics differ after a resume."""
 
 import re
 import subprocess

@@ -266,7 +266,7 @@ def test_launcher_forwards_signals(name, run_yaml, tmp_path, whole):
 
 
 def test_metrics_lines_are_complete(run_yaml, tmp_path):
-    """Check the form of lines in the metrics file, because the tests above wait for a text in this file."""
+    """The tests above wait until the metrics file contains a text such as `"step": 2,`, so lines need this form."""
     run_job(["train", str(run_yaml("run", train={"max_steps": 2}))], 1, tmp_path / "log")
     text = (tmp_path / "run/metrics.jsonl").read_text()
     assert '"step": 2,' in text and all(json.loads(line) for line in text.splitlines())

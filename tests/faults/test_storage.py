@@ -36,7 +36,7 @@ def left(output: Path) -> list[str]:
 def refused(finished, says: str) -> str:
     """Check that both ranks exited with code 4, and return the line that rank 0 wrote to stderr.
 
-    Rank 0 must write a single line, and the line must contain ``says``.
+    Rank 0 must write a single line, apart from the fault injector's lines. The line must contain ``says``.
     """
     lines = [line for line in finished.errors[0].splitlines() if not line.startswith("DPO_FAULT")]
     assert finished.codes == [4, 4] and len(lines) == 1 and says in lines[0], finished.said

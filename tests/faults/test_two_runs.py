@@ -48,9 +48,10 @@ def unhurried(pause_s):
 
 
 def far(watch_s=1.0):
-    """Return a ``before`` hook that makes the job seem to run on another machine, not on that of the lease's holder.
+    """Return a ``before`` hook that makes each process a job with one rank that seems to run on another machine.
 
-    The job can then tell only from the renewals of the lease whether the holder is alive.
+    A lease reserves the output directory for one run, the holder. Because the holder's machine seems to be a different
+    one, the job can tell only from the renewals of the lease whether the holder is alive.
 
     watch_s  seconds without a renewal after which the job regards the holder as dead
     """
@@ -161,7 +162,11 @@ def unrenewed():
     ],
 )
 def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, moment, before):
-    """The fault suspends the first run in its second save or after its third step. Then another run finishes."""
+    """The fault suspends the first run in its second save or after its third step. A second run takes over.
+
+    The second run finishes. When the first run continues, it must end with an error, and the metrics must be those of
+    an uninterrupted run.
+    """
     run = run_yaml("run", checkpoint={"save_interval": 2})
     assert run_job(["train", str(run_yaml("whole", checkpoint={"save_interval": 2}))], 1, tmp_path / "log").codes == [0]
     found = []

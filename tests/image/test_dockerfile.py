@@ -129,7 +129,7 @@ def main(install, monkeypatch, tmp_path):
     return run
 
 
-def test_contradiction_is_resolved_by_the_second_list(main, tmp_path, capsys):
+def test_contradiction_is_resolved_by_keeping_fewer_base_image_versions(main, tmp_path, capsys):
     (tmp_path / "constraint.txt").write_text("rich==14.0.0\nnumpy==1.26.4\n")
     calls, written = main(
         "2.13.0+cpu", ["ERROR: ResolutionImpossible: ...", ""], PIP_CONSTRAINT=str(tmp_path / "constraint.txt")

@@ -48,7 +48,7 @@ def test_image_has_the_tested_versions(inside):
 
 
 def test_torch_is_not_replaced(inside):
-    """The base image's torch must remain, although the package index also has newer versions."""
+    """The torch version that the build was given must remain, although the package index also has newer versions."""
     expected = re.search(r"(?m)^torch==(\S+)", (ROOT / "constraints/megatron-0.16.txt").read_text())[1]
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
     assert there.split("+")[0] == expected
@@ -114,9 +114,9 @@ def test_image_trains(inside, run_yaml, tmp_path):
 
 @pytest.fixture
 def in_containers(store, built, submit_from, tmp_path_factory):
-    """Return a function that takes the path of the program that the containers run as Python.
+    """Return a function: ``in_containers(python)`` prepares container jobs with ``python`` as the Python interpreter.
 
-    The function returns a :class:`Submission` for container jobs, and the environment variables of these jobs.
+    The function returns a :class:`Submission` for these jobs, and the jobs' environment variables.
     """
     files = tmp_path_factory.getbasetemp()
 

@@ -106,14 +106,15 @@ for sm in map(int, sys.argv[1].split(",")):
 
 
 def compile_for(sm, operand, width, tmp_path, *kernels):
-    """Compile kernels. Map (compute capability, kernel) to (shared memory, stack, use of Hopper's tensor cores).
+    """Compile kernels, and return what each kernel uses.
+
+    The returned dictionary maps (compute capability, kernel) to (shared memory, stack, use of Hopper's tensor cores).
+    Each size is the maximum over the kernel's variants, in bytes.
 
     sm       one or more compute capabilities, separated by commas
     operand  dtype of the operands
     width    size of each attention head; 0: do not compile the attention kernels
     kernels  names that select kernels and variants
-
-    Each size is the maximum over the kernel's variants, in bytes.
     """
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

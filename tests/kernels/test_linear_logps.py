@@ -36,8 +36,8 @@ def backends(monkeypatch):
 def inputs(rows, width, tp, dtype=torch.float32, hidden_size=HIDDEN):
     """Make hidden states, a weight, targets, and a gradient.
 
-    The targets include the first and the last vocabulary index of each shard, except indices of padding rows. The
-    weight is padded to ``tp`` equal shards. The padding rows would give huge logits if they were used.
+    The weight is padded to ``tp`` equal shards. The padding rows would give huge logits if they were used. The targets
+    include the first and the last vocabulary index of each shard, except indices of padding rows.
     """
     generator = torch.Generator().manual_seed(rows + width)
     hidden = torch.randn(rows, hidden_size, generator=generator).to(dtype)

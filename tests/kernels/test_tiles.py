@@ -1,4 +1,4 @@
-"""Tests of Triton's tiles and of sdpa: attention must compute few scores besides the visible ones."""
+"""Tests of Triton's tiles and of sdpa: attention must compute few scores of keys that the query does not see."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from dpo_kernels.tiles import Blocks, tile_map, tile_matrix
 
 
 def random_tree(generator: np.random.Generator) -> Tree:
-    """Make a random row of trees. The queries are a random subset of the tokens.
+    """Make a random row of tokens that form one or more trees. The queries are a random subset of the tokens.
 
     The segments of a tree are in depth-first order, and the queries are in ascending order.
     """

@@ -130,7 +130,11 @@ def test_window_as_long_as_the_longest_path_changes_nothing(name, backends):
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
 def test_large_scores_stay_finite(name, backends):
-    """The gradient of a masked score must not become 0 times infinity in the derivative of the soft cap."""
+    """The gradient of a masked score must be 0, not NaN.
+
+    If the derivative of the soft cap were computed from the masked score, which is -inf, the gradient would be NaN (0
+    times infinity).
+    """
     tree = Tree.of(*TREES["pair"])
     (query, key, value), grad = tensors(tree, 2, 1, 16, 16, torch.float32)
     out = backends[name].tree_attention(query * 1e4, key, value, tree, window=3, softcap=50.0)

@@ -175,9 +175,10 @@ def test_flash_attention_needs_bf16(loaded):
     assert loaded == []
 
 
-# Each key consists of the attention backend for rows of trees, the layer spec, the layout, and a flag. The flag is True
-# if the model's attention is plain. Each value consists of two flags. The first is True if model.flash_attention=3 has
-# an effect. The second is True if model.attention=te has an effect, and None if the test does not check that effect.
+# Each key consists of the attention backend for rows of trees (prompts, each followed by its responses), the layer
+# spec, the layout, and a flag. The flag is True if the model's attention is plain, without a window, a soft cap or
+# sinks. Each value consists of two flags. The first is True if model.flash_attention=3 has an effect. The second is
+# True if model.attention=te has an effect, and None if the test does not check that effect.
 USED = {
     ("varlen", "native", "tree", True): (True, None),
     ("sdpa", "te", "tree", True): (True, None),
@@ -245,7 +246,7 @@ def test_the_trial_has_the_heads_dtype_and_options_of_the_run(loaded, monkeypatc
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_flash_attention_has_a_widest_head(loaded):
+def test_flash_attention_refuses_heads_that_are_too_wide(loaded):
     arch = SimpleNamespace(**vars(ARCH) | {"head_dim": 320})
     with pytest.raises(
         ConfigError, match="^model.flash_attention=3: flash attention supports heads of at most 256 dim"

@@ -66,7 +66,10 @@ def test_the_bias_changes_the_choice_but_not_the_weights():
 
 
 def test_names_of_transformer_engines_experts():
-    """In Transformer Engine, one module holds a linear layer of all experts of a rank, with one weight per expert."""
+    """In Transformer Engine, one module computes a linear layer for all experts of a rank.
+
+    The module has one weight per expert.
+    """
     for name in ("mlp.experts.linear_fc1.weight3", "mlp.experts.local_experts.3.linear_fc1.weight"):
         assert plain_name(f"decoder.layers.2.{name}", 8) == (
             "decoder.layers.2.mlp.experts.local_experts.{e}.linear_fc1.weight",
@@ -76,7 +79,11 @@ def test_names_of_transformer_engines_experts():
 
 
 def test_experts_are_counted_on_all_ranks():
-    """Megatron-Core 0.16 wrongly marks the weights of Transformer Engine's experts as replicated on all tp ranks."""
+    """The gradient norm must count the experts of every tp rank.
+
+    Megatron-Core 0.16 wrongly marks the weights of Transformer Engine's experts as replicated on all tp ranks. Megatron
+    would therefore count only the experts on the first tp rank.
+    """
     names = ("decoder.layers.0.mlp.experts.linear_fc1.weight0", "decoder.layers.0.mlp.shared_experts.linear_fc1.weight")
     named = {name: torch.nn.Parameter(torch.zeros(2, 2)) for name in names}
     for parameter in named.values():

@@ -234,7 +234,7 @@ PINNED = {
 
 @pytest.mark.parametrize("family, variant", PINNED)
 def test_digest_and_identity_of_a_known_model_never_change(family, variant, config_dir):
-    """The engine finds stored references by the digest of the model.
+    """The engine finds stored reference log-probabilities by the weights' digest, which depends on ``arch.digest``.
 
     The engine resumes from a checkpoint only if the checkpoint has the same model identity as the run.
     """
@@ -254,7 +254,7 @@ def test_digest_of_a_known_mixture_never_changes(config_dir):
 
 @pytest.mark.parametrize("case", CASES)
 def test_identity_survives_json(case, tiny_hf):
-    """A checkpoint stores the identity as JSON, without tuples.
+    """A checkpoint stores the identity as JSON, which has no tuples.
 
     A resumed run compares the stored identity with its own identity.
     """
@@ -434,7 +434,7 @@ def test_windows_of_layers(family, fields, expected, config_dir):
 
 
 def test_windows_change_the_digest(config_dir):
-    """A stored reference must not be used for a model with other windows."""
+    """Stored reference log-probabilities must not be used for a model with other windows."""
     layers = [[SLIDING] * 3, [SLIDING, FULL, FULL], [FULL] * 3]
     options = {"sliding_window": 8, "use_sliding_window": True}
     found = {

@@ -1,6 +1,7 @@
 """Tests of checkpoints with fused experts, and of quantized experts.
 
-In each layer, fused experts have one tensor per projection. Each tensor contains all experts.
+In each layer, fused experts have one tensor for the gate and up projections, and one for the down projection. Each
+tensor contains all experts.
 """
 
 import json
@@ -26,7 +27,7 @@ EXPERTS = "model.layers.1.mlp.experts."
 
 
 def fused_copy(directory, folder):
-    """Save a copy of a checkpoint in which the experts are fused, as transformers holds them in memory."""
+    """Save a copy of a checkpoint. In the copy, the experts are fused, as transformers holds them in memory."""
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(directory).save_pretrained(folder, save_original_format=False)

@@ -40,7 +40,7 @@ def test_auto_takes_flash_attention_where_it_can_run(platform, dtype, head_dim, 
 @pytest.mark.parametrize("able, attention", [(True, "triton"), (False, "varlen")])
 def test_context_parallelism_takes_the_kernels_that_copy_no_keys(able, attention, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise, Triton cannot be loaded on a machine without a GPU
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise, the backend triton is refused on a machine without a GPU
     monkeypatch.setattr("dpo_engine.model.kernels.triton_can_run", lambda: able)
     choose_kernels(AUTO, SimpleNamespace(head_dim=128), GPU, torch.bfloat16, cp=2)
     assert dispatch.backend_name("attention") == attention
@@ -57,7 +57,7 @@ def test_context_parallelism_takes_the_kernels_that_copy_no_keys(able, attention
 )
 def test_small_operations_are_fused_on_a_gpu(platform, dtype, able, layer, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise, Triton cannot be loaded on a machine without a GPU
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise, the backend triton is refused on a machine without a GPU
     monkeypatch.setattr("dpo_engine.model.kernels.triton_can_run", lambda: able)
     choose_kernels(AUTO, SimpleNamespace(head_dim=128), platform, dtype)
     assert dispatch.backend_name("layer") == layer

@@ -68,7 +68,7 @@ CELLS = [
     "ranks, layout, kind",
     [pytest.param(*cell, id=name, marks=pytest.mark.slow if at > 1 else ()) for at, (name, *cell) in enumerate(CELLS)],
 )
-def test_peft_adapter_survives_and_merges_as_peft_merges(ranks, layout, kind, dtype, tiny_hf, tmp_path):
+def test_peft_adapter_is_exported_unchanged_and_merged_as_by_peft(ranks, layout, kind, dtype, tiny_hf, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

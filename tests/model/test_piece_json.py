@@ -1,7 +1,7 @@
 """Tests of converting a bare sentencepiece model to `tokenizer.json`.
 
-The last conversion must produce the ids of sentencepiece itself. The first conversion must produce the ids of the
-engine's tokenizer.
+For a BPE or unigram model, `conversions` yields one or two candidates. The last candidate must produce the ids of
+sentencepiece itself. The first candidate must produce the ids of the engine's tokenizer.
 """
 
 import io

@@ -40,7 +40,7 @@ def test_transformer_engine_is_used_only_if_it_can_run(gpu, installed, dtype, la
         ("gpt_oss", "experts have neither the biases nor the activation of gpt_oss models"),
     ],
 )
-def test_transformer_engine_is_not_used_for_other_layers(case, lack, tiny_hf, monkeypatch):
+def test_transformer_engine_is_not_used_for_layers_that_it_does_not_support(case, lack, tiny_hf, monkeypatch):
     monkeypatch.setattr(spec, "has_transformer_engine", lambda: True)
     given = read_architecture(checkpoint(tiny_hf, case)), Platform("cuda", "nccl", gpu=True)
     assert spec.choose_spec("auto", *given, torch.bfloat16) == "native"

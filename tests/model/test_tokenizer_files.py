@@ -86,7 +86,7 @@ def test_tokenizer_without_config_is_read_as_its_own_json_says(family, tmp_path)
         assert made.notes == []
 
 
-def test_tokenizer_that_only_its_vocabulary_files_define(tmp_path):
+def test_tokenizer_defined_only_by_its_vocabulary_files(tmp_path):
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

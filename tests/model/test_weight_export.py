@@ -1,4 +1,4 @@
-"""Tests of exports: they are atomic, copy only the intended files, and never destroy other files."""
+"""Tests of exports: an export is atomic, copies only intended files, and never replaces files that no export wrote."""
 
 import json
 import os

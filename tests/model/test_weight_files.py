@@ -154,8 +154,7 @@ def test_index_entries_must_be_local_safetensors_names(name, copy):
     directory = copy(sharded=True)
     edit_index(directory, lambda places: places.update({"model.norm.weight": name}))
     assert problems(directory) == [
-        f"{INDEX} lists {name!r}, which is not the name of a safetensors file in this directory; download the "
-        "checkpoint again"
+        f"{INDEX} lists {name!r}, not a safetensors file in this directory; download the checkpoint again"
     ]
 
 

@@ -61,7 +61,10 @@ def tokens():
 
 
 def cases():
-    """Yield every model with every layout. The layouts one, tp2 and pp2 are marked slow, except for the model llama."""
+    """Yield every model with every layout.
+
+    For all models except ``llama``, the layouts ``one``, ``tp2`` and ``pp2`` are marked slow.
+    """
     for model in MODELS:
         for layout in LAYOUTS:
             contained = model != "llama" and layout in ("one", "tp2", "pp2")
@@ -368,8 +371,8 @@ def test_loading_and_saving_never_hold_the_whole_model(tiny_hf, tmp_path):
     total = sum(value.nbytes for value in load_weights(directory).values())
     [(loading, saving)] = run_ranks(peaks, 1, directory=directory, export=tmp_path / "hf", shard=16_000_000)
     assert total > 125e6
-    # Memory for two files, because a layer can span two files, and for two copies of one fused tensor. The margin is a
-    # third copy of this tensor.
+    # The limit is the memory for two files and for three copies of one fused tensor. Two files are needed because a
+    # layer can span two files. Two copies are needed, and the third copy is a margin.
     allowed = 2 * 16e6 + 3 * 2 * 2048 * 512 * 4
     assert loading < allowed and saving < allowed, f"{loading / 1e6:.0f} MB, {saving / 1e6:.0f} MB of {total / 1e6:.0f}"
 

@@ -24,7 +24,7 @@ SOURCES = ("/dpo_engine/", "/dpo_kernels/", "/megatron/", "/transformer_engine/"
 
 
 class Card:
-    """The preloaded library of the null GPU. It never resets its counters, so callers subtract two readings."""
+    """The preloaded library of the null GPU. It never resets its counters, so callers subtract an earlier reading."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(BUILT))  # opens no second copy: the preloaded library has this path

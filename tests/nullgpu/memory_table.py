@@ -27,20 +27,20 @@ TREE = ("batch.layout=tree", "batch.tokens_per_micro_batch=4096")
 
 CELLS: dict[str, tuple[str, ...]] = {
     "8B, tp 1, dp 8": LLAMA_8B,
-    "the same, `recompute: selective`": (*LLAMA_8B, "model.recompute=selective"),
-    "the same, `recompute: full`": (*LLAMA_8B, "model.recompute=full"),
-    "the same, stored reference": (*LLAMA_8B, "reference.mode=stored"),
-    "the same, `optim.states: host`, stored reference": LLAMA_8B_HOST,
-    "the same, rows of trees": (*LLAMA_8B, *TREE),
+    "8B, tp 1, dp 8, `recompute: selective`": (*LLAMA_8B, "model.recompute=selective"),
+    "8B, tp 1, dp 8, `recompute: full`": (*LLAMA_8B, "model.recompute=full"),
+    "8B, tp 1, dp 8, stored reference": (*LLAMA_8B, "reference.mode=stored"),
+    "8B, tp 1, dp 8, stored reference, `optim.states: host`": LLAMA_8B_HOST,
+    "8B, tp 1, dp 8, rows of trees": (*LLAMA_8B, *TREE),
     "8B, tp 2, dp 4": (*LLAMA_8B, "parallel.tp=2"),
     "8B, tp 2, cp 2, dp 2": (*LLAMA_8B, "parallel.tp=2", "parallel.cp=2"),
     "8B, tp 2, cp 2, dp 2, rows of trees": (*LLAMA_8B, "parallel.tp=2", "parallel.cp=2", *TREE),
     "70B, tp 8, pp 4, vpp 2, dp 2, stage 0": (*LLAMA_70B, "parallel.tp=8", "parallel.pp=4", "parallel.vpp=2"),
     "Qwen3-4B, 1 GPU": QWEN_4B,
-    "the same, `recompute: full`, stored reference": (*QWEN_4B, "model.recompute=full", "reference.mode=stored"),
+    "Qwen3-4B, 1 GPU, `recompute: full`, stored reference": (*QWEN_4B, "model.recompute=full", "reference.mode=stored"),
     "Llama-3.2-1B, 1 GPU": LLAMA_1B,
-    "the same, full recomputation, bf16 gradients, stored reference": (*LLAMA_1B, *LEAST),
-    "the row above, with `optim.states: host`": (*LLAMA_1B, *LEAST, "optim.states=host"),
+    "Llama-3.2-1B, 1 GPU, `recompute: full`, bf16 gradients, stored reference": (*LLAMA_1B, *LEAST),
+    "Llama-3.2-1B, 1 GPU, as above, with `optim.states: host`": (*LLAMA_1B, *LEAST, "optim.states=host"),
 }
 """The arguments of each run, by the run's name in the table.
 

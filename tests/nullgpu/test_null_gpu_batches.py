@@ -37,9 +37,9 @@ def test_chosen_micro_batches_fit_the_card(card, arguments, least):
 
 
 def test_short_pairs_need_few_launches():
-    """Compare the launches of a step with automatically chosen micro-batches and with micro-batches of one pair.
+    """A step with automatically chosen micro-batches has at most 4,000 launches.
 
-    The former are at most 4,000. The latter are more than eight times as many.
+    The same step with micro-batches of one pair has more than eight times as many launches.
     """
     arguments = ("--model", "llama3_1b", "--pairs", "16", "--lengths", "200,100,100", "--vary")
     asked = (DEFAULTS, ("batch.layout=auto",))

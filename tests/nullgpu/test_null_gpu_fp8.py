@@ -86,9 +86,10 @@ def test_no_other_product_is_in_fp8():
 @pytest.mark.parametrize("mode", [(), ("reference.mode=offloaded", "reference.ahead=1")], ids=" ".join)
 @pytest.mark.parametrize("layout", [(), PP2, (*PP2, "parallel.vpp=2", "--layers", "4")], ids=" ".join)
 def test_each_pass_rounds_the_weights_once(layout, mode):
-    """Weights can change between passes: the optimizer updates them, or the reference's weights are loaded.
+    """In each step, the reference makes one pass over all micro-batches, and so does the policy.
 
-    Weights do not change between the micro-batches of a pass.
+    Weights can change between passes: the optimizer updates them, or the reference's weights are loaded. Weights do not
+    change between the micro-batches of a pass.
     """
     report = run(*SHAPE, *layout, *BLOCKWISE, *mode, "--steps", "3")
     layers = 1 if layout == PP2 else LAYERS

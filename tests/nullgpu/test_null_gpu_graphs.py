@@ -1,4 +1,4 @@
-"""Tests of ``model.cuda_graphs``: replays take the place of launches, in all layouts, and need the estimated memory.
+"""Tests of ``model.cuda_graphs``: in all layouts, replays take the place of launches, and memory is as estimated.
 
 Nothing is computed. ``tests/training/test_cuda_graphs.py`` compares numbers.
 """

@@ -120,10 +120,10 @@ def test_nccl_communicates_less():
     assert overlapped["micro_batches"] == count == 2
     fewer = collectives(plain, 472)
     fewer.subtract(collectives(overlapped, 472))
-    # The overlap replaces these collectives of each layer. Attention and MLP sum their outputs in the forward passes of
-    # the reference and the policy (4 sums), and the gradients of their inputs in the backward pass (2). They gather
-    # their inputs in the policy's forward pass (2 gathers), and again for the gradients of weights (2). They also
-    # gather the gradients of their outputs (2).
+    # The overlap replaces these collectives of each layer except the last. Attention and MLP sum their outputs in the
+    # forward passes of the reference and the policy (4 sums), and the gradients of their inputs in the backward pass
+    # (2). They gather their inputs in the policy's forward pass (2 gathers), and again for the gradients of weights
+    # (2). They also gather the gradients of their outputs (2).
     assert fewer == {"reduce_scatter": count * layers * 6, "all_gather": count * layers * 6}
     assert kernels(plain) == dict.fromkeys(kernels(overlapped), 0)
 
@@ -134,8 +134,8 @@ def test_every_row_has_the_size_of_the_buffers():
     assert min(collectives(last, tokens).values()) > 0
     whole = [name for name in last["collectives"] if name.startswith("all_gather") and name.endswith("over 2")]
     assert f"all_gather {tokens * HIDDEN * 2} bytes over 2" in whole
-    # The other gathers contain only the columns that the last layer computes. Each of these columns predicts a scored
-    # token.
+    # The last layer computes its output only for the token positions that predict a scored token. The other gathers
+    # contain only these positions.
     assert all(int(name.split(" ")[1]) <= tokens * HIDDEN * 2 for name in whole)
 
 

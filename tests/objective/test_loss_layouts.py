@@ -11,7 +11,7 @@ from dpo_engine.testing.trajectory import run_config, train_steps
 
 SIZES = [6, 6, 5]
 LAYOUTS = {
-    "accumulation 4": (1, {}, 1),
+    "accumulation": (1, {}, 1),
     "dp2": (2, {}, 2),
     "tp2 pp2": (4, {"tp": 2, "pp": 2}, 2),
     "cp2 dp2": (4, {"cp": 2}, 2),

@@ -444,7 +444,7 @@ def test_aliases():
     assert {name: to for name, to in own.items() if name != to} == ALIASES
 
 
-def test_reward_scale_is_beta_or_in_a_mix_that_of_the_first_loss_with_beta():
+def test_reward_scale_is_beta_and_a_mix_uses_its_first_loss_that_has_beta():
     def scale(name, **given):
         facts = loss_facts(LOSSES[name], options_of(name, **given))
         return facts.reward_scale, facts.averages

@@ -177,8 +177,8 @@ def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
     return PairLogps(*both(columns[0]), *both(tokens), *both(columns[1]), *extra)
 
 
-# Each loss except sft is tested with its last options in CASES. Weighting requires a separate loss for each pair, so it
-# cannot be used with the aot losses.
+# Each loss except sft is tested with the options of its last entry in CASES. Weighting requires a separate loss for
+# each pair, so it cannot be used with the aot losses.
 LAST_CASES = {name: (name, given) for name, given in CASES if name != "sft"}
 TOKEN_CASES = [
     *((*case, False, False) for case in LAST_CASES.values()),

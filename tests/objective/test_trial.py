@@ -1,4 +1,7 @@
-"""Tests of trying a loss on two example pairs: built-in losses pass, and each kind of mistake has its own message."""
+"""Tests of the trial of a loss on two example pairs.
+
+Built-in losses pass, and each kind of mistake has its own message.
+"""
 
 import math
 
@@ -88,13 +91,13 @@ CASES = [
     (secret, {"needs_data": ("margins",)}, None),
     (summed, {}, "the loss returned a tensor of shape [] for 2 pairs; it must return one value per pair"),
     (number, {}, "the loss returned 0.7 for 2 pairs; it must return one value per pair"),
-    (infinite, {}, "the loss of two example pairs is [inf, inf]; it must be finite"),
+    (infinite, {}, "the losses of two example pairs are [inf, inf]; they must be finite"),
     (detached, {}, "the loss has no gradient for the policy's log-probabilities; compute the loss without detach()"),
     (steep, {}, "the gradient of the loss is not finite on two example pairs; correct the loss"),
     (
         right,
         {"at_init": 0.5},
-        "the loss is [0.693147, 0.693147] if policy and reference are equal, but at_init is 0.5",
+        "the losses of two example pairs are [0.693147, 0.693147] if policy and reference are equal, but at_init is",
     ),
     (centered, {}, "a pair's loss, or the gradient of this loss, depends on the other pairs of the micro-batch, so"),
     (shuffled, {}, "a pair's loss, or the gradient of this loss, depends on the other pairs of the micro-batch"),

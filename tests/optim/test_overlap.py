@@ -1,4 +1,7 @@
-"""Tests of gathering weights during the next step: all code that reads weights must get those of the last update."""
+"""Tests of gathering the updated weights during the step after an update.
+
+All code that reads weights must get the updated weights.
+"""
 
 from functools import partial
 

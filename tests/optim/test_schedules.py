@@ -1,6 +1,6 @@
-"""Tests of registered schedules: the learning rate of each step, invalid factors, and the messages of ``check``.
+"""Tests of registered schedules: the learning rate of each step, invalid return values, and the messages of ``check``.
 
-The last test checks for which schedules the learning rate depends on the length of the run.
+The last test checks whether a schedule's learning rate depends on the length of the run.
 """
 
 import math
@@ -56,7 +56,7 @@ def test_learning_rate_of_every_step(power, warmup):
         schedule.step(1)
 
 
-def test_registered_cosine_is_bitwise_that_of_the_engine(monkeypatch):
+def test_registered_cosine_is_bitwise_equal_to_the_engines(monkeypatch):
     def mine(step, total_steps):
         return 0.5 * (math.cos(math.pi * (step / total_steps)) + 1.0)
 

@@ -1,6 +1,7 @@
 """Tests of updates in pieces, with the optimizer states on the device or in host memory.
 
-Metrics, weights and checkpoints must equal those of Megatron's optimizer, which updates all weights at once.
+Such an update divides the parameters that a rank owns into pieces, and updates one piece after the other. Metrics,
+weights and checkpoints must equal those of Megatron's optimizer, which updates all weights at once.
 """
 
 from itertools import product
@@ -47,7 +48,8 @@ def fused(function, config, at_once=False, **arguments):
         for single in getattr(made, "chained_optimizers", [made]):
             for parameter, (group, order) in single.model_param_group_index_map.items():
                 tensor = single.param_groups[group]["params"][order]
-                if parameter.dtype is torch.bfloat16:  # the slice's shape, but memory for one element
+                if parameter.dtype is torch.bfloat16:
+                    # The tensor has the shape of the rank's slice of the parameter, but memory for only one element.
                     assert tensor.untyped_storage().nbytes() <= 4 < tensor.nbytes
                     assert parameter.main_param is None
 
@@ -127,7 +129,7 @@ def test_a_run_resumes_bitwise_with_its_states_elsewhere(files, tiny_hf, tmp_pat
     ids=["shared cores", "own cores", "torchrun's default", "as asked", "few cores"],
 )
 def test_an_update_uses_the_cores_of_its_rank(own, asked, expected, monkeypatch):
-    """A node has 8 GPUs and 64 cores, of which a rank can use ``own``. In the last case, the node has only 4 cores."""
+    """A node has 8 GPUs and 64 cores, or only 4 cores in the last case. A rank can use ``own`` of the node's cores."""
     from dpo_engine.optim import host_states
 
     monkeypatch.setattr(host_states, "cores", lambda: own)
@@ -154,7 +156,7 @@ MODELS = {
 def test_checkpoints_do_not_depend_on_where_the_states_are(kind, files, tiny_hf, tmp_path):
     """Checkpoints and resumed runs are bitwise equal, whether states are on the device or on the host.
 
-    After a resume in another layout, metrics agree to 1e-5.
+    A run that resumes in another layout has the metrics of a run that keeps its layout, with a tolerance of 1e-5.
     """
     family, changes, sections = MODELS[kind]
     where = {"files": files, "model": tiny_hf(family, **changes), **sections}

@@ -62,7 +62,10 @@ def test_bug_on_one_rank_reaches_all():
 
 
 def silent():
-    """Let rank 0 work for 3 s without a heartbeat, although the limit is 1 s. Return the result or the error."""
+    """Let rank 0 work for 3 s without a heartbeat, although the limit is 1 s.
+
+    Returns the result, or the error and the seconds until it was raised.
+    """
     from dpo_engine.platform import long_work
 
     long_work.SILENT_S = 1.0

@@ -60,7 +60,7 @@ def open_twice():
     """Open the groups of 4 ranks with tp 2, close them, and open them again.
 
     Returns a dictionary and a sum. The dictionary says, for pairs of groups, whether both groups are the same object.
-    The sum is that of the rank numbers in the second group `tp`.
+    The sum is computed in the group `tp` that was opened last. It adds the rank numbers of this group.
     """
     dims = ParallelDims(tp=2, world=4)
     platform = device.open_platform(deterministic=True)

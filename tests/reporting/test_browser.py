@@ -31,8 +31,8 @@ HOSTILE = (
 def check_steps(driver):
     """Check the hover boxes, the x axes, and the order in which marks are drawn.
 
-    A hover box must name the step of each value if and only if the curves of its chart have different steps. All x axes
-    with steps must have the same range.
+    If the curves of a chart have values at different steps, the chart's hover boxes must name the step of each value.
+    Otherwise, they must not name the step. All x axes that show steps must have the same range.
     """
     hover = "return document.querySelector('#chart-{} .plot').data.map(t => t.hovertemplate)"
     assert all("at step %{x}" in text for text in driver.execute_script(hover.format("loss")))
@@ -49,7 +49,9 @@ def check_steps(driver):
     )
     assert len(set(ranges)) == 1
     marks = driver.execute_script("return document.querySelector('#chart-loss .plot').layout.shapes")
-    assert [mark["line"]["width"] for mark in marks][-1] == 4, "a save's tick must cover the best step's line"
+    assert [mark["line"]["width"] for mark in marks][-1] == 4, (
+        "the tick of a saved checkpoint must be over the line of the best step"
+    )
 
 
 def use(driver):

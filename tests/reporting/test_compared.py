@@ -34,7 +34,7 @@ def judged(name, chosen, rejected, wrong=0, **more):
 def test_summary_says_what_became_worse_despite_a_better_accuracy():
     """The first run ranks four pairs incorrectly, and the second run ranks all pairs correctly.
 
-    A difference of four pairs is not clear. The summary must also say what became worse.
+    A difference of four pairs is too small to be statistically clear. The summary must also say what became worse.
     """
     told = comparison(judged("dpo", 0.6, -3.7, wrong=4), judged("hot", -2.07, -48.8))
     assert told["found"]["sign_test"] == 0.125 and (told["found"]["won"], told["found"]["lost"]) == (4, 0)

@@ -1,6 +1,7 @@
 """Tests of the sign test and of confidence intervals.
 
-The intervals are bootstrap intervals of means, and exact intervals of shares and of their differences.
+The interval of a mean is a bootstrap interval. The interval of a share, or of the difference between two shares, is the
+bootstrap interval, widened to contain the exact interval.
 """
 
 import itertools
@@ -88,9 +89,10 @@ def tail(hits, count, share):
 def test_intervals_of_shares_contain_the_exact_ones(hits, count):
     """The interval of a share contains its bootstrap interval and its exact interval (Clopper-Pearson).
 
-    At the lower bound of the exact interval, the probability of at least the observed number of hits is 2.5%. At the
-    upper bound, the probability of at most the observed number is 2.5%. If there are no hits, the lower bound is 0. If
-    there are only hits, the upper bound is 1.
+    Suppose that the true share equals the lower bound of the exact interval. Then a new sample has at least `hits` hits
+    with a probability of 2.5%. If the true share equals the upper bound instead, a new sample has at most `hits` hits
+    with a probability of 2.5%. If there are no hits, the lower bound is 0. If there are only hits, the upper bound
+    is 1.
     """
     values = np.arange(count) < hits
     found, bootstrap = one(values, centers=[SHARE]), one(values)

@@ -40,7 +40,9 @@ def test_damaged_and_stale_files(tmp_path):
     assert run.step == 24 and run.ended == "optim.lr=1: too high"
     assert np.isnan(run.series["loss"].values[0]), "if a step has several values, the last one must count"
     assert "text" not in run.series
-    assert run.evaluation is None and not run.summaries, "evaluations after the last metrics are from an earlier start"
+    assert run.evaluation is None and not run.summaries, (
+        "evaluations after the last step with metrics are from an earlier start"
+    )
     assert run.problems == [
         f"{folder}/eval/step_00000020.json: is not a summary of an evaluation; run the evaluation again",
         f"{folder}/config.yaml: is not the configuration of a run",
@@ -86,7 +88,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
         assert str(caught.value) == f"{path}: {says}; pass the train.output_dir of a run"
 
 
-def test_numbers_that_no_metric_has(tmp_path):
+def test_lines_with_impossible_numbers_are_tolerated(tmp_path):
     huge = "9" * 400
     lines = ['{"step": 1, "loss": 0.5, "a": 1}', '{"step": 1e400, "loss": 1}', f'{{"step": {huge}, "loss": 1}}']
     lines += [f'{{"step": 2, "loss": {huge}}}', '{"step": 3, "loss": 1e400, "a": NaN}', '{"step": NaN, "loss": 1}']

@@ -1,4 +1,4 @@
-"""Tests of the file of tokens, and of the choice of pairs for this file."""
+"""Tests of the token file (the tokens of selected pairs of an evaluation), and of the choice of pairs for this file."""
 
 import math
 

@@ -64,9 +64,9 @@ def test_better_worse_and_unclear():
 def free(right, tokens, step, count=40, **more):
     """Return an evaluation without a reference.
 
-    Every chosen response has 2 tokens, and every rejected response has ``tokens`` tokens, at least 3. The chosen
-    response has the higher log-probability per token in the first ``right`` pairs. The sum over all tokens of the
-    response is higher for the chosen response in all pairs.
+    Every chosen response has 2 tokens. Every rejected response has ``tokens`` tokens; ``tokens`` must be at least 3.
+    The chosen response has the higher log-probability per token in the first ``right`` pairs, and the higher
+    log-probability of the whole response in all pairs.
     """
     each = np.where(np.arange(count) < right, -1.0, -2.0)
     chosen, rejected = 2 * each, np.full(count, -1.5 * tokens)
@@ -167,7 +167,7 @@ def test_an_evaluation_with_bad_numbers():
 
 
 def test_ranking_counts_flips():
-    # Of 40 pairs, the reference ranks 10 correctly. The policy ranks these 10 and 20 others correctly.
+    # Of 40 pairs, the reference ranks 10 correctly. The policy ranks these 10 pairs and 20 other pairs correctly.
     reference = np.array([1.0] * 10 + [-1.0] * 30)
     policy = np.array([1.0] * 30 + [-1.0] * 10)
     logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5, "rejected_logps": [-5.0] * 40}

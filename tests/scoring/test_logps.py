@@ -46,7 +46,8 @@ LAYOUTS = {
 class Case(NamedTuple):
     """A scoring task and its settings.
 
-    chunk  largest number of sites whose logits are in memory at the same time
+    chunk  largest number of sites whose logits are in memory at the same time. A site is a token that predicts a
+           response token
     head   use of the output layer's gradient. ``frozen``: there is no gradient. ``autograd``: the gradient is returned
            to autograd. In the other three cases, the gradient is added to the gradient buffer of Megatron's DDP.
            ``buffer``: DDP waits until autograd returns a gradient, and ignores the returned gradient. ``tied``: DDP

@@ -1,4 +1,7 @@
-"""Tests of the store of log-probabilities: it returns stored rows, uses only the right segments, and detects damage."""
+"""Tests of the store of log-probabilities: it returns stored rows, and detects damage.
+
+The store's files are called segments. The store uses only the segments of its own reference.
+"""
 
 import os
 

@@ -108,7 +108,7 @@ def test_busy_controller(cluster, submit_from, run_yaml):
 
 
 def test_lost_node_is_excluded(cluster, submit_from, run_yaml):
-    """The cluster has only two nodes, so after the exclusion, the job waits until the test ends."""
+    """The job needs both nodes of the cluster. After one node is excluded, the job waits until the test cancels it."""
     run = run_yaml("slurm", parallel={"tp": 2})
     job = submit_from(EXCLUDE_ON_LOSS="1").train(run, "--ntasks-per-node=1", DPO_FAULT="step:1:6:stop")
     job.wait_until_it_says("DPO_FAULT: step, occurrence 6")

@@ -54,7 +54,7 @@ def test_warning_before_the_time_limit(submit_from, run_yaml, undisturbed, tmp_p
 
 
 def test_warning_under_torchrun(submit_from, run_yaml, undisturbed, tmp_path):
-    """The warning reaches only the batch shell. The job saves and is requeued.
+    """The test warns only the batch shell, which warns the ranks. The ranks save, and the job is requeued.
 
     The exit code of torchrun does not show that the ranks saved: it is 1 for any nonzero exit code of the ranks.
     """
@@ -92,7 +92,7 @@ def test_lost_node(cluster, submit_from, run_yaml, undisturbed, tmp_path):
     assert cluster.script("lose", "n2").returncode == 0
     job.wait_until_requeued()
     cluster.start()
-    job.ends("COMPLETED", restarts=None)  # a second restart follows if Slurm also kills a process of the next start
+    job.ends("COMPLETED", restarts=None)  # Slurm may kill a process of the restarted job; the job then restarts again
     assert "resumed after step 4" in job.said
     assert trajectory(tmp_path / "slurm") == expected
 

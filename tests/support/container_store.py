@@ -13,7 +13,7 @@ import pytest
 
 from support.installed import absent, need
 
-# These settings also work without systemd, with restricted permissions, and with both versions of cgroups. They do not
+# These settings also work without systemd, with restricted permissions, and with either version of cgroups. They do not
 # configure a network, because launch/task.sh always uses the host's network.
 CONTAINERS_CONF = """[containers]
 cgroups = "disabled"

@@ -22,7 +22,7 @@ TWO_BASES = {
         "sliding_attention": PLAIN,
     },
 }
-WINDOW = {"sliding_window": 8}  # shorter than the rows of the tests
+WINDOW = {"sliding_window": 8}  # in tokens; the tests use longer rows of tokens
 SOME = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
 CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 TIED = {"tie_word_embeddings": True}

@@ -18,7 +18,7 @@ import torch
 class Finished(NamedTuple):
     """The result of a job.
 
-    codes      exit code of each rank; if a signal ended the rank, minus the number of the signal
+    codes      exit code of each rank. If a signal ended a rank, the code is negative: -9 for signal 9
     seconds    for each rank, seconds from the start of the job to the rank's exit
     errors     stderr of each rank
     output     stdout of each rank

@@ -1,4 +1,5 @@
-"""Unusual and malformed records, as they occur in real preference data. Each record is in a small file of its own."""
+"""Unusual and malformed records, as they occur in real preference data. Each record is in a small file of its own,
+usually between two good records."""
 
 import codecs
 import json

@@ -7,7 +7,7 @@ import yaml
 
 
 def write_run(folder: Path, name: str, files: dict, tiny_hf, sections: dict) -> Path:
-    """Write the YAML file of a run. By default, the run takes 12 steps and saves every 4 steps.
+    """Write the YAML file of a run. By default, the run takes 2 epochs with 4 pairs per step, and saves every 4 steps.
 
     The keys in ``sections`` are added to the sections of the file, and replace equal keys.
     """

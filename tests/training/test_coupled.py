@@ -1,6 +1,7 @@
 """Tests of losses that couple the pairs of a global batch.
 
-The losses do not depend on the division of the pairs into ranks and micro-batches, even if pairs have equal rewards.
+The losses do not depend on how the pairs are distributed over ranks and micro-batches, even if pairs have equal
+rewards.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ PLACES = [7, 3, 9, 1, 4, 2**24 + 1]
 
 
 def coupled_losses(parts):
-    """Return the losses of this rank's pairs. The keys are the places of the pairs in the data set.
+    """Return the losses of this rank's pairs as a dictionary. A key is the place of a pair in the data set.
 
     parts   for each rank and each of its micro-batches, the pairs' indices in ``CHOSEN``
     """

@@ -150,7 +150,11 @@ def test_graphs_change_no_bit(name, tiny_hf, tmp_path):
 
 
 def replays_and_slots(config, pairs):
-    """Train for three steps. Return the counts of replays and slots after each step, and the count of micro-batches."""
+    """Train for three steps. Return the counts of replays and slots after each step, and the count of micro-batches.
+
+    The replays are counted from the start of the training. The slots are counted for each model chunk. A slot contains
+    the recordings of a chunk's layers for one micro-batch in flight.
+    """
     from dpo_engine.testing.pairs import RandomPairs
     from dpo_engine.training.engine import batch_facts
     from dpo_engine.training.references import open_reference
@@ -249,7 +253,8 @@ def one_slot():
 def use_without_a_replay():
     """Skip the first replay of the forward pass of each piece.
 
-    The results are then invalid, because a GPU computes nothing while it records.
+    A piece is a recorded part of a layer's work. Without the replay, its results are invalid, because a GPU computes
+    nothing while it records.
     """
     from dpo_engine.model.recording import Piece
 
@@ -280,7 +285,7 @@ def share_gradients():
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_memory_that_is_no_longer_valid_is_noticed(spoil, parallel, tiny_hf, tmp_path):
-    """Break one rule for the memory of recordings at a time.
+    """Plant a bug that breaks one of the rules for the memory of recordings.
 
     The numbers of the last step must then change. This shows that the tests above would notice the bug.
     """
@@ -376,7 +381,7 @@ def test_graphs_are_freed_after_an_error(monkeypatch):
     assert freed == ["graphs", "groups"]
 
 
-def test_savings_can_be_set(tiny_hf):
+def test_suggested_savings_of_memory_are_valid_settings(tiny_hf):
     """With graphs, recomputation is refused, so it must not be suggested. Removing the graphs is suggested instead."""
     config = parsed(model=ON, data={"train": "t", "max_length": 64})
     changes = [*lighter_runs(config, ParallelDims(), dtype="bf16", tokens=256)]
@@ -435,7 +440,8 @@ def test_the_log_names_graphs(tiny_hf):
 def test_estimated_memory(tiny_hf):
     """With graphs, the activations also stay in memory during an update.
 
-    The estimate therefore adds the memory of the update to the memory of the activations.
+    The estimate therefore adds the memory of the activations to the memory of the update or to the working memory,
+    whichever of these two is larger.
     """
     arch = read_architecture(str(tiny_hf("llama")))
     sections = {"data": {"train": "t", "max_length": 64}, "optim": {"gradients": "bf16"}}

@@ -68,7 +68,7 @@ def small(tmp_path, **sections):
         ),
     ],
 )
-def test_how_the_best_is_not_given(given, says, tmp_path):
+def test_invalid_keep_best_is_refused(given, says, tmp_path):
     with pytest.raises(ConfigError) as caught:
         small(tmp_path, checkpoint={"keep_best": given})
     assert str(caught.value) == f"checkpoint.keep_best{says}"

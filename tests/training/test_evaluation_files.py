@@ -63,7 +63,8 @@ def test_every_evaluation_is_written_and_shown(files, tiny_hf, tmp_path, capfd):
 def test_references_that_share_the_policys_memory(sections, files, tiny_hf, tmp_path):  # noqa: F811
     """The reference log-probabilities of a response's tokens must not be those of the trained policy.
 
-    Their sum equals the reference's log-probability of the response, which differs from the policy's.
+    The sum of the tokens' reference log-probabilities equals the reference's log-probability of the response. The
+    policy's log-probability of the response is different.
     """
     config = config_of(
         files,

@@ -36,8 +36,8 @@ ALSO = (("glm4_moe, groups", "tp2 etp1"), ("qwen2_moe", "tp2 ep2, recomputed"))
 def layouts_of(case):
     """Return the layouts in which a case is tested.
 
-    Dense models are tested in ``LAYOUTS``. Mixtures are tested in some of ``EXPERT_LAYOUTS``, or in all of them for
-    gpt_oss. The mixtures in ``ALL_LAYOUTS`` are also tested in ``LAYOUTS``.
+    Dense models are tested in ``LAYOUTS``. Mixtures of experts are tested in some of ``EXPERT_LAYOUTS``, but gpt_oss is
+    tested in all of them. The mixtures in ``ALL_LAYOUTS`` are also tested in ``LAYOUTS``.
     """
     if case not in MIXTURES:
         return [*LAYOUTS]

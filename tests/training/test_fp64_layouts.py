@@ -15,7 +15,8 @@ TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
 SLOW = ("one", "tp2", "pp2", "cp2", "dp2", "tp2 pp2 cp2")
 """Layouts that `test_layout_matches_one_rank` tests only in the slow suite.
 
-These are the largest layout, and layouts whose kinds of parallelism also occur in other tested layouts.
+These are the largest layout, the layout without parallelism, and layouts whose kinds of parallelism also occur in
+layouts that are tested outside the slow suite.
 """
 CASES = [
     pytest.param(name, rows, marks=pytest.mark.slow if name in SLOW else ())

@@ -3,7 +3,8 @@
 The tests check which settings are accepted, which layers are chosen, how much memory is planned, which stored scores
 and checkpoints are used, and how long rows are. Padding must change no number.
 
-``tests/nullgpu/test_null_gpu_fp8.py`` runs the layers on a GPU that computes nothing. No test computes in FP8.
+``tests/nullgpu/test_null_gpu_fp8.py`` runs the layers on an emulated GPU that computes nothing. No test computes
+in FP8.
 """
 
 import sys

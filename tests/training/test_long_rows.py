@@ -1,4 +1,4 @@
-"""A test of rows of 16,384 tokens: two context-parallel ranks compute the same step as one rank."""
+"""A test of a sequence of 16,384 tokens: two context-parallel ranks compute the same step as one rank."""
 
 import pytest
 

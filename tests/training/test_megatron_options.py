@@ -334,9 +334,10 @@ INSTANCES = {"num_distributed_optimizer_instances": 2}
 
 @pytest.mark.slow
 def test_a_run_with_instances_resumes_bitwise_and_matches_another_layout(files, tiny_hf, tmp_path):
-    """A run with two optimizer instances must give bitwise equal metrics if it is resumed in the same layout.
+    """Resume a run with two optimizer instances in the same layout, and compare it with two other runs.
 
-    A run with one instance must give the same metrics up to rounding, also if it is resumed on fewer ranks.
+    The metrics of the resumed run must be bitwise equal to those of an uninterrupted run with two instances. A run with
+    one instance must give the same metrics up to rounding, also after it is resumed on fewer ranks.
     """
     model = tiny_hf("qwen3_moe", head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
 
@@ -365,10 +366,10 @@ def test_a_run_with_instances_resumes_bitwise_and_matches_another_layout(files, 
 
 
 def test_reasons_are_about_fields_that_exist():
-    """A field must not be listed twice in REFUSED, and must not also be accepted.
+    """A part of REFUSED must not list a field twice, and must not list a field that is accepted.
 
-    Each part of REFUSED may list at most two fields that the installed version of Megatron does not have. Such fields
-    exist in another supported version.
+    Each part may list at most two fields that the installed version of Megatron does not have. Such fields exist in
+    another supported version.
     """
     from dataclasses import fields
     from fnmatch import fnmatch

@@ -55,7 +55,10 @@ def test_overlapped_communication_gives_the_same_numbers(ranks, parallel, tiny_h
 
 @pytest.mark.parametrize("sizes", [(1, 3, 1)], ids=str)
 def test_offloaded_reference_scores_ahead_with_ranks_that_have_only_dummies(sizes, tiny_hf, tmp_path):
-    """With a batch of one pair, one rank has only dummies, but must take part in the other rank's forward passes."""
+    """With a batch of one pair, one rank has no pair, but must take part in the other rank's forward passes.
+
+    This rank has only dummies, which are placeholders for pairs.
+    """
     model = checkpoint(tiny_hf, "mixtral")
     config = offloaded(model, tmp_path, {"ep": 2})
     outcomes = run_ranks(offloaded_losses, 2, timeout_s=60, config=config, sizes=sizes)
@@ -105,9 +108,9 @@ def test_one_flipped_bit_in_a_copy_is_found(name, tiny_hf, tmp_path):
 
 
 def flipped(config, name):
-    """Flip a bit of the parameter ``name`` on rank 3, and compare the ranks. Return the text of the rank guard's error.
+    """Flip a bit of the parameter ``name`` on rank 3. Return the text of the rank guard's error.
 
-    The experts of rank 3 are copies of the experts of rank 1.
+    The rank guard compares all copies of a parameter. The experts of rank 3 are copies of the experts of rank 1.
     """
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.rank_guard import RankGuard

@@ -17,7 +17,10 @@ from support.small_run import config_of, log_of
 
 class TestOneAhead:
     def made(self, stop, fails_at=None):
-        """Return a :class:`OneAhead` that computes squares, and a list to which each call appends (number, thread)."""
+        """Return a :class:`OneAhead` that computes squares, and a list of its computations.
+
+        Each computation appends (number, thread) to the list when it begins.
+        """
         made = []
 
         def square(number):
@@ -118,7 +121,8 @@ def test_preparing_a_step_needs_no_other_rank(layout, tiny_hf, tmp_path):
 def failing_third_step(config):
     """Train a run in which the pairs of step 3 cannot be read.
 
-    Returns the text of the error, and for each prepared step, whether the thread that prepared it still runs.
+    Returns the text of the error, and a list. For each step whose preparation began, including step 3, the list says
+    whether the thread that prepared the step still runs.
     """
     from dpo_engine.errors import DataError
     from dpo_engine.training.engine import Engine

@@ -64,7 +64,8 @@ def test_terms_of_a_mixed_loss():
 
 def test_terms_of_a_coupled_loss():
     (got,) = run_ranks(metrics_of, 1, name="mix", options={"losses": AOT}, coupled=True)
-    # A pair of weight w counts as 2w copies of a pair of weight 1/2. The loss compares two sorted lists of the copies.
+    # A pair of weight w counts as 2w copies of a pair of weight 1/2. The loss sorts the log-ratios of the chosen
+    # responses of all copies, and those of the rejected responses. Then it compares the two sorted lists.
     above, below = (
         sorted(v - r for v, r, w in zip(column, REFERENCE, WEIGHTS, strict=True) for _ in range(int(2 * w)))
         for column in (CHOSEN, REJECTED)
@@ -80,8 +81,9 @@ def test_terms_of_a_coupled_loss():
 def test_terms_of_losses_with_a_likelihood(name, weighting):
     got = metrics_of(name, {"nll": "response_mean"}, use_weighting=weighting)
     nll = [-c / n for c, n in zip(CHOSEN, LENGTHS, strict=True) if n]
-    # With use_weighting, the factor of a pair is the product, over both responses, of exp((log p + H) / tokens). The
-    # collision entropy H is 1 nat in this test.
+    # With use_weighting, each response has the factor exp((log p + H) / tokens). The factor of a pair is the product of
+    # the factors of its two responses. Both log p and the collision entropy H are sums over the response's tokens. H is
+    # 1 nat in this test.
     factors = [math.exp((c + 1) / n + (r + 1) / n) for c, r, n in zip(CHOSEN, REJECTED, LENGTHS, strict=True) if n]
     factors = factors if weighting else [1.0] * 3
     assert got["loss/likelihood"] == pytest.approx(mean([f * v for f, v in zip(factors, nll, strict=True)]), rel=1e-5)

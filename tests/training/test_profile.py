@@ -54,7 +54,7 @@ def test_trace_names_the_parts_of_steps_and_changes_no_number(files, tiny_hf, tm
     marked = events(file)
     counts = {name: sum(one == name for one, *_ in marked) for name, *_ in marked}
     twice = dict.fromkeys(("step", "batches", "reference", "reduce", "metrics", "optimizer"), 2)
-    # The steps have 8 and 6 pairs, which are 4 and 3 micro-batches. The evaluation has 4 micro-batches.
+    # Step 2 has 8 pairs in 4 micro-batches. Step 3 has 6 pairs in 3 micro-batches. The evaluation has 4 micro-batches.
     wanted = twice | {"forward": 11, "loss": 7, "backward": 7, "evaluate": 1, "save": 1}
     assert {name: counts.get(name) for name in wanted} == wanted
     assert all(inside(one, marked, "forward") for one in marked if one[0] == "loss")

@@ -1,6 +1,7 @@
-"""Tests of the comparison of ranks, through a store or by a collective.
+"""Tests of the checks for differences between ranks.
 
-If settings, data or weights differ between ranks, all ranks must raise an error that names the difference.
+Facts are compared through the rendezvous store or by a collective. Weights are compared by a collective. If settings,
+data or weights differ between ranks, all ranks must raise an error that names the difference.
 """
 
 import threading

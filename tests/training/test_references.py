@@ -40,13 +40,13 @@ def other(tiny_hf):
 
 
 def counted(config, verb="train"):
-    """Run the verb on every rank, and count scored pairs, exchanges of weights, and models.
+    """Run the verb ``verb`` on this rank, and count what the verb does.
 
     Returns a dictionary:
     result     return value of the verb, or the class and text of the error
     said       lines of the report of the verb `reference`
     scored     number of pairs that were scored to store or verify values
-    exchanges  number of exchanges of weights
+    exchanges  number of times that the weights on the device were swapped with those in host memory
     models     number of models that were built
     """
     from dpo_engine.errors import EngineError
@@ -103,9 +103,12 @@ def assert_same(folder, expected, rtol=1e-5):
 
 @pytest.fixture(scope="module")
 def resident(files, policy, other, tmp_path_factory):
-    """Train two runs on one rank. The resident reference has the policy's weights in the first run, not in the second.
+    """Run two trainings on one rank, both with a resident reference.
 
-    Returns the output directories.
+    In the training ``same``, the reference has the policy's initial weights. In the training ``other``, the
+    reference has the weights of the fixture ``other``.
+
+    Returns a dictionary with the output directory of each training.
     """
     folders = {}
     for name, path in (("same", None), ("other", str(other))):

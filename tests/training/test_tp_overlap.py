@@ -1,6 +1,6 @@
 """Tests of ``tp_comm_overlap`` on a CPU: wrong settings are refused, and rows of a fixed size do not change results.
 
-``tests/nullgpu/test_null_gpu_overlap.py`` runs Transformer Engine's layers on a GPU that computes nothing.
+``tests/nullgpu/test_null_gpu_overlap.py`` runs Transformer Engine's layers on an emulated GPU that computes nothing.
 """
 
 import sys
@@ -388,7 +388,7 @@ def settled(config):
     engine_module.choose_layers = lambda *given: "native"
     engine = engine_module.Engine.open(config)
     train, held_out = RandomPairs(12, 500), RandomPairs(3, 500, seed=9, sizes=[(80, 20, 40)] * 3)
-    train.digest = "0"  # a data set's digest comes from its file
+    train.digest = "0"  # settle_batches needs a digest; `RandomPairs` has none, because it has no file
     lines = engine.settle_batches(train, [train, held_out])
     batches = [*engine.host_batches(train, np.arange(12)), *engine.host_batches(held_out, np.arange(3))]
     engine.close()

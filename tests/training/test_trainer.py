@@ -298,7 +298,7 @@ def test_loss_must_return_one_value_per_pair(files, tiny_hf, tmp_path, monkeypat
 
 
 def test_metrics_by_source_and_token_weights_on_resume(files, tiny_hf, tmp_path):
-    """With `loss.use_weighting`, no value is expected for the first loss, so the first loss must not stop the run."""
+    """With `loss.use_weighting`, the first loss cannot be predicted, so its value must not stop the run."""
     other = write_pairs(tmp_path / "other.jsonl", 6, start=50)
     sections = {
         "data": {"train": [files["train"], other]},

@@ -90,10 +90,10 @@ def test_trees_count_what_is_computed(tiny_hf, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["stacked", "tree"])
-def test_windows_bound_the_keys_that_are_counted(layout, tiny_hf):
-    """The expected value is a sum over all layers and tokens: the number of keys that a token sees in a layer.
+def test_count_includes_only_keys_inside_the_window(layout, tiny_hf):
+    """The variable `expected` is the number of keys that a token sees in a layer, summed over all layers and tokens.
 
-    In the tree layout, the last layer counts only the tokens that predict a scored token.
+    In the tree layout, the sum for the last layer includes only those tokens that predict a scored token.
     """
     from dpo_engine.batching.batches import collate
     from dpo_engine.batching.trees import needed_columns, plant
@@ -168,7 +168,9 @@ def step_operations(config):
 
 
 def tree_attention(shape):
-    """Return the operations of attention in one forward pass over the pairs as trees.
+    """Return the number of operations of attention in one forward pass over trees.
+
+    Each pair is one tree: a prompt, followed by two responses that do not see each other.
 
     The last layer computes attention only for queries of tokens that predict a token of a response. These tokens are
     the prompt's last token, and all tokens of each response except its last token.

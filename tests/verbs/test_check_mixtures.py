@@ -73,7 +73,7 @@ def test_impossible_layouts_of_experts_are_refused(parallel, world, expected, pr
     assert problems("qwen3_moe", world, parallel=parallel) == [expected]
 
 
-def test_biases_of_experts_are_split_along_the_hidden_states(problems):
+def test_biases_of_experts_are_split_along_the_hidden_dimension(problems):
     assert problems("gpt_oss", 3, parallel={"etp": 3}) == [
         "parallel.etp=3: must divide model.hidden_size=64; use 1, 2, 4, 8, 16, 32 or 64"
     ]

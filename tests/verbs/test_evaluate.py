@@ -44,7 +44,7 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def weighted(files, tmp_path_factory):  # noqa: F811
-    """Write two files of held-out pairs with weights: 7 pairs and 4 pairs."""
+    """Write a file of 7 held-out pairs and a file of 4. Every pair has a weight. Return the paths of the files."""
     folder = tmp_path_factory.mktemp("weighted")
     paths = []
     for name, count, start in (("a.jsonl", 7, 100), ("b.jsonl", 4, 300)):
@@ -271,7 +271,7 @@ def test_impossible_evaluation_is_refused_by_all_ranks(trained, files, tiny_hf, 
 
 
 def judge_broken(config):
-    """Evaluate a policy whose output layer contains a nan."""
+    """Evaluate a policy whose output layer has nan in every weight of one token."""
     from dpo_engine.training.engine import Engine
 
     load = Engine.load_model

@@ -1,4 +1,4 @@
-"""Tests of training the text part of a model that also reads images. Tests that adapters of some models are refused."""
+"""Tests of training the text part of a model that also reads images, and of models whose adapters are refused."""
 
 import json
 

@@ -281,7 +281,7 @@ def command(files, model, folder, loss, *, ranks=1, before=None, **sections):
 
 
 def in_forks():
-    """Make `parity` measure in forks of its process, which need not import the packages again.
+    """Make `parity` measure in forks of its process. The forks need not import the packages again.
 
     This works only for runs of a single rank.
     """
@@ -302,7 +302,7 @@ def in_forks():
 
 
 def verdicts(done):
-    """Return the verdicts that the command printed, by kind of number."""
+    """Return the verdicts that the command printed. The keys are the kinds of numbers, such as ``LOSS``."""
     lines = done.output[0].splitlines()[2:]
     return {
         line[:28].strip(): line[line.index(found) :] for line in lines for found in ("equal", "DIFF") if found in line

@@ -3,7 +3,7 @@
 A family is a class that is registered under its ``model_type`` and has two members:
 
 ``architecture(config)``   converts an :class:`~dpo_engine.model.architecture.HFConfig` to an ``Architecture``
-``rules``                  the weight table, concatenated from the blocks in :mod:`dpo_engine.model.families.blocks`
+``rules``                  the weight table, concatenated from blocks (see :mod:`dpo_engine.model.families.blocks`)
 
 If the engine trains only a part of each model of the family, the class has a third member:
 

@@ -58,7 +58,7 @@ def latent_facts(config: HFConfig, *, interleaved: bool) -> dict[str, Any]:
 
 
 def with_heads(arch: Architecture) -> Architecture:
-    """Return ``arch`` with the sizes and the number of latent attention's heads. Heads are only partly rotated."""
+    """Return ``arch`` with latent attention's head size, number of rotated dimensions, and number of key heads."""
     inside = arch.latent
     return replace(
         arch,

@@ -8,10 +8,11 @@ LAYER = "gpt_neox.layers.{l}."
 
 @FAMILIES.register("gpt_neox")
 class GptNeoX:
-    """Layer norms, biases, an MLP without a gate, and by default a quarter of each head rotated.
+    """Layer norms, an MLP with biases and without a gate, and by default a quarter of each head rotated.
 
-    Attention and MLP have separate norms of the same hidden states, or the MLP follows attention. The rows for queries,
-    keys and values are stored head by head, as in Megatron.
+    By default, attention also has biases. Attention and the MLP run in parallel, or the MLP follows attention. If they
+    run in parallel, both read the same hidden states, each through its own norm. The rows for queries, keys and values
+    are stored head by head, as in Megatron.
     """
 
     rules = (

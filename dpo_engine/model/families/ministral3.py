@@ -21,7 +21,7 @@ YARN = {
 
 @FAMILIES.register("ministral3")
 class Ministral3:
-    """Mistral's layers, for rows that are so short that the model does not scale their queries."""
+    """Mistral's layers. Rows so long that the model would scale their queries are not supported."""
 
     rules = DENSE
 
@@ -30,7 +30,7 @@ class Ministral3:
         """Read a Ministral 3 ``config.json``.
 
         The model scales queries at positions from ``original_max_position_embeddings`` on. The engine does not scale
-        queries, so ``max_positions`` is at most this length.
+        queries, so ``max_positions`` is at most ``original_max_position_embeddings``.
         """
         if config.get("rope_parameters") is None and config.get("rope_scaling") is None:
             config.values["rope_parameters"] = YARN

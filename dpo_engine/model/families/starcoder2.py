@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, activation,
 
 @FAMILIES.register("starcoder2")
 class Starcoder2:
-    """Layer norms, biases everywhere, and an MLP without a gate."""
+    """Layer norms, an MLP without a gate, and by default biases in attention and in the MLP."""
 
     rules = ROOT + NORMS + ATTENTION + plain_mlp("mlp.c_fc", "mlp.c_proj")
 

@@ -88,7 +88,7 @@ def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
     source      directory of the checkpoint from which the run started
     tokenizer   directory or SentencePiece file of the tokenizer; None if the tokenizer is in ``source``
 
-    Only files with well-known names are exported. None of them contains code.
+    Other files in these directories, such as Python code, are not exported.
     """
     found = {name: companion(source, name, "model.path") for name in (GENERATION, *PROCESSOR_FILES)}
     tokenizer = None if tokenizer is None else Path(tokenizer)

@@ -104,8 +104,8 @@ class CheckpointFiles:
         for name in sorted(files):
             if not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
                 raise self.fail(
-                    f"{INDEX} lists {quoted(name)}, which is not the name of a safetensors file in this directory; "
-                    "download the checkpoint again"
+                    f"{INDEX} lists {quoted(name)}, not a safetensors file in this directory; download "
+                    "the checkpoint again"
                 )
             if not (self.directory / name).is_file():
                 raise self.fail(f"{INDEX} lists {name}, which is missing; download the checkpoint again")
@@ -219,9 +219,10 @@ def carried(arch: Architecture) -> tuple[str, ...]:
 
 
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
-    """Check a checkpoint's tensors: names and shapes (by the weight table), files (by the index), and dtypes.
+    """Check the names, shapes, dtypes and files of a checkpoint's tensors.
 
-    A missing tensor is an error. A tensor that no rule uses is an error too, with four exceptions: tensors whose names
+    Names and shapes must agree with the weight table. The file of each tensor must be the one that the index lists. A
+    missing tensor is an error. A tensor that no rule uses is an error too, with four exceptions: tensors whose names
     match `DERIVED`, tensors that are only copied to exports (:func:`carried`), tensors of layers for multi-token
     prediction (:mod:`~dpo_engine.model.weights.kept`) and, if the embeddings are tied, a stored copy of the embedding
     (`lm_head.weight`). This copy must equal the embedding. Only headers are read, except to compare these two tensors.

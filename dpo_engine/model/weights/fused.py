@@ -1,10 +1,10 @@
 """Read tensors that contain all experts of a layer, and quantized tensors, as tensors of single experts.
 
-The weight table has tensors for each expert. Some checkpoints have one fused tensor for all experts of a layer instead:
-checkpoints of gpt-oss, and checkpoints that transformers saves with ``save_original_format=False``. A part of a fused
-tensor is read like a separate tensor, without the other parts. The published checkpoints of gpt-oss also store the
-matrices of experts in the format MXFP4. These matrices are dequantized when they are read. The results are
-exact, unless a value is too large for bf16.
+The weight table has tensors for each expert. Checkpoints of gpt-oss, and checkpoints that transformers saves with
+``save_original_format=False``, have fused tensors instead. A fused tensor contains all experts of a layer. A part of a
+fused tensor is read like a separate tensor, without the other parts. The published checkpoints of gpt-oss also store
+the matrices of experts in the format MXFP4. These matrices are dequantized when they are read. The results are exact,
+unless a value is too large for bf16.
 
 *Source*: OCP Microscaling Formats (MX) Specification 1.0, sections 5.2 and 6.3.
 """

@@ -13,7 +13,7 @@ from dpo_engine.model.weights.table import Placed
 
 
 def written_fused(placed: Placed, arch: Architecture) -> HFTensor | None:
-    """Return the exported tensor of all experts that contains a parameter; None if the parameter is exported alone."""
+    """Return the fused tensor that contains a parameter in an export; None if no fused tensor contains it."""
     fused = next((one for one in fused_of(arch) if one.written and one.parts == placed.rule.tensors), None)
     if fused is None:
         return None
@@ -30,9 +30,11 @@ def completed_tensors(placed: Placed, arch: Architecture) -> list[HFTensor]:
 
 
 def gather_experts(placed: Placed, arch: Architecture) -> Iterator[tuple[Placed, list[Tensor]]]:
-    """Gather the parameters that correspond to ``placed`` from all ranks that own experts of the layer, and yield them.
+    """Gather and yield the parameter of one expert from each expert-parallel rank.
 
-    Only the first of these ranks yields parameters. It yields each parameter with all shards of the parameter.
+    On every rank, ``placed`` belongs to the expert with the same index among the rank's own experts. Only the first of
+    all ranks that own experts of the layer yields parameters. It yields each parameter with all shards of the
+    parameter.
 
     *Collectives*: a gather over ep and, on the first rank of each ep group, a gather over expt_tp.
     """

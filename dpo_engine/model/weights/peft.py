@@ -1,8 +1,9 @@
 """The files of a PEFT adapter: ``adapter_config.json``, and the tensors in ``adapter_model.safetensors``.
 
-An adapter is accepted only if its tensors are those of the engine's adapters, and if it belongs to the unchanged
-weights of the checkpoint. PEFT can load other adapters without an error, but may ignore some of their tensors. The
-model's results then differ from the results with the complete adapter.
+An adapter is accepted only if it has exactly the tensors that the engine's adapters have with the same settings. In
+addition, its initialization must not be one that may change the weights of the checkpoint. PEFT can load other adapters
+without an error, but may ignore some of their tensors. The model's results then differ from the results with the
+complete adapter.
 """
 
 from __future__ import annotations

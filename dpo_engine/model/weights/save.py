@@ -76,11 +76,11 @@ def save_hf(
                   the run did not start from an adapter
 
     The export works in rounds. In a round, one rank of each pipeline stage gathers the stage's parameters over tp, one
-    by one, until it has a complete file, and writes this file. Experts are gathered and written in the same way. The
-    first copy of an expert is gathered and written by one of the ranks that hold the shards of this copy. If the export
-    has tensors with all experts of a layer, the first rank of ep gathers and writes all experts. In each round, all
-    ranks wait, without a time limit, until the files are written. An existing directory is replaced only if it is empty
-    or contains only an earlier export.
+    by one, until it has a complete file, and writes this file. Experts are gathered over expt_tp and written in the
+    same way. If data-parallel ranks hold copies of an expert, one of the ranks that hold the shards of the first copy
+    gathers and writes the expert. If the export has tensors with all experts of a layer, the first rank of ep gathers
+    and writes all experts. In each round, all ranks wait, without a time limit, until the files are written. An
+    existing directory is replaced only if it is empty or contains only an earlier export.
 
     *Collectives*: one gather over tp for each sharded parameter outside of experts, only on the first ranks of dp_cp.
     One gather over expt_tp for each sharded parameter of experts, only on the first ranks of expt_dp. One more gather
@@ -197,7 +197,7 @@ def _collect(
 ) -> Exception | None:
     """Gather each parameter on the first of the ranks that hold its shards.
 
-    This rank adds the parameter's tensors to ``shards``. Files are not written here.
+    The first of these ranks adds the parameter's tensors to its ``shards``. Files are not written here.
 
     joined  incomplete tensors: each will contain all experts of a layer, but some of these experts are not gathered yet
 
@@ -248,7 +248,7 @@ def _write(failure: Exception | None, export: Export, shards: ShardWriter, meter
 
 
 def gather_shards(placed: Placed) -> list[Tensor]:
-    """Return all shards of a parameter on the first rank that has one, and an empty list on the other ranks.
+    """Return all shards of a parameter on the first rank of ``placed.shards``, and an empty list on the others.
 
     If the parameter is not sharded, return the whole parameter, in a list, on every rank.
 

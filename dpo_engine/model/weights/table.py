@@ -99,7 +99,7 @@ def pieces(rule: Rule, arch: Architecture, *, shard_rows: int, rank: int, tp: in
 class Placed(NamedTuple):
     """A parameter of this rank, with its rule, layer and expert.
 
-    expert  number of the expert in the whole layer; None if the parameter does not belong to an expert
+    expert  index of the expert among all experts of the layer; None if the parameter does not belong to an expert
     copy    whether this is the second copy of tied weights, which is loaded but not saved
     shards  ranks that together have all shards; if the parameter is replicated, each of them has the whole parameter
     copies  ranks that have the same shard as this rank
@@ -161,10 +161,13 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, groups: P
 
 
 def plain_name(name: str, first: int) -> tuple[str, int | None]:
-    """Return a parameter's name as in a rule (but with a layer number), and the number of its expert in the layer.
+    """Return a parameter's name in the form of the rules, and the index of its expert among all experts of the layer.
+
+    The name differs from the name in a rule only in the layer: it contains the index of the layer in this rank's model
+    chunk, and not ``{l}``. The index of the expert is None if the parameter does not belong to an expert.
 
     name   name in this rank's model, with native or Transformer Engine layers
-    first  number of the first expert on this rank
+    first  index of this rank's first expert among all experts of the layer
     """
     for fused, plain in TE_NAMES:
         name = name.replace(fused, plain)
@@ -204,7 +207,7 @@ def table_names(arch: Architecture) -> set[str]:
 def reports(groups: ParallelGroups) -> bool:
     """Whether this rank reports the names of the tensors that it loaded.
 
-    In each stage, one rank reports the tensors outside of experts. The tensors of experts are reported by one of the
-    ranks that hold the shards of the experts' first copy.
+    In each stage, one rank reports the tensors outside of experts. If data-parallel ranks hold copies of an expert, one
+    of the ranks that hold the shards of the first copy reports the expert's tensors.
     """
     return any(groups.shards(expert).rank() == 0 and groups.copies(expert).rank() == 0 for expert in (False, True))

@@ -52,8 +52,8 @@ class Exported(NamedTuple):
     """The tokenizer files of an export.
 
     files   the files, by name
-    loader  name of the transformers class that must load the files; it is `AutoTokenizer` if no class reproduces the
-            training tokenizer
+    loader  name of the transformers class that must load the files: `AutoTokenizer` or `PreTrainedTokenizerFast`. If
+            neither class reproduces the training tokenizer, the name is `AutoTokenizer`
     notes   lines to log
     """
 

@@ -41,9 +41,10 @@ def comparison(first: Judged, second: Judged) -> dict[str, Any]:
     """Compare the newest evaluations of two runs. Differences are ``second`` minus ``first``.
 
     Returns  a dictionary: ``found`` (the result of :func:`~dpo_engine.reporting.comparison.compare`, or None);
-             ``problem`` (why ``found`` is None, or a limitation of the result); ``names`` (of the second and of the
-             first run); ``summary`` (a sentence); ``rows`` (of the table); ``differently`` (at most 50 pairs that the
-             runs rank differently); and ``number`` (the number of all pairs that the runs rank differently)
+             ``problem`` (why ``found`` is None, or a limitation of the result; None if there is no problem); ``names``
+             (of the second and of the first run); ``summary`` (a sentence); ``rows`` (of the table); ``differently``
+             (at most 50 pairs that the runs rank differently); and ``number`` (the number of all pairs that the
+             runs rank differently)
     """
     names = (second.run.name, first.run.name)
     told: dict[str, Any] = {"names": names, "found": None, "problem": None, "summary": "", "rows": []}

@@ -51,7 +51,11 @@ def start(run: RunFiles) -> Iterator[Finding]:
 
 
 def overfitting(run: RunFiles, m: Measures) -> Iterator[Finding]:
-    """Report whether the held-out loss has risen since its minimum. Yield nothing if the newest loss is not finite."""
+    """Report whether the held-out loss has risen since its minimum.
+
+    With fewer than two evaluations, report that overfitting cannot be seen. With more evaluations, yield nothing if the
+    newest loss is not finite.
+    """
     held = run.series.get("eval/loss")
     if held is None or len(held.values) < 2:
         title = "There are fewer than two evaluations, so overfitting cannot be seen."

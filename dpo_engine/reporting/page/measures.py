@@ -53,7 +53,7 @@ class Measures:
 
     @classmethod
     def of(cls, run: RunFiles) -> Measures | None:
-        """Return the measures of a run's newest evaluation, or None if the run has no evaluation."""
+        """Return the measures of a run's newest readable evaluation, or None if no evaluation can be read."""
 
         def earlier(step: int) -> Evaluation | None:
             try:
@@ -77,7 +77,7 @@ class Measures:
 
     @cached_property
     def prompts(self) -> np.ndarray:
-        """The number of each pair's prompt [n]. Numbers are faster to compare than the hashes in ``prompt_id``."""
+        """An integer id of each pair's prompt [n]. Integers are faster to compare than the hashes in ``prompt_id``."""
         return np.unique(self.column("prompt_id").astype(str), return_inverse=True)[1]
 
     @cached_property

@@ -109,7 +109,8 @@
     });
     const shapes = [...(chart.marks || [])].sort((a, b) => drawnFirst.indexOf(a.kind) - drawnFirst.indexOf(b.kind)).map((mark) => {
       let [y0, y1, width, dash] = marks[mark.kind];
-      // With several runs, the marks of each run have their own position, so that they do not hide other runs' marks.
+      // With several runs, each run has its own position for restarts and for the best evaluation, so that these marks
+      // do not hide the marks of other runs.
       if (mark.kind === "best" && mark.run !== undefined) [y0, y1, width] = [0.92 - 0.1 * mark.run, 1 - 0.1 * mark.run, 4];
       if (mark.kind === "restart" && mark.run !== undefined) [y0, y1] = [mark.run / data.runs.length, (mark.run + 1) / data.runs.length];
       const tint = mark.kind === "best" ? "good" : mark.kind === "skip" ? "bad" : "soft";

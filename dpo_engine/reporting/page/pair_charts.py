@@ -44,8 +44,8 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
         series.insert(0, ("reference", "quiet", known[0][2].reference_margin))
     everything = np.concatenate([values for *_, values in series])
     low, high = np.quantile(everything, [0.002, 0.998])
-    # The axis includes 0, and otherwise ends at most this far beyond the quantiles. With a longer axis, a few extreme
-    # values could put most pairs into few bars.
+    # Each end of the axis is at most this far beyond its quantile, unless the axis must be longer to include 0. With a
+    # longer axis, a few extreme values could put most pairs into few bars.
     near = 0.25 * (high - low)
     low = max(low - near, everything.min())
     high = min(high + near, everything.max())
@@ -82,7 +82,13 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
 
 
 def _chosen_points(*values: np.ndarray) -> np.ndarray:
-    """Return the rows to draw in a scatter plot: rows with extreme values in a column, and evenly spaced rows."""
+    """Return the rows to draw in a scatter plot.
+
+    values   the columns of the plot
+
+    If there are at most `MOST_POINTS` rows, all rows are drawn. Otherwise, the drawn rows are the 50 rows with the
+    smallest values and the 50 rows with the largest values of each column, and evenly spaced rows.
+    """
     count = len(values[0])
     if count <= MOST_POINTS:
         return np.arange(count)

@@ -15,7 +15,9 @@ from dpo_engine.reporting.token_file import TokenText
 MOST_PAIRS = 500
 """Maximum number of pairs in the table, of all runs together."""
 MOST_TOKENS = 300_000
-"""Maximum number of tokens on the page, in all responses together."""
+"""Maximum number of tokens on the page, in all responses together.
+
+Tokens that share a text (see :func:`tokens`) count as one token."""
 LONGEST_PROMPT = 2000
 LONGEST_CUT = 500
 LONGEST_TOKEN = 300

@@ -91,7 +91,9 @@ def _show_run(item: Judged, console: Console) -> None:
 
 
 def _groups(run: RunFiles, step: int | None) -> Table:
-    """Return a summary: accuracy and margin of all pairs, of each source, and of each group of lengths.
+    """Return a table of results for all pairs, for the pairs of each source, and for pairs grouped by length.
+
+    The table shows the number of pairs and their mean loss, accuracy, and reward margin.
 
     step   the step that the verdict describes; if it is None or has no summary, the last step with a summary is used
     """

@@ -13,11 +13,15 @@ from dpo_engine.reporting.page.measures import Group, Measures, pairs_text, perc
 from dpo_engine.reporting.page.run_files import RunFiles
 
 SMALLEST_GROUP = 10
-"""Smallest number of pairs for a finding about a source, and smallest number of logged steps for a finding about steps.
+"""Smallest number of pairs for judging a source.
 
-A finding about the gradient norm needs twice as many logged steps."""
+It is also the smallest number of logged steps for the finding that compares the accuracies of training and held-out
+pairs. The finding about the gradient norm needs twice as many logged steps."""
 GAP = 0.1
-"""Smallest reported difference between the accuracies of training and held-out pairs, or of two groups of pairs."""
+"""Smallest difference of accuracies for two findings.
+
+One finding is that the model fits training pairs better than held-out pairs. The other finding is that length explains
+part of the accuracy; it compares pairs for which the length rule is right with pairs for which the rule is wrong."""
 OVERCONFIDENT = 0.05
 """Smallest reported difference between mean confidence and accuracy."""
 SPIKE = 10.0
@@ -235,7 +239,10 @@ def _sources(m: Measures) -> Iterator[Finding]:
 
 
 def short_names(sources: dict[str, Group]) -> dict[str, Group]:
-    """Return the groups by the last components of the sources' paths. If two of these are equal, use whole paths."""
+    """Return the groups with the last component of each source's path as the key.
+
+    If two last components are equal, the keys are the whole paths.
+    """
     short = {name.rpartition("/")[2]: group for name, group in sources.items()}
     return short if len(short) == len(sources) else sources
 

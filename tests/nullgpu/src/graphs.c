@@ -5,11 +5,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-// The first eight bytes of a stream hold the number of the stream's capture. The second eight bytes of an event hold
-// the number of the event's capture. At most one capture is active; the numbers of earlier captures have no meaning.
-static unsigned long long captures;  // number of captures so far
+// Captures are numbered from 1, and at most one capture is active. The first eight bytes of a stream hold the number of
+// the capture in which the stream takes part. The second eight bytes of an event hold the number of the capture in
+// which the event was recorded. Numbers of earlier captures have no meaning.
+static unsigned long long captures;  // number of the last capture, or 0
 static unsigned long long active;    // number of the active capture, or 0
-static size_t captured;              // number of operations in the active capture
+static size_t captured;              // count of the operations in the active capture
 
 unsigned long long capture_of(const void *stream) {
   unsigned long long id = stream > (void *)2 ? *(const unsigned long long *)stream : 0;

@@ -13,6 +13,7 @@
 #define MIB ((size_t)1 << 20)
 
 // Copies up to these sizes are executed, so that lengths, flags and indices that a program reads back are correct.
+// Fills are executed up to the second size.
 #define LARGEST_HOST_COPY (16 * MIB)
 #define LARGEST_DEVICE_COPY ((size_t)64 << 10)
 

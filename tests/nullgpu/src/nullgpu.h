@@ -21,7 +21,8 @@ typedef enum {
   COPIES,            // all copies
   ALLOCATIONS,       // requests of the caching allocator for device memory
   GRAPHS,            // launches of CUDA graphs
-  CAPTURED,          // operations captured in a graph; of the other counters, only FP8_PRODUCTS counts them
+  CAPTURED,          // captured kernel launches, and calls of cuBLAS, cuDNN and NCCL during a capture. Of the other
+                     // counters, only FP8_PRODUCTS counts them. Copies during a capture still count as COPIES.
   STRAY,             // launches on a stream that is not captured, while another stream is captured
   COUNTERS
 } Counter;
@@ -41,7 +42,7 @@ size_t free_device_memory(void);   // free memory of the card in bytes
 // Return whether a launch on this stream is captured. If so, count it as CAPTURED. If only other streams are captured,
 // count it as STRAY.
 int capture(const void *stream);
-unsigned long long capture_of(const void *stream);  // the number of the stream's active capture, or 0 without one
+unsigned long long capture_of(const void *stream);  // the id of the stream's active capture; 0: it has none
 // A stream waits for an event of capture `id`. If this capture is active, add the stream to it. Return whether the wait
 // is allowed.
 int join_capture(void *stream, unsigned long long id);

@@ -144,7 +144,8 @@ EXPORT cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function
   return cudaSuccess;
 }
 
-// An event holds the time at which it was recorded, in milliseconds, and the number of its capture (0 without one).
+// An event holds the time at which it was recorded, in milliseconds. It also holds the id of the capture in which it
+// was recorded, or 0 if no capture was active on its stream.
 typedef struct {
   double time;
   unsigned long long capture;

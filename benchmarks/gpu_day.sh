@@ -4,8 +4,8 @@
 # Every part has its own time limit, and the most useful parts run first. All limits add up to at most 840 s. A part
 # that fails or takes too long does not stop the next one. Each part writes a log to gpu-day/NAME/, and a section of
 # benchmarks/results/NAME.md. The default NAME is gpu-day. Set PYTHON to choose the interpreter, PARTS to run only some
-# parts ("stack kernels"), SCALE to lengthen all limits by a factor, and SHAPE to train models other than "1b" and
-# "7b-width" (see contest.py). Triton's cache is gpu-day/triton unless TRITON_CACHE_DIR is set.
+# parts ("stack kernels"), SCALE to lengthen all limits by a factor, and SHAPE to train a model of another shape instead
+# of both "1b" and "7b-width" (see contest.py). Triton's cache is gpu-day/triton unless TRITON_CACHE_DIR is set.
 # tests/nullgpu/rehearse.sh fills the cache on a machine without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit

@@ -1,4 +1,7 @@
-"""Print versions and the time to create a rank's process groups. On a GPU, also test Transformer Engine."""
+"""Print versions, the time to create a rank's process groups, and the time of the first all-reduce.
+
+On a GPU, also test Transformer Engine.
+"""
 
 import importlib
 import importlib.metadata
@@ -33,7 +36,7 @@ def transformer_engine() -> str:
 
 
 def main() -> None:
-    """Print the GPU, the versions, the state of Transformer Engine, and the time to create process groups."""
+    """Print the GPU, the state of Transformer Engine, the versions, and the two measured times."""
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         print(f"{card.name}, {card.total_memory / 2**30:.1f} GiB")

@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Errors that a user can cause are printed to stderr, with one line per problem. If all ranks are known to raise the
     same error, only some ranks print it. If torchrun hosts a store for the ranks, and this store can be used, one rank
-    prints the error. Otherwise, the first rank on each node prints the error and, if the error is that a rank was lost,
-    the second rank on each node does, too. With `--debug`, every rank also prints its traceback.
+    prints the error. Otherwise, the first rank on each node prints the error; if the error is that a rank was lost, the
+    first two ranks on each node print the error. With `--debug`, every rank also prints its traceback.
     """
     if arguments is None:
         console.open_streams()

@@ -37,8 +37,8 @@ def record(code: int) -> int:
     largest code of all ranks, which usually belongs to a rank that srun itself killed.
 
     After an interruption without progress (see :func:`note_progress`), a line ``no-progress`` follows the code. The
-    launch script counts these interruptions. Otherwise, a job that is always interrupted before its first step would be
-    restarted forever.
+    launch script counts these interruptions. Otherwise, a job that is always interrupted before it makes progress would
+    be restarted forever.
     """
     path = os.environ.get("DPO_EXIT_CODES")
     if path:

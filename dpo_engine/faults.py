@@ -151,7 +151,7 @@ def reach(phase: str, path: str | os.PathLike[str] | None = None) -> None:
 def factor(number: str) -> float | None:
     """Count one more occurrence of the value `number`, a key of :data:`NUMBERS`.
 
-    Return the factor to multiply the value by, or ``None`` to leave the value unchanged.
+    Return the factor by which the caller must multiply the value, or ``None`` if the value stays unchanged.
     """
     action = _due(number) if number in _armed else None
     return None if action is None else FACTORS[action]

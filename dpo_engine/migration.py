@@ -69,7 +69,7 @@ def foreign_key(path: str) -> str | None:
     ``train.beta`` is found by its last component.
 
     Returns  a phrase such as ``called train.micro_batch_size here (counted in pairs)``, or None if the key
-             is one of our own, or if no entry is found
+             is one of our own in :func:`_own_keys`, or if no entry is found
     """
     path = re.sub(r"\[\d+\]", "", path)
     if path in _own_keys():
@@ -126,7 +126,7 @@ def _entries(table: dict[str, list[str | None]]) -> Iterator[Entry]:
 
 
 ONLY_OURS = frozenset({"megatron.optimizer"})
-"""Our keys whose last component has another meaning as a key of another system."""
+"""Our keys that are also found as keys of other systems, by their last component, but mean something else there."""
 
 
 @cache

@@ -148,7 +148,7 @@ def test_generated_pairs_have_the_published_medians(name, together, ratio, count
 def test_generated_pairs_are_reproducible_and_share_prompts(tmp_path):
     first, again = (list(pair_sets.generate("tldr-like", 7, vocab_size=300)) for _ in range(2))
     assert [pair.digest for pair in first] == [pair.digest for pair in again]
-    assert len({pair.prompt.tobytes() for pair in first}) == 3  # three pairs for each prompt, seven pairs in total
+    assert len({pair.prompt.tobytes() for pair in first}) == 3  # the last prompt has one pair, the others three each
     assert len({pair.chosen.tobytes() for pair in first[:3]} | {pair.rejected.tobytes() for pair in first[:3]}) == 3
     written = pair_sets.write(tmp_path / "pairs.arrow", first)
     assert [written[i].digest for i in range(7)] == [pair.digest for pair in first]
@@ -474,7 +474,10 @@ def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_pa
     ],
 )
 def test_a_rehearsal_excuses_only_trl(part, log, expected, tmp_path):
-    """Stand-ins replace the null GPU and gpu_day.sh. The stand-in for gpu_day.sh reports that one part failed."""
+    """Stand-ins replace the null GPU and gpu_day.sh. The stand-in for gpu_day.sh reports that one part failed.
+
+    The null GPU is a library that replaces CUDA and computes nothing.
+    """
     for folder in ("tests/nullgpu", "benchmarks/results", "gpu-day/rehearsal"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(BENCHMARKS.parent / "tests/nullgpu/rehearse.sh", tmp_path / "tests/nullgpu")

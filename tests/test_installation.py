@@ -1,4 +1,9 @@
-"""Tests of the installation check, users without a name or home folder, and imports without garbage collection."""
+"""Tests of an installation.
+
+The installation check refuses kernels of another installation or version. ``launch/environment.sh`` keeps an activated
+environment. Users without a name or a home folder can compile kernels. Libraries are imported without garbage
+collection.
+"""
 
 import gc
 import os

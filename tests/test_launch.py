@@ -289,7 +289,7 @@ def test_engine_of_the_clone_is_used_from_elsewhere(stage):
     assert stage.environment()["PYTHON"] == f"{clone}/bin/trainer"
 
 
-def test_scripts_that_are_not_found_say_where_to_submit_from(stage):
+def test_error_about_missing_scripts_says_where_to_submit_from(stage):
     (stage.folder / "elsewhere").mkdir()
     code, _, err = finish(stage.start(cwd=stage.folder / "elsewhere"))
     assert code == 2 and err == (

@@ -24,7 +24,8 @@ def functions_in(path):
 def old_lines(planted):
     """Return the lines of code that a bug replaces.
 
-    The cell ``planted`` has the form `` `old; old` → `new; new` ``. A description and a colon can come before the code.
+    The cell ``planted`` has the form `` `old; old` → `new; new` ``. If the bug only deletes code, the form is
+    `` `old; old` → nothing ``. A description and a colon can come before the code.
     """
     old, _ = re.search(r"`([^`]+)` → (`[^`]+`|nothing)$", planted).groups()
     return [line.strip() for line in old.replace(r"\|", "|").split(";") if line.strip()]

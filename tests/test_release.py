@@ -50,7 +50,7 @@ def test_constraints_pin_every_requirement():
     extras = project["optional-dependencies"]
     required = requirements(project["dependencies"])
     assert {"torch", "megatron-core", "transformers"} <= required and not {"tensorboard", "matplotlib"} & required
-    for name in extras.keys() - {"gpu"}:  # the image brings the packages of the extra gpu
+    for name in extras.keys() - {"gpu"}:  # NVIDIA's PyTorch image contains the packages of the extra gpu
         required |= requirements(extras[name])
     for path in sorted((ROOT / "constraints").glob("*.txt")):
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]

@@ -22,7 +22,7 @@ OPTIM = {
 def facts(config, fp64=False):
     """Return the settings that reached the optimizer, the gradient buffers and torch.
 
-    The result also says whether the reference is trained, and whether its log-probabilities have a graph.
+    The result also says whether the reference is trained, and whether its log-probabilities have an autograd graph.
     """
     import numpy as np
 
@@ -135,7 +135,7 @@ def rates_and_moves(config):
 def test_step_uses_the_learning_rate_it_reports(tiny_hf, tmp_path):
     """Use linear warmup over 2 of 4 steps, then linear decay.
 
-    With betas of 0, Adam moves each weight by the learning rate.
+    With betas of 0, Adam moves each weight by the learning rate, unless the gradient of the weight is 0.
     """
     optim = {"lr": 4e-4, "schedule": "linear", "warmup_steps": 2, "weight_decay": 0.0, "betas": [0.0, 0.0]}
     config = run_config(tiny_hf("llama"), tmp_path, optim=optim)

@@ -133,7 +133,10 @@ def test_example_needs_the_memory_that_it_says(run, tmp_path):
 
 @pytest.fixture
 def overrides(small_task, tmp_path):
-    """Return a function: ``overrides("examples/x.yaml")`` returns overrides with the paths of the tests' own files."""
+    """Return a function whose argument is the path of an example, such as ``overrides("examples/x.yaml")``.
+
+    The function returns overrides, which replace paths in the example with the paths of the tests' own files.
+    """
 
     def of(run: str) -> list[str]:
         model = small_task / "base"

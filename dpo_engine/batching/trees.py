@@ -18,9 +18,9 @@ layer computes outputs only for the columns that predict a scored token (:func:`
 columns, which include most of a long prompt, the last layer needs only keys and values.
 
 Why one level. Adjacent pairs with equal prompts form one tree, in which responses with equal tokens and scoring masks
-are also shared. :mod:`~dpo_engine.batching.packing` makes pairs with the same prompt adjacent. One level covers the
-repetition that preference pairs always have (several responses to one prompt), and needs no search for common prefixes.
-The attention kernels accept trees of any depth.
+are also shared. :mod:`~dpo_engine.batching.packing` makes pairs with the same prompt adjacent. One level of responses
+below a prompt covers the repetition that preference pairs always have (several responses to one prompt), and needs no
+search for common prefixes. The attention kernels accept trees of any depth.
 
 Not covered. Common prefixes of different prompts (a system prompt, for example) or of different responses are not
 shared. A prompt is computed again in every micro-batch that has pairs with this prompt. Context parallelism, sequence

@@ -147,7 +147,7 @@ def publish(work: Path) -> Path:
 
 
 def point(folder: Path, newest: Path, best: Path | None) -> None:
-    """Write the names of the newest and of the best checkpoint to ``latest`` and ``best``.
+    """Write the name of the newest checkpoint to ``latest``, and the name of the best checkpoint to ``best``.
 
     best   None: remove the file ``best``
     """

@@ -19,12 +19,12 @@ Before a new holder writes anything else, it removes the older lease files. The 
 was only suspended or cut off from the storage. At its next renewal or save, it finds its file gone, and ends at once.
 
 Why this way: locks (flock) do not work on all network storage, and can be lost silently there. NFS has supported the
-exclusive creation of files since version 3. No process ever replaces a file of another process, and a number is never
-used again, so two runs that find the same dead holder cannot both succeed. Slow storage alone does not end a lease,
-because only another run that wants the directory checks whether the holder is dead.
+exclusive creation of files since version 3. No process ever replaces a file of another process, and the number of a
+taken lease is never used again, so two runs that find the same dead holder cannot both succeed. Slow storage alone does
+not end a lease, because only another run that wants the directory checks whether the holder is dead.
 
-Not covered: a former holder that is suspended between the check before a rename and the rename itself. If it resumes,
-the rename fails only if the new holder has already removed the unfinished files.
+Not covered: a former holder that is suspended after it checks the lease and before it renames a file or directory to
+its final name. If it resumes, the rename fails only if the new holder has already removed this file or directory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RENEW_S = 3.0
 WATCH_S = 30.0
 """Seconds without a renewal after which a holder on another machine counts as dead."""
 SLOWEST_READS = 3
-"""A process watches longer by this number times the duration of its slowest read, because renewals may be as slow."""
+"""The watch is extended by this number times the duration of the slowest read, because renewals may be as slow."""
 POLL_S = (0.02, 1.0)
 """Initial and maximum number of seconds between two reads of another run's lease."""
 QUIET_S = 1.0

@@ -53,8 +53,9 @@ def find_checkpoint(
 
     Return ``None`` if ``step`` is not given and the folder has no checkpoints.
 
-    say   called on every rank with one line for each skipped checkpoint. If the directory of the returned checkpoint
-          contains files that are not part of the checkpoint, also called with one line about these files
+    say   if a checkpoint is returned, called on every rank with one line for each skipped checkpoint. If the directory
+          of the returned checkpoint contains files that are not part of the checkpoint, also called with one line about
+          these files
 
     *Collectives*: two all-gathers of objects and a broadcast of an object from rank 0. Then, for each checkpoint
     examined, three all-gathers of objects. Each rank verifies the hashes of a share of the files, without a time limit.

@@ -1,6 +1,7 @@
 """Compare a run's identity (the settings and data that determine its results) with its checkpoint's identity.
 
-A difference stops the run unless its key is in :data:`ACCEPTED` and ``checkpoint.accept_changes`` lists it.
+A difference stops the run unless its key is in :data:`ACCEPTED` and ``checkpoint.accept_changes`` lists this key. For
+the key ``total_steps``, there is one exception; see :data:`COUNTING`.
 """
 
 import re
@@ -124,7 +125,7 @@ _FIT = dict.fromkeys(("optim.optimizer", "optim.freeze"), "optimizer state does"
 
 
 def with_all_options(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the saved identity. If its loss is ``mix``, add the default of each option that a combined loss lacks.
+    """Return the saved identity. If its loss is ``mix``, add the defaults of the options that its nested losses lack.
 
     Older checkpoints record only the options that the run file sets.
     """

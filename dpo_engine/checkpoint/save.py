@@ -71,8 +71,8 @@ class Saver:
     keep_best     metric that selects the best checkpoints, which are also kept; None: keep only the newest checkpoints
     asynchronous  whether to copy this rank's state to host memory, and write the copy in a thread during later steps
     history       path of the run's metrics.jsonl
-    following     model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
-                  checkpoints then include the reference's weights
+    following     model chunks, or values of adapters, of a reference that is periodically updated from the policy
+                  (``reference.sync_every``); checkpoints then include these chunks or values
     passed_over   names of checkpoint directories known to be damaged
     confirm       called before files are written or removed; raises an error if another run has taken over `folder`
     saved         called on every rank with the directory of each completed checkpoint
@@ -180,7 +180,7 @@ class Saver:
 
         *Collectives*: a few all-gathers and one broadcast of objects over all ranks.
         Raises :class:`~dpo_engine.errors.CheckpointError` on every rank if any rank cannot write its files. If this
-        happens before the checkpoint is published, its files are removed, and earlier checkpoints are unchanged.
+        happens before the directory is renamed, the checkpoint's files are removed. Earlier checkpoints are unchanged.
         """
         while self._running is not None:
             self._next()

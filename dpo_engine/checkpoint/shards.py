@@ -1,8 +1,8 @@
 """Write and read the tensor files of a checkpoint: one safetensors file per rank, readable in any parallel layout.
 
-All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel rank|offset``, where the offset is the
-position of the tensor's first element in the flattened shard. For a matrix of an expert, the tensor-parallel rank is
-the rank in the experts' tensor-parallel group. The kinds are:
+All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel rank|offset``. The offset is the position
+of the tensor's first element in the flattened shard, which is the part of the parameter on that tensor-parallel rank.
+For a matrix of an expert, the tensor-parallel rank is the rank in the experts' tensor-parallel group. The kinds are:
 
 - ``main``: the fp32 weights, trained and frozen
 - ``exp_avg`` and ``exp_avg_sq``: Adam's moments. Other optimizers have other kinds, such as ``momentum_buffer``

@@ -122,7 +122,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _spread_columns(self) -> DataConfig:
-        """Set `columns` to the value of `data.columns` in every source that has no `columns`."""
+        """Copy the value of `data.columns` to `columns` of every source that has no `columns`."""
         if self.columns is not None:
             for name in ("train", "validation"):
                 sources = getattr(self, name) or ()

@@ -148,7 +148,7 @@ def _default(field: FieldInfo, keys: Sequence[str | int]) -> str:
 
 
 def erase(raw: dict[str, Any], problem: SchemaProblem) -> None:
-    """Remove the key that caused the problem from the nested mappings, so that the rest can still be validated.
+    """Remove from the nested mappings the key that caused the problem, so that the rest can still be validated.
 
     A key in `REQUIRED` is set to "?" instead of being removed. A list with a wrong item is removed as a whole, and so
     is an optional section that lacks a required key.

@@ -177,7 +177,7 @@ class PairDataset:
         batches = [reader.get_batch(i) for i in range(last)]
         content = hashlib.blake2b(digest_size=DIGEST_BYTES)
         for batch in batches:
-            batch.validate(full=True)  # offsets beyond the file would read arbitrary memory
+            batch.validate(full=True)  # otherwise, a damaged offset could point to memory outside the file
             add_content(content, batch)
         content.update(metadata[b"facts"] + metadata[b"digest"])
         if content.hexdigest().encode() != metadata[b"content"]:

@@ -55,7 +55,7 @@ def _described(value: Any) -> str:
 
 
 def _is_json_turns(text: str) -> bool:
-    """Return whether a text is a list of messages in JSON or in Python notation."""
+    """Return whether a text is a list of messages in JSON, or begins like a list of messages in Python notation."""
     opening = JSON_TURNS.match(text)
     if opening is None:
         return False

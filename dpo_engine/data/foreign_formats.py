@@ -98,10 +98,11 @@ def sharegpt(row: dict[str, Any]) -> Pair:
 def swift(row: dict[str, Any]) -> Pair:
     """Megatron-SWIFT: `messages` that end with the chosen response, and `rejected_response` or `rejected_messages`.
 
-    `rejected_response` is a text or a list of messages, and replaces everything after the last user or tool turn.
-    `rejected_messages` is a whole conversation. The list `messages` may also have the name `conversations`. Instead of
-    this list, a record may have `query` and `response`, or `instruction`, `input` and `output`; `history` lists earlier
-    pairs of turns. `tool_call` turns are tool calls, and `tool_response` turns are tool results.
+    `rejected_response` is a text or a list of messages, and replaces everything after the last turn whose role is in
+    `SWIFT_ASKS`. `rejected_messages` is a whole conversation. The list `messages` may also have the name
+    `conversations`. Instead of this list, a record may have `query` and `response`, or `instruction`, `input` and
+    `output`; `history` lists earlier pairs of turns. `tool_call` turns are tool calls, and `tool_response` turns are
+    tool results.
     """
     name, messages = _swift_messages(row)
     for objects in ("objects", "rejected_objects"):
@@ -246,7 +247,7 @@ def _single(row: dict[str, Any], prompt: Turns, chosen: str, rejected: str) -> P
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
     """Return the result of :func:`facts` for a record.
 
-    A tool that has neither `type` nor `function` becomes the function in {type: function, function: ...}.
+    A tool that has neither the field `type` nor the field `function` is wrapped: {type: function, function: TOOL}.
     """
     found = facts(row, conversation=True)
     if "tools" in found:

@@ -66,8 +66,8 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     if (name := hidden_prompt(row)) is None:
         return
     several = prompt_fields(row)
-    # If the name of a field has only words of prompts, as in `input`, ignore fields whose names also have other words,
-    # as in `labeling_prompt`.
+    # Prefer fields whose names have only words of `PROMPT` and `OF_PROMPTS`, such as `input`. Use fields
+    # whose names also have other words, such as `labeling_prompt`, only if there is no field of the first kind.
     several = [field for field in several if _is_whole(field)] or several
     if len(several) == 1:
         name = several[0]
@@ -85,10 +85,10 @@ def hidden_prompt(row: Mapping[str, Any]) -> str | None:
     """Return the dotted name of a field that may be the prompt, or None.
 
     A field may be the prompt in four cases. First, it has the name of a prompt (see `PROMPT`). Second, its name ends
-    with a word of `TEXT` or has only unknown words, and the field contains a sentence or a question. Third, its name
-    has a word of `VAGUE`, and the field contains a sentence that is longer than the common prefix of chosen and
-    rejected. Fourth, it is inside another field, and has the name of a prompt. A field that is inside another field and
-    has any other name is accepted.
+    with a word of `TEXT` or has only unknown words, and the field contains a sentence or a question. Third, its name is
+    vague (it has a word of `VAGUE`, and :func:`_kind` returns "vague"), and the field contains a sentence that is
+    longer than the common prefix of chosen and rejected. Fourth, it is inside another field, and has the name of a
+    prompt. A field that is inside another field and has any other name is accepted.
     """
     if found := prompt_fields(row):
         return found[0]

@@ -30,8 +30,8 @@ COPIES = ("consolidated*", "*/*.safetensors", "*/*.json")
 CONVERTED = (".json", ".json.gz", ".csv", ".csv.gz")
 """Suffixes of data files that the `datasets` library converts to Arrow before they are read."""
 COURTESY_S = 1.0
-"""Seconds for which all ranks of a node except its first rank wait before a download. During this wait, the first rank
-begins the download and shows its progress."""
+"""Number of seconds that a rank waits before it looks for a snapshot. The first rank of a node does not wait. While the
+other ranks wait, the first rank begins its download, if one is necessary, and shows the progress."""
 
 found: dict[Repo, Path] = {}
 """Snapshots that this process has used. The process keeps using them even if a branch changes on the Hub."""

@@ -84,7 +84,9 @@ class Row(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive raw records of a source. A block holds no open file, so another process can parse it.
+    """Consecutive raw records of a source.
+
+    A block holds no open file. Another process can therefore parse a copy of the block, unless `validate` is true.
 
     path      the source
     first     place of the first record; see :func:`read_rows`

@@ -78,8 +78,9 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
             faults[NO_HEADER] = f"has no generation prompt with {role!r}, so this header would be scored in responses"
         elif role := _next_header(prompt, turns[-1], whole[name]):
             faults[NEXT_HEADER] = f"writes {role!r} after each response, where it would be scored too"
-    # Some templates render the prompt differently if a response follows. Therefore, only the common prefix of the
-    # rendered prompt and both rendered conversations becomes the prompt.
+    # Some templates render the prompt differently if a response follows. `encode_pairs` therefore keeps as the prompt
+    # only the common prefix of the rendered prompt and both rendered conversations. Check that no text of the prompt is
+    # missing from this prefix.
     kept = _common_start(prompt, *whole.values())
     asked = [turn for turn in pair.prompt if turn["role"] != "assistant"]
     calls = [{"tool_calls": turn["tool_calls"]} for turn in pair.prompt if "tool_calls" in turn]

@@ -1,4 +1,4 @@
-"""Find text records whose responses repeat the prompt or the header at its end. The repeated text would be scored."""
+"""Refuse text records whose responses repeat the prompt's dialogue or final header. The copy would be scored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ HEADER = re.compile(
 
 
 def refuse_repeated_prompt(row: Mapping[str, Any]) -> None:
-    """Raise :class:`BadRecord` if both responses of a text record certainly repeat the prompt or its final header.
+    """Raise :class:`BadRecord` if both responses of a text record repeat the prompt's dialogue or final header.
+
+    If both responses begin as `TEMPLATE` describes, they count as repeated dialogues without a comparison with the
+    prompt.
 
     It is not an error if responses repeat a prompt of plain text, because the repetition may be intended, for example
     for code. Such pairs are counted (:attr:`~dpo_engine.data.encode.Encoded.repeated`).
@@ -42,8 +45,8 @@ def refuse_repeated_prompt(row: Mapping[str, Any]) -> None:
 def _is_dialogue(prompt: str, responses: list[str]) -> bool:
     """Return whether both responses begin with the same Human turn, and their common prefix contains the prompt.
 
-    The common prefix must also contain the label of an Assistant turn. The prompt is searched for without regard to
-    turn labels and to the amount of whitespace.
+    The common prefix must also contain the label of an Assistant turn. The search for the prompt ignores turn labels
+    and the amount of whitespace.
     """
     same = os.path.commonprefix(responses)
     if not re.match(r"(?:### ?)?Human:", same) or "Assistant:" not in same:

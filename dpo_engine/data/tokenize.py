@@ -64,6 +64,8 @@ def build_dataset(
     Raises :class:`DataError` in these cases:
 
     - A record is bad, and bad records are not skipped. The error names file and line.
+    - The chat template changes a record's text in a way that the configuration does not allow. This error is raised
+      even if bad records are skipped. The error names file and line.
     - A source is missing, is damaged, or changes while it is read. The error names this source.
     - The sources contain no usable pair. The error names all sources.
 

@@ -34,7 +34,7 @@ def plain_name(name: str) -> str:
 
 
 def turn_weight(here: str, message: Mapping[str, Any]) -> int | None:
-    """Return 1 if a field of a message marks its turn as scored, 0 if a field marks it as not scored, else None.
+    """Return 1 if a field marks the message's turn as scored, 0 if a field excludes the turn from the loss, else None.
 
     here  location of the message, for errors
 

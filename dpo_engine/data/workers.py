@@ -35,7 +35,7 @@ MOST = 32
 """Maximum default number of workers. More workers would only wait for the process that writes the results."""
 WORTH_BYTES = 8 * 2**20
 """Minimum number of bytes to tokenize per worker. The imports of a worker take as long as tokenizing 4 MiB. With 8 MiB,
-imports are therefore a third of a worker's time; with fewer bytes, they would be more."""
+imports therefore take a third of a worker's time. With fewer bytes, they would take a larger share."""
 QUOTA = "/sys/fs/cgroup/cpu.max"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

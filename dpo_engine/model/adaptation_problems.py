@@ -26,10 +26,11 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: boo
 
     A target is also a problem if it matches weights that cannot be adapted, such as matrices of experts.
 
-    unused  True: as in PEFT, a listed target, or an expression in ``rank_pattern`` or ``alpha_pattern``, may match
-            nothing, and any target may match matrices of experts in addition to projections. A listed target is still a
-            problem if it matches no projection, and its last part is the name of a module that has weights but no
-            adapters, such as a norm or a matrix of experts
+    unused  True: follow PEFT, which accepts settings without effect. The names in a list of targets, and the
+            expressions in ``rank_pattern`` and ``alpha_pattern``, may then match nothing. Targets may match matrices of
+            experts in addition to projections. A name in a list of targets is still a problem if it matches no
+            projection, and its last part is the name of a module that has weights but no adapters, such as a norm or a
+            matrix of experts
     """
     names = projection_names(arch)
     problems = _pattern_problems(asked)

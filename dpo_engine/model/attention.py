@@ -2,9 +2,9 @@
 
 Problem. Attention is the only operation of a layer that mixes the columns (token positions) of a row, so it must
 communicate if CP splits a row over ranks. The work for a column is proportional to the number of keys that it attends
-to. If each rank had a contiguous slice of a causal row, the last rank would do nearly twice the average work. In rows
-of trees, attention is not simply causal: in ``[prompt | chosen | rejected]``, the rejected response must not attend to
-the chosen one.
+to. If each rank had a contiguous slice of a causal row, the last rank would do nearly twice the average work. A row of
+trees contains prompts, each followed by its responses. In such rows, attention is not simply causal: in ``[prompt |
+chosen | rejected]``, the rejected response must not attend to the chosen one.
 
 Solution. :func:`dpo_engine.batching.shares.share_columns` gives every rank the same number of columns and nearly the
 same attention work. A causal row is cut into 2cp chunks, and rank r holds chunks r and 2cp-1-r. A row of trees is cut
@@ -145,8 +145,9 @@ def indices_on(device: torch.device, columns: Tensor) -> Tensor:
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Compute causal attention for the last ``q`` of ``k`` positions; keys and values cover all ``k`` positions.
 
-    query       [q, b, n, d]       key, value  [k, b, n_kv, d], k >= q, n a multiple of n_kv
-    Returns     [q, b, n, d]
+    query       [q, b, n, d]
+    key, value  [k, b, n_kv, d] and [k, b, n_kv, d_v], k >= q, n a multiple of n_kv
+    Returns     [q, b, n, d_v]
     """
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     square = q.shape[2] == k.shape[2]
@@ -173,8 +174,8 @@ class CoreAttention(nn.Module):
     """The module that Megatron's SelfAttention calls between its projections, with Megatron's constructor arguments.
 
     *Collectives* over the context-parallel group, if it has more than one rank: an all-gather of keys and values
-    ``[s/cp, b, n_kv/t, 2 d]`` in the forward pass, and a reduce-scatter of their gradients in the backward pass. If the
-    layer has a window that is shorter than the row, or than the longest path of the row's trees, each pass has an
+    ``[s/cp, b, n_kv/t, d + d_v]`` in the forward pass, and a reduce-scatter of their gradients in the backward pass. If
+    the layer has a window that is shorter than the row, or than the longest path of the row's trees, each pass has an
     all-to-all of some columns instead.
     """
 
@@ -208,7 +209,8 @@ class CoreAttention(nn.Module):
         """Compute attention of this rank's queries over the whole row.
 
         query           [s/cp, b, n/t, d], or [q, b, n/t, d] with ``columns``
-        key, value      [s/cp, b, n_kv/t, d]. The size of value heads can differ from the size of query and key heads
+        key, value      [s/cp, b, n_kv/t, d] and [s/cp, b, n_kv/t, d_v]. The size d_v of value heads can differ from the
+                        size d of query and key heads
         attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees (b is 1), or
                         None for causal rows. This is not a mask; we use this argument because Megatron passes it
                         unchanged to every layer and to recomputation
@@ -216,7 +218,7 @@ class CoreAttention(nn.Module):
                         this rank's share of the row; None if there is a query for every column
         sinks           [n/t]  score of each head's additional key, whose value vector is zero; None: there are no such
                         keys
-        Returns         [s/cp, b, n/t * d], or [q, b, n/t * d]
+        Returns         [s/cp, b, n/t * d_v], or [q, b, n/t * d_v] with ``columns``
         """
         cp, rank = self.group.size(), self.group.rank()
         # `value` is a view of the output of the fused projection. Attention saves its inputs for the backward pass;

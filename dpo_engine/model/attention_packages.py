@@ -1,10 +1,11 @@
 """Attention from packages besides torch: Transformer Engine, and FlashAttention 3 and 4.
 
-**Transformer Engine** is the kernel backend ``te`` for rows of trees. The queries of a tree are divided into runs,
-which are causal rows of different lengths (:mod:`dpo_kernels.varlen`). In Transformer Engine, the format of such rows
-is called ``thd``. The module DotProductAttention computes these rows with cuDNN. If a package of flash attention is
-installed, the module may prefer that package on some GPUs. For cuDNN, Transformer Engine rounds the numbers of rows and
-tokens up, so a few execution plans suffice for all micro-batches of a training run.
+**Transformer Engine** is the kernel backend ``te`` for rows of trees (prompts, each followed by its responses). The
+queries of a row are divided into runs. Each run is computed as a causal row, and the lengths of these causal rows
+differ (:mod:`dpo_kernels.varlen`). In Transformer Engine, the format of causal rows of different lengths is called
+``thd``. The module DotProductAttention computes these rows with cuDNN. If a package of flash attention is installed,
+the module may prefer that package on some GPUs. For cuDNN, Transformer Engine rounds the numbers of rows and tokens up,
+so a few execution plans suffice for all micro-batches of a training run.
 
 **FlashAttention 3 or 4** replaces FlashAttention 2 inside torch: in stacked rows, and in rows of trees with the backend
 ``varlen``.
@@ -75,7 +76,8 @@ def activate_flash_attention(
     varlen  whether the backend ``varlen`` computes rows of trees
 
     Raises :class:`~dpo_engine.errors.ConfigError` if there is no GPU, if this version of torch does not support the
-    package, if the package is not installed, or if the package does not support the dtype, the heads or the GPU.
+    package, if the package is not installed, or if the package does not support the dtype, the heads or the GPU. With
+    ``varlen``, the error is also raised if the package does not support the windows or sinks in ``needs``.
     """
     line = f"model.flash_attention={version}: "
     if not platform.gpu:

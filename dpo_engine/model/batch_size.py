@@ -36,8 +36,8 @@ CPUs was derived from the measured throughput of rows of 512 to 4,096 tokens."""
 USABLE = 0.92
 """Share of a device's memory that the estimate may fill.
 
-The rest is for the estimate's error. The error is largest, 6 %, in rows of trees with ``varlen`` and context
-parallelism."""
+The rest is for the estimate's error. The error is largest, 6 %, in rows of trees (prompts, each followed by its
+responses) with the attention backend ``varlen`` and context parallelism."""
 
 
 def settle_batches(

@@ -3,15 +3,15 @@
 Problem. For each layer of a micro-batch, the host starts about 50 operations besides attention, and over 100 with
 adapters. With tensor parallelism, adapters or small micro-batches, these operations are so short that the GPU waits for
 the host. A CUDA graph is a recording of kernels that is started with one call, but it repeats the same kernels on the
-same memory. Attention in rows of trees starts different kernels in each micro-batch, so a whole layer cannot be
-recorded.
+same memory. In the batch layout ``tree``, attention starts different kernels in each micro-batch, so a whole layer
+cannot be recorded.
 
 Solution. All micro-batches of a run have the same number of tokens
-(:func:`dpo_engine.batching.micro_batches.fixed_row`). The model's last layer has no recordings, because its sizes vary.
-Each of the other layers has two pieces (:class:`~dpo_engine.model.recording.Piece`). The first piece consists of the
-norm, the projections and the rotation before attention. The second piece consists of the output projection, the norms
-and the MLP after attention. Everything else also runs without recordings: attention, the embedding, the output layer
-and the loss.
+(:func:`dpo_engine.batching.micro_batches.fixed_row`). Each layer except the last has two pieces
+(:class:`~dpo_engine.model.recording.Piece`). The first piece consists of the norm, the projections and the rotation
+before attention. The second piece consists of the output projection, the norms and the MLP after attention. Everything
+else runs without recordings: attention, the embedding, the output layer, the loss, and the last layer. The last layer
+computes outputs only for the tokens that predict a scored token, and the number of these tokens varies.
 
 Several micro-batches in flight. A micro-batch's activations must not change before its backward pass. In a pipeline,
 other micro-batches run before this backward pass, so every micro-batch in flight has a :class:`Slot`, which contains
@@ -158,7 +158,7 @@ class Slot:
         self._after: Callable[[], None] = lambda: None
 
     def begin(self, after: Callable[[], None]) -> None:
-        """Begin a forward pass. ``after`` is called at the end of its backward pass."""
+        """Begin the forward pass of a micro-batch. At the end of this micro-batch's backward pass, call ``after``."""
         self._loaded.clear()
         self._after = after
 

@@ -20,8 +20,8 @@ class Router(nn.Module):
     """The module that Megatron's MoELayer calls to choose experts, with Megatron's constructor arguments.
 
     Logits and scores are in at least fp32, whatever the model's dtype. ``expert_bias`` is added to the scores for the
-    choice of experts, but not for their weights. It is a parameter without a gradient, so it is loaded, saved and
-    compared like every other parameter.
+    choice of experts, but not for their weights. ``expert_bias`` has no gradient. It is nevertheless a parameter, so
+    that it is loaded, saved and compared like every other parameter.
 
     If experts have equal scores and not all of them can be chosen, ``torch.topk`` decides. Its choice is the same for
     the same numbers on the same device, but it can differ between devices.

@@ -1,8 +1,9 @@
 """Communication of keys and values over context-parallel ranks, each of which has some of the columns of every row.
 
 A column is the index of a token in its row. Layers without a sliding window gather all columns. A layer with a window
-sends only the columns that the receiver's queries see. In causal rows, these are the ends of neighboring chunks. The
-other columns of the result are 0; no query attends to them.
+sends only the columns that the receiver's queries see. In a causal row, a rank has two chunks of consecutive columns,
+and receives the columns just before these chunks. In the gathered row, columns that a rank neither has nor receives are
+0; none of its queries attends to them.
 """
 
 from typing import Any, NamedTuple

@@ -44,8 +44,8 @@ def choose_kernels(
 
     triton  The default of ``layer`` is ``triton``, and the model has soft caps or ``cp`` is above 1. Flash attention
             does not support soft caps. A row of trees contains several prompts, each followed by its responses. With
-            context parallelism, ``varlen`` would copy keys of such a row for each block of queries: all keys of the
-            block's path through the tree
+            context parallelism, a rank's queries are separate blocks of such a row. For each block, ``varlen`` would
+            make a copy of all keys that the block's queries see
     varlen  Flash attention supports the device, the dtype and the head size, and the model has no soft caps
     sdpa    No condition
 

@@ -59,8 +59,8 @@ class Memory:
     graphs                                    copies and buffers of ``model.cuda_graphs``. They and ``activations``
                                               remain allocated from the second step to the end of the run
     activations                               tensors that forward passes in flight keep for their backward passes
-    working                                   logits of `CHUNK_SITES` tokens and the logits' gradient, or the
-                                              activations of a layer that is recomputed, whichever is larger
+    working                                   logits of `CHUNK_SITES` tokens, their exponentials and their gradient, or
+                                              the activations of a layer that is recomputed, whichever is larger
     update                                    fp32 copies of bf16 gradients, after the activations are freed
     formula                                   formula for weights, gradients, optimizer states and reference, as text
     host                                      bytes of host memory with ``optim.states: host``, by purpose
@@ -288,8 +288,8 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
 def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split: bool) -> int:
     """Return the bytes per token that a layer's experts keep for the backward pass, if all experts are used equally.
 
-    For each expert of a token, a layer keeps two copies of the input: in the order of the tokens, and in the order of
-    the experts. Each rank that shares the expert adds two such copies of the output. Native layers also keep 6 tensors
+    For each expert of a token, a layer keeps two copies of the input: in the order of tokens, and in the order of
+    experts. For each shard of the expert, it keeps two such copies of the output. Native layers also keep 6 tensors
     with the width of the expert: gate, up projection, activation, product, and the weighted product both in the model's
     dtype and in fp32. Experts with biases or a clamp keep 4: gate, up projection, product, and weighted product.
     """

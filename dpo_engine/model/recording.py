@@ -10,7 +10,7 @@ Activations. Memory that is freed while a recording is made is used again by lat
 pieces that share a pool run in the order in which they were recorded, no piece reads such memory after another piece
 has overwritten it. This order does not protect the tensors that a forward pass saves for its backward pass. Autograd
 frees these tensors as soon as the backward pass has been recorded, although every replay of the backward pass reads
-them. Therefore, references to all saved tensors are added to ``kept``.
+them. Therefore, a piece adds references to all saved tensors to ``kept``, a list from its caller.
 
 Gradients. All backward passes share one pool, and the buffers of :class:`SharedMemory`. The contents of both are valid
 only until the next backward pass begins. Gradients of inputs are copied out after each replay. Gradients of parameters
@@ -121,7 +121,7 @@ def saved_tensors(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Piece:
-    """A part of a layer's work, as a function of tensors that autograd can differentiate.
+    """A part of a layer's work, as a function that autograd can differentiate; its arguments are tensors.
 
     work        function that computes a tuple of tensors from ``inputs``
     inputs      tensors that never move, from which the forward pass reads

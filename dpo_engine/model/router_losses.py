@@ -16,7 +16,8 @@ Both losses are averaged over the two responses of a pair, and over the layers w
 loss, they are averaged over the pairs, with the weights of the pairs. The losses therefore do not depend on the number
 of copies of a prompt in a row, on whether pairs share a response, on padding, or on the distribution of pairs and
 tokens over ranks. A definition over all tokens would depend on the batch layout: in the tree layout, the last layer
-computes only the last token of each prompt. ``f`` is a constant in the backward pass.
+computes no output for the tokens of a prompt, except for the prompt's last token. ``f`` is a constant in the backward
+pass.
 
 In each layer, the number of a response's tokens per expert is summed over the ranks that have these tokens. The tokens
 are described by one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the
@@ -43,10 +44,11 @@ def response_tokens(batch: Batch, total_weight: float) -> Tensor:
     batch         a micro-batch, or a context-parallel rank's share of a micro-batch
     total_weight  sum of the weights of all pairs of the global batch
 
-    Returns  [2b, 3, e] fp64, the same at every index of the first axis: for each entry of ``batch.scored``, its site,
-             its response (i for the chosen response of pair i, b + i for the rejected one), and the factor of the token
-             in the mean of the global batch. The only purpose of the first axis is that the host can read the number of
-             responses, 2b, from the shape
+    Returns  [2b, 3, e] fp64, the same at every index of the first axis. An entry of ``batch.scored`` is a scored token
+             of a response; its site is the index of the token that predicts it. For each entry, the result has the
+             site, the response (i for the chosen response of pair i, b + i for the rejected one), and the factor of the
+             entry in the mean of the global batch. The only purpose of the first axis is that the host can read the
+             number of responses, 2b, from the shape
     """
     scored, tokens = batch.scored, torch.cat([batch.chosen_tokens, batch.rejected_tokens]).double().clamp(min=1)
     factors = batch.weights.double().repeat(2) / (2 * total_weight * tokens)

@@ -3,7 +3,7 @@
 The forward pass of a layer is ours. A ``native`` layer consists of Megatron's own linear layers with our norm and
 attention, and for some models with our experts. A ``te`` layer consists of Transformer Engine's modules. Our attention
 replaces Transformer Engine's in the tree layout, and in models with windows, soft caps or sinks. Layers with experts
-have our router in both cases.
+have our router, whether they are ``native`` or ``te``.
 """
 
 from collections.abc import Sequence
@@ -116,7 +116,7 @@ def layer_spec(
     Native layers always use our core attention. Transformer Engine layers use our core attention in two cases: if
     ``trees`` is set, and in models with windows, soft caps or sinks.
 
-    trees    whether the model will run rows of trees (the tree layout)
+    trees    whether the model will run rows of trees (the tree layout). A tree is a prompt with its responses
     adapted  whether linears will have adapters. Adapters need the output of the norm, which Transformer Engine's fused
              modules do not return
     experts  whether the layer has experts
@@ -177,7 +177,7 @@ def stage_spec(
 ) -> Any:
     """Return the spec of the layers and the final norm in one model chunk, in GPTModel's format.
 
-    trees    whether the model will run rows of trees
+    trees    whether the model will run rows of trees (the tree layout)
     adapted  whether linears will have adapters
     last     whether the chunk contains the model's last layer
     """

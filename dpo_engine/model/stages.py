@@ -18,7 +18,7 @@ about as long as their prompts."""
 def parallel_dims(config: Config, arch: Architecture, world: int) -> ParallelDims:
     """Return the sizes of a run's parallel dimensions for ``world`` ranks, and the number of layers per model chunk.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if the sizes in ``parallel`` do not divide ``world``.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the sizes in ``parallel`` are not possible with ``world`` ranks.
     """
     dims = ParallelDims.of(config.parallel, world)
     return with_layers(dims, config.parallel.layers, arch, config.data.max_length)

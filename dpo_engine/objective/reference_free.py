@@ -133,6 +133,9 @@ def cpo(
 ) -> Tensor:
     """Contrastive preference optimization: ``-log sigmoid(beta (log pi_c - log pi_r)) + nll_weight nll``.
 
+    In this formula, ``nll`` is the negative log-probability of the chosen response, averaged according to the option
+    ``nll``.
+
     kind  form of the first term. ``sigmoid``: as above. ``hinge``: ``max(0, 1 - beta (log pi_c - log pi_r))``.
           ``ipo``: ``(log pi_c / L_c - log pi_r / L_r - 1 / (2 beta))^2``
 
@@ -178,7 +181,8 @@ def orpo(
     """ORPO: negative log-likelihood of the chosen response plus a term for the odds ratio.
 
     ``nll - beta log sigmoid(log odds_c - log odds_r)``, where a response's odds are ``p / (1 - p)``, and ``p`` is the
-    geometric mean of its token probabilities.
+    geometric mean of its token probabilities. In this formula, ``nll`` is the negative log-likelihood, averaged
+    according to the option ``nll``.
 
     Returns  [b]  one loss per pair, in nats
 

@@ -70,12 +70,14 @@ def score_problems(options: Options) -> list[str]:
 
 
 def with_reference(options: Options) -> bool:
-    """Return the fact ``needs_reference`` of a loss: false if the option ``reference_free`` is set."""
+    """Return the property ``needs_reference`` of a loss: false if the option ``reference_free`` is set."""
     return not options["reference_free"]
 
 
 def known_at_init(value: Callable[[Options], float]) -> Callable[[Options], float | None]:
-    """Return the fact ``at_init`` of a loss: ``value`` with a reference, and None without one.
+    """Return a function that computes the ``at_init`` of a loss from the options of the loss.
+
+    The function returns ``value(options)`` or, without a reference, None.
 
     With a reference, all scores are 0 if policy and reference are equal. Without one, the scores depend on the model
     and the data.

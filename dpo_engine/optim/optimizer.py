@@ -198,7 +198,7 @@ def _in_pieces(optim: OptimConfig, parallel: ParallelConfig, dtype: torch.dtype)
 
 
 def _plain_optimizer(optimizer: torch.optim.Optimizer | None, config: OptimizerConfig) -> Any:
-    """Wrap a torch optimizer in the Megatron optimizer class that does not shard states."""
+    """Wrap a torch optimizer in Megatron's optimizer class for bf16 or wider dtypes. Neither class shards states."""
     if config.bf16:
         return Float16OptimizerWithFloat16Params(optimizer, config, None, lambda *states: None)
     return FP32Optimizer(optimizer, config, lambda *states: None)

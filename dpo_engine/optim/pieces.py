@@ -40,7 +40,7 @@ class Slice(NamedTuple):
 class Part(NamedTuple):
     """The elements ``own`` of a slice. In the buffer of their piece, their gradients occupy the range ``place``.
 
-    If the states are in host memory, the elements' new weights occupy the same range of another buffer.
+    If the states are in host memory, the elements' new weights are written to the same range of another buffer.
     """
 
     whole: Slice

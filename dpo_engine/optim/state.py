@@ -46,8 +46,8 @@ class OwnedSlice:
     def moments(self) -> dict[str, Tensor]:
         """Return flat views of the moments. Before the optimizer's first step, create them as zeros.
 
-        Raises :class:`~dpo_engine.errors.ConfigError` if a torch optimizer keeps a tensor that has the shape of
-        ``main``, but whose name is not in ``names``.
+        Raises :class:`~dpo_engine.errors.ConfigError` if one of torch's own optimizers keeps a tensor that has the
+        shape of ``main``, but whose name is not in ``names``.
         """
         state = self.optimizer.state[self.main]
         kept = [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == self.main.shape]
@@ -104,7 +104,10 @@ def owned_slices(trained: Trained) -> Iterator[OwnedSlice]:
 
 
 def counts_by_parameter(optimizer: Any) -> bool:
-    """Whether an optimizer stores a step count for each parameter, as torch's implementation of Adam does."""
+    """Whether an optimizer is one of torch's own, such as torch's AdamW.
+
+    For these optimizers, this module stores a step count for each parameter, because torch's AdamW reads it there.
+    """
     return isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__module__.startswith("torch.")
 
 

@@ -71,7 +71,7 @@ class Meter:
         self.done += size
 
     def open(self, key: str) -> None:
-        """Begin a wait. All waits of this meter add their byte counts to the same sums in the store.
+        """Begin a wait. All waits of a meter use the same two sums in the store: the bytes done, and all bytes.
 
         key   prefix of the keys of these sums; used only by the first wait
         """
@@ -160,7 +160,7 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
 
     *Collectives* over ``group``: one all-gather of objects before the work, and one after it. The time limit applies to
     both.
-    If ``work`` fails on some ranks, raises an error on all ranks, after all ranks have finished; see
+    If ``work`` fails on some ranks, this function raises an error on all ranks, after all ranks have finished; see
     :func:`~dpo_engine.platform.parallel.together`. Raises :class:`~dpo_engine.errors.PeerError` if a rank is lost.
     """
     meter = meter or Meter()

@@ -63,7 +63,7 @@ class ParallelGroups:
 
     @property
     def share_experts(self) -> bool:
-        """Whether ranks with different pairs share experts. Such ranks must run every forward pass together."""
+        """Whether ranks share experts and may have different pairs. Such ranks must run every forward pass together."""
         return self.ep.size() > 1 or self.expt_tp.size() not in (1, self.tp.size())
 
     @property
@@ -71,7 +71,7 @@ class ParallelGroups:
         """Whether an error that occurs only on some ranks can leave the other ranks waiting inside the step.
 
         This applies to pipeline stages, because only the last stage computes the loss. It also applies to ranks that
-        share experts but have different pairs.
+        share experts and may have different pairs.
         """
         return self.pp.size() > 1 or self.share_experts
 
@@ -191,9 +191,9 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     """Run ``work`` and return its result. If ``work`` fails on any rank, all ranks raise an error.
 
     All ranks raise the :class:`EngineError` of the failed rank with the lowest index in ``group``. There are two
-    exceptions. If ``work`` raises a communication error, its rank raises this error at once, because it cannot tell the
-    other ranks. If ``work`` raises any other error that is not an :class:`EngineError`, its rank raises this error
-    unchanged, and reports it to the other ranks as a :class:`PeerError`.
+    exceptions. If ``work`` raises a communication error on a rank, this rank raises the error at once, because it
+    cannot tell the other ranks. If ``work`` raises any other error that is not an :class:`EngineError` on a rank, this
+    rank raises the error unchanged, and reports it to the other ranks as a :class:`PeerError`.
 
     Use this function for work that can fail on only some ranks. Otherwise the remaining ranks would wait in their next
     collective for a rank that has left. A rank that has finished ``work`` waits for the other ranks in a collective, so

@@ -99,8 +99,9 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
              (number of common pairs whose weights differ); ``won``, ``lost``, ``tied`` (numbers of pairs);
              ``sign_test`` (p-value of a sign test of the accuracies, by prompt); ``other_units`` (names of the facts
              in :data:`UNITS` that differ; if any differ, margins cannot be compared); and the names in
-             :data:`MEASURES`. The value of a measure is a dictionary with the two means ``first`` and ``second``, and
-             with their difference ``mean`` and the bounds ``low`` and ``high`` of its confidence interval
+             :data:`MEASURES`. The value of a measure is a dictionary: ``first`` and ``second`` (the means of the two
+             evaluations), ``mean`` (the difference of these means), ``low`` and ``high`` (the bounds of the
+             difference's confidence interval)
 
     Raises :class:`DataError` if the evaluations have no pair in common.
     """

@@ -21,7 +21,7 @@ class Progress:
         """Begin to show the progress of the work named `what`, which reads `total` bytes."""
 
     def update(self, done: int, count: int) -> None:
-        """Show that `done` bytes have been read, which produced `count` pairs."""
+        """Show that `done` bytes have been read, and that `count` pairs were found in them."""
         self._between()
 
     def stop(self) -> None:

@@ -24,7 +24,7 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
       less likely under the policy; the largest changes come first
     - ``became right``: pairs whose chosen response is less likely than the rejected one under the reference, but
       more likely under the policy; the largest changes come first
-    - ``most changed``: the pairs with the largest change of the log-probability margin by training, up or down
+    - ``most changed``: the pairs whose log-probability margins under policy and reference differ the most, up or down
     - ``random``: pairs that are drawn with the random seed ``seed``
 
     Without a reference, only ``lowest reward margin`` and ``random`` exist.

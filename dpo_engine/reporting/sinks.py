@@ -179,7 +179,7 @@ def _lines_until(path: Path, start_step: float) -> list[str]:
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            continue  # the incomplete last line of a process that was killed
+            continue  # for example the incomplete last line of a process that was killed
         if step <= start_step and line.endswith("\n"):
             kept.append(line)
     return kept

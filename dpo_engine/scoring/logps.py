@@ -16,8 +16,8 @@ values are known beforehand. The loss and the gradient of a chunk are therefore 
 memory, so each logit is computed only once. The gradient of the hidden states is stored until the backward pass. The
 gradient of the output layer's weight is added directly to Megatron's gradient buffer.
 
-Why this way. Apart from the two gradients, the additional memory is one chunk of logits, whatever the lengths of the
-rows. Forward and backward need at least three matrix products. For chunks of whole pairs, this module computes exactly
+Why this way. Apart from the two gradients, the additional memory is one chunk of logits, however long the sequences
+are. Forward and backward need at least three matrix products. For chunks of whole pairs, this module computes exactly
 three; recomputing the logits would add a fourth. Sums over tokens are in fp32, or in fp64 for fp64 models. Kernels do
 not communicate, so they need no process groups.
 
@@ -72,7 +72,8 @@ class Vocabulary:
         """Combine the statistics of all vocabulary shards.
 
         Returns  log-probability and log of the softmax denominator, [n] each; entropy and collision entropy, [n] each,
-                 or None if the statistics have no moments; all in nats, in the dtype of the statistics
+                 or None if ``stats`` has no moments (the two sums that only entropies need); all in nats, in the dtype
+                 of the statistics
 
         *Collectives* over tp: MAX [n] and SUM [2, n], or [4, n] with moments.
         """
@@ -186,7 +187,7 @@ def site_logps(
 Contribution = Callable[[PairLogps, slice], tuple[Tensor, Tensor]]
 """A function of the log-probabilities of a range of pairs.
 
-It returns the term that these pairs add to the scalar to differentiate, and the losses of these pairs."""
+It returns the term that these pairs add to the scalar that :func:`pair_losses` differentiates, and their losses."""
 
 
 def pair_losses(

@@ -34,7 +34,7 @@ class Reference(Protocol):
     passes: int
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps] | None:
-        """Return one record per micro-batch on the last stage, and an empty list on the other stages.
+        """Return one :class:`PairLogps` per micro-batch on the last stage, and an empty list on the other stages.
 
         Returns ``None`` if there is no reference.
         """
@@ -54,7 +54,7 @@ def score(
 ) -> list[PairLogps]:
     """Compute the responses' log-probabilities (and optionally entropies) with a forward pass of the model ``chunks``.
 
-    Returns  one record per micro-batch on the last stage, and an empty list on the other stages
+    Returns  one :class:`PairLogps` per micro-batch on the last stage, and an empty list on the other stages
 
     *Collectives*: those of :func:`~dpo_engine.scoring.logps.pair_logps`; also the pipeline's point-to-point transfers.
     """

@@ -31,7 +31,7 @@ KEY = np.dtype("S16")
 class Numerics(NamedTuple):
     """The properties that identify a reference. References with equal properties share stored log-probabilities.
 
-    weights   digest of the reference's tensors and architecture, independent of their path
+    weights   digest of the reference's tensors and architecture; it does not depend on the path of the model
     dtype     dtype of the reference's weights and activations
     spec      layer implementation, and how it uses FP8
     """

@@ -14,12 +14,13 @@ def assert_same_metrics(got: dict[str, float], expected: dict[str, float], rel: 
 
     rel   relative tolerance, and also the least absolute tolerance
 
-    For a metric that is a difference, the absolute tolerance grows with the size of the subtracted values. For a
-    displacement, it is at least ``rel`` times the absolute log-probability, which can be near 100 nats. For a reward
-    margin, it is at least ``rel`` times the absolute chosen reward.
+    Displacements and reward margins are differences, so their absolute tolerance grows with the size of the subtracted
+    values. For a displacement, it is at least ``rel`` times the absolute log-probability, which can be near 100 nats.
+    For a reward margin, it is at least ``rel`` times the absolute chosen reward.
 
-    If policy and reference have the same weights, their log-probabilities differ only by rounding errors. Metrics that
-    count signs of the differences are then not compared.
+    If policy and reference have the same weights, their log-probabilities differ only by rounding errors, whose signs
+    are arbitrary. ``rewards/accuracies`` and ``displacement/chosen_fell`` depend on these signs, and are then not
+    compared.
     """
     assert got.keys() == expected.keys(), f"{where}: metrics {sorted(got)} instead of {sorted(expected)}"
     subtracted = {f"displacement/{side}": abs(expected[f"logps/{side}"]) for side in ("chosen", "rejected")}

@@ -1,8 +1,9 @@
 """Checks of a model family in the engine or in a plugin: tiny models are compared with transformers.
 
-Each check takes the models and the name of a case, and raises ``AssertionError`` if the family is wrong. The checks run
-on CPUs. All checks except :func:`check_defaults` run on ranks that are forked from this process. A layout maps ``tp``,
-``pp``, ``vpp``, ``cp``, ``ep`` and ``etp`` to sizes; each of these keys may be omitted.
+Each check takes a :class:`~dpo_engine.testing.models.TinyModels` and the name of one of its cases (a case describes one
+tiny model). The check raises ``AssertionError`` if the family is wrong. The checks run on CPUs. All checks except
+:func:`check_defaults` run on ranks that are forked from this process. A layout maps ``tp``, ``pp``, ``vpp``, ``cp``,
+``ep`` and ``etp`` to sizes; each of these keys may be omitted.
 """
 
 import copy
@@ -67,7 +68,7 @@ def check_logits(models: TinyModels, case: str, layout: Mapping[str, int] = TP2,
 def check_export(models: TinyModels, case: str, layout: Mapping[str, int] = TP2, ranks: int | None = None) -> None:
     """Load a checkpoint into a sharded model, export it, and check that all tensors are bitwise unchanged.
 
-    ranks   as in :func:`check_logits`; the ranks are started only once for both checks
+    ranks   as in :func:`check_logits`. This function and :func:`check_logits` share the started ranks
 
     Raises ``AssertionError`` with the name of a tensor that is missing or differs.
     """
@@ -120,9 +121,8 @@ def check_layouts(
 
     All computations are in fp64. The results are the metrics of the steps and of an evaluation, the values of each
     evaluated pair (such as its log-probabilities and its loss), and the exported weights. The relative tolerance is
-    1e-10. Raises ``AssertionError`` with a number or a tensor that differs, with a tensor that training should have
-    changed but did not, or with a tensor that training changed although the family's exports copy it from the
-    checkpoint.
+    1e-10. Raises ``AssertionError`` with a number or a tensor that differs. It is also raised if training did not
+    change a tensor, or if training changed a tensor that the family's exports copy from the checkpoint.
     """
 
     def on_one_rank() -> tuple[dict[str, Any], Path]:
@@ -215,7 +215,10 @@ def _trained_by_transformers(models: TinyModels, case: str) -> tuple[list[float]
 
 
 def _loaded(models: TinyModels, case: str, layout, ranks: int | None) -> tuple[torch.Tensor, Path]:
-    """Return a case's logits and the directory of its export. The ranks are started once for all cases."""
+    """Return a case's logits and the directory of its export.
+
+    The first call for a layout and a number of ranks starts the ranks, which load all cases that the layout allows.
+    """
     ranks = ranks or ranks_of(layout)
     key = repr((sorted(layout.items()), ranks))
     folder = models.folder / f"exports, {key}"

@@ -18,7 +18,7 @@ class RandomPairs:
     judged    whether the pairs have margins and ground-truth rewards
     few       number of different prompts, and of different responses to each prompt; None: all are drawn separately
     sizes     for each pair, the numbers of tokens in prompt, chosen and rejected; None: random
-    masked    whether some tokens of most responses are not scored
+    masked    whether most responses have a random mask, which selects the tokens to score
     """
 
     def __init__(

@@ -179,8 +179,8 @@ class Engine:
         key        configuration key that error messages name
         recompute  which activations to recompute in the backward pass, as in ``model.recompute``
 
-        *Collectives* and errors: those of :func:`~dpo_engine.model.tp_overlap.layer_options` and of
-        :func:`~dpo_engine.model.weights.load.load_hf`, which requires the policy's architecture.
+        The checkpoint must have the policy's architecture. *Collectives* and errors: those of
+        :func:`~dpo_engine.model.tp_overlap.layer_options` and of :func:`~dpo_engine.model.weights.load.load_hf`.
         """
         where: dict[str, Any] = {"groups": self.groups, "platform": self.platform, "spec": self.spec}
         config = transformer_config(
@@ -334,7 +334,7 @@ class Engine:
         Losses and metrics do not depend on how pairs are grouped into micro-batches, or on the order of pairs in the
         global batch. This method does not communicate, and is safe to call on another thread.
 
-        Raises `RuntimeError` if the section ``batch`` still contains an ``auto`` that :meth:`settle_batches` replaces.
+        Raises `RuntimeError` if :meth:`settle_batches` must still choose the layout or the size of micro-batches.
         """
         if not is_settled(self.config):
             raise RuntimeError("Engine.host_batches: call Engine.settle_batches first, before a model is built")

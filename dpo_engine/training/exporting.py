@@ -44,8 +44,9 @@ def export_policy(
     tokenizer    digest of the tokenizer and the chat template at the time of training; None: not compared
     say          called with each line for the log. On the first rank, there is a line if the tokenizer or the chat
                  template has changed since training, a line for each property of the tokenizer that the export cannot
-                 keep, and a line if the export waits because another export may be running. With adapters, every rank
-                 also gets a line about the PEFT adapter
+                 keep, a line if layers for multi-token prediction are copied unchanged, and a line if the export waits
+                 because another export may be running. With adapters, every rank also gets a line about the PEFT
+                 adapter
 
     *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf` and
     :func:`~dpo_engine.training.output_lease.sole_exporter`, and two all-gathers of objects over world. With adapters,

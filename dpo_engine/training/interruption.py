@@ -108,7 +108,8 @@ class Interruption:
         self.received = self.received or number
 
     def _wait_for_others(self) -> None:
-        # Keep the socket open after the first signal, because Python reports an error for each signal it cannot write.
+        # Read only the first signal's number, but do not close the socket. Python writes the number of each later
+        # signal, too, and would report an error if it could not.
         number = self._read.recv(1)
         if number and not self._met.wait(MEETING_S):
             name = signal.Signals(number[0]).name

@@ -155,9 +155,9 @@ class Reported:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Counts of the sums over all pairs, of the sums over all tokens, and of the sums over the pairs from a source.
+        """Three counts: how many sums are over all pairs, over all tokens, and over the pairs from one of the sources.
 
-        The last count includes the sums of every source.
+        The last count is the total of all sources.
         """
         by_source = len(self.sources) * (2 + len(SOURCE_METRICS)) if len(self.sources) > 1 else 0
         return len(self.weighted), 2 * len(ENTROPIES) * self.entropy, by_source

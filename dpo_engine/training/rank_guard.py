@@ -3,7 +3,7 @@
 The problem: if one rank has a different setting, code version, environment variable, data file or weight, the run can
 hang or train a wrong model, and no error explains why.
 
-The solution: compare the facts of the ranks with two functions. Facts are named values, such as settings and versions,
+The solution: two functions compare the facts of the ranks. Facts are named values, such as settings and versions,
 that must be equal on all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with
 different layouts would hang while creating the groups. Each rank puts its facts into the rendezvous store; rank 0 reads
 them and answers all ranks. `RankGuard.check` runs before the first step. It runs again every `train.guard_interval`

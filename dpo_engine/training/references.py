@@ -52,7 +52,7 @@ def open_reference(
     upcoming   returns the micro-batches of the next steps, for a reference that scores several steps ahead
     say        called with each line for the log
     between    called on all ranks after every segment that is written to a store. Filling a store can take a long
-               time, so this function can stop the work by raising an exception
+               time, so ``between`` can stop the work by raising an exception
 
     *Collectives*: those of loading and scoring. If one rank fails, all ranks raise its error.
     Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing or do not match the reference,

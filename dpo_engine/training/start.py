@@ -69,7 +69,8 @@ def saved(
 
     The optimizer and the frozen weights must also match. All other settings may differ from the checkpoint's settings.
 
-    say      called on every rank with a line for each skipped checkpoint
+    say      called on every rank with a line for each skipped checkpoint, and with a line about files that lie
+             in the returned checkpoint's directory but are not part of this checkpoint
     way_out  advice in the error message if there is no checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint` and of ``Engine.adapter_identity``.
@@ -90,7 +91,8 @@ def saved(
 def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Start:
     """Decide where the run starts. Write no files.
 
-    say   called on every rank with a line for each skipped checkpoint
+    say   called on every rank with a line for each skipped checkpoint, and with a line about files that lie in
+          the directory of the checkpoint to resume from but are not part of this checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.training.references.reference_identity`, of ``Engine.adapter_identity``
     and of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and all-gathers of objects, so that either all ranks

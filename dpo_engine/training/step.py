@@ -1,4 +1,4 @@
-"""One optimizer step over one global batch of pairs, including losses that couple the pairs.
+"""One optimizer step over one global batch of pairs, also for losses that couple the pairs.
 
 The problem: most losses are a weighted mean of per-pair losses, so each micro-batch can run forward and backward on its
 own. Some losses couple the pairs: they depend on every pair in the global batch (AOT sorts all pairs, BCO shifts

@@ -173,7 +173,7 @@ class Trainer:
         if evaluations and not self.last:
             if self.step == 0:
                 leave_before_a_step(self.engine, self.interruption)
-            # After this evaluation, which the checkpoint lacked, a callback can end the run: `agree` sets `stopped`.
+            # The checkpoint lacked this evaluation. If a callback ends the run after it, `agree` sets `stopped`.
             elif signal := self.agree(None):
                 raise stopped_before_a_step(signal)
         while self.step < plan.num_steps and not self.stopped:
@@ -181,7 +181,7 @@ class Trainer:
             due = plan.due(self.step, interval_of(config.checkpoint.save_interval))
             judged = self.last or plan.due(self.step, interval_of(config.train.eval_interval))
             may_save = due or bool(judged and config.checkpoint.keep_best)  # keep_best also saves the best steps
-            # If a save is due or running, a later stop can save only after that save, so plan time for both.
+            # If a save is due or running, the save of a later stop comes second, so plan time for both saves.
             self.interruption.save_s = self.saver.took_s * (1 + (may_save or self.saver.in_flight))
             stop = None if self.last else self.agree("step")
             guarded = config.train.guard_interval

@@ -1,10 +1,11 @@
 """Count the tokens and floating-point operations of a step, for the throughput metrics.
 
 Only matrix products count. Each token takes 2 operations per matrix parameter. Experts that the token does not use do
-not count, and the output layer counts only at scored sites. For each visible (query, key) pair, an attention head takes
-4 x (head size) operations. If queries and values have different sizes, the head size is the mean of the two. Pairs that
-are not visible do not count, because a kernel skips them. In a layer with a sliding window, pairs outside the window
-are not visible. The operations of recomputation (`model.recompute`) do not count.
+not count. The output layer counts only at scored sites, which are the positions that predict scored tokens. For each
+visible (query, key) pair, an attention head takes 4 x (head size) operations. If queries and values have different
+sizes, the head size is the mean of the two. Pairs that are not visible do not count, because a kernel skips them. In a
+layer with a sliding window, pairs outside the window are not visible. The operations of recomputation
+(`model.recompute`) do not count.
 """
 
 import math

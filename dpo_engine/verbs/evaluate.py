@@ -27,7 +27,7 @@ from dpo_engine.training.token_samples import sample_tokens, unknown_reference
 from dpo_engine.verbs import console
 
 NAME_LENGTH = 100
-"""Maximum length of the data's name in the name of a file."""
+"""Maximum number of characters that a default file name takes from the names of the data sources."""
 
 
 def evaluate(

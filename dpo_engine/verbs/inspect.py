@@ -52,7 +52,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Inspected:
-    """A pair as the run uses it, or a pair or record that the run does not use, with the reason.
+    """A pair as the run uses it. If the run does not use a pair or a record, ``note`` gives the reason.
 
     place     `file:line` of the record
     prompt, chosen, rejected   the pieces of the prompt and of both responses

@@ -8,9 +8,10 @@ time of a step is the sum of these parts:
 - the time of the optimizer's update, if the update runs on the host
 - the pipeline bubble
 
-Use the prediction to compare layouts; it is not the exact time of a step. All rows are assumed to have
-``data.max_length`` tokens, which is the worst case. In layers with a sliding window, each token attends only to the
-keys within the window. The communication between context-parallel ranks is predicted as if no layer had a window.
+Use the prediction to compare layouts; it is not the exact time of a step. Each row (a prompt with one response) is
+assumed to have ``data.max_length`` tokens, which is the worst case. In layers with a sliding window, each token attends
+only to the keys within the window. The communication between context-parallel ranks is predicted as if no layer had a
+window.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def _sizes(arch: Architecture, gpus: int) -> Iterator[ParallelDims]:
 
 
 def _expert_sizes(arch: Architecture, ranks: int) -> list[int]:
-    """Return the possible values of ``parallel.ep`` for a number of ranks in each stage."""
+    """Return the possible values of ``parallel.ep`` if each pipeline stage has ``ranks`` ranks."""
     return divisors(math.gcd(arch.experts.count, ranks)) if arch.experts else [1]
 
 

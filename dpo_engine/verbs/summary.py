@@ -162,7 +162,7 @@ def count(source: Source) -> int | None:
 
 @lru_cache(maxsize=256)
 def _total(shards: Shards, limit: int, versions: tuple[tuple[int, int], ...]) -> int | None:
-    """Count the records of all files, for `count`. The result is cached, because several lines need it.
+    """Count the records of all files, for `count`. The result is cached, because several summary lines need it.
 
     limit     maximum number of JSON bytes to read
     versions  size and modification time of each file; a file that changes is counted again
@@ -174,7 +174,7 @@ def _total(shards: Shards, limit: int, versions: tuple[tuple[int, int], ...]) ->
 
 
 def run_warnings(config: Config) -> list[str]:
-    """Return a line for each setting that raises no error, but with which the run would train or evaluate wrongly."""
+    """Return a line for each setting that makes the run train or evaluate wrongly, but raises no error."""
     steps, _ = _most_steps(config, _training_pairs(config))
     found = schedule_warnings(config.optim, steps) if steps else []
     found += other_base(config.adapter, config.model.path)
@@ -265,7 +265,10 @@ def _reference(config: Config) -> str:
 
 
 def _auto(config: Config, dims: ParallelDims) -> list[str]:
-    """Return a line for each key set to `auto`: the chosen value, or what the choice depends on."""
+    """Return lines about keys whose values the engine chooses. A line names the value, or what the choice depends on.
+
+    Some keys with the value `auto` have no line here, for example model.attention.
+    """
     lines = []
     if config.parallel.sequence_parallel == "auto":
         lines.append(f"parallel.sequence_parallel: {'on' if dims.tp > 1 else 'off'}, because parallel.tp is {dims.tp}")

@@ -1,4 +1,4 @@
-"""``dpo-engine tokenize``: tokenize a run's data into its cache ahead of training, on a machine without a GPU."""
+"""``dpo-engine tokenize``: tokenize a run's data before training, and write the result to the cache. Needs no GPU."""
 
 from collections.abc import Callable
 

@@ -128,7 +128,7 @@ def make(directory: Path, *, seed: int, pairs: int, held_out: int, steps: int) -
 
 
 def main() -> None:
-    """Create the task, unless the same task already exists. After an interruption, start from the beginning."""
+    """Create the task, unless the same task already exists. Delete the unfinished files of an interrupted call."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to create, or to replace")
     parser.add_argument("--seed", type=int, default=0)

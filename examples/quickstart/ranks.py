@@ -2,8 +2,8 @@
 
     python examples/quickstart/ranks.py RUN.yaml [a.b=c ...]
 
-The quickstart starts as many copies of the model as fit into four processes, but at least one. Several copies are data
-parallel.
+The quickstart starts as many copies of the model as fit into four processes, but at least one. If there are several
+copies, the run uses data parallelism.
 """
 
 import sys

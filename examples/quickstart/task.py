@@ -37,7 +37,7 @@ def ask(rng: random.Random, kind: str) -> Question:
 
 
 def stream(rng: random.Random, without: set[frozenset[str]]) -> Iterator[Question]:
-    """Yield an endless stream of questions of alternating kinds. No question has the items of a set in ``without``."""
+    """Yield an endless stream of questions of alternating kinds. Skip questions whose ``items`` are in ``without``."""
     while True:
         for kind in KINDS:
             question = ask(rng, kind)

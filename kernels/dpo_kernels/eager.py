@@ -7,15 +7,15 @@ Problem. The log-probability of a target is its logit minus the log-sum-exp of a
 sharded by vocabulary, so no rank has all logits of a row, and the logits of all rows together need too much memory.
 This package must not communicate, so each operation ends where an all-reduce is needed.
 
-Solution. For each row of a shard with logits x, :func:`linear_stats` returns the maximum m, the sum of exp(x - m), and
-the target's logit, or 0 if the target is in another shard. From these, the caller computes the log-probability with a
-MAX and a SUM all-reduce over the shards. At any time, at most ``chunk`` rows have logits in memory. :func:`linear_grad`
-takes the global log-sum-exp and the gradient of each row's log-probability. It computes the logits of a chunk again,
-and overwrites them with their gradient, ``grad * (onehot - softmax)``. With a soft cap, it overwrites a copy of the
-logits, because the derivative of the cap needs the logits. Two matrix products then give the gradients of the hidden
-states and of the weight. If a chunk's loss depends only on that chunk, the caller can use :func:`linear_keep` and
-:func:`linear_kept_grad`. They keep the logits between the forward pass and the gradient, and need three matrix products
-instead of four.
+Solution. Let x be the logits of one row in one shard. For each row, :func:`linear_stats` returns the maximum m of x,
+the sum of exp(x - m), and the target's logit. The target's logit is set to 0 if the target is in another shard. From
+these values, the caller computes the log-probability with a MAX and a SUM all-reduce over the shards. At any time, at
+most ``chunk`` rows have logits in memory. :func:`linear_grad` takes the global log-sum-exp and the gradient of each
+row's log-probability. It computes the logits of a chunk again, and overwrites them with their gradient,
+``grad * (onehot - softmax)``. With a soft cap, it overwrites a copy of the logits, because the derivative of the cap
+needs the logits. Two matrix products then give the gradients of the hidden states and of the weight. If a chunk's loss
+depends only on that chunk, the caller can use :func:`linear_keep` and :func:`linear_kept_grad`. They keep the logits
+between the forward pass and the gradient, and need three matrix products instead of four.
 
 Why this way. Subtracting the maximum keeps the exponentials finite. The sums of different shards are scaled to a common
 maximum before they are merged. Forward pass and gradient are two functions rather than one autograd function, because

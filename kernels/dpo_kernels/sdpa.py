@@ -212,7 +212,7 @@ def _corner(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a mask [TILE, n + TILE] that contains the mask of every tile as a slice.
 
     In the first n columns, all keys are visible; the other columns are causal. This one mask serves all rows of at most
-    n tokens. A mask for each row would stay in memory as long as the row's plan.
+    n tokens. If each row had a mask of its own, the mask would stay in memory as long as the row's :class:`Tree`.
 
     On a CPU, the mask is additive, because torch would convert a boolean mask at every call, and autograd would keep
     the copy. On CUDA, the mask is boolean. The kernels require an alignment that slices do not have, and torch's

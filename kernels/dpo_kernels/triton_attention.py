@@ -1,9 +1,10 @@
-"""Tree attention in Triton: each block of queries visits only the blocks of keys with a visible (query, key) pair.
+"""Tree attention in Triton: each block of queries visits only some blocks of keys.
 
-With a window, a few other blocks are visited too. A block of neighboring tokens can span several segments and trees, so
-segments need no padding. The backward pass uses no atomics. Each block of queries sums its dQ over its blocks of keys,
-and each block of keys sums its dK and dV over the blocks of queries that visit it, in a fixed order. Block sizes come
-from a table. Autotuning could choose different block sizes in another run, and results would then differ by rounding.
+These are the blocks of keys with a visible (query, key) pair and, with a window, a few others. A block of neighboring
+tokens can span several segments and trees, so segments need no padding. The backward pass uses no atomics. Each block
+of queries sums its dQ over its blocks of keys, and each block of keys sums its dK and dV over the blocks of queries
+that visit it, in a fixed order. Block sizes come from a table. Autotuning could choose different block sizes in another
+run, and results would then differ by rounding.
 """
 
 from typing import Any, NamedTuple

@@ -5,7 +5,7 @@ Both have two variants: one stores the logits, and the other does not.
 Problem. The functions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and make several passes over it:
 maximum, exponential, sums, target. With a vocabulary of 128k, memory bandwidth limits the speed of these passes.
 
-Solution, if the logits are kept. In :func:`linear_keep`, the vendor's library computes the matrix product. One kernel
+Solution, if the logits are kept. In :func:`linear_keep`, the GPU vendor's library computes the matrix product. A kernel
 then reads each row once and computes all statistics online: if a block of columns has a new maximum, the previous sums
 are rescaled. :func:`linear_kept_grad` reads the logits once more and writes their gradient in the weight's dtype.
 

@@ -269,8 +269,9 @@ def attention_in_runs(
 ) -> Tensor:
     """Compute tree attention with a function for causal rows of different lengths.
 
-    The other arguments are those of :func:`tree_attention`. The caller's ``causal_rows`` must apply the sinks. The
-    argument ``sinks`` is used only if there are no queries: then it makes the sinks a part of the autograd graph.
+    The other arguments are those of :func:`tree_attention`. The caller's ``causal_rows`` must apply the sinks. If there
+    are no queries, ``causal_rows`` is not called. Only in this case, this function uses the argument ``sinks``, so that
+    the sinks are still part of the autograd graph.
 
     causal_rows  called with the queries [n_q, heads, d], the copied keys and values [k, kv_heads, d] of the runs, the
                  :class:`Copies`, the scale and the window. All heads have the same size d. Returns [n_q, heads, d]

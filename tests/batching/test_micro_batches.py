@@ -95,8 +95,8 @@ def test_visible_share_of_full_rows(share, each, tmp_path):
     asked = config(tmp_path, batch={"layout": "tree", "share": share, "tokens_per_micro_batch": tree.n})
     many = of_lengths(*[(60, 25, 10)] * 4 * each)
     assert visible_share(asked, many, 1) == pytest.approx(expected)
-    # If the budget exceeds the data set, one row holds all pairs of the data set. If a rank's part of a global batch is
-    # smaller than the data set and the budget, one row holds only this part.
+    # If all pairs of the data set fit into the budget, one row holds all of them. If a rank's part of a global batch is
+    # smaller than the data set and fits into the budget, one row holds only this part.
     wide = {"layout": "tree", "share": share, "tokens_per_micro_batch": 100 * tree.n}
     few = of_lengths(*[(60, 25, 10)] * each)
     assert visible_share(config(tmp_path, batch=wide), few, 1) == pytest.approx(expected)
@@ -141,7 +141,7 @@ class TestStacked:
 
 
 def test_unsettled_micro_batches_are_refused(tmp_path):
-    """Check that `Engine.host_batches` refuses a configuration without a chosen layout or size of micro-batches.
+    """Check that `Engine.host_batches` refuses a configuration if the layout or the micro-batch size is not chosen yet.
 
     Otherwise, a benchmark or a plugin could use micro-batches that differ from those of `train`.
     """

@@ -183,8 +183,9 @@ class TestDealing:
 
     def test_tree_over_the_budget_is_split_into_pieces_of_whole_pairs(self):
         # Four responses of 10 tokens to a prompt of 20 tokens form six pairs. The prompt and all four responses have 60
-        # tokens in total. The prompt and three responses have 50. The pairs are sorted by response, and then split into
-        # 0-1 0-2 | 0-3 | 1-2 1-3 2-3.
+        # tokens in total. The prompt and three responses have 50. With a budget of 50 tokens, the pairs are sorted by
+        # their responses, and then split into three pieces: 0-1 0-2 | 0-3 | 1-2 1-3 2-3. Here, 0-1 is the pair of
+        # responses 0 and 1. With a budget of 49 tokens, each piece has one pair.
         names = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2)]
         lengths, parts = np.full((6, 3), 10), np.array([(9, *pair) for pair in names])
         lengths[:, 0] = 20

@@ -67,7 +67,8 @@ class TestPlant:
                 continue
             response, other = (pair.chosen, pair.rejected) if owner < b else (pair.rejected, pair.chosen)
             assert batch.scored.targets[mine].tolist() == response.tolist()
-            # The site that predicts token i of a response attends to the prompt and the response's first i tokens.
+            # A site is a position whose output predicts a response token. The site that predicts token i of a response
+            # attends to the prompt and the response's first i tokens.
             for i, site in enumerate(batch.scored.sites[mine].tolist()):
                 expected = [*pair.prompt.tolist(), *response[:i].tolist()]
                 assert tokens[sees[site]].tolist() == expected
@@ -88,7 +89,8 @@ class TestPlant:
     def test_equal_responses_with_other_masks_are_scored_separately(self):
         """Both pairs have the same chosen response, but in the second pair, a mask selects one token for scoring.
 
-        The two pairs therefore cannot share the scored tokens of this response: the second pair has only token 6.
+        The two pairs therefore cannot share the scored tokens of this response: the first pair scores tokens 5, 6 and
+        7, and the second pair scores only token 6.
         """
         pair = MANY[0]._replace(chosen=np.array([5, 6, 7], dtype=np.int32), chosen_mask=None)
         masked = pair._replace(chosen_mask=np.array([False, True, False]))

@@ -41,7 +41,7 @@ def test_ranking(by, among, steps):
     assert [best.step for best in ranking(LINES, by, among)] == steps
 
 
-def test_an_evaluation_made_again_counts():
+def test_later_evaluation_of_a_step_replaces_the_earlier_one():
     assert ranking([*LINES, line(4, 0.9, 0.5, 0.5)], LOSS)[0] == Best(6, 0.4)
     assert ranking([], LOSS) == []
 

@@ -206,7 +206,7 @@ def test_accepted_key_without_a_change_is_reported(arch):
     ],
     ids=str,
 )
-def test_total_steps_count_only_if_the_learning_rate_reads_them(optim, arch):
+def test_identity_has_total_steps_only_if_the_learning_rate_depends_on_them(optim, arch):
     """Compare the learning rates of two runs that differ only in their total number of steps: 10 and 20.
 
     The identity must contain the total number of steps if and only if these learning rates differ.

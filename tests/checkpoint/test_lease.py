@@ -256,7 +256,7 @@ def test_file_that_a_cached_directory_does_not_show_is_found_by_its_number(tmp_p
     holder.release()
 
 
-def test_storage_that_cannot_be_read_is_left_to_the_run(tmp_path):
+def test_unreadable_storage_is_not_refused_before_the_run_takes_the_lease(tmp_path):
     (tmp_path / "lease").write_text("")
     leases.refuse_if_held(tmp_path)
     with pytest.raises(OSError, match="Not a directory"):

@@ -1,6 +1,7 @@
 """Tests of contradictions between keys and of invalid loss options.
 
-They check the messages, and that a rule is skipped if it depends on a key with an invalid value.
+They check the messages, and that a rule is skipped if it depends on a key with an invalid value. Other tests check
+which losses need a reference, and the default values that complete the options of a loss.
 """
 
 from typing import Annotated, Literal

@@ -1,4 +1,4 @@
-"""Tests of `~` and environment variables in the paths of a run."""
+"""Tests of `~` and environment variables in the paths of a run and of command-line options."""
 
 import os
 from pathlib import Path

@@ -121,7 +121,7 @@ class TestPromptUnderAnotherName:
 
     def test_text_before_an_explicit_prompt_is_refused(self, tmp_path):
         for name, value in (("context", "2 is a number."), ("history", [["a", "b"]])):
-            with pytest.raises(BadRecord, match=f"{name} is not read if there is a prompt; set format: text to leave"):
+            with pytest.raises(BadRecord, match=f"there is a prompt; to leave out {name}, set format: text; to"):
                 detect({**TEXT, name: value})
             assert FORMATS["text"]({**TEXT, name: value}) == Pair(**TEXT)
             path = write(tmp_path / "a.jsonl", TEXT, {**TEXT, name: value})

@@ -470,8 +470,8 @@ class TestUltraFeedback:
 
 
 def test_anthropic_hh():
-    # The data set's card describes the form. In ms-swift, HHRLHFPreprocessor (swift/dataset/dataset/llm.py) reads
-    # the form. ms-swift splits the text into turns, but the engine keeps the text as it is.
+    # The data set's card describes the form of its records. ms-swift reads these records with HHRLHFPreprocessor
+    # (swift/dataset/dataset/llm.py), which splits the text into turns. The engine keeps the text as it is.
     start = "\n\nHuman: What eats a heron?\n\nAssistant:"
     row = {"chosen": f"{start} {BEST}", "rejected": f"{start} {WORST}"}
     assert made("hh", row) == Pair(start, f" {BEST}", f" {WORST}")

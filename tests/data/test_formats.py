@@ -48,7 +48,10 @@ def make(name, row):
 
 
 def written(bad, path, monkeypatch):
-    """Write the file of `bad`, and return its path. For an endless line, also lower the limit on line length."""
+    """Write the content of the case `bad` to `path`, and return `path`.
+
+    For the kind "endless line", also lower the limit on line length.
+    """
     if bad.kind == "endless line":
         monkeypatch.setattr(json_files, "MAX_RECORD_BYTES", LIMIT)
     path.write_bytes(bad.content)

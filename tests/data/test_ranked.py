@@ -160,10 +160,10 @@ def test_dataset_and_its_report(build, tmp_path):
 
 
 def test_record_with_an_unusable_pair_is_dropped_whole(build, tmp_path):
-    """A pair that cannot be used makes its record bad.
+    """If a pair cannot be used, for example because a response has no tokens, the pair's record is bad.
 
     `data.on_bad_line` decides whether the run ends with an error, or skips the record with all of its pairs. A pair
-    that is only too long does not make its record bad: only this pair is dropped.
+    that is too long does not make its record bad: only this pair is dropped.
     """
     unfit = {**ROW, "responses": [" 5", "<|im_end|>", " 22", " four"]}
     given = source(tmp_path / "a.jsonl", [ROW, unfit, ROW], "ranked_all")

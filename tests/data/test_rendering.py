@@ -326,7 +326,8 @@ class TestPublicTemplates:
     ROW = {"prompt": [SYSTEM, USER], "chosen": [RIGHT], "rejected": [WRONG]}
 
     def test_system_text_only_before_the_last_user_turn(self, build, tmp_path):
-        # In the template of Mistral 7B v0.3, the system text is not rendered if a response follows.
+        # The template of Mistral 7B v0.3 renders the system text only if the last turn is a user turn. The text is
+        # therefore missing if a response follows the prompt.
         template = (
             "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == 'system' %}"
             "{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %}"

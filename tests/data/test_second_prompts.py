@@ -81,7 +81,7 @@ class TestTwoPrompts:
             assert checked(FORMATS["auto"](whole)).prompt == whole["prompt"]
 
     def test_a_prompt_for_the_judge_is_not_proposed(self):
-        """The error does not propose `labelling_prompt`.
+        """The error does not name `labelling_prompt` as a possible prompt.
 
         In argilla/distilabel-intel-orca-dpo-pairs, this field is the prompt for the model that judged the responses.
         """

@@ -1,4 +1,7 @@
-"""Tests of data sources: directories, globs, saved data sets, slices, and tables written by other tools."""
+"""Tests of data sources: directories, globs, saved data sets, slices, and tables written by other tools.
+
+Other tests check `data.max_pairs`, and that the error about a source names its key.
+"""
 
 import gzip
 import itertools

@@ -1,4 +1,7 @@
-"""Tests of other systems' masks that exclude turns from the loss: a mask keeps its meaning, or is refused by name."""
+"""Tests of other systems' masks that exclude turns from the loss.
+
+A mask keeps its meaning, or is refused with an error that names the mask's field.
+"""
 
 import pytest
 

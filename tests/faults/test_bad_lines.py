@@ -1,4 +1,4 @@
-"""Fault tests, group G: malformed lines in preference files are refused, or counted and skipped, on two ranks."""
+"""Fault tests: malformed lines in preference files are refused, or counted and skipped, on two ranks."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ ALL = [
 
 
 def named(kinds):
-    """Return the files ``kinds`` as test parameters. A file whose kind is not in `DEFAULT` is marked slow."""
+    """Return one test parameter for each malformed file. Kinds that are not in `DEFAULT` are marked slow."""
     return [pytest.param(bad, id=bad.kind, marks=() if bad.kind in DEFAULT else pytest.mark.slow) for bad in kinds]
 
 

@@ -1,4 +1,4 @@
-"""Fault tests, group F: resume a stopped run unchanged, in another layout, or with changed settings.
+"""Fault tests: resume a stopped run unchanged, in another layout, or with changed settings.
 
 The run must continue with the expected metrics, or the resume must be refused.
 """
@@ -267,9 +267,11 @@ def test_unusable_checkpoint_is_refused(harm, says, made, write, tmp_path):
 def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
     """Resume a stopped run of one rank with accepted changes.
 
-    Returns the metrics and the pairs by step, and the record of the run in the last checkpoint.
+    Returns the metrics of each step of the run, the pairs of each step after the resume, and the result of
+    :func:`record_of` for the last step. Metrics and pairs are dictionaries whose keys are the steps.
 
-    counts  whether the change also affects the number of steps; accepting the change then also accepts the new number
+    counts  whether the change also affects the total number of steps; if so, accepting the change also accepts the new
+            total number of steps
     """
     stopped, _ = made("one", write, stop=STOP)
     asked = f"checkpoint.accept_changes=[{', '.join(accepted)}]"

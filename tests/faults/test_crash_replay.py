@@ -1,6 +1,6 @@
 """Replay a run's operations on its checkpoint folder, and check which checkpoint the loader finds after a crash.
 
-As soon as the first checkpoint has been published, the loader must always find an intact checkpoint.
+Once the first checkpoint has been published, the loader must always find an intact checkpoint.
 
 After every operation of the run, a test rebuilds the folder in each of three states. A crash can leave the disk in any
 of these states:

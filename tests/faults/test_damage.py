@@ -1,4 +1,4 @@
-"""Fault tests, group D: damaged checkpoints are skipped and reported, and the newest intact checkpoint is loaded."""
+"""Fault tests: damaged checkpoints are skipped and reported, and the newest intact checkpoint is loaded."""
 
 import errno
 import json
@@ -140,7 +140,10 @@ PASSED_OVER = {
     ),
     "shard is a link": (lambda d: linked(d / SHARD), f"{SHARD}: is not a regular file"),
     "directory is a link": (linked, "is not a directory"),
-    "manifest names a file above": (rewrite(lambda m: rename_file(m, "../rank_00001.safetensors")), "lists the file"),
+    "manifest names a file in the parent directory": (
+        rewrite(lambda m: rename_file(m, "../rank_00001.safetensors")),
+        "lists the file",
+    ),
     "manifest names an absolute path": (rewrite(lambda m: rename_file(m, "/etc/passwd")), "lists the file"),
     "manifest names no files": (rewrite(lambda m: m.update(files=["x"])), "has missing or malformed fields"),
     "manifest names files without hashes": (rewrite(lambda m: m["files"].update({SHARD: {}})), "has missing or"),

@@ -1,4 +1,4 @@
-"""Fault tests, group H: empty, tiny, changing and otherwise unusual data sets, on two data-parallel ranks."""
+"""Fault tests: empty, tiny, changing and otherwise unusual data sets, on two data-parallel ranks."""
 
 import json
 import os

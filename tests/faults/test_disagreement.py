@@ -1,4 +1,4 @@
-"""Fault tests, group I: one rank differs from the others in settings, software or files, or a bit of its weights flips.
+"""Fault tests: one rank differs from the others in settings, software or files, or a bit of its weights flips.
 
 All ranks exit together, and report each difference in one line.
 """

@@ -37,9 +37,10 @@ def facts(content: bytes) -> dict:
 
 
 def place(name):
-    """Return a function for ``sealed`` that adds a file to the manifest, with the size and hash of a pickle.
+    """Return an argument for ``sealed``: a function that lists one more file in the manifest.
 
-    The file's name is ``name(checkpoint)``. The pickle itself is outside of the checkpoint.
+    The file's name is ``name(checkpoint)``, and its size and hash are those of a pickle. The pickle itself is outside
+    of the checkpoint.
     """
 
     def change(manifest, checkpoint):
@@ -50,7 +51,7 @@ def place(name):
 
 
 def replaced(content):
-    """Return a function for ``sealed`` that replaces the content of a shard.
+    """Return an argument for ``sealed``: a function that replaces the content of a shard.
 
     The function also replaces the shard's size and hash in the manifest.
     """

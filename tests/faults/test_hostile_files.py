@@ -1,4 +1,4 @@
-"""Fault tests, group K: hostile files cannot run code, write outside the run's folder, or use much time or memory."""
+"""Fault tests: hostile files cannot run code, write outside the run's folder, or use much time or memory."""
 
 import ast
 import re

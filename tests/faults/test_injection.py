@@ -83,7 +83,7 @@ def test_killed_job_resumes_bitwise(run_yaml, tmp_path):
     whole = run_job(["train", str(run_yaml("whole"))], 2, tmp_path / "log")
     assert whole.codes == [0, 0] and not whole.survivors, whole.said
     harmed = run_yaml("harmed")
-    # Do not save in a thread, because it could still be writing step 4 when the rank is killed.
+    # The saves must not run in a thread, because the thread could still be writing step 4 when the rank is killed.
     command = ["train", str(harmed), "checkpoint.async_save=false"]
     died = run_job(command, 2, tmp_path / "log", fault="step:1:6:kill")
     assert died.codes[1] == -signal.SIGKILL and died.codes[0] != 0

@@ -1,4 +1,4 @@
-"""Fault tests, group A: kill one rank of a run in one phase.
+"""Fault tests: kill one rank of a run in one phase.
 
 The other ranks must exit, and a restart must give the metrics of an uninterrupted run. For each phase in `PHASES` and
 each layout, the tests kill about half of the ranks, one rank per test.
@@ -13,9 +13,9 @@ from support.outcomes import LAYOUTS, trajectory
 from support.small_run import write_run
 
 # The run has 6 steps. It saves after steps 2, 4 and 6, and deletes the oldest checkpoint after the last save. It
-# evaluates after step 3 and at the end. The numbers say at which occurrence of the phase the fault is injected. If a
-# phase occurs several times, the fault is in step 3, in the evaluation after step 3, or in the second save. `None`
-# means the first micro-batch of step 3.
+# evaluates after step 3 and at the end. `PHASES` maps each phase to the occurrence of the phase at which the fault is
+# injected. If a phase occurs several times, the fault is in step 3, in the evaluation after step 3, or in the second
+# save. `None` means the first micro-batch of step 3.
 PHASES = {
     "rendezvous": 1,
     "data": 1,

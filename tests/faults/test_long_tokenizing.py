@@ -55,7 +55,7 @@ def hasty(run_yaml):
 
 
 @pytest.mark.slow
-def test_tokenizing_may_take_longer_than_a_collective(hasty, tmp_path):
+def test_tokenizing_may_take_longer_than_the_timeout(hasty, tmp_path):
     """The timeout is 2 s. Tokenizing takes 3 s for the training pairs, and 3 s more for the held-out pairs."""
     done = run_job(hasty, 2, tmp_path / "log", before=takes(3, tmp_path / "marker"))
     assert done.codes == [0, 0], done.said

@@ -1,7 +1,7 @@
-"""Fault tests, group E: steps with non-finite values and, if `bad_steps.spike_sigma` is set, steps with spikes.
+"""Fault tests: steps with non-finite values and, if `bad_steps.spike_sigma` is set, steps with spikes.
 
 All ranks skip such a bad step, the step does not change the state, and the log names pairs of the step. Too many bad
-steps in a row end the run.
+steps in a row end the run. Non-finite weights are refused when a run saves, resumes, or loads a model.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""Fault tests: kill jobs at random moments, and restart each job until it finishes, with at least 80 kills in total."""
+"""Fault tests: kill jobs at random moments, and restart each job until it finishes.
+
+In total, the tests kill jobs at least 80 times.
+"""
 
 import os
 import random
@@ -31,8 +34,8 @@ def test_newest_checkpoint_is_intact_after_every_kill(kills, seed, run_yaml, tmp
         run, folder = run_yaml(f"run{runs}", **sections), tmp_path / f"run{runs}/checkpoints"
         codes = [-9]
         while codes != [0] * ranks:
-            # Kill the remaining ranks, as srun does with --kill-on-bad-exit. A rank would otherwise wait for a peer
-            # that died before connecting.
+            # As soon as a rank has failed, kill the remaining ranks, as srun does with --kill-on-bad-exit. Otherwise, a
+            # remaining rank could wait for a peer that died before connecting.
             finished = run_job(
                 ["train", str(run)], ranks, tmp_path / "log", during=killing(draw, seconds), ends_with=over
             )

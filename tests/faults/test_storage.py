@@ -1,4 +1,4 @@
-"""Fault tests, group C: a storage error is reported in one line, leaves no partial file, and damages no checkpoint."""
+"""Fault tests: a storage error is reported in one line, leaves no partial file, and damages no checkpoint."""
 
 import errno
 import os

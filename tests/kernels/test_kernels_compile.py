@@ -113,7 +113,7 @@ def compile_for(sm, operand, width, tmp_path, *kernels):
 
     sm       one or more compute capabilities, separated by commas
     operand  dtype of the operands
-    width    size of each attention head; 0: do not compile the attention kernels
+    width    size of each attention head; 0: compile the kernels of the output layer, but no attention kernels
     kernels  names that select kernels and variants
     """
     pytest.importorskip("triton")

@@ -130,7 +130,8 @@ def shard_args(shard, targets, *more):
 def test_kept_logits_give_the_same_results(name, options, backends):
     """Process the rows in chunks, and compute each chunk's gradient from its kept logits before the next chunk starts.
 
-    The engine also does this for each chunk of whole pairs that has at most ``CHUNK_SITES`` rows.
+    The engine processes its chunks of whole pairs in the same way, except chunks with more than ``CHUNK_SITES`` rows.
+    The logits of such a large chunk are computed again for the gradient.
     """
     ops = backends[name]
     hidden, weight, targets, grad = inputs(21, 38, 2)

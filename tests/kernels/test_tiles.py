@@ -111,7 +111,9 @@ def test_sdpa_work_relative_to_the_visible_area():
 @pytest.mark.parametrize(
     "pairs, expected",
     [
-        ([(4, 3, 3)] * 32, 6),  # 10 tokens per tree: a call has at most 64 tokens, so at most six trees
+        # Trees that share a call have at most 64 tokens in total. With 10 tokens per tree, at most six trees can share
+        # a call, so the 32 trees take six calls.
+        ([(4, 3, 3)] * 32, 6),
         ([(30, 20, 14)] * 3, 3),  # exactly 64 tokens
         ([(30, 20, 15)] * 3, 6),  # 65 tokens: each tree takes one call for prompt and chosen, and one for rejected
         ([(4, 3, 3), (200, 20, 20), (4, 3, 3), (4, 3, 3)], 4),

@@ -223,7 +223,7 @@ def test_tile_lists_are_built_once_per_tree(triton_backend):
 
 
 def test_rows_of_different_lengths_share_a_mask():
-    """Plans for hundreds of rows stay in memory. One mask for each row would take gigabytes."""
+    """The trees of hundreds of rows stay in memory. If each tree kept its own mask, the masks would take gigabytes."""
     sdpa._corner.cache_clear()
     for n in range(140, 250):
         tree = Tree.of([n - 20, 10, 10], [-1, 0, 0])

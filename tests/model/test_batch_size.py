@@ -1,7 +1,7 @@
 """Tests of the automatic layout and size of micro-batches.
 
-Four facts determine the size: how many tokens keep a device busy, the stages of the pipeline, the longest pair, and the
-device's memory.
+The size depends mainly on the number of tokens that keeps a device busy, the number of pipeline stages, the number of
+tokens in a step, the length of the longest pair, and the device's memory.
 """
 
 import math
@@ -116,7 +116,7 @@ class TestSettled:
     @pytest.mark.parametrize(
         "layout, share, longest", [("stacked", True, 3200), ("tree", True, 2100), ("tree", False, 2700)]
     )
-    def test_the_longest_pair_is_that_of_the_layout(self, layout, share, longest, tmp_path):
+    def test_length_of_the_longest_pair_depends_on_the_layout(self, layout, share, longest, tmp_path):
         asked = config(tmp_path, layout)
         asked = asked.model_copy(update={"batch": asked.batch.model_copy(update={"share": share})})
         assert settle(asked, (600, 1000, 500), (10, 10, 10))[:2] == (layout, longest)

@@ -116,8 +116,8 @@ def test_quantized_experts_are_read_as_by_transformers(layout, ranks, quantized,
 def test_every_quantized_number_is_that_of_transformers():
     """Combine every byte with every scale.
 
-    With the largest scale, the numbers are not compared with those of transformers. They must be NaN, as in the MX
-    specification.
+    The numbers with the largest scale are an exception: they must be NaN, as in the MX specification, and are not
+    compared with the numbers of transformers.
     """
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

@@ -103,9 +103,9 @@ def test_states_on_the_host_take_host_memory(tiny_hf):
 
     device, host, count = cost(), cost(states="host"), stage_parameters(arch, ParallelDims(), 0) // 2
     assert (device.optimizer, device.host) == (12 * count, {})
-    # The optimizer updates the parameters in pieces, with two fp32 buffers on the device. Each buffer has one element
-    # for each parameter of this rank's optimizer, but at most PIECE elements. This small model does not reach the
-    # limit.
+    # The optimizer updates the parameters in pieces, with two fp32 buffers on the device. Each buffer has as many
+    # elements as this rank's optimizer updates, but at most PIECE elements (see dpo_engine/model/memory.py). This small
+    # model does not reach the limit.
     assert host.optimizer == 8 * count
     assert host.host == {"optimizer states": 12 * count, "buffers": 16 * count}
     assert host.formula.startswith(
@@ -179,9 +179,9 @@ def test_activations_of_the_largest_micro_batch(parallel, train, rows, split, in
 
 @pytest.mark.parametrize(("options", "group"), [({}, 2), ({"microbatch_group_size_per_vp_stage": 4}, 4)])
 def test_activations_of_an_interleaved_schedule(options, group, tiny_hf):
-    """Before its first backward pass, the first of 2 stages runs the forward passes of Megatron's warmup and one more.
+    """Before its first backward pass, stage 0 runs Megatron's warmup and then one more forward pass.
 
-    The warmup has 2 (pp - 1) + (vpp - 1) group forward passes, each of one layer.
+    The warmup consists of 2 * (pp - 1) + (vpp - 1) * group forward passes. Here, each forward pass runs one layer.
     """
     arch = read_architecture(tiny_hf("llama"))
     raw = {**SMALLEST, "parallel": {"pp": 2, "vpp": 2}, "train": {**SMALLEST["train"], "global_batch_size": 16}}

@@ -62,8 +62,9 @@ def test_ids_are_those_of_sentencepiece(make, options, tmp_path):
     made = list(conversions(path))
     texts = [*TEXTS, *(["a <|turn|>which<|turn|>xa"] if "user_defined_symbols" in options else [])]
     assert [made[-1].tokenizer.encode(text).ids for text in texts] == [model.encode(text) for text in texts]
-    # If the sentencepiece model doubles a leading space, the engine's tokenizer removes the leading space from the text
-    # before sentencepiece reads the text. made[0] must produce the same ids.
+    # A sentencepiece model that prepends a space and keeps all spaces doubles the leading space of a text. For such a
+    # model, the engine's tokenizer removes the leading space from the text before sentencepiece reads the text. made[0]
+    # must produce the same ids as the engine's tokenizer.
     doubles = model.encode(" a", out_type=str)[1:2] == model.encode("a", out_type=str)
     assert doubles == (options.get("add_dummy_prefix", True) and "remove_extra_whitespaces" in options)
     wanted = [model.encode(text.removeprefix(" ") if doubles else text) for text in texts]

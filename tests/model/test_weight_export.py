@@ -1,4 +1,4 @@
-"""Tests of exports: an export is atomic, copies only intended files, and never replaces files that no export wrote."""
+"""Tests of exports: an export is atomic, copies only intended files, and replaces only files that an export wrote."""
 
 import json
 import os

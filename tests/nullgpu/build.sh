@@ -4,9 +4,10 @@
 #   PYTHON   an interpreter with a CUDA 13 build of torch, and Triton (default: python3)
 #   CC       the C compiler (default: gcc)
 #
-# src/ implements the functions whose results matter. A few functions of the real libraries work without a GPU, and are
-# used. All other functions that torch imports from CUDA's libraries, or that the driver's header declares, become stubs
-# that return 0.
+# The null GPU consists of libraries that replace CUDA's libraries and NCCL, and run no kernels (see docs/gpu.md). src/
+# implements the functions whose results matter. A few functions of the real libraries work without a GPU, and are used.
+# All other functions that torch imports from CUDA's libraries, or that the driver's header declares, become stubs that
+# return 0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 packages=$("${PYTHON:-python3}" -c '

@@ -35,9 +35,10 @@ class Card:
         return Counter({name: self._library.nullgpu_counter(name.encode()) for name in COUNTERS})
 
     def details(self) -> dict[str, Counter[str]]:
-        """Return two counters: ``kernel`` has launches by kernel, and ``collective`` has NCCL calls by kind.
+        """Return a counter of launches for each kernel, and a counter of NCCL calls for each kind of call.
 
-        Calls are of one kind if they have the same operation, size in bytes, and number of ranks.
+        The counters have the keys ``kernel`` and ``collective``. NCCL calls are of one kind if they have the same
+        operation, size in bytes, and number of ranks.
         """
         found: dict[str, Counter[str]] = {"kernel": Counter(), "collective": Counter()}
         with tempfile.TemporaryDirectory() as folder:
@@ -49,7 +50,7 @@ class Card:
         return found
 
     def announce_group(self, rank: int, ranks: int) -> None:
-        """Tell the null GPU about the next NCCL communicator to be split off.
+        """Tell the null GPU about the communicator that the next call of ncclCommSplit creates.
 
         rank    this process's rank in the communicator
         ranks   number of ranks in the communicator

@@ -166,7 +166,7 @@ class OneRank:
 
     def _reference(self) -> Reference:
         if self.config.reference.mode == "stored":
-            # On the null GPU, the reference's scores may not be finite, so they cannot fill a store. Zeros suffice.
+            # On the null GPU, reference scores can be infinite or NaN, so they cannot fill a store. Zeros suffice.
             rows = Rows.empty().with_more(
                 keys(self.pairs.digests), np.zeros((len(self.pairs), len(VALUES)), np.float32)
             )

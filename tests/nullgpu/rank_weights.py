@@ -92,8 +92,8 @@ def main() -> None:
         engine = Engine.open(configuration(folder))
         trained = engine.load_policy(total_steps=10)
         chunks = [chunk.module for chunk in trained.chunks]
-        # Load the weights again, now into DDP's buffers. DDP fills its buffers by copies from device memory to device
-        # memory. The null GPU executes only small copies of this kind, so most weights are missing from the buffers.
+        # DDP filled its buffers by copies from device memory to device memory. The null GPU executes only small copies
+        # of this kind, so most weights are missing from the buffers. Load the weights again, directly into the buffers.
         engine.load_weights(chunks, asked.model, key="model.path")
         names = {parameter: name for chunk in chunks for name, parameter in chunk.named_parameters()}
         files, summed = CheckpointFiles(asked.model), expert_buffers(trained)

@@ -2,8 +2,9 @@
 # Rehearse benchmarks/gpu_day.sh on the null GPU: PYTHON=/path/to/python bash tests/nullgpu/rehearse.sh
 #
 # Every part of the benchmark runs with the same arguments and files as on a real GPU, but the numbers on the device are
-# arbitrary (see rehearsal/). The rehearsal fails if a part fails. Only in the part "trl", TRL's own process may fail:
-# TRL selects tokens by masks on the device, so its shapes depend on the arbitrary numbers.
+# arbitrary (see rehearsal/). The rehearsal fails if a part fails, with one exception: in the part "trl", TRL's own
+# process may fail. TRL selects tokens by masks on the device, so the shapes of its tensors depend on the arbitrary
+# numbers.
 #
 # Triton compiles its kernels for the GPU's generation, and stores them in gpu-day/triton, where gpu_day.sh looks for
 # them. Copy that folder to the machine with the GPU if that machine has the same versions of torch and Triton.

@@ -12,7 +12,7 @@ from runs import GIB, requires_null_gpu, run
 pytestmark = requires_null_gpu
 
 LONG = ("--model", "ministral_8b", "--world", "8", "--pairs", "1", "--lengths", "65536,65536,65536")
-"""A pair whose rows have 131,072 tokens, in a model in which three of four layers have windows of 32,768 tokens."""
+"""A pair whose rows have 131,072 tokens. In ministral_8b, three of every four layers have windows of 32,768 tokens."""
 
 
 def activations(report):

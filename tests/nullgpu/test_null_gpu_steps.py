@@ -113,8 +113,8 @@ def test_launches_per_layer_with_transformer_engine():
 def test_transformer_engine_with_adapters(keys):
     """Test adapters on Transformer Engine's linear layers, which differ from native layers in two ways.
 
-    A layer rejects submodules whose parameters do not have the dtype of the layer's input. A layer can also include the
-    normalization layer that precedes it.
+    A layer of Transformer Engine rejects submodules whose parameters do not have the dtype of the layer's input. Such
+    a layer can also include the normalization layer that precedes it.
     """
     world = ("--world", "2") if "parallel.tp=2" in keys else ()
     last = run("--model", "llama3_8b", "--layers", "2", *world, "model.spec=te", "adapter.rank=16", *keys)["last"]

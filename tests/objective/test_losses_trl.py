@@ -342,6 +342,6 @@ def test_odds_ratio_matches_trls_orpo_trainer(monkeypatch):
     expected, metrics = trainer_of(ORPOTrainer, batch, logits, beta=0.2)
     policy, data = summed(batch, logits)
     got = LOSSES["orpo"](policy, None, data=data, beta=0.2)
-    # Compare only the odds ratio, because TRL's likelihood term includes prompts, but the engine's sums do not.
+    # Compare only the odds-ratio terms, because TRL's likelihood term includes prompts, but the engine's does not.
     ratio = got - LOSSES["sft"](policy, None, nll="response_mean")
     torch.testing.assert_close(ratio.mean(), expected - metrics["nll_loss"], rtol=1e-5, atol=1e-6)

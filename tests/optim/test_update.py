@@ -71,7 +71,7 @@ def two_updates(config):
 
 
 def test_moments_decay_with_their_own_beta(tiny_hf, tmp_path):
-    """Compare two successive updates with the formula. With swapped betas, the second one would not match it."""
+    """Compare two successive updates with the formula. With swapped betas, the second update would not match."""
     optim = {"lr": LR, "betas": list(BETAS), "eps": EPS, "clip_grad": 0.0}
     (values,) = run_ranks(two_updates, 1, config=run_config(tiny_hf("llama"), tmp_path, optim=optim))
     first, second, weight = 0.0, 0.0, values[0]

@@ -21,9 +21,10 @@ WAVE = np.sin(np.arange(COUNT))
 
 
 def judged(name, chosen, rejected, wrong=0, **more):
-    """Return a run whose rewards rank the first `wrong` pairs incorrectly.
+    """Return a run. Its rewards rank the pairs whose index is below `wrong` incorrectly, and the others correctly.
 
-    `chosen` and `rejected` are the mean changes of the responses' log-probabilities, in nats.
+    `chosen` and `rejected` are the mean changes of the responses' log-probabilities, in nats. `chosen` must be greater
+    than `rejected`.
     """
     moved = {"chosen_logps": -5 + chosen + 0.1 * WAVE, "rejected_logps": -5 + rejected - 0.1 * WAVE}
     margins = np.where(np.arange(COUNT) < wrong, -1.0, 0.1 * (chosen - rejected))

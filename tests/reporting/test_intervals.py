@@ -107,7 +107,7 @@ def test_intervals_of_shares_contain_the_exact_ones(hits, count):
 
 @pytest.mark.parametrize(("better", "worse"), [(4, 0), (5, 0), (6, 0), (9, 1), (9, 2), (1, 8), (3, 3), (0, 0)])
 def test_few_pairs_that_differ(better, worse):
-    """The interval of a difference excludes 0 if and only if McNemar's exact test rejects a difference of 0."""
+    """A difference's 95% interval excludes 0 if and only if McNemar's exact test is significant at the 5% level."""
     values = np.zeros(255)
     values[:better], values[better : better + worse] = 1, -1
     p = sign_test(values, np.ones(255), np.arange(255))

@@ -77,7 +77,11 @@ def free(right, tokens, step, count=40, **more):
 
 
 def first(found, earlier=None, per_token=True, start=0):
-    """Return the findings about a reference-free run whose first evaluation, after step ``start``, is ``earlier``."""
+    """Return the findings about a run without a reference.
+
+    found    newest evaluation of the run
+    earlier  first evaluation of the run, made after step ``start``; None: the first evaluation cannot be read
+    """
     measures = Measures(found, lambda step: earlier if step == start else None, start, per_token)
     return {one.title: one for one in findings(run_of(found), measures)}
 
@@ -241,8 +245,8 @@ def test_overfitting():
     assert one(verdict(found, eval__loss=series(0.6, 0.5, 0.4)), "No overfitting so far").kind == "good"
     assert one(verdict(found, eval__loss=series(0.6)), "There are fewer than two evaluations").kind == "note"
     assert one(verdict(found), "There are fewer than two evaluations").kind == "note"
-    # If the losses of the same pairs are known for the best step, the verdict depends on the interval of the paired
-    # difference.
+    # If the best step and the last step were evaluated on the same pairs, and the losses of these pairs are known for
+    # both steps, the verdict depends on the interval of the paired difference.
     loss = found.columns["loss"]
     noisy = evaluation([1.0] * 20, loss=loss - 0.02 - 0.2 * (-1.0) ** np.arange(20))
     assert one(verdict(found, noisy, **rising), "No clear overfitting").kind == "note"

@@ -78,7 +78,7 @@ CASES = {
 
 
 def pairs_of(case: Case):
-    """Return eight pairs and a dummy, or only dummies if the case has ``dummies``.
+    """Return eight pairs and a dummy, which is None. If ``case.dummies`` is true, return only dummies.
 
     The prompts of the eight pairs are drawn from three prompts. One response consists of the token ids at the edges of
     the vocabulary shards of all layouts.

@@ -1,6 +1,7 @@
-"""Tests of jobs for every verb, of jobs that are submitted in unusual ways, and of jobs that meet problems in Slurm.
+"""Tests of jobs that run different verbs, are submitted in unusual ways, or meet problems in Slurm.
 
-An interrupted job is requeued. If Slurm must not requeue the job, the job prints how to continue.
+A verb is a command of the engine, such as `train`. An interrupted job is requeued. If Slurm must not requeue the job,
+the job prints how to continue.
 """
 
 import os
@@ -16,7 +17,7 @@ from support.outcomes import trajectory
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_every_verb_on_two_nodes(submit_from, run_yaml, tmp_path):
+def test_seven_verbs_on_two_nodes(submit_from, run_yaml, tmp_path):
     """Each job waits for the previous job. A verb that needs ranks has one rank on each of the two nodes."""
     run = run_yaml("run", parallel={"tp": 2}, reference={"mode": "stored"}, train={"max_steps": 2})
     submission = submit_from()

@@ -3,9 +3,9 @@
 If a job is interrupted and requeued, its metrics are those of an undisturbed run. A job that fails or is canceled is
 not requeued.
 
-Most tests set `DPO_FAULT=step:R:N:stop`, which suspends the process of rank R after the N-th step. Such a test acts at
-this known moment, and then continues or ends the process. The expected metrics come from forked ranks, which run
-without Slurm.
+Most tests set `DPO_FAULT=step:R:N:stop`, which suspends the process of rank R after the N-th step. At this known
+moment, the job is warned, preempted or canceled, or a node is lost. The suspended process then receives SIGCONT and
+continues, or is killed with its node. The expected metrics come from forked ranks, which run without Slurm.
 """
 
 import re

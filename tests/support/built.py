@@ -44,5 +44,5 @@ class Builder:
 
 
 def ids(pair):
-    """Return prompt, chosen and rejected of a pair as lists of ids."""
+    """Return three lists: the token ids of a pair's prompt, of its chosen response, and of its rejected response."""
     return [part.tolist() for part in pair[:3]]

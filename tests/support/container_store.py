@@ -29,7 +29,10 @@ tmp_dir = "{folder}/tmp"
 
 
 class ContainerStore:
-    """Images and containers in one folder, which `close` removes. The folder's path is short, as sockets require."""
+    """Images and containers in one folder, which `close` removes.
+
+    The folder's path is short, because the length of a Unix socket's path is limited.
+    """
 
     def __init__(self):
         if not (sys.platform == "linux" and os.geteuid() == 0):

@@ -18,8 +18,11 @@ FACTS = {
 def evaluation(margins, *, ids=None, facts=None, **columns):
     """Build an evaluation with one pair for each margin.
 
-    By default, each pair has weight 1, its own prompt of 4 tokens, and responses of 8 tokens. ``columns`` replace these
-    values.
+    By default, each pair has weight 1, its own prompt of 4 tokens, and responses of 8 tokens.
+
+    ids       ids of the pairs; None: the pairs are numbered
+    facts     facts that are added to ``FACTS``, or that replace facts of the same name
+    columns   for each named column, the values that replace the default values
     """
     margin = np.asarray(margins, dtype=float)
     count = len(margin)

@@ -1,4 +1,7 @@
-"""Hostile files. Each case puts a hostile file into a valid run's folder, and states the expected result of `check`."""
+"""Hostile files and overrides.
+
+Each case adds a hostile file or a hostile override to a valid run, and states the expected result of `check`.
+"""
 
 import gzip
 import io
@@ -24,9 +27,10 @@ HUGE = "1" + "0" * 5000
 
 
 class Case(NamedTuple):
-    """A hostile file.
+    """A hostile file or override.
 
-    plant   function that puts the file into the folder; it can return overrides for the command line
+    plant   function that gets the run's folder, and can put files into the folder. If the function returns a list,
+            `check` gets the list as overrides
     code    expected exit code of `check`
     says    text that the line on stderr must contain or, if the code is 0, that stdout must contain
     """

@@ -31,7 +31,9 @@ STAND_INS = {
     "sinfo": 'printf "n1 mix\\nn2 ${STATE_OF_N2-alloc}\\n"\n',
     "scancel": 'touch "$CALLS.warned"\n',
     "sleep": "exec /bin/sleep 0.02\n",
-    # This fake trainer exits with $CODE, either immediately or after it has received Slurm's warning signal.
+    # This fake trainer exits with $CODE. If $WAIT is set, the trainer first waits for Slurm's warning: the signal USR1,
+    # or a call of the fake scancel. If $RANKS_SAY is set, its words become the lines of the file $DPO_EXIT_CODES, in
+    # which ranks record their exit codes.
     "trainer": 'trap \'touch "$CALLS.warned"\' USR1\ntouch "$CALLS.started"\nenv -0 >"$CALLS.environment"\n'
     "while [[ -n ${WAIT:-} && ! -e $CALLS.warned ]]; do /bin/sleep 0.05; done\n"
     'if [[ -n ${RANKS_SAY:-} ]]; then printf "%s\\n" $RANKS_SAY >"$DPO_EXIT_CODES"; fi\nexit "${CODE:-0}"\n',

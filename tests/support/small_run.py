@@ -9,7 +9,8 @@ import yaml
 def write_run(folder: Path, name: str, files: dict, tiny_hf, sections: dict) -> Path:
     """Write the YAML file of a run. By default, the run takes 2 epochs with 4 pairs per step, and saves every 4 steps.
 
-    The keys in ``sections`` are added to the sections of the file, and replace equal keys.
+    ``sections`` maps names of sections to values. If a value is a dictionary, its entries are added to the section, and
+    replace entries with the same key. Any other value replaces the whole section.
     """
     raw = {
         "model": {"path": str(tiny_hf("llama", num_hidden_layers=2)), "tokenizer": files["tokenizer"]},

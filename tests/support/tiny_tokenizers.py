@@ -24,7 +24,7 @@ TURNS = (
 def byte_level(
     directory: Path, *, bos: bool = False, lowercase: bool = False, template: str | None = CHATML, eos: bool = True
 ) -> Path:
-    """Save a byte-level BPE tokenizer of 400 tokens. With `bos`, it puts a BOS token before every text."""
+    """Save a byte-level BPE tokenizer of at most 400 tokens. With `bos`, it puts a BOS token before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

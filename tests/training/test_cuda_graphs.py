@@ -1,6 +1,6 @@
 """Tests of ``model.cuda_graphs`` on a CPU, where torch's operations are recorded instead of a GPU's kernels.
 
-``tests/nullgpu/test_null_gpu_graphs.py`` records the kernels of a GPU that computes nothing.
+``tests/nullgpu/test_null_gpu_graphs.py`` records the kernels of an emulated GPU that computes nothing.
 """
 
 import numpy as np
@@ -253,8 +253,8 @@ def one_slot():
 def use_without_a_replay():
     """Skip the first replay of the forward pass of each piece.
 
-    A piece is a recorded part of a layer's work. Without the replay, its results are invalid, because a GPU computes
-    nothing while it records.
+    A piece is a recorded part of a layer's work. Without the replay, the results of the piece are invalid, because a
+    GPU computes nothing while its kernels are recorded.
     """
     from dpo_engine.model.recording import Piece
 

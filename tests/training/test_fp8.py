@@ -157,7 +157,7 @@ def test_what_can_be_set(options, mode):
     assert without_fp8(accepted).megatron == MegatronConfig()
 
 
-def test_a_checkpoint_of_other_precision_is_not_resumed(tiny_hf):
+def test_a_checkpoint_of_another_precision_is_not_resumed(tiny_hf):
     arch = read_architecture(tiny_hf("llama"))
     rest = {"reference": None, "train_data": {}, "tokenizer": "t", "total_steps": 3}
     plain, fp8 = (
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_other_precision_is_not_resumed(tiny_hf):
         compare(plain, fp8, where="here")
 
 
-def test_scores_of_other_precision_are_stored_apart(tmp_path):
+def test_scores_of_another_precision_are_stored_apart(tmp_path):
     def folder(options):
         config = config_of(options, reference={"mode": "stored", "store": str(tmp_path)})
         return open_store(

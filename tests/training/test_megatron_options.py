@@ -334,10 +334,11 @@ INSTANCES = {"num_distributed_optimizer_instances": 2}
 
 @pytest.mark.slow
 def test_a_run_with_instances_resumes_bitwise_and_matches_another_layout(files, tiny_hf, tmp_path):
-    """Resume a run with two optimizer instances in the same layout, and compare it with two other runs.
+    """Resume a run that has two instances of the distributed optimizer, and compare it with two other runs.
 
-    The metrics of the resumed run must be bitwise equal to those of an uninterrupted run with two instances. A run with
-    one instance must give the same metrics up to rounding, also after it is resumed on fewer ranks.
+    The resumed run keeps its layout. Its metrics must be bitwise equal to those of an uninterrupted run with two
+    instances. A run with one instance must give the same metrics up to rounding, both before and after it is resumed on
+    fewer ranks.
     """
     model = tiny_hf("qwen3_moe", head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
 

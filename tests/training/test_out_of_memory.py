@@ -130,7 +130,11 @@ def named(arch, world, dtype="bf16", **sections):
 
 
 def test_changes_are_named_in_the_order_of_their_cost(arch, monkeypatch):
-    """`PIECE` is so small here that the buffers of an update are smaller than the gradients, as in a large model."""
+    """`PIECE` is the largest number of elements that an optimizer converts at a time.
+
+    The test sets `PIECE` to a small number. The buffers for these elements are then smaller than the gradients, as in a
+    large model.
+    """
     monkeypatch.setattr("dpo_engine.model.memory.PIECE", 1000)
     assert named(arch, 2) == [
         "reference.mode=stored",

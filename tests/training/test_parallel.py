@@ -86,7 +86,10 @@ REPEATED = (
 `test_layout_matches_one_rank` tests these layouts only in the slow suite.
 """
 IN_FP64 = ("tp2 cp2", "cp2 dp2", "tp2 without sequence parallelism")
-"""Layouts that test_fp64_layouts.py tests in fp64 in the default suite."""
+"""Layouts that test_fp64_layouts.py tests in fp64 in the default suite.
+
+Therefore, `test_layout_matches_one_rank` tests these layouts only in the slow suite.
+"""
 SOME = [
     pytest.param(name, marks=pytest.mark.slow if name in REPEATED + IN_FP64 else ())
     for name in LAYOUTS

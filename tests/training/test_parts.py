@@ -107,8 +107,12 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "tp2 pp2" else pytest.mark.slow) for name in LAYOUTS]
 )
-def test_zeros_are_those_of_tokens_that_do_not_occur(name, tied, tiny_hf, tmp_path):
-    """In a dense, untied model, gradients are exactly 0 only in embedding rows of tokens that are not in the input."""
+def test_zeros_are_those_of_tokens_that_no_prediction_uses(name, tied, tiny_hf, tmp_path):
+    """In a dense, untied model, gradients are exactly 0 only in embedding rows of tokens that no prediction uses.
+
+    No prediction uses the last token of a sequence. This token is always EOS, which occurs nowhere else, so the
+    embedding row of EOS has zero gradients.
+    """
     ranks, parallel = LAYOUTS[name]
     model = tiny_hf("llama", tie_word_embeddings=tied)
     config = run_config(model, tmp_path, parallel=parallel, logging={"num_zeros": True})

@@ -1,7 +1,8 @@
 """Tests of the checks for differences between ranks.
 
-Facts are compared through the rendezvous store or by a collective. Weights are compared by a collective. If settings,
-data or weights differ between ranks, all ranks must raise an error that names the difference.
+Facts are named values, such as settings and versions, that must be equal on all ranks. They are compared through the
+rendezvous store or by a collective. Weights are compared by a collective. If settings, data or weights differ between
+ranks, all ranks must raise an error that names the difference.
 """
 
 import threading
@@ -148,7 +149,8 @@ class TestFingerprint:
 def guarded(config, *, harm=None, facts=None, times=0):
     """Build the policy, apply ``harm`` and ``facts`` if they are given, and compare the ranks.
 
-    Then repeat the comparison. Return the error, or a list with the duration of each repetition in seconds.
+    Then repeat the comparison ``times`` times. If a comparison raises an error, return the name of the error's class
+    and the error's lines. Otherwise return a list with the duration of each repetition in seconds.
 
     harm   (rank, local parameter name): one bit of this parameter is flipped on this rank
     facts  for each rank, facts to add to the engine's facts; they replace facts of the same names

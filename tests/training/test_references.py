@@ -144,8 +144,9 @@ def test_all_modes_train_identically(mode, weights, layout, files, policy, other
     assert outcome["result"]["step"] == 6 and outcome["models"] == 1, "only one model may be built"
     assert_same(tmp_path / "out", resident[weights])
     if mode == "offloaded":
-        # Six steps are scored two at a time. Each of these three scorings needs two exchanges of weights, and so
-        # does the evaluation. If the reference has other weights, loading them needs one more exchange.
+        # The run has six steps, and the reference scores the pairs of two steps at a time. Each of these three
+        # scorings needs two exchanges of weights, and so does the evaluation. If the reference's weights differ from
+        # the policy's initial weights, loading the reference's weights needs one more exchange.
         assert outcome["exchanges"] == 2 * (3 + 1) + (weights == "other")
     if mode == "stored":
         assert outcome["scored"] == 22 + 7, "each training and held-out pair must be scored once, not once per epoch"

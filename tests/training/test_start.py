@@ -1,7 +1,7 @@
 """Tests of the start of a run.
 
 A run must resume if it is started again with its own config.yaml, or if an older version of the engine saved the
-checkpoint. The choice of micro-batches must be in the log and in checkpoints.
+checkpoint. If the engine chooses the size of micro-batches, the log and the checkpoints must contain this size.
 """
 
 import yaml

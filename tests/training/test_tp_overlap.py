@@ -1,5 +1,8 @@
 """Tests of ``tp_comm_overlap`` on a CPU: wrong settings are refused, and rows of a fixed size do not change results.
 
+With ``tp_comm_overlap``, the row of tokens of every micro-batch is padded to one size, that of the communication
+buffers.
+
 ``tests/nullgpu/test_null_gpu_overlap.py`` runs Transformer Engine's layers on an emulated GPU that computes nothing.
 """
 

@@ -130,9 +130,10 @@ STEPS = {
     "tree, stored": ("tree", 1, {}, "stored", "sigmoid"),
     "tree tp2": ("tree", 2, {"tp": 2}, "resident", "sigmoid"),
     "tree pp2, no reference": ("tree", 2, {"pp": 2}, "none", "simpo"),
-    # With two stages, the output of the frozen embedding also gets a gradient, so the backward pass computes the input
-    # gradient of every product. The adapted projections are not fused. A fused linear would put the matrices B of its
-    # adapters into one block matrix with zeros, and torch would count the products with these zeros.
+    # The embedding is frozen. With two stages, its output gets a gradient nevertheless, because the backward pass of
+    # the first stage needs this gradient. The backward pass therefore computes the input gradient of every product. The
+    # test adapts only projections that are not fused: a fused linear would put the matrices B of its adapters into one
+    # block matrix with zeros, and torch would count the products with these zeros.
     "stacked pp2, adapter": ("stacked", 2, {"pp": 2}, "shared", "sigmoid"),
 }
 
@@ -193,8 +194,10 @@ def test_mfu_counts_what_a_whole_step_executes(name, tiny_hf, tmp_path):
     the work of 2.5 forward passes.
 
     For trees, attention has a mask, and torch counts every (query, key) pair of a row. The test therefore takes the
-    operations of attention from a formula, and only those of all other products from torch's count. The engine does not
-    count the small matrix products that compute metrics. For this tiny model, they are 0.25 % of the operations.
+    operations of attention from a formula. It takes the operations of all other products from torch's count.
+
+    The engine does not count the small matrix products that compute metrics. For this tiny model, they are 0.25 % of
+    the operations.
     """
     layout, ranks, parallel, mode, loss = STEPS[name]
     reference = {"mode": mode, **({"store": str(tmp_path / "store")} if mode == "stored" else {})}

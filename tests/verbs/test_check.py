@@ -48,7 +48,7 @@ def raw(checkpoint, tmp_path):
 
 
 def problems(raw: dict, world_size: int | None = None, **changes) -> list[str]:
-    """Change sections (`section=value`) and keys (`section__key=value`) of the run. Return the problems of this run."""
+    """Change sections (`section=value`) and keys (`section__key=value`) of a run. Return the changed run's problems."""
     return check(changed(raw, **changes), world_size)
 
 

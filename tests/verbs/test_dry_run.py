@@ -62,7 +62,7 @@ def test_a_run_that_may_resume(saved_run):
 
 
 def test_a_run_with_adapters_may_resume(files, tiny_hf, tmp_path):
-    """`train` writes an adapter, from which the next run starts."""
+    """The first run exports an adapter. The second run, in another directory, starts from this adapter."""
 
     def make(folder, **adapter):
         sections = {"adapter": adapter, "train": {"max_steps": 1}, "checkpoint": {"save_interval": 1}}

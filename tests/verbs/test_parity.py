@@ -61,7 +61,7 @@ def parity(config, folder, *overrides, ranks=None):
 
 @pytest.mark.slow
 def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
-    # `parity` compares this run with a run in one process, whose optimizer states are on the device.
+    # `parity` compares this run with a run in one process. That run has its optimizer states on the device.
     more = {"parallel": {"tp": 2}, "batch": {"layout": "tree"}, "optim": {"states": "host"}}
     done = parity(config_of(files, tiny_hf("llama"), tmp_path, **more), tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -302,7 +302,7 @@ def in_forks():
 
 
 def verdicts(done):
-    """Return the verdicts that the command printed. The keys are the kinds of numbers, such as ``LOSS``."""
+    """Return a dictionary of the verdicts that the command printed, by kind of number, such as ``LOSS``."""
     lines = done.output[0].splitlines()[2:]
     return {
         line[:28].strip(): line[line.index(found) :] for line in lines for found in ("equal", "DIFF") if found in line
@@ -367,7 +367,7 @@ short_run.open_reference = planted
     ],
 )
 def test_reference_that_reads_the_policy_is_found(mode, reference, plant, files, tiny_hf, tmp_path):
-    """Both compared runs have the bug. Only the numbers from before the policy's weights were changed can reveal it."""
+    """Both compared runs have the bug. Only numbers that were computed before the policy's weights changed show it."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "planted_reference.py").write_text(REFERENCES.format(reference=reference, plant=plant))

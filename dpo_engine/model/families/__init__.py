@@ -7,7 +7,8 @@ A family is a class that is registered under its ``model_type`` and has two memb
 
 If the engine trains only a part of each model of the family, the class has a third member:
 
-``carried``                prefixes of the names of tensors that are exported with the checkpoint's values
+``carried``                prefixes of the names of tensors that are not loaded, but are copied from the checkpoint to
+                           exports
 
 The class of a mixture-of-experts family can have two more members:
 

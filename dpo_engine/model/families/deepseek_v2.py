@@ -10,7 +10,7 @@ from dpo_engine.model.families.mixtures import checked, deepseek_experts, fused_
 
 @FAMILIES.register("deepseek_v2")
 class DeepseekV2:
-    """Latent attention; the experts with the highest scores are chosen, from all groups or from the best ones."""
+    """Latent attention; the chosen experts have the highest scores of all experts, or of the best groups of experts."""
 
     rules = RULES
     fused = fused_experts()

@@ -10,7 +10,8 @@ from dpo_engine.model.families.blocks import AFTER_NORMS, ATTENTION, MLP, QK_NOR
 class Exaone4:
     """Norms after attention and MLP, and norms of each head's queries and keys.
 
-    If some layers have a sliding window, only these have rotary positions.
+    If the field ``sliding_window`` is null, all layers have rotary positions. Otherwise, only the layers with a sliding
+    window have rotary positions.
     """
 
     rules = ROOT + AFTER_NORMS + ATTENTION + QK_NORM + MLP

@@ -8,11 +8,11 @@ LAYER = "gpt_neox.layers.{l}."
 
 @FAMILIES.register("gpt_neox")
 class GptNeoX:
-    """Layer norms, an MLP with biases and without a gate, and by default a quarter of each head rotated.
+    """Layer norms, an MLP with biases and without a gate, and rotary positions for a part of each head.
 
-    By default, attention also has biases. Attention and the MLP run in parallel, or the MLP follows attention. If they
-    run in parallel, both read the same hidden states, each through its own norm. The rows for queries, keys and values
-    are stored head by head, as in Megatron.
+    By default, a quarter of each head is rotated, and attention also has biases. Attention and the MLP run in parallel,
+    or the MLP follows attention. If they run in parallel, both read the same hidden states, each through its own norm.
+    The rows for queries, keys and values are stored head by head, as in Megatron.
     """
 
     rules = (

@@ -17,9 +17,9 @@ class Phi3:
     def architecture(config: HFConfig) -> Architecture:
         """Read a Phi-3 ``config.json``.
 
-        ``su`` and ``yarn`` are older names of the scaling ``longrope``. With this scaling, one row longer than the
-        original length would change the frequencies of all rows of its batch. ``max_positions`` is therefore at most
-        the original length.
+        ``su`` and ``yarn`` are older names of the scaling ``longrope``. With this scaling, a single row that is longer
+        than the original length would change the frequencies of all rows of its batch. ``max_positions`` is therefore
+        at most the original length.
         """
         config.values[LENGTH] = config.get(LENGTH, 4096)
         scaling = config.get("rope_scaling") or config.get("rope_parameters")

@@ -9,7 +9,7 @@ from dpo_engine.model.families.blocks import DENSE, dense, sliding
 def qwen_window(config: HFConfig) -> dict[str, Any]:
     """Read the sliding window and its layers. Without a window, return no fields.
 
-    Without ``layer_types``, the layers from ``max_window_layers`` on have the window.
+    If ``layer_types`` is absent, all layers except the first ``max_window_layers`` layers have the window.
     """
     if not config.flag("use_sliding_window", False) or config.values.get("sliding_window", 0) is None:
         return {}

@@ -54,8 +54,8 @@ def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) 
     top level are for the layers without a window.
 
     theta    base for the layers without a window if ``config.json`` omits ``rope_theta``
-    sliding  for older files: the name of the field with the base for the layers with a window, and the base if the
-             field is absent. If the family has no such field, the name is None
+    sliding  for the layers with a window in older files: the name of the field that contains their base, and the
+             default of this field. If the family has no such field, the name is None, and the default is the base
 
     Returns the rotary fields of ``Architecture``. Those for layers with a window are omitted if they equal the others.
     """

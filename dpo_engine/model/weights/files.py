@@ -214,7 +214,7 @@ class CheckpointFiles:
 
 
 def carried(arch: Architecture) -> tuple[str, ...]:
-    """Return the name prefixes of the tensors that the engine does not load, but copies to exports."""
+    """Return the name prefixes of tensors in model parts that the engine does not train, but copies to exports."""
     return getattr(FAMILIES[arch.model_type], "carried", ())
 
 

@@ -32,8 +32,8 @@ def completed_tensors(placed: Placed, arch: Architecture) -> list[HFTensor]:
 def gather_experts(placed: Placed, arch: Architecture) -> Iterator[tuple[Placed, list[Tensor]]]:
     """Gather and yield the parameter of one expert from each expert-parallel rank.
 
-    On every rank, ``placed`` belongs to the expert with the same index among the rank's own experts. Only the first of
-    all ranks that own experts of the layer yields parameters. It yields each parameter with all shards of the
+    On every rank, ``placed`` belongs to the expert with the same index among the rank's own experts. Of all ranks that
+    own experts of the layer, only the first rank yields parameters. It yields each parameter with all shards of the
     parameter.
 
     *Collectives*: a gather over ep and, on the first rank of each ep group, a gather over expt_tp.

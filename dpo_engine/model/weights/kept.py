@@ -1,7 +1,8 @@
 """Tensors of layers for multi-token prediction. In some checkpoints, these layers follow the model's own layers.
 
-The checkpoints of DeepSeek-V3 and GLM-4.5 contain such layers, for speculative decoding. Neither transformers nor the
-engine loads them, because training does not use them. The engine exports them unchanged.
+The checkpoints of DeepSeek-V3 and GLM-4.5 contain such layers, for speculative decoding. Transformers does not load
+these layers. The engine does not load them either, because training does not use them. The engine exports these layers
+unchanged.
 """
 
 from dpo_engine.model.architecture import Architecture

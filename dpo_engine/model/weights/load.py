@@ -24,7 +24,7 @@ class Files(Protocol):
     file_of: Mapping[str, str]
 
     def slices(self, names: Sequence[str]) -> Sequence[Any]:
-        """Return objects whose slices are the tensors' slices."""
+        """Return an object for each tensor in ``names``. Indexing it like a tensor returns the selected part."""
         ...
 
 

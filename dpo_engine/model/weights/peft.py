@@ -69,8 +69,9 @@ REASONS = {
 def read_adaptation(directory: str | Path, arch: Architecture) -> Adaptation:
     """Read the settings of the PEFT adapter in ``directory``, which can also be a Hub id.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` with all problems: files that cannot be read, features that the
-    engine's adapters do not have, and targets that cannot be adapted.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the file cannot be read; if fields are invalid, or need features
+    that the engine's adapters do not have; or if the settings do not fit the model, such as targets that cannot be
+    adapted. The error lists only the problems of the first of these three cases that applies.
     """
     where = f"{KEY}={directory}"
     try:
@@ -176,8 +177,9 @@ def _is_name(value: Any) -> bool:
 def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str:
     """Return the text of the ``adapter_config.json`` for adapters of the checkpoint ``base``.
 
-    If several patterns match a name, the first one applies. PEFT sorts the patterns when it saves the adapter again, so
-    another pattern could become the first match. Patterns are therefore written as whole names.
+    If several patterns of ``rank_pattern`` or ``alpha_pattern`` match a name, the first one applies. PEFT sorts the
+    patterns when it saves the adapter again, so another pattern could become the first match. Whole names are therefore
+    written instead of patterns.
     """
     adapted = adapter_shapes(adaptation, arch)
     # An expression can also match modules that are not projections. PEFT would add adapters to these modules, so the

@@ -77,9 +77,9 @@ def save_hf(
 
     The export works in rounds. In a round, one rank of each pipeline stage gathers the stage's parameters over tp, one
     by one, until it has a complete file, and writes this file. Experts are gathered over expt_tp and written in the
-    same way. If data-parallel ranks hold copies of an expert, one of the ranks that hold the shards of the first copy
-    gathers and writes the expert. If the export has tensors with all experts of a layer, the first rank of ep gathers
-    and writes all experts. In each round, all ranks wait, without a time limit, until the files are written. An
+    same way. If data-parallel ranks hold copies of an expert, only the first copy is written. One of the ranks that
+    share this copy gathers its shards. If the export has tensors with all experts of a layer, the first rank of ep
+    gathers and writes all experts. In each round, all ranks wait, without a time limit, until the files are written. An
     existing directory is replaced only if it is empty or contains only an earlier export.
 
     *Collectives*: one gather over tp for each sharded parameter outside of experts, only on the first ranks of dp_cp.
@@ -119,7 +119,7 @@ def save_hf(
         if names := kept_tensors(files, arch):
             writer = ShardWriter(export.staging, "stage-kept", max_shard_bytes)
             shares.append(export.attempt(lambda: copy_kept(files, names, writer)))
-            say(f"export: copied {len(names)} tensors of layers for multi-token prediction unchanged from {source}")
+            say(f"copied {len(names)} tensors of layers for multi-token prediction unchanged from {source}")
         return names
 
     try:
@@ -158,9 +158,10 @@ def _plan(
 ) -> tuple[dict[str, torch.dtype], list[list[Placed]]]:
     """Return the dtype of each tensor that this rank exports, and the parameters that it gathers, in rounds.
 
-    The parameters of a round fill one file, if one rank writes all of them. Corresponding parameters of all ranks of a
-    stage are in the same round, because the sizes that determine the rounds are the same on these ranks. A rank that
-    holds no first copy of a parameter has no rounds. The total of ``meter`` grows by the size of what this rank writes.
+    If one rank writes all parameters of a stage, the parameters of a round fill one file. If several ranks write them,
+    a rank can need several rounds to fill a file. Corresponding parameters of all ranks of a stage are in the same
+    round, because the sizes that determine the rounds are the same on these ranks. A rank has no rounds if other ranks
+    hold the first copies of all its parameters. The total of ``meter`` grows by the size of what this rank writes.
     """
     if groups.dp_cp.rank() != 0 and groups.expt_dp.rank() != 0:
         return {}, []
@@ -195,9 +196,10 @@ def _collect(
     change: Change | None,
     joined: Joined,
 ) -> Exception | None:
-    """Gather each parameter on the first of the ranks that hold its shards.
+    """Gather each parameter on one rank, which adds the parameter's tensors to its ``shards``.
 
-    The first of these ranks adds the parameter's tensors to its ``shards``. Files are not written here.
+    This rank is the first of the ranks that hold the parameter's shards. Experts that are exported together are
+    gathered on the first of all ranks that own these experts. Files are not written here.
 
     joined  incomplete tensors: each will contain all experts of a layer, but some of these experts are not gathered yet
 

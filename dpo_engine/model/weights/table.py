@@ -8,10 +8,10 @@ and for saving tend to become inconsistent, and a mistake in one of them silentl
 Solution. Each model family has one declarative table of rules (:class:`~dpo_engine.model.families.rule.Rule`). A rule
 describes a parameter, the checkpoint tensors that the parameter consists of, and how the rows of these tensors
 interleave. :func:`pieces` turns a rule and a tensor-parallel rank into row ranges. The full parameter is a sequence of
-blocks of rows. In layout ``plain``, each tensor is a block. In ``qkv``, the blocks are the q, k and v rows of key/value
-head 0, then the rows of head 1, and so on. In ``glu``, the blocks are the gate and up rows of rank 0, then the rows of
-rank 1, and so on. A rank's shard is a contiguous range of this sequence. The pieces of the shard are the intersections
-of this range with the blocks.
+blocks of rows. In the layouts ``plain`` and ``vocab``, each tensor is a block. In ``qkv``, the blocks are the q, k and
+v rows of key/value head 0, then the rows of head 1, and so on. In ``glu``, the blocks are the gate and up rows of rank
+0, then the rows of rank 1, and so on. A rank's shard is a contiguous range of this sequence. The pieces of the shard
+are the intersections of this range with the blocks.
 
 Why this way. Loading copies the pieces from tensors to shards, and saving copies the same pieces back, so saving is
 always the inverse of loading. Every rank reads only its own slices, in any layout, without an intermediate format. The
@@ -207,7 +207,8 @@ def table_names(arch: Architecture) -> set[str]:
 def reports(groups: ParallelGroups) -> bool:
     """Whether this rank reports the names of the tensors that it loaded.
 
-    In each stage, one rank reports the tensors outside of experts. If data-parallel ranks hold copies of an expert, one
-    of the ranks that hold the shards of the first copy reports the expert's tensors.
+    In each stage, one rank reports the tensors outside of experts. An expert's tensors are reported by one of the ranks
+    that hold the expert's shards. If data-parallel ranks hold copies of the expert, this rank holds a shard of the
+    first copy.
     """
     return any(groups.shards(expert).rank() == 0 and groups.copies(expert).rank() == 0 for expert in (False, True))

@@ -91,9 +91,10 @@ def _more_rows(later: dict[str, np.ndarray], first: dict[str, np.ndarray], same_
 
 
 def _moved(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return, for each pair, how both log-probabilities changed from the reference to the policy, and the distance.
+    """Return, for each pair, the log-probability changes of both responses, and the distance.
 
-    The distance is the sum of both absolute changes, divided by the number of tokens of both responses.
+    A change is the log-probability under the policy minus that under the reference. The distance is the sum of both
+    absolute changes, divided by the number of tokens of both responses.
     """
     chosen, rejected = (columns[f"{side}_logps"] - columns[f"ref_{side}_logps"] for side in ("chosen", "rejected"))
     tokens = columns["chosen_tokens"] + columns["rejected_tokens"]
@@ -102,7 +103,11 @@ def _moved(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _summary(rows: dict[str, Row], later: str, first: str, *, same_reference: bool) -> str:
-    """Return one sentence about the difference in accuracy, and about notable displacement, distance and held-out loss.
+    """Return one sentence that compares the runs.
+
+    The sentence always gives the difference in accuracy. It mentions the log-probability of chosen responses, and the
+    held-out loss, only if the interval of the difference between the runs excludes 0. It mentions the distance from the
+    reference only if the distance of the run ``later`` exceeds `DRIFT`.
 
     same_reference   whether the reward accuracies of both runs have the same meaning; if not, the sentence is about the
                      likelihood accuracies

@@ -12,8 +12,10 @@ from dpo_engine.reporting.page.run_files import RunFiles
 from dpo_engine.wording import join
 
 RISE = 0.02
-"""If the held-out loss exceeds an earlier loss by more than this fraction, the loss has risen. A difference that has an
-interval is judged by the interval instead."""
+"""If the held-out loss exceeds an earlier loss by more than this fraction, the loss has risen.
+
+`overfitting` uses this fraction only if the paired difference of the losses, with its 95% interval, is unknown.
+Otherwise, the loss has risen if the interval is above 0."""
 
 
 def bad_numbers(run: RunFiles, m: Measures | None) -> Iterator[Finding]:
@@ -70,8 +72,8 @@ def overfitting(run: RunFiles, m: Measures) -> Iterator[Finding]:
         evidence = f"{held.values[0]:.4f} at the first evaluation, {last:.4f} now."
         yield Finding(good(m), title, evidence, "", "loss")
         return
-    # If the pairs of the newest evaluation cannot be read, `m` describes an older evaluation. The pairs of that
-    # evaluation do not have the newest losses.
+    # If the pairs of the newest evaluation cannot be read, `m` describes an older evaluation, whose losses
+    # are not the newest ones. In this case, the fraction `RISE` decides.
     rise = m.loss_rise(step) if m.step == held.steps[-1] else None
     clear = rise.low > 0 if rise else last > low * (1 + RISE)
     evidence = f"Held-out loss {low:.4f} after step {step:,}, {last:.4f} after step {held.steps[-1]:,}"

@@ -100,7 +100,8 @@
     const values = chart.traces.flatMap((t) => t[name]).filter((value) => value !== null);
     return [values.reduce((a, b) => Math.min(a, b), 0), values.reduce((a, b) => Math.max(a, b), 0)];
   };
-  // With many runs, the page explains their colors once per section instead of in each chart.
+  // With more than two runs, each section explains their colors once, and charts with more than four named curves have
+  // no legend.
   const crowded = (chart) => data.runs.length > 2 && chart.traces.filter((t) => !t.unnamed).length > 4;
   const drawing = (chart) => {
     const axis = (title, more) => ({

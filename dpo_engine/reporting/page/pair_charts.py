@@ -44,8 +44,8 @@ def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> C
         series.insert(0, ("reference", "quiet", known[0][2].reference_margin))
     everything = np.concatenate([values for *_, values in series])
     low, high = np.quantile(everything, [0.002, 0.998])
-    # Each end of the axis is at most this far beyond its quantile, unless the axis must be longer to include 0. With a
-    # longer axis, a few extreme values could put most pairs into few bars.
+    # Each end of the axis is at most `near` beyond its quantile, unless the axis must extend further to include 0.
+    # Without this limit, a few extreme values could stretch the axis so far that most pairs fall into few bars.
     near = 0.25 * (high - low)
     low = max(low - near, everything.min())
     high = min(high + near, everything.max())

@@ -21,7 +21,7 @@ Tokens that share a text (see :func:`tokens`) count as one token."""
 LONGEST_PROMPT = 2000
 LONGEST_CUT = 500
 LONGEST_TOKEN = 300
-"""Maximum lengths of a prompt, of a cut text and of a token on the page, in characters."""
+"""Maximum lengths on the page, in characters: of a prompt, of text cut from the start of a prompt, and of a token."""
 OLD_KINDS = {"most wrong": LOWEST, "flipped to wrong": TO_WRONG, "flipped to right": TO_RIGHT}
 """Names of kinds in files that earlier versions wrote, mapped to the current names."""
 NUMBERS = ("margin", "chosen_rewards", "rejected_rewards", "chosen_tokens", "rejected_tokens")

@@ -15,9 +15,9 @@ UNLISTED = "(in the code of the loss or plugin)"
 class Setting(NamedTuple):
     """A configuration key of a run, with its value and its default (or why no default is shown).
 
-    changed whether the value differs from the default
-    shown   whether the list of changed settings contains the key. This list contains the keys whose values differ from
-            the default, and the keys whose default is unknown (such as the options of a loss)
+    changed whether the value differs from the default; also True for a required key, which has no default
+    shown   whether the list of changed settings contains the key. This list contains the keys for which ``changed`` is
+            True, and the keys whose default is unknown (such as the options of a loss)
     """
 
     path: str

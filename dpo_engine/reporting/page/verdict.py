@@ -18,10 +18,11 @@ SMALLEST_GROUP = 10
 It is also the smallest number of logged steps for the finding that compares the accuracies of training and held-out
 pairs. The finding about the gradient norm needs twice as many logged steps."""
 GAP = 0.1
-"""Smallest difference of accuracies for two findings.
+"""Two findings need a difference of accuracies above this value.
 
-One finding is that the model fits training pairs better than held-out pairs. The other finding is that length explains
-part of the accuracy; it compares pairs for which the length rule is right with pairs for which the rule is wrong."""
+The first finding is that the model fits training pairs better than held-out pairs. The second finding is that length
+explains part of the accuracy. It needs a higher accuracy on pairs for which the length rule (such as "the longer
+response is better") is right than on pairs for which the rule is wrong."""
 OVERCONFIDENT = 0.05
 """Smallest reported difference between mean confidence and accuracy."""
 SPIKE = 10.0

@@ -10,7 +10,7 @@
 // which the event was recorded. Numbers of earlier captures have no meaning.
 static unsigned long long captures;  // number of the last capture, or 0
 static unsigned long long active;    // number of the active capture, or 0
-static size_t captured;              // count of the operations in the active capture
+static size_t captured;              // number of kernel launches in the active capture
 
 unsigned long long capture_of(const void *stream) {
   unsigned long long id = stream > (void *)2 ? *(const unsigned long long *)stream : 0;

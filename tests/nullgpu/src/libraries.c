@@ -17,8 +17,8 @@ typedef struct {
 } UniqueId;
 static int next_rank, next_ranks;
 
-// ncclCommSplit does not get the size of the new communicator. Before the split, Python therefore announces this
-// process's rank and the size.
+// ncclCommSplit does not get the size of the new communicator. Before the split, Python therefore announces the number
+// of ranks in the new communicator, and this process's rank in it.
 EXPORT void nullgpu_announce_group(int rank, int ranks) {
   next_rank = rank;
   next_ranks = ranks;
@@ -178,7 +178,7 @@ PRODUCT(cublasDdot_v2)
 PRODUCT(cublasDotEx)
 
 // ---- cuDNN: every graph has one engine and one plan ----
-enum {  // values from cudnn_graph.h; build.sh does not search the folder of this header
+enum {  // values from cudnn_graph.h, which is not included because build.sh gives the compiler no path to this header
   PLAN_DESCRIPTOR = 5,
   HEURISTIC_RESULTS = 202,
   CONFIGURATION_ENGINE = 300,

@@ -21,8 +21,9 @@ typedef enum {
   COPIES,            // all copies
   ALLOCATIONS,       // requests of the caching allocator for device memory
   GRAPHS,            // launches of CUDA graphs
-  CAPTURED,          // captured kernel launches, and calls of cuBLAS, cuDNN and NCCL during a capture. Of the other
-                     // counters, only FP8_PRODUCTS counts them. Copies during a capture still count as COPIES.
+  CAPTURED,          // captured kernel launches, and calls of cuBLAS, cuDNN and NCCL during a capture. They do not
+                     // count as LAUNCHES, PRODUCTS, CUDNN_CALLS or COLLECTIVES, but products of two FP8 matrices also
+                     // count as FP8_PRODUCTS. Copies during a capture still count as COPIES.
   STRAY,             // launches on a stream that is not captured, while another stream is captured
   COUNTERS
 } Counter;
@@ -47,8 +48,8 @@ unsigned long long capture_of(const void *stream);  // the id of the stream's ac
 // is allowed.
 int join_capture(void *stream, unsigned long long id);
 int capturing(void);                               // whether any stream is captured
-// The host waits for `stream`. Return an error if this stream is captured. If `stream` is NULL, the host waits for the
-// whole device. Then, return an error if any stream is captured.
+// The host waits for `stream`. Return an error if this stream is captured. NULL stands for the whole device: if
+// `stream` is NULL, return an error if any stream is captured.
 int waits_for(const void *stream, const char *what);
 
 long setting(const char *variable, long otherwise);  // the variable's value, or `otherwise` if it is unset or empty

@@ -1,4 +1,5 @@
-// Counters of events, of launches by kernel, and of collectives by operation. Python reads them through ctypes.
+// Counters of events, of launches by kernel, and of collectives by operation, size and number of ranks. Python reads
+// the counters of events through ctypes. It reads all other counters from a file that nullgpu_write writes.
 #include "nullgpu.h"
 #include <pthread.h>
 #include <stdint.h>
@@ -75,7 +76,8 @@ const char *kernel_name(const void *key) {
 EXPORT void nullgpu_register_kernel(const void *key, const char *name) { register_kernel(key, name); }
 EXPORT void nullgpu_count_kernel(const void *key) { count_kernel(key); }
 
-// Collectives: there are few kinds of calls, so a list suffices.
+// Collectives: calls of one kind have the same operation, size and number of ranks. There are few kinds, so a list
+// suffices.
 #define KINDS 4096
 static struct {
   const char *operation;

@@ -99,7 +99,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison that the command line requests.
 
-    Returns  0; 1 if the results of two runs differ; or the exit code of an error of the engine
+    Returns  0 if all results agree, 1 if the results of two runs differ, or the exit code of the engine's error
     """
     asked = arguments(argv)
     reports, found = [], {}

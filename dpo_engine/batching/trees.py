@@ -1,7 +1,7 @@
 """Build batches in layout `tree`: put the pairs of a micro-batch into one row in which pairs share prompts.
 
-Problem. In layout `stacked`, the model computes a prompt once for each response: twice for every pair, and again for
-every other pair with the same prompt. Rows are padded to the longest row. With long prompts or uneven lengths, much of
+Problem. In layout `stacked`, the model computes a prompt once for each response, which is twice for each pair with
+this prompt. Rows are padded to the longest row. With long prompts or uneven lengths, much of
 the computation is repeated or wasted.
 
 Solution. A prompt and its responses form a tree of segments: the prompt is the root, and each distinct response is a
@@ -17,10 +17,10 @@ the row once and is scored once. All of these pairs read the same log-probabilit
 layer computes outputs only for the columns that predict a scored token (:func:`needed_columns`). From the other
 columns, which include most of a long prompt, the last layer needs only keys and values.
 
-Why one level. Adjacent pairs with equal prompts form one tree, in which responses with equal tokens and scoring masks
-are also shared. :mod:`~dpo_engine.batching.packing` makes pairs with the same prompt adjacent. One level of responses
-below a prompt covers the repetition that preference pairs always have (several responses to one prompt), and needs no
-search for common prefixes. The attention kernels accept trees of any depth.
+Why one level. If pairs share prompts, adjacent pairs with equal prompts form one tree, in which responses with equal
+tokens and scoring masks are also shared. :mod:`~dpo_engine.batching.packing` makes pairs with the same prompt adjacent.
+One level of responses below a prompt covers the repetition that preference pairs always have (several responses to one
+prompt), and needs no search for common prefixes. The attention kernels accept trees of any depth.
 
 Not covered. Common prefixes of different prompts (a system prompt, for example) or of different responses are not
 shared. A prompt is computed again in every micro-batch that has pairs with this prompt. Context parallelism, sequence

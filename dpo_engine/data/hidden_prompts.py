@@ -47,8 +47,8 @@ OTHER = frozenset(
 OF_PROMPTS = frozenset("user chat previous past prior earlier".split())
 """Other words that occur in the names of prompts, as in `user_input` and `chat_history`."""
 SOURCES = frozenset("document passage article post background knowledge".split())
-"""Names of fields that may contain a text to which the prompt refers. A record is refused if such a field is not read,
-and its text is not contained in a field that is read."""
+"""Names of fields that may contain a text to which the prompt refers. A record is refused if such a field is not read
+and no field that is read contains its text."""
 MOST_LABEL = 40
 DEPTH = 3
 ITEMS = 4
@@ -233,7 +233,7 @@ def _words(name: str) -> list[str]:
 
 
 def _is_sentence(text: str) -> bool:
-    """Return whether the first 400 characters of a text have at least `WORDS` words, or at least `LETTERS` letters of
-    a script that has no spaces."""
+    """Return whether the first 400 characters of a text have at least `WORDS` words, or at least `LETTERS` letters
+    from U+2E80 on, such as Chinese and Japanese, which have no spaces."""
     beginning = text[:400]
     return len(beginning.split()) >= WORDS or sum(letter > "\u2e7f" for letter in beginning) >= LETTERS

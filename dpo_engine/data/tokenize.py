@@ -185,7 +185,8 @@ def _encode_source(
 ) -> Iterator[tuple[int, Iterable[Part]]]:
     """Yield the number of bytes read and the tokenized records of a source, block by block.
 
-    The first blocks are tokenized in this process, until the format is known. Meanwhile, the workers start.
+    Until the format is known, blocks are tokenized in this process. Meanwhile, the workers start. Without workers, this
+    process tokenizes all blocks.
     """
     blocks = read_blocks(source.path)
     for block in blocks:
@@ -279,7 +280,8 @@ def _length_statistics(dataset: PairDataset) -> dict[str, tuple[int, int, int]]:
 
 
 def split_validation(dataset: PairDataset, fraction: float) -> tuple[PairDataset, PairDataset]:
-    """Hold out the pairs of about `fraction` of the prompts for validation. Return views for training and validation.
+    """Hold out a share of the prompts, about `fraction`, with all of their pairs. Return views for training and
+    validation.
 
     A hash of the prompt's text decides whether a pair is held out. Pairs with the same prompt are therefore in the same
     view. The chat template, the tokenizer and the other pairs do not affect the decision.

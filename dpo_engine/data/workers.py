@@ -6,8 +6,8 @@ gloo, NCCL or the tokenizer) can deadlock. The new interpreters do not import th
 
 The process that starts the workers has a socket to every worker, and no third process has a copy of the socket. When
 the starting process ends, even by SIGKILL, the operating system closes the socket, and a thread in the worker then ends
-the worker at once. Workers ignore the signals that a terminal or a scheduler sends to all processes of a job. Only the
-starting process responds to these signals.
+the worker at once. Workers ignore SIGINT, SIGTERM and SIGUSR1, which a terminal or a scheduler may send to all
+processes of a job. Only the starting process responds to these signals.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ recorded, so the recording contains their work. Before forward passes, hooks of 
 These hooks do not run in a replay, so :attr:`ChunkGraphs.await_weights` waits for the weights before each layer. DDP's
 hooks for gradients are called by autograd, as without graphs.
 
-Which passes. Forward and backward passes of training use recordings from the second step of a process on. In the first
-step, Triton compiles and libraries initialize, so nothing is recorded. Other passes (reference, evaluations, scoring
-for coupled losses) never use recordings: they start the same kernels one by one.
+Which passes. From the second step of a process, the forward and backward passes of training use recordings. In the
+first step, Triton compiles and libraries initialize, so nothing is recorded. Other passes (reference, evaluations,
+scoring for coupled losses) never use recordings: they start the same kernels one by one.
 
 Not covered. Experts, latent attention, FP8, recomputation, ``tp_comm_overlap``, models with one layer, and batch
 layouts other than ``tree`` are refused. No test has replayed a recording on a GPU. Instead, tests on CPUs repeat
@@ -77,8 +77,8 @@ def graph_numbers(
 
     For each of the ``held`` layers, there is a copy of attention's output. All layers of a chunk share two kinds of
     memory: the buffers for gradients at both ends of a piece, and the intermediate results of a backward pass. The
-    backward pass of the MLP has the most intermediate results. If weights are trained, their gradients are intermediate
-    results too, because they are then added to ``main_grad``.
+    backward pass of the MLP has the most intermediate results. Gradients of trained weights are intermediate results
+    too: they are needed only until they have been added to ``main_grad``.
     """
     if not config.model.cuda_graphs:
         return 0

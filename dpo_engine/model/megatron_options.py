@@ -37,7 +37,8 @@ from dpo_engine.wording import join, nearest, show
 REFUSED: dict[str, dict[str, list[str]]] = yaml.safe_load(
     Path(__file__).with_name("megatron_fields.yaml").read_text(encoding="utf-8")
 )
-"""Fields that are refused for a known reason, by dataclass and reason. A reason can name the key to use instead."""
+"""Fields that are refused for a known reason, grouped by dataclass and then by reason. A reason can name the key to use
+instead."""
 
 ACCEPTED = {
     "transformer": (

@@ -12,9 +12,9 @@ has overwritten it. This order does not protect the tensors that a forward pass 
 frees these tensors as soon as the backward pass has been recorded, although every replay of the backward pass reads
 them. Therefore, a piece adds references to all saved tensors to ``kept``, a list from its caller.
 
-Gradients. All backward passes share one pool, and the buffers of :class:`SharedMemory`. The contents of both are valid
-only until the next backward pass begins. Gradients of inputs are copied out after each replay. Gradients of parameters
-are added to DDP's ``main_grad`` by the recording itself.
+Gradients. All backward passes of a model chunk share one pool, and the buffers of :class:`SharedMemory`. The contents
+of both are valid only until the next backward pass begins. Gradients of inputs are copied out after each replay.
+Gradients of parameters are added to DDP's ``main_grad`` by the recording itself.
 
 Not covered. A part must not wait for the device, depend on numbers in host memory, or have hooks on the gradients of
 its parameters. Such hooks would run once, during the recording, and their kernels would be recorded.

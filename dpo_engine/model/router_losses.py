@@ -19,9 +19,9 @@ tokens over ranks. A definition over all tokens would depend on the batch layout
 computes no output for the tokens of a prompt, except for the prompt's last token. ``f`` is a constant in the backward
 pass.
 
-In each layer, the number of a response's tokens per expert is summed over the ranks that have these tokens. The tokens
-are described by one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the
-layer.
+For each response and expert of a layer, the number of tokens is counted, and summed over the ranks that have them. The
+tokens are described by one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it
+recomputes the layer.
 
 *Source*: ``balance``: DeepSeek-V3 (arXiv 2412.19437) eq. 17 to 20, where each response is a sequence; ``z``: ST-MoE
 (arXiv 2202.08906) eq. 5.

@@ -68,7 +68,7 @@ class TorchTrace:
 
 
 class NsightSystems:
-    """Control of a capture by ``nsys profile --capture-range=cudaProfilerApi``, with NVTX ranges."""
+    """Control when ``nsys profile --capture-range=cudaProfilerApi`` captures, and mark NVTX ranges."""
 
     needs_gpu = "Nsight Systems traces CUDA calls"
     ending = ""

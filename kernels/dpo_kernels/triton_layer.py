@@ -1,8 +1,8 @@
 """Triton kernels for three operations of a layer: rotary embedding, the split into heads, and gated activations.
 
-In each pass, forward or backward, a single kernel computes an operation. Afterwards, torch only adds the programs'
-parts of the gradients of norm weights. All arithmetic is in fp32. Every program writes its own elements, so results are
-deterministic.
+In each pass, forward or backward, a single kernel computes an operation. Only the gradients of norm weights need more:
+each program writes a part, and torch adds the parts. All arithmetic is in fp32. Every program writes its own elements,
+so results are deterministic.
 """
 
 from typing import Any
@@ -285,7 +285,7 @@ def _split(
     norms: HeadNorms | None,
     sums: Tensor | None,
 ) -> None:
-    """Run the kernel forward or, with ``d_mixed``, backward. For each argument that is None, pass an unused tensor."""
+    """Run the kernel forward or, with ``d_mixed``, backward. The kernel gets ``query`` in place of None."""
     tokens, rows, groups, slots, width = (mixed if d_mixed is None else d_mixed).shape
     strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:3]]
     unused = query

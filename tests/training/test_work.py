@@ -130,8 +130,8 @@ STEPS = {
     "tree, stored": ("tree", 1, {}, "stored", "sigmoid"),
     "tree tp2": ("tree", 2, {"tp": 2}, "resident", "sigmoid"),
     "tree pp2, no reference": ("tree", 2, {"pp": 2}, "none", "simpo"),
-    # The embedding is frozen. With two stages, its output gets a gradient nevertheless, because the backward pass of
-    # the first stage needs this gradient. The backward pass therefore computes the input gradient of every product. The
+    # The embedding is frozen. With two stages, its output nevertheless requires a gradient, because the output of the
+    # first stage must require one. The backward pass therefore computes the input gradient of every product. The
     # test adapts only projections that are not fused: a fused linear would put the matrices B of its adapters into one
     # block matrix with zeros, and torch would count the products with these zeros.
     "stacked pp2, adapter": ("stacked", 2, {"pp": 2}, "shared", "sigmoid"),

@@ -70,7 +70,7 @@ def with_heads(arch: Architecture) -> Architecture:
 
 @FAMILIES.register("deepseek_v3")
 class DeepseekV3:
-    """Latent attention; in all but the first layers, experts chosen from the best groups by sigmoid score plus bias."""
+    """Latent attention; all but the first layers have experts, which are chosen by sigmoid score plus bias."""
 
     rules = RULES
     fused = fused_experts()

@@ -69,9 +69,9 @@ REASONS = {
 def read_adaptation(directory: str | Path, arch: Architecture) -> Adaptation:
     """Read the settings of the PEFT adapter in ``directory``, which can also be a Hub id.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if the file cannot be read; if fields are invalid, or need features
-    that the engine's adapters do not have; or if the settings do not fit the model, such as targets that cannot be
-    adapted. The error lists only the problems of the first of these three cases that applies.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the file cannot be read. If it can, the error lists the fields
+    that are invalid or need features that the engine's adapters do not have. If there are none, it lists the settings
+    that do not fit the model, such as targets that cannot be adapted.
     """
     where = f"{KEY}={directory}"
     try:

@@ -36,7 +36,7 @@ def save_peft(
                :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`
     base       name of the adapters' base model, to be written in ``adapter_config.json``
     sources    directories that the run reads (model.path and adapter.path); the export must not replace them
-    tokenizer  directory of an export; its tokenizer files are copied
+    tokenizer  directory of a whole export, from which the tokenizer files are copied
     card       function that returns the content of README.md; None: no README.md
 
     Each stage writes its tensors to its own files, and rank 0 joins the files, because PEFT reads a single file.

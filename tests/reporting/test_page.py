@@ -242,7 +242,7 @@ def test_run_beside_run(folder, tmp_path):
     lost = int((second["accuracy"] < first["accuracy"]).sum())
     assert (
         f"two ranks {won} of these pairs better than one, {lost} worse" in html
-        and "exact sign test: p = " in html
+        and "exact sign test of prompts: p = " in html
         and f"Pairs that the runs judge differently: {won + lost}</summary>" in html
     )
     assert {pair["run"] for pair in data["pairs"]} == {0, 1}

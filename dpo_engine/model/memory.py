@@ -336,7 +336,7 @@ def _layers_in_flight(config: Config, arch: Architecture, dims: ParallelDims, st
         return min(dims.pp - stage, micro_batches) * layers[0]
     # Each chunk computes a group of micro-batches before the next chunk begins. Backward passes begin with the last
     # chunk, after the forward passes of the warmup and one more.
-    group = config.megatron.transformer.get("microbatch_group_size_per_vp_stage", dims.pp)
+    group = config.megatron.transformer.get("microbatch_group_size_per_vp_stage") or dims.pp
     first = 2 * (dims.pp - stage - 1) + (dims.vpp - 1) * group + 1
     sizes = [min(group, micro_batches - begin) for begin in range(0, min(micro_batches, 2 * group), group)]
     forward = [chunk for size in sizes for chunk in range(dims.vpp) for _ in range(size)]

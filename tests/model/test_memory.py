@@ -177,7 +177,10 @@ def test_activations_of_the_largest_micro_batch(parallel, train, rows, split, in
     assert full.activations == 2 * 4000 * rows * layers * 64 // split
 
 
-@pytest.mark.parametrize(("options", "group"), [({}, 2), ({"microbatch_group_size_per_vp_stage": 4}, 4)])
+GROUP = "microbatch_group_size_per_vp_stage"
+
+
+@pytest.mark.parametrize(("options", "group"), [({}, 2), ({GROUP: None}, 2), ({GROUP: 4}, 4)])
 def test_activations_of_an_interleaved_schedule(options, group, tiny_hf):
     """Before its first backward pass, stage 0 runs Megatron's warmup and then one more forward pass.
 

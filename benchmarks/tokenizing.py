@@ -171,7 +171,8 @@ def main() -> None:
     asked = arguments()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = asked.tokenizer or train_tokenizer(asked.files, Path(folder) / "tokenizer")
-        columns = ("file", "pairs", "side", "workers", "pairs per CPU s", "of one worker", "over TRL")
+        over = "of one worker" if asked.workers[0] == 1 else f"of {asked.workers[0]} workers"
+        columns = ("file", "pairs", "side", "workers", "pairs per CPU s", over, "over TRL")
         columns += ("CPU us per pair in the first process", "ids equal to TRL's")
         table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         for number, file in enumerate(asked.files):

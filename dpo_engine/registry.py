@@ -55,7 +55,7 @@ class Registry(dict[str, Any]):
     def describe_unknown(self, name: str) -> str:
         """Return the error message for an unregistered name, with the closest name and the registered names."""
         near = difflib.get_close_matches(str(name), self, 1)
-        hint = f"did you mean {near[0]}? Registered" if near else "registered"
+        lead = f"did you mean {near[0]}? Registered" if near else "registered"
         names = sorted(self)
         listed = ", ".join(names) if len(names) <= SHOWN else f"{', '.join(names[:3])} and {len(names) - 3} more"
-        return f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {hint}: {listed}"
+        return f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {lead}: {listed}"

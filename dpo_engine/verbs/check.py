@@ -32,12 +32,13 @@ from dpo_engine.model.weights.peft import adapter_problems
 from dpo_engine.objective.losses import judged_fields
 from dpo_engine.optim.optimizers import optimizer_problems
 from dpo_engine.optim.schedules import schedule_problems
+from dpo_engine.options import name_problem
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.reporting.sinks import SINKS, sink_problems
 from dpo_engine.training.callbacks import callback_problems
 from dpo_engine.training.evaluation_settings import metric_problems
 from dpo_engine.verbs.first_records import FIRST_RECORDS, all_dropped
-from dpo_engine.wording import join, nearest, show
+from dpo_engine.wording import join, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
 OF_MEGATRON = ("model.recompute", "model.spec", "model.dtype", "parallel", "optim", "reference", "adapter", "batch")
@@ -290,11 +291,8 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
     except DataError as error:
         problems.append(f"{key}.path={error}")
     if source.format not in FORMATS:
-        near = nearest(source.format, list(FORMATS))
-        lead = f"did you mean {near}? Registered" if near else "registered"
-        problems.append(
-            f"{key}.format={source.format}: no such data format; {lead} formats: {join(sorted(FORMATS), 'and')}"
-        )
+        given = f"{key}.format={source.format}"
+        problems.append(name_problem(FORMATS, source.format, given, plugins=bool(config.plugins)))
     else:
         problems += [
             f"{key}.columns.{name}={source.columns[name]}: {rule}"

@@ -358,13 +358,13 @@ def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):
     way_out = "no such file; set the path of a .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow file"
     names = (
         "alpaca, auto, colossalchat, helpsteer3, hh, implicit, messages, nemo_aligner, nemo_rl, orca, ranked, "
-        "ranked_adjacent, ranked_all, sharegpt, swift and text"
+        "ranked_adjacent, ranked_all, sharegpt, swift and text (add more with plugins: [my.module])"
     )
     assert problems(raw, data__train=sources[:2], data__validation=sources[2:]) == [
         f"data.train[0].path={missing}: {way_out}",
-        f"data.train[1].format=txt: no such data format; did you mean text? Registered formats: {names}",
+        f"data.train[1].format=txt: no such data format; did you mean text? Registered data formats: {names}",
         f"data.validation[0].path={missing}: {way_out}",
-        f"data.validation[0].format=zzz: no such data format; registered formats: {names}",
+        f"data.validation[0].format=zzz: no such data format; registered data formats: {names}",
     ]
 
 
